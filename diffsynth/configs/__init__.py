@@ -1,0 +1,1 @@
+"""What checkpoints are known: file layout, model arguments, model ids."""

@@ -1,0 +1,1 @@
+"""The networks, the attention they share, and how they are loaded."""

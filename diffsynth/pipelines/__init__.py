@@ -1,0 +1,1 @@
+"""Orchestration: from a prompt and a reference video to frames."""

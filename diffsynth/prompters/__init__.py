@@ -1,0 +1,1 @@
+"""Prompt cleaning, tokenising and encoding."""

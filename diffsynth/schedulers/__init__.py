@@ -1,0 +1,1 @@
+"""Noise schedules and solvers for flow matching."""
