@@ -1,4 +1,4 @@
-"""Golden tensors for the tests, and one thread per worker so that parallel workers do not fight over cores."""
+"""Golden tensors for the tests; one thread per worker, so that parallel workers do not fight over cores."""
 
 import json
 from pathlib import Path
