@@ -1,0 +1,159 @@
+"""One attention function over several kernels.
+
+A backend states facts (devices, dtypes, whether it has a backward pass, why it cannot be used here); the
+choice is made once per kind of input and logged. Order of precedence: the `backend` argument,
+`use_attention`, the environment variable DIFFSYNTH_ATTENTION, then the first usable backend. A named backend
+that cannot be used raises, except that a forward-only one leaves calls that need a gradient to the automatic
+choice, which never fails, because `sdpa` serves everything.
+"""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v)
+    # Releases differ in whether the log-sum-exp comes along.
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _flash_attn_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from sageattention import sageattn
+
+    return sageattn(q, k, v, tensor_layout="NHD")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionBackend:
+    """Facts about one kernel. `module` is the package it needs, `dtypes` and `devices` are None where all
+    will do.
+    """
+
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    module: str | None = None
+    install: str = ""
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    max_head_dim: int | None = None
+    differentiable: bool = True
+
+    def refusal(self, device: str, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+        """Why this backend cannot serve such a call; None if it can."""
+        if self.module is not None and importlib.util.find_spec(self.module) is None:
+            return f"package {self.module!r} is not installed ({self.install})"
+        if self.devices is not None and device not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {device}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"takes {', '.join(str(d) for d in self.dtypes)}, not {dtype}"
+        if self.max_head_dim is not None and head_dim > self.max_head_dim:
+            return f"takes a head width of at most {self.max_head_dim}, not {head_dim}"
+        if needs_grad and not self.differentiable:
+            return "has no backward pass, and this call needs a gradient"
+        return None
+
+
+# In order of preference.
+BACKENDS: dict[str, AttentionBackend] = {
+    "flash_attn_3": AttentionBackend(
+        run=_flash_attn_3,
+        module="flash_attn_interface",
+        install="build it from the hopper folder of the flash-attention repository",
+        devices=("cuda",),
+        dtypes=HALF_TYPES,
+        max_head_dim=256,
+    ),
+    "flash_attn_2": AttentionBackend(
+        run=_flash_attn_2,
+        module="flash_attn",
+        install="pip install flash-attn --no-build-isolation",
+        devices=("cuda",),
+        dtypes=HALF_TYPES,
+        max_head_dim=256,
+    ),
+    "sdpa": AttentionBackend(run=_sdpa),
+    "sage": AttentionBackend(
+        run=_sage,
+        module="sageattention",
+        install="pip install sageattention",
+        devices=("cuda",),
+        dtypes=HALF_TYPES,
+        max_head_dim=128,
+        differentiable=False,
+    ),
+}
+
+_chosen: ContextVar[str | None] = ContextVar("attention_backend", default=None)
+
+
+def check_backend_name(name: str) -> str:
+    """Return `name`. Raises ValueError for an unknown backend, naming the known ones."""
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def use_attention(name: str) -> Iterator[None]:
+    """Inside this context, attention runs on the named backend. Raises ValueError for an unknown name."""
+    token = _chosen.set(check_backend_name(name))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@lru_cache
+def _resolve(
+    name: str | None, device: str, dtype: torch.dtype, head_dim: int, needs_grad: bool
+) -> AttentionBackend:
+    wanted = (device, dtype, head_dim, needs_grad)
+    if name is not None and needs_grad and not BACKENDS[check_backend_name(name)].differentiable:
+        logger.warning("attention backend %r has no backward pass: calls with a gradient use another", name)
+    elif name is not None:
+        reason = BACKENDS[check_backend_name(name)].refusal(*wanted)
+        if reason is not None:
+            raise ValueError(f"attention backend {name!r} cannot be used: {reason}")
+        return BACKENDS[name]
+    for candidate, backend in BACKENDS.items():
+        if backend.refusal(*wanted) is None:
+            logger.info("attention on %s in %s (gradient: %s): %s", device, dtype, needs_grad, candidate)
+            return backend
+    raise AssertionError("sdpa serves every call")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, unmasked.
+
+    q: [B, S, N, D], k and v: [B, L, N, D] (batch, tokens, heads, head width) -> [B, S, N, D].
+    Raises ValueError if a named backend is unknown or cannot serve these inputs.
+    """
+    name = backend or _chosen.get() or os.environ.get("DIFFSYNTH_ATTENTION") or None
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return _resolve(name, q.device.type, q.dtype, q.shape[-1], needs_grad).run(q, k, v)

@@ -1,0 +1,396 @@
+"""The Wan2.1 diffusion transformer (DiT), under the official state-dict keys.
+
+Axes: B batch, C channels, F latent frames, h/w latent rows/columns, H/W token rows/columns, S = F*H*W tokens,
+N heads, d head width, D = N*d model width. Tokens are ordered by frame, then row, then column.
+Precision, as in the official code: the residual stream, modulation, norms, rotary embedding, time embedding
+and head are float32 (float64 in a float64 model); linear layers and attention run in the dtype of the
+weights.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffsynth.models.attention import attention
+
+IMAGE_TOKEN_DIM = 1280  # width of the CLIP features that image models take
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for what must not be computed in half precision."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """timestep [B] on the 0..1000 scale -> [B, dim] float64, cosines first."""
+    exponent = torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
+    angles = timestep.double()[:, None] * 10000.0**-exponent
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+@lru_cache(maxsize=8)
+def rotary_table(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Unit complex numbers that turn the pairs of a head: grid (F, H, W) -> [S, 1, head_dim / 2].
+
+    Of the complex columns, the first belong to the frame, the next d // 6 to the row, the last d // 6 to the
+    column.
+    """
+    spatial = head_dim // 6
+    axes = []
+    for position_count, columns in zip(grid, (head_dim // 2 - 2 * spatial, spatial, spatial), strict=True):
+        exponent = torch.arange(columns, dtype=torch.float64, device=device) / max(columns, 1)
+        axes.append(torch.outer(torch.arange(position_count, device=device).double(), 10000.0**-exponent))
+    frames, rows, cols = grid
+    angles = torch.cat(
+        [
+            axes[0][:, None, None].expand(-1, rows, cols, -1),
+            axes[1][None, :, None].expand(frames, -1, cols, -1),
+            axes[2][None, None, :].expand(frames, rows, -1, -1),
+        ],
+        dim=-1,
+    )
+    unit = torch.polar(torch.ones_like(angles), angles).reshape(frames * rows * cols, 1, head_dim // 2)
+    return unit.to(dtype.to_complex())
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Apply a rotary table [S, 1, d/2] to x [B, S, N, d]; pairs (2i, 2i+1) are complex numbers."""
+    pairs = torch.view_as_complex(x.to(rope.dtype.to_real()).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the full width; the mean square in float32, the product in x's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.to(precise(x.dtype)), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that computes in the dtype of its input, whatever the weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class SelfAttention(nn.Module):
+    """Attention over all tokens of the video, with rotary positions."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def queries_keys(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D] -> normed and rotated q, k, each [B, S, N, d]."""
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1)), rope)
+        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), rope)
+        return q, k
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        q, k = self.queries_keys(x, rope)
+        v = self.v(x).unflatten(-1, (self.num_heads, -1))
+        return self.o(attention(q, k, v).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from video tokens to the text and, in image models, to image tokens as well."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, has_image_input: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if has_image_input:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, context: Tensor, image_context: Tensor | None) -> Tensor:
+        heads = (self.num_heads, -1)
+        q = self.norm_q(self.q(x)).unflatten(-1, heads)
+        k = self.norm_k(self.k(context)).unflatten(-1, heads)
+        out = attention(q, k, self.v(context).unflatten(-1, heads))
+        if image_context is not None:
+            k_img = self.norm_k_img(self.k_img(image_context)).unflatten(-1, heads)
+            out = out + attention(q, k_img, self.v_img(image_context).unflatten(-1, heads))
+        return self.o(out.flatten(2))
+
+
+@dataclass(frozen=True, slots=True)
+class DiTState:
+    """What the blocks read: everything that `WanModel.embed` derives from the inputs.
+
+    tokens [B, S, D] float32; time [B, D] float32; modulation [B, 6, D] float32; context [B, L, D] in the
+    weights' dtype; image_context [B, L_img, D] or None; grid (F, H, W); rope [S, 1, d/2] complex.
+    """
+
+    tokens: Tensor
+    time: Tensor
+    modulation: Tensor
+    context: Tensor
+    image_context: Tensor | None
+    grid: tuple[int, int, int]
+    rope: Tensor
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last gated and modulated by the
+    timestep.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, has_image_input: bool) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.norm1 = LayerNorm(dim, eps=eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(dim, num_heads, eps)
+        self.norm3 = LayerNorm(dim, eps=eps)
+        self.cross_attn = CrossAttention(dim, num_heads, eps, has_image_input)
+        self.norm2 = LayerNorm(dim, eps=eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
+        )
+
+    def _modulation(self, state: DiTState) -> tuple[Tensor, ...]:
+        """(shift, scale, gate) of self-attention, then of the feed-forward, each [B, 1, D]."""
+        return (self.modulation.to(state.modulation.dtype) + state.modulation).unsqueeze(2).unbind(1)
+
+    def queries_keys(self, tokens: Tensor, state: DiTState) -> tuple[Tensor, Tensor]:
+        """The normed, rotated q and k [B, S, N, d] of this block's self-attention, and nothing after them."""
+        shift, scale, *_ = self._modulation(state)
+        return self.self_attn.queries_keys(
+            modulate(self.norm1(tokens), shift, scale).to(state.context.dtype), state.rope
+        )
+
+    def forward(self, tokens: Tensor, state: DiTState) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(state)
+        dtype = state.context.dtype
+        y = self.self_attn(modulate(self.norm1(tokens), shift1, scale1).to(dtype), state.rope)
+        tokens = torch.addcmul(tokens, y.to(tokens.dtype), gate1)
+        tokens = tokens + self.cross_attn(self.norm3(tokens).to(dtype), state.context, state.image_context)
+        y = self.ffn(modulate(self.norm2(tokens), shift2, scale2).to(dtype))
+        return torch.addcmul(tokens, y.to(tokens.dtype), gate2)
+
+
+class Head(nn.Module):
+    """Tokens to velocity patches, in float32."""
+
+    def __init__(self, dim: int, out_features: int, eps: float) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.norm = LayerNorm(dim, eps=eps, elementwise_affine=False)
+        self.head = nn.Linear(dim, out_features)
+
+    def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
+        """tokens [B, S, D], time [B, D] -> [B, S, out_features]."""
+        shift, scale = (self.modulation.to(time.dtype) + time[:, None]).unsqueeze(2).unbind(1)
+        return linear_in(tokens.dtype, self.head, modulate(self.norm(tokens), shift, scale))
+
+
+def linear_in(dtype: torch.dtype, layer: nn.Linear, x: Tensor) -> Tensor:
+    """Run a linear layer in `dtype`, whatever its weights are stored in."""
+    return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP features [B, L, 1280] -> context [B, L, D] (image models)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        wide = IMAGE_TOKEN_DIM
+        self.proj = nn.Sequential(
+            LayerNorm(wide), nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, dim), LayerNorm(dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class WanModel(nn.Module):
+    """The DiT. Arguments are those of the official config; `has_image_input` adds the image branch of the
+    I2V models.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        in_dim: int,
+        ffn_dim: int,
+        out_dim: int,
+        text_dim: int,
+        freq_dim: int,
+        num_heads: int,
+        num_layers: int,
+        eps: float = 1e-6,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        has_image_input: bool = False,
+        text_len: int = 512,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or (dim // num_heads) % 2:
+            raise ValueError(
+                f"dim must be num_heads times an even head width; got dim={dim}, num_heads={num_heads}"
+            )
+        self.dim, self.in_dim, self.out_dim = dim, in_dim, out_dim
+        self.ffn_dim, self.text_dim, self.freq_dim, self.text_len = ffn_dim, text_dim, freq_dim, text_len
+        self.num_heads, self.num_layers, self.eps = num_heads, num_layers, eps
+        self.patch_size = tuple(patch_size)
+        self.has_image_input = has_image_input
+        patch_volume = self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        self.blocks = nn.ModuleList(
+            DiTBlock(dim, ffn_dim, num_heads, eps, has_image_input) for _ in range(num_layers)
+        )
+        self.head = Head(dim, out_dim * patch_volume, eps)
+        if has_image_input:
+            self.img_emb = ImageEmbedding(dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that linear layers and attention compute in."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """timestep [B] -> the time embedding [B, D] and its projection, the blocks' modulation [B, 6, D]."""
+        dtype = precise(self.dtype)
+        hidden = linear_in(dtype, self.time_embedding[0], sinusoidal_embedding(timestep, self.freq_dim))
+        time = linear_in(dtype, self.time_embedding[2], F.silu(hidden))
+        return time, linear_in(dtype, self.time_projection[1], F.silu(time)).unflatten(-1, (6, self.dim))
+
+    def embed(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_feature: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> DiTState:
+        """Turn the inputs of `forward` into what the blocks read. Raises ValueError on sizes that do not
+        fit.
+        """
+        if self.has_image_input != (clip_feature is not None):
+            need = "needs" if self.has_image_input else "does not take"
+            raise ValueError(f"this DiT {need} clip_feature (has_image_input={self.has_image_input})")
+        if y is not None:
+            x = torch.cat([x, y.to(x.dtype)], dim=1)
+        fits = x.ndim == 5 and all(n % p == 0 for n, p in zip(x.shape[2:], self.patch_size, strict=True))
+        if not fits or x.shape[1] != self.in_dim:
+            raise ValueError(
+                f"x must be [B, {self.in_dim}, F, h, w] with F, h, w divisible by {self.patch_size}; "
+                f"got {tuple(x.shape)}"
+            )
+        if context.shape[1] > self.text_len or context.shape[2] != self.text_dim:
+            raise ValueError(
+                f"context must be [B, at most {self.text_len}, {self.text_dim}]; got {tuple(context.shape)}"
+            )
+        stream = precise(self.dtype)
+        tokens = self.patch_embedding(x.to(self.dtype))
+        grid = tuple(tokens.shape[2:])
+        time, modulation = self.embed_time(timestep.to(x.device))
+        # Rows past the prompt are zero before the text MLP and are attended to: the official model knows no
+        # mask.
+        padded = F.pad(context.to(self.dtype), (0, 0, 0, self.text_len - context.shape[1]))
+        return DiTState(
+            tokens=tokens.flatten(2).transpose(1, 2).to(stream),
+            time=time,
+            modulation=modulation,
+            context=self.text_embedding(padded),
+            image_context=None if clip_feature is None else self.img_emb(clip_feature.to(self.dtype)),
+            grid=grid,
+            rope=rotary_table(grid, self.dim // self.num_heads, x.device, stream),
+        )
+
+    def run_blocks(self, state: DiTState, stop: int | None = None, checkpoint_blocks: bool = False) -> Tensor:
+        """Run the blocks before `stop` (all by default) on state.tokens -> tokens [B, S, D].
+
+        checkpoint_blocks keeps only each block's input for the backward pass and computes the rest again
+        there.
+        """
+        tokens = state.tokens
+        for block in self.blocks[:stop]:
+            if checkpoint_blocks:
+                tokens = checkpoint(block, tokens, state, use_reentrant=False)
+            else:
+                tokens = block(tokens, state)
+        return tokens
+
+    def unembed(self, tokens: Tensor, state: DiTState) -> Tensor:
+        """Tokens [B, S, D] -> velocity [B, out_dim, F, h, w], float32."""
+        patches = self.head(tokens, state.time)
+        frames, rows, cols = state.grid
+        pf, ph, pw = self.patch_size
+        return rearrange(
+            patches,
+            "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+            f=frames, h=rows, w=cols, pf=pf, ph=ph, pw=pw,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_feature: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (noise - clean latents) at a timestep.
+
+        x [B, in_dim, F, h, w] noised latents; timestep [B] on the 0..1000 scale; context [B, L, text_dim]
+        text embedding, padded here with zero rows to text_len; clip_feature [B, 257, 1280] and y [B, C, F,
+        h, w] (channels appended to x) for image models -> [B, out_dim, F, h, w] float32. Raises ValueError
+        on sizes that do not fit.
+        """
+        state = self.embed(x, timestep, context, clip_feature, y)
+        return self.unembed(self.run_blocks(state), state)
+
+    def features(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        block: int = 14,
+        *,
+        clip_feature: Tensor | None = None,
+        y: Tensor | None = None,
+        checkpoint_blocks: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Normed, rotated q and k of one block's self-attention, each [B, F, H, W, N, d].
+
+        Runs the blocks before `block` and that block's q and k; nothing after them. Inputs as in `forward`.
+        Raises ValueError if the model has no such block.
+        """
+        if not 0 <= block < self.num_layers:
+            raise ValueError(f"block must be in 0..{self.num_layers - 1} for this DiT; got {block}")
+        state = self.embed(x, timestep, context, clip_feature, y)
+        tokens = self.run_blocks(state, stop=block, checkpoint_blocks=checkpoint_blocks)
+        q, k = self.blocks[block].queries_keys(tokens, state)
+        return q.unflatten(1, state.grid), k.unflatten(1, state.grid)
