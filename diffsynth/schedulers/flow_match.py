@@ -1,0 +1,145 @@
+"""The flow-matching noise schedule and its Euler solver, the solver that FastVMT guides.
+
+A noised sample is (1 - sigma) * clean + sigma * noise, the network predicts the velocity noise - clean, and
+the Euler step moves along it from one sigma to the next. Tables are computed in float64 and kept in float32;
+samples move in float32 and come back in their own type.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def flow_match_sigmas(
+    num_inference_steps: int,
+    denoising_strength: float,
+    shift: float,
+    *,
+    sigma_min: float = 0.0,
+    sigma_max: float = 1.0,
+    endpoint: bool = False,
+) -> Tensor:
+    """Return the shifted noise levels of a run, float64 [num_inference_steps], falling.
+
+    u runs evenly from sigma_min + denoising_strength * (sigma_max - sigma_min) to sigma_min, which is the
+    last level if `endpoint` and one step beyond the last otherwise; sigma = shift*u / (1 + (shift - 1)*u).
+    A strength below 1 keeps all the steps and spreads them over the shorter range.
+
+    Raises:
+        ValueError: steps below 1 or not whole, strength outside (0, 1], shift not above 0.
+    """
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; it must be a whole number >= 1")
+    if not 0.0 < denoising_strength <= 1.0:
+        raise ValueError(f"denoising_strength is {denoising_strength!r}; it must be above 0 and at most 1")
+    if not 0.0 < shift < math.inf:
+        raise ValueError(f"shift is {shift!r}; it must be a finite number above 0")
+    start = sigma_min + denoising_strength * (sigma_max - sigma_min)
+    points = num_inference_steps if endpoint else num_inference_steps + 1
+    u = torch.linspace(start, sigma_min, points, dtype=torch.float64)[:num_inference_steps]
+    return shift * u / (1.0 + (shift - 1.0) * u)
+
+
+def nearest_step(timesteps: Tensor, timestep: float | Tensor) -> int:
+    """Return the index of the entry of `timesteps` [N] nearest to one timestep (the first, if two are).
+
+    Pass timesteps in float32: a timestep near 1000 rounded to bfloat16 is up to 2 units off, enough to hit a
+    neighbouring step.
+
+    Raises:
+        RuntimeError: the tables are empty, so set_timesteps was not called.
+        ValueError: `timestep` holds more than one number.
+    """
+    if not timesteps.numel():
+        raise RuntimeError("The scheduler has no timesteps yet: call set_timesteps first")
+    if isinstance(timestep, Tensor):
+        if timestep.numel() != 1:
+            raise ValueError(f"timestep has the shape {tuple(timestep.shape)}; it must hold one number")
+        timestep = timestep.item()
+    return int((timesteps - timestep).abs().argmin())
+
+
+def mix_noise(x: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Return (1 - sigma) * x + sigma * noise, in the type and on the device of `x`; both of one shape."""
+    require_same_shape("noise", noise, "x", x)
+    return ((1.0 - sigma) * x.float() + sigma * noise.to(x.device, torch.float32)).to(x.dtype)
+
+
+def require_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise a ValueError that names both tensors unless they have one shape: broadcasting would hide it."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} has the shape {tuple(tensor.shape)}; {other_name} has {tuple(other.shape)}: "
+            "they must agree"
+        )
+
+
+class FlowMatchScheduler:
+    """Flow-matching noise schedule with Euler steps; the defaults are those of the released FastVMT code.
+
+    Args:
+        shift: how far the levels are pushed towards noise, > 0, for calls that do not give their own.
+        sigma_min, sigma_max: range of the levels before the shift.
+        extra_one_step: place one more level at sigma_min and drop it, so that the last step starts above
+            sigma_min; otherwise the last level is sigma_min itself.
+        num_train_timesteps: the timestep that stands for sigma = 1.
+
+    `sigmas` and `timesteps` are float32 [N] on the CPU, falling. The level after the last one is 0 and is
+    not in the tables.
+    """
+
+    def __init__(
+        self,
+        shift: float = 5.0,
+        sigma_min: float = 0.0,
+        extra_one_step: bool = True,
+        sigma_max: float = 1.0,
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        self.shift = shift
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.extra_one_step = extra_one_step
+        self.num_train_timesteps = num_train_timesteps
+        self.sigmas = torch.empty(0)
+        self.timesteps = torch.empty(0)
+
+    def set_timesteps(
+        self, num_inference_steps: int, denoising_strength: float = 1.0, shift: float | None = None
+    ) -> None:
+        """Make the tables of one run. `shift` holds for this call alone; None takes the scheduler's own.
+
+        Raises:
+            ValueError: see flow_match_sigmas.
+        """
+        sigmas = flow_match_sigmas(
+            num_inference_steps,
+            denoising_strength,
+            self.shift if shift is None else shift,
+            sigma_min=self.sigma_min,
+            sigma_max=self.sigma_max,
+            endpoint=not self.extra_one_step,
+        )
+        self.sigmas = sigmas.float()
+        self.timesteps = (sigmas * self.num_train_timesteps).float()
+
+    def add_noise(self, x: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
+        """Return clean samples `x` noised to the level of the nearest timestep, in the type of `x`."""
+        return mix_noise(x, noise, float(self.sigmas[nearest_step(self.timesteps, timestep)]))
+
+    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        """Return `sample` moved along the velocity `model_output` from this timestep's level to the next.
+
+        After the last timestep the next level is 0. Both tensors have one shape; the result has the type and
+        device of `sample`.
+
+        Raises:
+            RuntimeError: set_timesteps was not called.
+            ValueError: shapes differ, or `timestep` is not one number.
+        """
+        index = nearest_step(self.timesteps, timestep)
+        require_same_shape("model_output", model_output, "sample", sample)
+        next_sigma = float(self.sigmas[index + 1]) if index + 1 < len(self.sigmas) else 0.0
+        velocity = model_output.to(sample.device, torch.float32)
+        return (sample.float() + velocity * (next_sigma - float(self.sigmas[index]))).to(sample.dtype)

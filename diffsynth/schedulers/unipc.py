@@ -1,0 +1,173 @@
+"""UniPC, order 2: the multistep predictor-corrector solver that Wan2.1 samples with by default.
+
+UniPC: Zhao et al. 2023, arXiv 2302.04867: the predictor UniP-2 and the corrector UniC-2 with
+B(h) = exp(-h) - 1 ("bh2") on predictions of the clean sample. With alpha = 1 - sigma and
+lambda = log(alpha / sigma), all steps start from the exact solution for a constant prediction,
+
+    base = sigma / sigma_last * x_last - alpha * phi * x0_last,  phi = exp(-h) - 1,  h = lambda - lambda_last
+
+and subtract alpha * phi * (weighted differences of predictions). One network call a step: the corrector takes
+the call that the next step makes anyway.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffsynth.schedulers.flow_match import flow_match_sigmas, mix_noise, nearest_step, require_same_shape
+
+_U_MAX = 0.999
+"""The highest level before the shift, as in Wan2.1; at 1 lambda would be infinite."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Prediction:
+    """One network call: the noise level and the clean sample that it points to (float32)."""
+
+    sigma: float
+    x0: Tensor
+
+    @property
+    def log_snr(self) -> float:
+        return _log_snr(self.sigma)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Past:
+    """What the next step needs of the last one, float32 but for `returned`, which has the caller's type.
+
+    sample: where the last step began, corrected. returned: where it ended, as the caller got it.
+    last, before: the prediction of the last step and of the one before it.
+    """
+
+    sample: Tensor
+    returned: Tensor
+    last: _Prediction
+    before: _Prediction | None
+
+
+class UniPCScheduler:
+    """Flow-matching schedule with UniPC steps, used like FlowMatchScheduler but in order, one run at a time.
+
+    Args:
+        shift: how far the levels are pushed towards noise, > 0, for calls that do not give their own.
+        num_train_timesteps: the timestep that stands for sigma = 1.
+
+    `sigmas` is float32 [N] on the CPU, falling, the 0 after the last level left out. `timesteps` is float32
+    [N] of whole numbers, 1000 * sigma cut off, as Wan2.1 hands them to its network.
+    """
+
+    def __init__(self, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
+        self.shift = shift
+        self.num_train_timesteps = num_train_timesteps
+        self.sigmas = torch.empty(0)
+        self.timesteps = torch.empty(0)
+        self._exact_sigmas: list[float] = []
+        self._next = 0
+        self._past: _Past | None = None
+
+    def set_timesteps(
+        self, num_inference_steps: int, denoising_strength: float = 1.0, shift: float | None = None
+    ) -> None:
+        """Make the tables of one run and forget the one before. `shift` holds for this call alone.
+
+        Before the shift the levels fall evenly from 0.999 * denoising_strength, so that every strength
+        starts one thousandth below where FlowMatchScheduler does.
+
+        Raises:
+            ValueError: see flow_match_sigmas.
+        """
+        shift = self.shift if shift is None else shift
+        sigmas = flow_match_sigmas(num_inference_steps, denoising_strength, shift, sigma_max=_U_MAX)
+        self.sigmas = sigmas.float()
+        self.timesteps = (sigmas * self.num_train_timesteps).trunc().float()
+        self._exact_sigmas = [*sigmas.tolist(), 0.0]
+        self._next = 0
+        self._past = None
+
+    def add_noise(self, x: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
+        """Return clean samples `x` noised to the level of the nearest timestep, in the type of `x`."""
+        return mix_noise(x, noise, self._exact_sigmas[nearest_step(self.timesteps, timestep)])
+
+    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        """Return `sample` moved from this timestep's level to the next, 0 after the last one.
+
+        Both tensors have one shape; the result has the type and device of `sample`. What was added to the
+        sample since the step before returned it (guidance does that) is kept: the corrector, which takes the
+        step before again from its start, would lose it.
+
+        Raises:
+            RuntimeError: set_timesteps was not called, or the steps are not taken in order.
+            ValueError: shapes differ, or `timestep` is not one number.
+        """
+        index = self._expect_in_order(timestep)
+        require_same_shape("model_output", model_output, "sample", sample)
+        sigma, next_sigma = self._exact_sigmas[index : index + 2]
+        moved = sample.float()
+        now = _Prediction(sigma=sigma, x0=moved - sigma * model_output.to(sample.device, torch.float32))
+        before = None
+        if self._past is not None:
+            added = moved - self._past.returned.float()
+            before = self._past.last
+            moved = _correct(self._past.sample, now, before, self._past.before) + added
+        result = _predict(moved, now, before, next_sigma).to(sample.dtype)
+        # A copy, so that a caller who changes the result in place is noticed too.
+        self._past = _Past(sample=moved, returned=result.detach().clone(), last=now, before=before)
+        self._next = index + 1
+        return result
+
+    def _expect_in_order(self, timestep: float | Tensor) -> int:
+        found = nearest_step(self.timesteps, timestep)
+        if self._next == len(self.timesteps):
+            raise RuntimeError(f"All {self._next} steps are done: call set_timesteps before the next run")
+        # Compared by value: so many steps that whole timesteps repeat are still in order.
+        if self.timesteps[found] != self.timesteps[self._next]:
+            raise RuntimeError(
+                f"UniPC steps must be taken in order: step {self._next} is at timestep "
+                f"{float(self.timesteps[self._next]):g}, given {float(timestep):g}"
+            )
+        return self._next
+
+
+def _log_snr(sigma: float) -> float:
+    return math.log1p(-sigma) - math.log(sigma)
+
+
+def _base(sample: Tensor, last: _Prediction, sigma: float, phi: float) -> Tensor:
+    return sigma / last.sigma * sample - (1.0 - sigma) * phi * last.x0
+
+
+def _predict(sample: Tensor, last: _Prediction, before: _Prediction | None, sigma: float) -> Tensor:
+    """UniP: from last.sigma to `sigma`; order 2 with a prediction before the last one, order 1 without."""
+    if sigma == 0.0:
+        # The last step is of order 1 (lambda has no end), where it returns the prediction itself.
+        return last.x0
+    h = _log_snr(sigma) - last.log_snr
+    phi = math.expm1(-h)
+    moved = _base(sample, last, sigma, phi)
+    if before is None:
+        return moved
+    r = (before.log_snr - last.log_snr) / h
+    return moved - (1.0 - sigma) * phi * (0.5 / r) * (before.x0 - last.x0)
+
+
+def _correct(sample: Tensor, now: _Prediction, last: _Prediction, before: _Prediction | None) -> Tensor:
+    """UniC: the step last -> now taken again, with the prediction at its end known.
+
+    Order 2 solves rho_before + rho_now = b1, r * rho_before + rho_now = b2 (arXiv 2302.04867, section 3).
+    """
+    h = now.log_snr - last.log_snr
+    phi = math.expm1(-h)
+    moved = _base(sample, last, now.sigma, phi)
+    scale = (1.0 - now.sigma) * phi
+    if before is None:
+        return moved - scale * 0.5 * (now.x0 - last.x0)
+    r = (before.log_snr - last.log_snr) / h
+    g1 = phi / -h - 1.0
+    g2 = g1 / -h - 0.5
+    b1, b2 = g1 / phi, 2.0 * g2 / phi
+    rho_before = (b1 - b2) / (1.0 - r)
+    rho_now = b1 - rho_before
+    return moved - scale * ((rho_before / r) * (before.x0 - last.x0) + rho_now * (now.x0 - last.x0))
