@@ -1,0 +1,150 @@
+"""TeaCache: when a denoising step may reuse the last one's work instead of running the blocks.
+
+The time projection e0 of a step tells how far the blocks' output will move: a polynomial, fitted per model,
+turns the relative change of e0 into an estimate, estimates add up, and blocks run again once the sum reaches
+the threshold. A skipped step adds the last residual (output of the blocks minus their input).
+TeaCache: Liu et al. 2024, arXiv 2411.19108.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeaCacheModel:
+    """What TeaCache knows of one model.
+
+    coefficients: polynomial of the relative change of e0, fourth power first.
+    thresholds: the range that the authors advise, from careful to fast.
+    source: where the numbers come from.
+    """
+
+    coefficients: tuple[float, float, float, float, float]
+    thresholds: tuple[float, float]
+    source: str = "TeaCache4Wan2.1, the set fitted with e0 as the input (use_ret_steps)"
+
+
+TEA_CACHE_MODELS = {
+    "Wan2.1-T2V-1.3B": TeaCacheModel(
+        coefficients=(-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
+        thresholds=(0.05, 0.08),
+    ),
+    "Wan2.1-T2V-14B": TeaCacheModel(
+        coefficients=(-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
+        thresholds=(0.14, 0.2),
+    ),
+    "Wan2.1-I2V-14B-480P": TeaCacheModel(
+        coefficients=(2.57151496e5, -3.54229917e4, 1.40286849e3, -1.35890334e1, 1.32517977e-1),
+        thresholds=(0.13, 0.26),
+    ),
+    "Wan2.1-I2V-14B-720P": TeaCacheModel(
+        coefficients=(8.10705460e3, 2.13393892e3, -3.72934672e2, 1.66203073e1, -4.17769401e-2),
+        thresholds=(0.18, 0.3),
+    ),
+}
+
+_MODEL_OF_DIT_DIM = {1536: "Wan2.1-T2V-1.3B", 5120: "Wan2.1-T2V-14B"}
+
+
+def tea_cache_model_id(dim: int) -> str:
+    """Return the model id for a text-to-video DiT of width `dim`.
+
+    Raises:
+        ValueError: no coefficients were published for that width.
+    """
+    if dim not in _MODEL_OF_DIT_DIM:
+        raise ValueError(
+            f"No TeaCache coefficients are known for a DiT of width {dim}; "
+            f"pass tea_cache_model_id, one of: {', '.join(TEA_CACHE_MODELS)}"
+        )
+    return _MODEL_OF_DIT_DIM[dim]
+
+
+class TeaCache:
+    """Decides, step by step, whether the blocks run; keeps the residual for the steps where they do not.
+
+    One object serves one run of `num_steps` steps. e0 depends on the timestep alone, so one object serves a
+    batch of both guidance branches, and two objects, one per branch, decide alike.
+
+    Args:
+        num_steps: calls of should_compute in a run, >= 1; the first and the last one always compute.
+        threshold: sum of estimated changes at which blocks run again, > 0; higher skips more.
+        model_id: a key of TEA_CACHE_MODELS.
+
+    Attributes:
+        accumulated: sum of estimated changes since the blocks last ran.
+        relative_change: mean |e0 - previous e0| / mean |previous e0| of the last call, None at the first.
+
+    Raises:
+        ValueError: an argument out of range, or an unknown model id (the known ones are listed).
+    """
+
+    def __init__(self, num_steps: int, threshold: float, model_id: str) -> None:
+        if model_id not in TEA_CACHE_MODELS:
+            raise ValueError(
+                f"tea_cache_model_id is {model_id!r}; it must be one of: {', '.join(TEA_CACHE_MODELS)}"
+            )
+        if (
+            isinstance(threshold, bool)
+            or not isinstance(threshold, int | float)
+            or not 0 < threshold < math.inf
+        ):
+            raise ValueError(f"The TeaCache threshold is {threshold!r}; it must be a finite number above 0")
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps!r}; it must be a whole number >= 1")
+        self.num_steps = num_steps
+        self.threshold = threshold
+        self.accumulated = 0.0
+        self.relative_change: float | None = None
+        self._coefficients = TEA_CACHE_MODELS[model_id].coefficients
+        self._step = 0
+        self._previous: Tensor | None = None
+        self._residual: Tensor | None = None
+
+    def should_compute(self, e0: Tensor) -> bool:
+        """Return True if the blocks must run at this step, False if `residual` may stand for them.
+
+        Args:
+            e0: time projection of this step [B, 6, D], on any device.
+
+        Raises:
+            RuntimeError: called more than num_steps times.
+        """
+        if self._step == self.num_steps:
+            raise RuntimeError(
+                f"This TeaCache was made for {self.num_steps} steps: make a new one for each run"
+            )
+        e0 = e0.detach().float()
+        forced = self._step in (0, self.num_steps - 1)
+        if self._previous is not None:
+            change = (e0 - self._previous).abs().mean() / self._previous.abs().mean()
+            self.relative_change = change.item()
+            self.accumulated += self._estimate(self.relative_change)
+        self._previous = e0
+        self._step += 1
+        # Written as "not below" so that a sum that is not a number computes.
+        compute = forced or not self.accumulated < self.threshold
+        if compute:
+            self.accumulated = 0.0
+        return compute
+
+    def _estimate(self, change: float) -> float:
+        value = 0.0
+        for coefficient in self._coefficients:
+            value = value * change + coefficient
+        return value
+
+    def store(self, residual: Tensor) -> None:
+        """Keep the blocks' output minus their input, of any shape, for the steps that skip them."""
+        self._residual = residual
+
+    @property
+    def residual(self) -> Tensor:
+        """The last stored residual. Raises RuntimeError if there is none."""
+        if self._residual is None:
+            raise RuntimeError(
+                "No residual is stored: call store after each step where should_compute is True"
+            )
+        return self._residual
