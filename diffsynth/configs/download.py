@@ -1,0 +1,166 @@
+"""Fetch a published checkpoint from ModelScope or Hugging Face, and tell whether a folder holds all of it.
+
+Only files that inference needs and that are not yet complete are fetched; both hubs go on where an earlier
+download stopped. Completeness is judged without a network, by sizes and by what the files say of themselves.
+"""
+
+import json
+import logging
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from diffsynth.configs.checkpoints import PublishedCheckpoint
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ("modelscope", "huggingface")
+
+_SITES = {"modelscope": "modelscope.cn", "huggingface": "huggingface.co"}
+_MAX_SAFETENSORS_HEADER = 100_000_000
+"""Bytes; the format allows no longer header, so a larger number means that the file is something else."""
+
+
+class DownloadError(RuntimeError):
+    """A checkpoint could not be fetched; the message says what, from where, why, and how to do it by hand."""
+
+
+def missing_files(folder: str | Path, checkpoint: PublishedCheckpoint) -> list[str]:
+    """Return one text for each file that `folder` lacks or holds incomplete: "path: what is wrong".
+
+    A file must have its published size; a safetensors file also the length that its header promises; a JSON
+    file without a published size must be readable. Needs no network and reads no weights.
+    """
+    return [f"{path}: {fault}" for path, fault in _faults(Path(folder), checkpoint).items()]
+
+
+def download(
+    checkpoint: PublishedCheckpoint, output_dir: str | Path = "models", source: str = "modelscope"
+) -> Path:
+    """Fetch what is missing of a checkpoint into output_dir/<its folder> and return that folder.
+
+    Does nothing if the folder is complete. Resumes what an earlier call left unfinished.
+
+    Args:
+        source: "modelscope" or "huggingface".
+
+    Raises:
+        ValueError: an unknown source.
+        DownloadError: too little disk space, the hub or its library is not there, or files are still
+            incomplete afterwards.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source is {source!r}; it must be one of: {', '.join(SOURCES)}")
+    folder = Path(output_dir) / checkpoint.folder
+    faults = _faults(folder, checkpoint)
+    if not faults:
+        logger.info("%s is complete in %s", checkpoint.name, folder)
+        return folder
+    _require_disk_space(folder, checkpoint, list(faults))
+    logger.info("Fetching %d files of %s from %s into %s", len(faults), checkpoint.name, source, folder)
+    _fetch(checkpoint, folder, list(faults), source)
+    left = missing_files(folder, checkpoint)
+    if left:
+        raise DownloadError(
+            _explain(checkpoint, folder, source, "files are still incomplete: " + "; ".join(left))
+        )
+    return folder
+
+
+def _faults(folder: Path, checkpoint: PublishedCheckpoint) -> dict[str, str]:
+    faults = {path: _fault(folder / path, size) for path, size in checkpoint.files.items()}
+    return {path: fault for path, fault in faults.items() if fault is not None}
+
+
+def _fault(path: Path, expected: int | None) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if expected is not None and size != expected:
+        return f"{size:,} bytes, should be {expected:,}"
+    if path.suffix == ".safetensors":
+        return _safetensors_fault(path, size)
+    if path.suffix == ".json" and expected is None:
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return "not readable as JSON, perhaps cut off"
+    return None
+
+
+def _safetensors_fault(path: Path, size: int) -> str | None:
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_size > _MAX_SAFETENSORS_HEADER:
+            return "not a safetensors file"
+        if 8 + header_size > size:
+            return f"{size:,} bytes, cut off within its header"
+        try:
+            header = json.loads(file.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            promised = 8 + header_size + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return "not a safetensors file"
+    return None if size == promised else f"{size:,} bytes, its header promises {promised:,}"
+
+
+def _require_disk_space(folder: Path, checkpoint: PublishedCheckpoint, paths: list[str]) -> None:
+    # Both hubs keep unfinished files in a folder with a leading dot; that space is already paid for.
+    unfinished = sum(file.stat().st_size for file in folder.glob(".*/**/*") if file.is_file())
+    needed = sum(checkpoint.expected_bytes(path) for path in paths) - unfinished
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise DownloadError(
+            f"Too little disk space for {checkpoint.name}: {needed / 1e9:.1f} GB are still to come into "
+            f"{folder}, {free / 1e9:.1f} GB are free there. Free some space or choose another output_dir."
+        )
+
+
+def _fetch(checkpoint: PublishedCheckpoint, folder: Path, paths: list[str], source: str) -> None:
+    snapshot_download, errors = _modelscope() if source == "modelscope" else _huggingface()
+    # allow_file_pattern: the one name that every ModelScope version knows.
+    patterns = {"allow_file_pattern" if source == "modelscope" else "allow_patterns": paths}
+    try:
+        snapshot_download(checkpoint.model_id, local_dir=str(folder), **patterns)
+    except (OSError, *_error_classes(errors)) as error:
+        first_line = str(error).strip().split("\n")[0]
+        reason = f"{type(error).__name__}: {first_line}"
+        raise DownloadError(_explain(checkpoint, folder, source, reason)) from error
+
+
+def _modelscope() -> tuple[Callable[..., str], ModuleType]:
+    try:
+        from modelscope import snapshot_download
+        from modelscope.hub import errors
+    except ImportError as error:
+        raise DownloadError("ModelScope is not installed: pip install modelscope") from error
+    return snapshot_download, errors
+
+
+def _huggingface() -> tuple[Callable[..., str], ModuleType]:
+    try:
+        from huggingface_hub import errors, snapshot_download
+    except ImportError as error:
+        raise DownloadError("The Hugging Face hub is not installed: pip install huggingface_hub") from error
+    return snapshot_download, errors
+
+
+def _error_classes(errors: ModuleType) -> list[type[Exception]]:
+    """Return all exceptions of a hub's errors module: they share no base class in all its versions."""
+    return [
+        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)
+    ]
+
+
+def _explain(checkpoint: PublishedCheckpoint, folder: Path, source: str, reason: str) -> str:
+    target = shlex.quote(str(folder))
+    return (
+        f"Could not fetch {checkpoint.name} ({checkpoint.model_id} at {_SITES[source]}) "
+        f"into {folder}: {reason}\n"
+        "What has arrived is kept, the same command goes on from there. Or fetch it by hand:\n"
+        f"  modelscope download --model {checkpoint.model_id} --local_dir {target}\n"
+        f"  hf download {checkpoint.model_id} --local-dir {target}"
+    )
