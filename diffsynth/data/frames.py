@@ -1,0 +1,186 @@
+"""Single frames: fit one to a size, bring any image to RGB, read a folder of them, write PNG files.
+
+A frame is a PIL image of mode RGB, upright. Image sizes are (width, height) as in PIL; arguments and arrays
+are height first.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+EXIF_ORIENTATION = 0x0112
+EXIF_QUARTER_TURNS = (5, 6, 7, 8)
+
+
+def checked_int(name: str, value: int, minimum: int = 1) -> int:
+    """Return value as an int; ValueError that names it unless it is a whole number >= minimum (no bool)."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return int(value)
+
+
+def fit_frame(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Crop the centre of image to the aspect width:height, then resize (Lanczos, antialiased) to that size.
+
+    Returns the very same image if it has that size already. The mode is kept; give RGB or L.
+
+    Raises:
+        TypeError: image is no PIL image.
+        ValueError: height or width is not a positive integer.
+    """
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
+    size = (checked_int("width", width), checked_int("height", height))
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return image in mode RGB: transparency is dropped, grey of 16 bits is scaled to 8 bits."""
+    if image.mode.startswith("I"):
+        # PIL clips these at 255 instead of scaling, so that most of a 16-bit picture would turn white.
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read one image, upright (EXIF orientation applied) and RGB; ValueError names an unreadable file."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def rgb_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray) -> Iterator[Image.Image]:
+    """Yield every frame as an RGB image, checked to have the size of the first.
+
+    Args:
+        frames: PIL images or uint8 arrays [H, W, 3] (also from a generator), or one uint8 array [T, H, W, 3].
+
+    Raises:
+        TypeError: frames is not iterable, or a frame is neither image nor uint8 array.
+        ValueError: there is no frame, an array has another shape, or a frame another size than frame 0.
+    """
+    if isinstance(frames, (str, bytes, Image.Image)) or not isinstance(frames, Iterable):
+        raise TypeError(f"frames must be an iterable of images or arrays, got {type(frames).__name__}")
+    size = None
+    for index, frame in enumerate(frames):
+        image = _rgb_frame(frame, index)
+        size = size or image.size
+        if image.size != size:
+            raise ValueError(
+                f"frame {index} is {image.width}x{image.height}, but frame 0 is {size[0]}x{size[1]}: "
+                "all frames must have the same size"
+            )
+        yield image
+    if size is None:
+        raise ValueError("frames is empty: at least one frame is needed")
+
+
+def _rgb_frame(frame: Image.Image | np.ndarray, index: int) -> Image.Image:
+    if isinstance(frame, Image.Image):
+        return to_rgb(frame)
+    if not isinstance(frame, np.ndarray):
+        raise TypeError(f"frame {index} must be a PIL image or a uint8 array, got {type(frame).__name__}")
+    if frame.dtype != np.uint8:
+        raise TypeError(f"frame {index} has dtype {frame.dtype}, must be uint8 (0 to 255)")
+    if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+        raise ValueError(f"frame {index} has shape {list(frame.shape)}, must be [height, width, 3]")
+    return Image.fromarray(np.ascontiguousarray(frame))
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files right in folder (by suffix, no hidden ones), in natural order of names: 2 before 10."""
+    return sorted(
+        (
+            path
+            for path in folder.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        ),
+        key=_natural_key,
+    )
+
+
+def _natural_key(path: Path) -> tuple[list[str | int], str]:
+    parts = re.split(r"([0-9]+)", path.name.lower())
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], path.name
+
+
+def write_pngs(frames: Iterator[Image.Image], folder: Path, digits: int) -> None:
+    """Write frames to folder as 0.png, 1.png, ..., numbers padded to digits; all appear at once, at the end.
+
+    Until the last frame is there they lie in a hidden folder `.saving-*` inside folder, so an error leaves
+    none behind (a killed process leaves that folder). Files that are no images stay; FileExistsError if
+    folder holds images: nothing is ever overwritten, and two videos never mix.
+    """
+    if folder.is_dir() and (present := list_images(folder)):
+        raise FileExistsError(f"{folder} already holds images ({present[0].name}, ...): give an empty folder")
+    first = next(frames)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        for index, image in enumerate(chain([first], frames)):
+            image.save(Path(temporary) / f"{index:0{digits}d}.png")
+        for path in list_images(Path(temporary)):
+            path.replace(folder / path.name)
+
+
+class ImageFolder:
+    """The images of a folder as the frames of a video, in natural order of their names; no frame rate.
+
+    Raises FileNotFoundError for a missing folder, ValueError for one without images.
+    """
+
+    fps = None
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.exists():
+            raise FileNotFoundError(f"image_folder {folder} does not exist")
+        if not folder.is_dir():
+            raise ValueError(f"image_folder {folder} is not a folder; for a video file give video_file")
+        self._paths = list_images(folder)
+        if not self._paths:
+            raise ValueError(f"image_folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def common_size(self) -> tuple[int, int]:
+        """(width, height) of all images, read from their headers; ValueError names the first that differs."""
+        first = _upright_size(self._paths[0])
+        for path in self._paths[1:]:
+            size = _upright_size(path)
+            if size != first:
+                raise ValueError(
+                    f"{path} is {size[0]}x{size[1]}, but {self._paths[0].name} is {first[0]}x{first[1]}: "
+                    "give height and width to bring all frames to one size"
+                )
+        return first
+
+    def frame(self, index: int) -> Image.Image:
+        """Frame at 0 <= index < len, RGB and upright."""
+        return load_image(self._paths[index])
+
+    def stream(self) -> Iterator[Image.Image]:
+        """All frames in order, one in memory at a time."""
+        for path in self._paths:
+            yield load_image(path)
+
+    def close(self) -> None:
+        """Nothing is held open between frames."""
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(EXIF_ORIENTATION) in EXIF_QUARTER_TURNS
+            return (image.height, image.width) if turned else image.size
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
