@@ -1,0 +1,297 @@
+"""The Wan2.1 causal 3D VAE, under the official state-dict keys: videos to latents and back.
+
+Axes: B batch, T pixel frames, H/W pixel rows/columns, z latent channels, F latent frames, h/w latent
+rows/columns. The first frame is a latent frame of its own; then `temporal_factor` frames make one. Both ways
+run chunk by chunk, one latent frame each, with a cache of what causal layers need of the past: exact, and
+with a peak of memory that does not grow with the length of the video.
+Precision: the dtype of the weights; latents, their normalisation, results and blending are float32.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, Cache, Decoder, Encoder
+from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid, blend
+
+# Statistics of the latents of the published VAE, channel by channel.
+PUBLISHED_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+PUBLISHED_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+class WanVideoVAE(nn.Module):
+    """Video VAE: [B, 3, T, H, W] in [-1, 1] <-> normalised latents [B, z, F, H / 8, W / 8].
+
+    dim: channels at full resolution. z_dim: latent channels. dim_mult: multiples of dim, level by level; each
+    further level halves rows and columns. num_res_blocks: residual blocks in a level of the encoder.
+    temperal_downsample: for each step between levels, whether it halves the frames too (the spelling of the
+    published configs). latents_mean, latents_std: statistics that normalise the latents; by default the
+    published ones for 16 channels, else 0 and 1.
+    Raises ValueError for arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        dim: int = 96,
+        z_dim: int = 16,
+        dim_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        temperal_downsample: Sequence[bool] = (False, True, True),
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if min(dim, z_dim, num_res_blocks, *dim_mult) < 1:
+            raise ValueError(
+                "dim, z_dim, num_res_blocks and dim_mult must be at least 1; "
+                f"got {dim}, {z_dim}, {num_res_blocks}, {tuple(dim_mult)}"
+            )
+        if len(temperal_downsample) != len(dim_mult) - 1:
+            raise ValueError(
+                "temperal_downsample must have one entry less than dim_mult; "
+                f"got {tuple(temperal_downsample)} and {tuple(dim_mult)}"
+            )
+        self.z_dim = z_dim
+        self.spatial_factor = 2 ** len(temperal_downsample)
+        self.temporal_factor = 2 ** sum(map(bool, temperal_downsample))
+        published = z_dim == len(PUBLISHED_MEAN)
+        if latents_mean is None:
+            latents_mean = PUBLISHED_MEAN if published else [0.0] * z_dim
+        if latents_std is None:
+            latents_std = PUBLISHED_STD if published else [1.0] * z_dim
+        # Plain numbers, so that no change of the weights' dtype rounds them and no checkpoint needs them.
+        self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
+        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if len(values) != z_dim:
+                raise ValueError(f"{name} must have z_dim = {z_dim} entries; got {len(values)}")
+        if min(self.latents_std) <= 0:
+            raise ValueError(f"latents_std must be positive; got {self.latents_std}")
+
+        widths = [dim * multiple for multiple in dim_mult]
+        self.encoder = Encoder(dim, z_dim, widths, num_res_blocks, temperal_downsample)
+        self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
+        self.decoder = Decoder(z_dim, widths[::-1], num_res_blocks, temperal_downsample[::-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in."""
+        return self.conv1.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.conv1.weight.device
+
+    def encode(
+        self,
+        video: Tensor,
+        tiled: bool = False,
+        tile_size: tuple[int, int] = (34, 34),
+        tile_stride: tuple[int, int] = (18, 16),
+    ) -> Tensor:
+        """Normalised latents of a video: [B, 3, T, H, W] in [-1, 1] -> [B, z, F, h, w], float32, on the
+        weights' device.
+
+        The video may be on another device and in another floating type; it is moved chunk by chunk. If T is
+        not 4k + 1 (k times the temporal factor, plus 1), its last frame is repeated up to there.
+        tiled: cut the frames into overlapping tiles of tile_size, one every tile_stride, both (rows, columns)
+        in latent positions: less memory, near to the untiled result. Raises TypeError for a video that is not
+        of a floating type, ValueError for a wrong shape or a tiling that leaves gaps.
+        """
+        self._check_video(video)
+        batch, _, num_frames, *size = video.shape
+        grid = self._grid([n // self.spatial_factor for n in size], tiled, tile_size, tile_stride)
+        if grid is None:
+            return self._normalise(self._moments(video)[0])
+
+        def encode_tile(tile: Tile) -> Iterator[Tensor]:
+            yield self._normalise(self._moments(video[tile.area(self.spatial_factor)])[0])
+
+        num_latents = -(-(num_frames - 1) // self.temporal_factor) + 1
+        latents = torch.zeros(batch, self.z_dim, num_latents, *grid.shape, device=self.device)
+        return blend(grid, latents, 1, encode_tile)
+
+    def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, not normalised: [B, 3, T, H, W] -> two of [B, z, F, h, w], float32.
+
+        Input and errors as for `encode`.
+        """
+        self._check_video(video)
+        return self._moments(video)
+
+    def decode(
+        self,
+        latents: Tensor,
+        tiled: bool = False,
+        tile_size: tuple[int, int] = (34, 34),
+        tile_stride: tuple[int, int] = (18, 16),
+        num_frames: int | None = None,
+    ) -> Tensor:
+        """Video of normalised latents: [B, z, F, h, w] -> [B, 3, T, H, W] in [-1, 1], float32, on the device
+        of the weights.
+
+        num_frames: give only that many of the first frames, and compute no more than needed for them.
+        Tiling as for `encode`. Raises ValueError for a wrong shape, for num_frames out of range, or for a
+        tiling that leaves gaps.
+        """
+        self._check_latents(latents)
+        batch, _, num_latents, *size = latents.shape
+        available = self.temporal_factor * (num_latents - 1) + 1
+        num_frames = available if num_frames is None else num_frames
+        if not 1 <= num_frames <= available:
+            raise ValueError(f"num_frames must be 1 to {available} for these latents; got {num_frames}")
+        grid = self._grid(size, tiled, tile_size, tile_stride)
+        if grid is None:
+            chunks = (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames))
+            return _join(chunks, num_frames)
+        height, width = (n * self.spatial_factor for n in size)
+        video = torch.zeros(batch, IMAGE_CHANNELS, num_frames, height, width, device=self.device)
+
+        def decode_tile(tile: Tile) -> Iterator[Tensor]:
+            return self._pixel_chunks(latents[tile.area()], num_frames)
+
+        return blend(grid, video, self.spatial_factor, decode_tile).clamp_(-1, 1)
+
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        """The frames of `decode` as they come: one frame, then `temporal_factor` frames at a time, each chunk
+        [B, 3, t, H, W] in [-1, 1], float32.
+
+        Peak memory does not depend on F. Raises ValueError for latents of a wrong shape, at the call.
+        """
+        self._check_latents(latents)
+        num_frames = self.temporal_factor * (latents.shape[2] - 1) + 1
+        return (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames))
+
+    def _moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        cache: Cache = {}
+        moments = [
+            self.conv1(self.encoder(chunk.to(self.device, self.dtype), cache)).float()
+            for chunk in _video_chunks(video, self.temporal_factor)
+        ]
+        mean, log_variance = torch.cat(moments, dim=2).chunk(2, dim=1)
+        return mean, log_variance
+
+    def _pixel_chunks(self, latents: Tensor, num_frames: int) -> Iterator[Tensor]:
+        """Chunks of the first num_frames frames, float32, not clamped."""
+        cache: Cache = {}
+        for latent_frame in latents.split(1, dim=2):
+            if num_frames <= 0:
+                return
+            mean = self._denormalise(latent_frame.to(self.device, torch.float32)).to(self.dtype)
+            chunk = self.decoder(self.conv2(mean), cache)[:, :, :num_frames].float()
+            num_frames -= chunk.shape[2]
+            yield chunk
+
+    def _normalise(self, mean: Tensor) -> Tensor:
+        center, inverse_std = self._statistics()
+        return (mean - center) * inverse_std
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        center, inverse_std = self._statistics()
+        return latents / inverse_std + center
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / std, float32 [z, 1, 1, 1]."""
+        rows = [self.latents_mean, self.latents_std]
+        mean, std = torch.tensor(rows, dtype=torch.float32, device=self.device)[..., None, None, None]
+        return mean, 1 / std
+
+    def _grid(
+        self, shape: Sequence[int], tiled: bool, tile_size: tuple[int, int], tile_stride: tuple[int, int]
+    ) -> TileGrid | None:
+        """The tiles of a latent picture [h, w]; None where one tile holds it all."""
+        if not tiled:
+            return None
+        grid = TileGrid(shape=tuple(shape), size=tile_size, stride=tile_stride)
+        return grid if len(grid.tiles()) > 1 else None
+
+    def _check_video(self, video: Tensor) -> None:
+        if video.ndim != 5 or video.shape[1] != IMAGE_CHANNELS or video.shape[2] == 0:
+            raise ValueError(f"video must be [B, {IMAGE_CHANNELS}, T >= 1, H, W]; got {list(video.shape)}")
+        if not video.is_floating_point():
+            raise TypeError(f"video must be of a floating type with values in [-1, 1]; got {video.dtype}")
+        height, width = video.shape[3:]
+        if min(height, width) < 1 or height % self.spatial_factor or width % self.spatial_factor:
+            raise ValueError(
+                f"height and width must be multiples of {self.spatial_factor}; got {height} x {width}"
+            )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.z_dim or 0 in latents.shape:
+            raise ValueError(
+                f"latents must be [B, {self.z_dim}, F, h, w], none of them 0; got {list(latents.shape)}"
+            )
+
+
+def _video_chunks(video: Tensor, step: int) -> Iterator[Tensor]:
+    """The first frame, then `step` frames at a time; the last frame is repeated to fill up the last chunk."""
+    yield video[:, :, :1]
+    for chunk in video[:, :, 1:].split(step, dim=2) if video.shape[2] > 1 else ():
+        missing = step - chunk.shape[2]
+        yield torch.cat([chunk, *[chunk[:, :, -1:]] * missing], dim=2) if missing else chunk
+
+
+def _join(chunks: Iterator[Tensor], num_frames: int) -> Tensor:
+    """Chunks one after the other in time, num_frames in all."""
+    first = next(chunks)
+    if first.requires_grad:
+        return torch.cat([first, *chunks], dim=2)
+    # Writing chunks where they belong keeps no second copy of the video.
+    video = first.new_empty(*first.shape[:2], num_frames, *first.shape[3:])
+    start = first.shape[2]
+    video[:, :, :start] = first
+    for chunk in chunks:
+        stop = start + chunk.shape[2]
+        video[:, :, start:stop] = chunk
+        start = stop
+    return video
+
+
+def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """Arguments of `WanVideoVAE` from the official names and shapes of its tensors.
+
+    Raises ValueError if they are not those of such a VAE.
+    """
+    for key in ("encoder.conv1.weight", "conv2.weight"):
+        if key not in shapes:
+            raise ValueError(f"not a Wan VAE: there is no tensor {key}")
+    dim, *rest = shapes["encoder.conv1.weight"]
+    if rest != [IMAGE_CHANNELS, 3, 3, 3]:
+        raise ValueError(
+            f"not a Wan VAE: encoder.conv1.weight must be [dim, {IMAGE_CHANNELS}, 3, 3, 3]; "
+            f"got {[dim, *rest]}"
+        )
+    widths: list[list[int]] = [[]]  # of the residual blocks, level by level
+    temporal = []
+    found = [int(match[1]) for key in shapes if (match := re.match(r"encoder\.downsamples\.(\d+)\.", key))]
+    for index in range(max(found, default=-1) + 1):
+        block = f"encoder.downsamples.{index}"
+        if f"{block}.residual.6.weight" in shapes:
+            widths[-1].append(shapes[f"{block}.residual.6.weight"][0])
+        elif f"{block}.resample.1.weight" in shapes:
+            temporal.append(f"{block}.time_conv.weight" in shapes)
+            widths.append([])
+        else:
+            raise ValueError(f"not a Wan VAE: {block} is neither a residual block nor a resampling")
+    num_res_blocks = len(widths[0])
+    if any(not level or len(level) != num_res_blocks or level[-1] % dim for level in widths):
+        raise ValueError(
+            "not a Wan VAE: levels of the encoder must have equally many residual blocks, of widths that are "
+            f"multiples of {dim}; got widths {widths}"
+        )
+    return {
+        "dim": dim,
+        "z_dim": shapes["conv2.weight"][0],
+        "dim_mult": tuple(level[-1] // dim for level in widths),
+        "num_res_blocks": num_res_blocks,
+        "temperal_downsample": tuple(temporal),
+    }
