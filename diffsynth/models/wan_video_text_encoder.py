@@ -1,0 +1,217 @@
+"""UMT5 text encoder of Wan2.1: transformers' UMT5EncoderModel under the official tensor names.
+
+Token ids become the rows that the DiT's cross-attention reads. Every layer has its own relative position
+bias; scores are not scaled. Attention is transformers' eager one, which computes what the official code
+computes bit for bit in float32, and whose softmax accumulates in float32 in half types too.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MAX_DISTANCE = 128  # tokens; longer distances share the last position bucket
+NORM_EPS = 1e-6
+
+# Module paths, transformers -> official. Within a block, the path after `encoder.block.<i>.`.
+_TOP = {
+    "shared": "token_embedding",
+    "encoder.embed_tokens": "token_embedding",
+    "encoder.final_layer_norm": "norm",
+}
+_BLOCK = {
+    "layer.0.layer_norm": "norm1",
+    "layer.0.SelfAttention.q": "attn.q",
+    "layer.0.SelfAttention.k": "attn.k",
+    "layer.0.SelfAttention.v": "attn.v",
+    "layer.0.SelfAttention.o": "attn.o",
+    "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+    "layer.1.layer_norm": "norm2",
+    "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+    "layer.1.DenseReluDense.wi_1": "ffn.fc1",
+    "layer.1.DenseReluDense.wo": "ffn.fc2",
+}
+_BLOCK_PATH = re.compile(r"encoder\.block\.(\d+)\.(.+)")
+
+
+class LoadResult(NamedTuple):
+    """What `load_state_dict` could not place, in official names."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def transformers_to_official_key(key: str) -> str | None:
+    """A tensor name of transformers' UMT5EncoderModel as the official name; None if it is not one.
+
+    `shared.weight` and `encoder.embed_tokens.weight`, its other name, give the same official name.
+    """
+    path, _, tensor = key.rpartition(".")
+    match = _BLOCK_PATH.fullmatch(path)
+    if match is None:
+        module = _TOP.get(path)
+    else:
+        inner = _BLOCK.get(match[2])
+        module = None if inner is None else f"blocks.{match[1]}.{inner}"
+    return None if module is None else f"{module}.{tensor}"
+
+
+def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Arguments of `WanTextEncoder` from the official names and shapes of its tensors.
+
+    Raises ValueError if they are not those of a UMT5 encoder.
+    """
+    needed = {
+        name: f"{name}.weight"
+        for name in (
+            "token_embedding",
+            "blocks.0.attn.q",
+            "blocks.0.ffn.fc1",
+            "blocks.0.pos_embedding.embedding",
+        )
+    }
+    unusable = [key for key in needed.values() if len(shapes.get(key, ())) != 2]
+    if unusable:
+        raise ValueError(f"not a UMT5 encoder: no matrix {', '.join(unusable)}")
+    vocab, dim = shapes[needed["token_embedding"]]
+    num_buckets, num_heads = shapes[needed["blocks.0.pos_embedding.embedding"]]
+    blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+    return {
+        "vocab": vocab,
+        "dim": dim,
+        "dim_attn": shapes[needed["blocks.0.attn.q"]][0],
+        "dim_ffn": shapes[needed["blocks.0.ffn.fc1"]][0],
+        "num_heads": num_heads,
+        "num_layers": max(blocks) + 1,
+        "num_buckets": num_buckets,
+    }
+
+
+class WanTextEncoder(nn.Module):
+    """UMT5 encoder; the default sizes are those of umt5-xxl.
+
+    Weights load and save under the official names. Built under `torch.device("meta")` and loaded with
+    `assign=True`, it takes the given tensors themselves and makes no copy. It has no dropout and starts in
+    eval mode. Raises ValueError if a size is not positive or dim_attn is not a multiple of num_heads.
+    """
+
+    def __init__(
+        self,
+        vocab: int = 256384,
+        dim: int = 4096,
+        dim_attn: int = 4096,
+        dim_ffn: int = 10240,
+        num_heads: int = 64,
+        num_layers: int = 24,
+        num_buckets: int = 32,
+    ) -> None:
+        sizes = {
+            "vocab": vocab,
+            "dim": dim,
+            "dim_attn": dim_attn,
+            "dim_ffn": dim_ffn,
+            "num_heads": num_heads,
+            "num_layers": num_layers,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1; got {size}")
+        if dim_attn % num_heads:
+            raise ValueError(f"dim_attn must be a multiple of num_heads={num_heads}; got {dim_attn}")
+        if num_buckets < 4 or num_buckets % 4:
+            raise ValueError(f"num_buckets must be a positive multiple of 4; got {num_buckets}")
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        super().__init__()
+        self.vocab, self.dim = vocab, dim
+        config = UMT5Config(
+            vocab_size=vocab,
+            d_model=dim,
+            d_kv=dim_attn // num_heads,
+            d_ff=dim_ffn,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            relative_attention_num_buckets=num_buckets,
+            relative_attention_max_distance=MAX_DISTANCE,
+            layer_norm_epsilon=NORM_EPS,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            attn_implementation="eager",
+        )
+        # The stack alone: around it is only a second name of the embedding, which would have to be kept tied.
+        self.encoder = UMT5EncoderModel(config).encoder
+        self.num_loads = 0
+        self.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the encoder computes in; linear layers may be stored in another dtype."""
+        return self.encoder.final_layer_norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.final_layer_norm.weight.device
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids [B, L] and mask [B, L] (1 where ids are real, 0 at padding; None: all real) -> [B, L, dim].
+
+        Rows at padding are computed like any other and mean nothing. Raises ValueError for other shapes.
+        """
+        if ids.ndim != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids must be [B, L] with L at least 1; got shape {tuple(ids.shape)}")
+        if mask is None:
+            mask = torch.ones_like(ids)
+        if mask.shape != ids.shape:
+            raise ValueError(f"mask must have the shape of ids, {tuple(ids.shape)}; got {tuple(mask.shape)}")
+        return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    def state_dict(
+        self,
+        *,
+        destination: dict[str, Tensor] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+    ) -> dict[str, Tensor]:
+        """The weights under their official names; arguments as in `torch.nn.Module`."""
+        destination = {} if destination is None else destination
+        for key, value in self.encoder.state_dict(keep_vars=keep_vars).items():
+            destination[prefix + _official(key)] = value
+        return destination
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> LoadResult:
+        """Load weights by their official names; arguments as in `torch.nn.Module`.
+
+        Raises RuntimeError, before anything is changed, for a wrong shape and, if strict, for missing or
+        unexpected names. Each call counts up `num_loads`, by which caches of results tell old weights.
+        """
+        own = self.encoder.state_dict()
+        stack_key = {_official(key): key for key in own}
+        missing = [key for key in stack_key if key not in state_dict]
+        unexpected = [key for key in state_dict if key not in stack_key]
+        found = {stack_key[key]: value for key, value in state_dict.items() if key in stack_key}
+        problems = [
+            f"{_official(key)} has shape {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+            for key, value in found.items()
+            if value.shape != own[key].shape
+        ]
+        if strict and missing:
+            problems.append(f"missing: {', '.join(missing)}")
+        if strict and unexpected:
+            problems.append(f"unexpected: {', '.join(unexpected)}")
+        if problems:
+            raise RuntimeError(f"these are not the weights of this WanTextEncoder: {'; '.join(problems)}")
+        self.encoder.load_state_dict(found, strict=False, assign=assign)
+        self.num_loads += 1
+        return LoadResult(missing, unexpected)
+
+
+def _official(stack_key: str) -> str:
+    """The official name of a tensor of the bare encoder stack."""
+    official = transformers_to_official_key(f"encoder.{stack_key}")
+    assert official is not None, stack_key
+    return official

@@ -1,0 +1,154 @@
+"""The UMT5 tokenizer of a checkpoint: text to token ids, with the end token last.
+
+`tokenizer.json` is read by the `tokenizers` package, or else `spiece.model` by `sentencepiece`; both give the
+same ids. Neither goes through transformers, whose T5 classes change the id of unknown characters.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+END_ID = 1
+END_PIECE = "</s>"
+JSON_FILE, PIECE_FILE = "tokenizer.json", "spiece.model"
+_DOWNLOAD = "python examples/download_model.py --model 1.3b"
+# Where checkpoints keep the tokenizer, seen from the folder of the text encoder's weights.
+_PLACES = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")
+# Top-level fields of a sentencepiece model: pieces, trainer, normaliser. The last one is written last.
+_MODEL_FIELDS = {1, 2, 3}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WanTokenizer:
+    """Turns text into ids; see `load_tokenizer`.
+
+    pieces: text -> ids without the end token. vocab_size: number of ids. file: what it was read from.
+    """
+
+    pieces: Callable[[str], list[int]]
+    vocab_size: int
+    file: Path
+
+    def encode(self, text: str, max_length: int | None = 512) -> list[int]:
+        """Ids of a text and the end token, at most max_length of them; None: all of them.
+
+        Special tokens written in the text ("</s>", "<pad>") are ordinary text.
+        """
+        ids = self.pieces(text)
+        return [*ids, END_ID] if max_length is None else cut([*ids, END_ID], max_length)
+
+    def __call__(self, texts: Sequence[str], max_length: int | None = 512) -> list[list[int]]:
+        """`encode` for each text; lengths differ, nothing is padded."""
+        return [self.encode(text, max_length) for text in texts]
+
+
+def cut(ids: list[int], max_length: int) -> list[int]:
+    """At most max_length ids, the end token kept. Raises ValueError if max_length is below 1."""
+    if max_length < 1:
+        raise ValueError(f"max_length must be at least 1, the end token; got {max_length}")
+    return ids if len(ids) <= max_length else [*ids[: max_length - 1], END_ID]
+
+
+def load_tokenizer(folder: str | Path) -> WanTokenizer:
+    """The tokenizer in a folder that holds tokenizer.json or spiece.model; the former is preferred.
+
+    Raises FileNotFoundError if it holds neither and ValueError for a damaged or foreign file, naming it.
+    """
+    folder = Path(folder)
+    if (folder / JSON_FILE).is_file():
+        return _from_json(folder / JSON_FILE)
+    if (folder / PIECE_FILE).is_file():
+        return _from_pieces(folder / PIECE_FILE)
+    raise FileNotFoundError(
+        f"tokenizer folder {folder} holds neither {JSON_FILE} nor {PIECE_FILE}; fetch them by: {_DOWNLOAD}"
+    )
+
+
+def find_tokenizer(weights_folder: str | Path) -> Path:
+    """The tokenizer's folder of a checkpoint, looked for around the folder of the text encoder's weights.
+
+    Raises FileNotFoundError naming the places.
+    """
+    places = [Path(weights_folder) / place for place in _PLACES]
+    for place in places:
+        if any((place / name).is_file() for name in (JSON_FILE, PIECE_FILE)):
+            return place
+    raise FileNotFoundError(
+        f"no {JSON_FILE} or {PIECE_FILE} in any of {', '.join(map(str, places))}; fetch them by: {_DOWNLOAD}"
+    )
+
+
+def _from_json(file: Path) -> WanTokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        _make_special_tokens_unmatchable(content)
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"{file} is damaged or not a UMT5 tokenizer ({error!r}); fetch it again") from error
+    return WanTokenizer(
+        pieces=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        vocab_size=tokenizer.get_vocab_size(),
+        file=file,
+    )
+
+
+def _make_special_tokens_unmatchable(content: dict) -> None:
+    """Edit a tokenizer.json so that its special tokens are never found in text, as sentencepiece has it.
+
+    It is not enough to drop them from the added tokens: they also stand in the vocabulary, with the best
+    score of all. A piece with a blank never matches, since blanks have become U+2581 before.
+    """
+    vocab = content["model"]["vocab"]
+    if vocab[END_ID][0] != END_PIECE:
+        raise ValueError(f"id {END_ID} is {vocab[END_ID][0]!r}, not {END_PIECE!r}")
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+    content["model"]["vocab"] = [
+        [f" {piece}" if piece in special else piece, score] for piece, score in vocab
+    ]
+    content["post_processor"] = None
+    content["truncation"] = content["padding"] = None
+
+
+def _from_pieces(file: Path) -> WanTokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    model = file.read_bytes()
+    processor = SentencePieceProcessor()
+    try:
+        # A model cut between two pieces still loads, without its last words and its settings.
+        if not _top_level_fields(model) >= _MODEL_FIELDS:
+            raise ValueError("the file is cut short")
+        processor.LoadFromSerializedProto(model)
+        if processor.eos_id() != END_ID:
+            raise ValueError(f"id of {END_PIECE!r} is {processor.eos_id()}, not {END_ID}")
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or not a UMT5 tokenizer ({error!r}); fetch it again") from error
+    return WanTokenizer(pieces=processor.encode, vocab_size=processor.vocab_size(), file=file)
+
+
+def _top_level_fields(message: bytes) -> set[int]:
+    """Numbers of the length-delimited fields of a protobuf message. Raises IndexError if it is cut short."""
+    fields, position = set(), 0
+    while position < len(message):
+        tag, position = _varint(message, position)
+        length, position = _varint(message, position)
+        position += length
+        fields.add(tag >> 3)
+    if position > len(message):
+        raise IndexError("the last field is cut short")
+    return fields
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """A protobuf integer (seven bits a byte, lowest first) and the position after it."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position

@@ -1,0 +1,145 @@
+"""Prompts to the text rows that the DiT reads: cleaning, tokens, UMT5, zero rows up to the text length.
+
+Each prompt is encoded at its own length: what stands under padding changes nothing before it, so 512
+positions need not be computed for a prompt of twenty. Results are remembered.
+"""
+
+import html
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from diffsynth.prompters.tokenizer import WanTokenizer, cut, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE_SIZE = 64  # prompts; umt5-xxl needs 8 kB a token in bfloat16, so 4 MB at most for each
+_Key = tuple[tuple[int, ...], torch.dtype, int]
+
+
+class TextEncoder(Protocol):
+    """What the prompter needs of a text encoder; see `WanTextEncoder`."""
+
+    vocab: int
+    dim: int
+    num_loads: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids [B, L] -> [B, L, dim]."""
+
+
+def clean_prompt(text: str) -> str:
+    """The official cleaning: broken Unicode and HTML entities are repaired, each run of white space becomes
+    one blank. Raises TypeError if it is not text.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"prompt must be a str; got {text!r}")
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class WanPrompter:
+    """Encodes prompts and remembers the last `cache_size` results of each text encoder.
+
+    text_len: number of rows that the DiT reads, 512 in every Wan2.1 model. Results are kept on the CPU,
+    without their zero rows, as long as their encoder lives; the encoder's `load_state_dict` outdates them.
+    After weights were changed in any other way, call `clear`.
+    """
+
+    def __init__(
+        self, tokenizer: WanTokenizer, text_len: int = 512, cache_size: int = DEFAULT_CACHE_SIZE
+    ) -> None:
+        for name, value in (("text_len", text_len), ("cache_size", cache_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        self.tokenizer, self.text_len, self.cache_size = tokenizer, text_len, cache_size
+        self._results: WeakKeyDictionary[TextEncoder, OrderedDict[_Key, Tensor]] = WeakKeyDictionary()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, text_len: int = 512) -> "WanPrompter":
+        """A prompter over the tokenizer in a folder; raises as `load_tokenizer`."""
+        return cls(load_tokenizer(folder), text_len)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str], text_encoder: TextEncoder) -> Tensor:
+        """Rows [B, text_len, dim] of one prompt or several, in the encoder's dtype and on its device.
+
+        Rows after a prompt's own length are zero. A prompt of more than text_len tokens is cut, with a
+        warning. Raises TypeError or ValueError if it is not text, ValueError if the tokenizer has more words
+        than the encoder, RuntimeError if the encoder gives values that are not finite.
+        """
+        sequences = self._tokenise(prompt)
+        rows = torch.zeros(
+            len(sequences),
+            self.text_len,
+            text_encoder.dim,
+            dtype=text_encoder.dtype,
+            device=text_encoder.device,
+        )
+        for i, ids in enumerate(sequences):
+            if len(ids) > self.text_len:
+                logger.warning(
+                    "prompt %d has %d tokens; the last %d are cut, %d are used",
+                    i,
+                    len(ids),
+                    len(ids) - self.text_len,
+                    self.text_len,
+                )
+                ids = cut(ids, self.text_len)
+            rows[i, : len(ids)] = self._encode(ids, text_encoder)
+        return rows
+
+    def cached(self, prompt: str | Sequence[str], text_encoder: TextEncoder) -> bool:
+        """Whether `encode_prompt` would find everything remembered, and so not run the encoder."""
+        results = self._results.get(text_encoder, {})
+        return all(_key(cut(ids, self.text_len), text_encoder) in results for ids in self._tokenise(prompt))
+
+    def clear(self) -> None:
+        """Forget all results."""
+        self._results.clear()
+
+    def _tokenise(self, prompt: str | Sequence[str]) -> list[list[int]]:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
+            raise TypeError(f"prompt must be a str or a list of str; got {prompt!r}")
+        if not prompts:
+            raise ValueError("prompt must hold at least one text; got an empty list")
+        return self.tokenizer([clean_prompt(text) for text in prompts], max_length=None)
+
+    def _encode(self, ids: list[int], text_encoder: TextEncoder) -> Tensor:
+        """Rows [len(ids), dim] on the CPU."""
+        results = self._results.setdefault(text_encoder, OrderedDict())
+        key = _key(ids, text_encoder)
+        if key in results:
+            results.move_to_end(key)
+            return results[key]
+        if max(ids) >= text_encoder.vocab:
+            raise ValueError(
+                f"{self.tokenizer.file} does not belong to this text encoder: "
+                f"it gives token {max(ids)}, the encoder knows {text_encoder.vocab}"
+            )
+        rows = text_encoder(torch.tensor([ids], device=text_encoder.device))[0].cpu()
+        if not rows.isfinite().all():
+            raise RuntimeError(
+                f"the text encoder gave values that are not finite in {text_encoder.dtype}; "
+                "load it in bfloat16 or float32"
+            )
+        results[key] = rows
+        if len(results) > self.cache_size:
+            results.popitem(last=False)
+        return rows
+
+
+def _key(ids: list[int], text_encoder: TextEncoder) -> _Key:
+    return tuple(ids), text_encoder.dtype, text_encoder.num_loads

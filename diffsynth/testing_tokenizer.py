@@ -1,0 +1,101 @@
+"""A small tokenizer in the layout of google/umt5-xxl, trained on the sentences below."""
+
+import io
+import json
+from pathlib import Path
+
+_SENTENCES = """
+A red car drives along a wet road at night.
+A brown dog runs on the green grass in the park.
+A white horse gallops over the beach in slow motion.
+Two people walk slowly across a stone bridge.
+The camera turns around a wooden boat on a quiet lake.
+A black cat jumps from the table to the window.
+An old man plays the violin on a small stage.
+A yellow bus waits at the corner of a busy street.
+Waves break on the rocks under a cloudy sky.
+A young woman dances in front of a blue wall.
+Snow falls on the roofs of a mountain village.
+A robot waters flowers in a glass house, close shot.
+The camera moves forward through a dark forest.
+A child throws a ball, and the dog brings it back.
+A silver plane lands on a long runway at sunset.
+Leaves turn in the wind; the light is warm and soft.
+A bear rides a bicycle, cartoon style, bright colours.
+Smoke rises from a cup of coffee on the desk.
+A tiger walks towards the viewer, low angle, 4k.
+Fish swim in circles above a coral reef.
+A train passes quickly behind the tall trees.
+Is it raining? No: the street is dry, the sun shines!
+A bird with wide wings glides over the valley.
+The ship leaves the harbour (view from above).
+""".strip().splitlines()
+
+# As umt5's: these ids, and no normalisation beside white space.
+_SPECIAL = {"pad": ("<pad>", 0), "eos": ("</s>", 1), "bos": ("<s>", 2), "unk": ("<unk>", 3)}
+_MARK = "\u2581"  # stands for a blank
+
+
+def write_tokenizer(folder: str | Path, vocab_size: int = 160) -> int:
+    """Write spiece.model, the tokenizer.json made from it and their two settings files; the same every time.
+
+    vocab_size: number of ids, fewer if the sentences do not yield as many. Returns the number there is.
+    Raises ValueError if vocab_size is too small for the characters of the sentences.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    characters = set("".join(_SENTENCES).replace(" ", _MARK))
+    smallest = len(characters) + len(_SPECIAL)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest}; got {vocab_size}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _train(vocab_size)
+    (folder / "spiece.model").write_bytes(model)
+    processor = SentencePieceProcessor(model_proto=model)
+    vocab = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.vocab_size())]
+    names = {f"{name}_token": piece for name, (piece, _) in _SPECIAL.items()}
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": [], **names}
+    for file, content in (
+        ("tokenizer.json", _fast_tokenizer(vocab)),
+        ("tokenizer_config.json", json.dumps(settings, indent=2)),
+        ("special_tokens_map.json", json.dumps(names, indent=2)),
+    ):
+        (folder / file).write_text(content, encoding="utf-8")
+    return len(vocab)
+
+
+def _train(vocab_size: int) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(_SENTENCES),
+        model_writer=model,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        num_threads=1,
+        minloglevel=2,
+        **{f"{name}_id": number for name, (_, number) in _SPECIAL.items()},
+    )
+    return model.getvalue()
+
+
+def _fast_tokenizer(vocab: list[tuple[str, float]]) -> str:
+    """tokenizer.json that gives the ids of the sentencepiece model with this vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    end, end_id = _SPECIAL["eos"]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=_SPECIAL["unk"][1], byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_MARK, prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(replacement=_MARK, prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, end_id)]
+    )
+    tokenizer.add_special_tokens([piece for piece, _ in _SPECIAL.values()])
+    return tokenizer.to_str(pretty=True)
