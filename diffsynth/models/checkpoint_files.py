@@ -1,0 +1,155 @@
+"""Reading weight files: which files make up a model, and their tensors, read one at a time when asked for.
+
+Nothing here knows what the tensors mean; `model_kinds` does. Files are memory-mapped, so opening a
+checkpoint costs its header, and a tensor that is used as stored is never copied.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DOWNLOAD_HINT = "published checkpoints are fetched by: python examples/download_model.py --model 1.3b"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_WRAPPERS = ("model_state", "state_dict", "model")
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+# Where the diffusers layout keeps its weights.
+_COMPONENTS = ("transformer", "text_encoder", "vae")
+
+
+class CheckpointError(ValueError):
+    """A weight file is damaged, or is not what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a weight file; `read()` gives it on the CPU in the dtype of the file."""
+
+    file: Path
+    shape: torch.Size
+    read: Callable[[], Tensor]
+
+
+def open_weights(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    """Names and tensors of the files that make up one model.
+
+    Raises FileNotFoundError for a missing file and CheckpointError for a damaged one, for one that holds
+    more than tensors, and for a name that stands in two files; the message names the file.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"weight file {file} does not exist; {DOWNLOAD_HINT}")
+        found = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+        twice = tensors.keys() & found.keys()
+        if twice:
+            name = min(twice)
+            raise CheckpointError(f"{name!r} stands both in {tensors[name].file} and in {file}")
+        tensors.update(found)
+    prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), "")
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+
+
+def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(file, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file} is truncated or not a safetensors file ({error}); fetch it again"
+        ) from error
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: handle.get_tensor(name)
+
+    return {
+        name: StoredTensor(file, torch.Size(handle.get_slice(name).get_shape()), reader(name))
+        for name in handle.keys()  # noqa: SIM118
+    }
+
+
+def _open_pickle(file: Path) -> dict[str, StoredTensor]:
+    # Only the zip format of torch.save can be memory-mapped.
+    mapped = zipfile.is_zipfile(file)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors, or is no torch file; only plain tensor files are loaded"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} is truncated or not a torch file ({error}); fetch it again") from error
+    while isinstance(content, dict) and len(content) == 1 and next(iter(content)) in _WRAPPERS:
+        content = next(iter(content.values()))
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} does not hold a state dict (names and tensors)")
+
+    def reader(tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: tensor
+
+    return {str(name): StoredTensor(file, value.shape, reader(value)) for name, value in content.items()}
+
+
+def files_of(entry: str | Path | Sequence[str | Path]) -> list[list[Path]]:
+    """The groups of files, one group a model, that an entry of `ModelManager.load_models` names.
+
+    An entry is a weight file, a list of shards, an index (`*.index.json`), or a folder in the official or
+    diffusers layout. Raises FileNotFoundError, naming what is missing, and CheckpointError for a damaged
+    index.
+    """
+    if not isinstance(entry, str | Path):
+        return [[Path(file) for file in entry]]
+    path = Path(entry)
+    if path.is_dir():
+        groups = _files_in_folder(path)
+        if not groups:
+            raise FileNotFoundError(f"folder {path} holds no weight files; {DOWNLOAD_HINT}")
+        return groups
+    if path.name.endswith(".index.json"):
+        return [_files_of_index(path)]
+    return [[path]]
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    if not index.is_file():
+        raise FileNotFoundError(f"index {index} does not exist; {DOWNLOAD_HINT}")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not an index of safetensors shards ({error!r})") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names the shard {name!r}; shards must lie beside their index")
+    files = [index.parent / name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index.parent} lacks {len(missing)} shards of {index.name}: {_first(missing)}"
+        )
+    return files
+
+
+def _files_in_folder(folder: Path) -> list[list[Path]]:
+    groups = [_files_of_index(index) for index in sorted(folder.glob("*.index.json"))]
+    indexed = {file for group in groups for file in group}
+    loose: dict[str, list[Path]] = {}
+    for file in sorted(f for pattern in ("*.safetensors", "*.pth") for f in folder.glob(pattern)):
+        if file not in indexed:
+            loose.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    groups += loose.values()
+    for component in _COMPONENTS:
+        if (folder / component).is_dir():
+            groups += _files_in_folder(folder / component)
+    return groups
+
+
+def _first(names: Iterable[str], count: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,0 +1,165 @@
+"""LoRA files for the DiT: which layers they change, and by how much.
+
+Understood names: `<module>.lora_A[.<adapter>].weight` / `lora_B` (PEFT, diffusers),
+`<module>.lora_down.weight` / `lora_up` with an optional `<module>.alpha` (kohya, also with the flattened
+`lora_unet_` names), and `<module>.diff` / `.diff_b` (full differences of weight and bias, as distilled
+models carry them). Modules may be named the official or the diffusers way.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, open_weights
+from diffsynth.models.fp8 import Fp8Linear, pack
+from diffsynth.models.wan_video_dit_keys import official_module
+
+logger = logging.getLogger(__name__)
+
+_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.")
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?:"
+    r"(?P<down>lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight|"
+    r"(?P<up>lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight|"
+    r"(?P<alpha>alpha)|(?P<diff>diff)|(?P<diff_b>diff_b))"
+)
+
+
+@dataclass(slots=True)
+class LoraLayer:
+    """The parts of a LoRA that change one layer; parts that the file lacks are absent from `parts`."""
+
+    module: str
+    parts: dict[str, StoredTensor] = field(default_factory=dict)
+
+    def weight_delta(self, default_scale: float, shape: torch.Size) -> Tensor:
+        """What the file adds to the layer's weight at alpha 1, float32, in the weight's shape."""
+        delta = torch.zeros(shape)
+        if "diff" in self.parts:
+            delta = delta + self.parts["diff"].read().float().reshape(shape)
+        if "down" in self.parts:
+            down, up = (self.parts[name].read().float().flatten(1) for name in ("down", "up"))
+            alpha = self.parts.get("alpha")
+            scale = default_scale if alpha is None else alpha.read().item() / down.shape[0]
+            delta = delta + scale * (up @ down).reshape(shape)
+        return delta
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA file, matched to a DiT. `alpha` is the caller's strength, `default_scale` the file's where it
+    names no alpha.
+    """
+
+    path: Path
+    alpha: float
+    default_scale: float
+    layers: dict[str, LoraLayer]
+
+
+def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
+    """Open a LoRA file and match it to the DiT's layers.
+
+    Logs how many layers match and names keys that are not understood. Raises FileNotFoundError if it is
+    missing, CheckpointError if it is damaged, if half of a pair is missing or has the wrong size, or if it
+    matches no layer.
+    """
+    path = Path(path)
+    tensors = open_weights([path])
+    modules = {name: module for name, module in dit.named_modules() if hasattr(module, "weight")}
+    layers: dict[str, LoraLayer] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        match = _PART.fullmatch(key)
+        module = match and _resolve(match["module"], modules)
+        if not module:
+            unknown.append(key)
+            continue
+        part = next(name for name in ("down", "up", "alpha", "diff", "diff_b") if match[name])
+        layers.setdefault(module, LoraLayer(module)).parts[part] = tensor
+    if not layers:
+        raise CheckpointError(
+            f"LoRA {path} matches no layer of the DiT, so it would have no effect; "
+            f"its keys begin with {unknown[:3]}"
+        )
+    for name, layer in layers.items():
+        _check_sizes(path, layer, modules[name])
+    matched = len(tensors) - len(unknown)
+    logger.info("LoRA %s: %d of %d keys match, in %d layers", path.name, matched, len(tensors), len(layers))
+    if unknown:
+        logger.warning("LoRA %s leaves out %d unknown keys: %s", path.name, len(unknown), unknown[:5])
+    return Lora(path, alpha, _default_scale(path), layers)
+
+
+def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The official path of a module that a LoRA file names in its own way; None if there is no such
+    module.
+    """
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    if name.startswith("lora_unet_"):
+        flat = name.removeprefix("lora_unet_")
+        return next((path for path in modules if path.replace(".", "_") == flat), None)
+    return next((path for path in (name, official_module(name)) if path in modules), None)
+
+
+def _check_sizes(path: Path, layer: LoraLayer, module: nn.Module) -> None:
+    shape = module.weight.shape
+    parts = layer.parts
+    if ("down" in parts) != ("up" in parts):
+        raise CheckpointError(f"LoRA {path} has only one half of the pair for {layer.module}")
+    if "down" in parts:
+        rank, inputs = parts["down"].shape[0], parts["down"].shape[1:].numel()
+        given = (parts["up"].shape[0], parts["up"].shape[1:].numel(), rank, inputs)
+        if given != (shape[0], rank, rank, shape[1:].numel()):
+            raise CheckpointError(
+                f"LoRA {path} does not fit {layer.module}: weight {tuple(shape)}, "
+                f"up {tuple(parts['up'].shape)}, down {tuple(parts['down'].shape)}; it is for another model"
+            )
+    if "diff" in parts and parts["diff"].shape.numel() != shape.numel():
+        raise CheckpointError(
+            f"LoRA {path} does not fit {layer.module}: "
+            f"weight {tuple(shape)}, diff {tuple(parts['diff'].shape)}; it is for another model"
+        )
+
+
+def _default_scale(path: Path) -> float:
+    """alpha / rank of PEFT's adapter_config.json beside the file; 1 without one."""
+    config = path.parent / "adapter_config.json"
+    if not config.is_file():
+        return 1.0
+    declared = json.loads(config.read_text())
+    return declared["lora_alpha"] / declared["r"]
+
+
+def merge(
+    dit: nn.Module, base: Mapping[str, StoredTensor], loras: Iterable[Lora], modules: Iterable[str]
+) -> None:
+    """Set the named layers of the DiT to their stored weights plus what the LoRAs add, summed in float32.
+
+    Starting from the file each time makes removal exact and keeps rounding from piling up.
+    """
+    loras = list(loras)
+    for name in modules:
+        module = dit.get_submodule(name)
+        changes = [(lora, lora.layers[name]) for lora in loras if name in lora.layers]
+        weight = base[f"{name}.weight"].read().float()
+        for lora, layer in changes:
+            weight = weight + lora.alpha * layer.weight_delta(lora.default_scale, weight.shape)
+        if isinstance(module, Fp8Linear):
+            packed, scale = pack(weight)
+            module.weight, module.scale = packed.to(module.weight.device), scale.to(module.scale)
+        else:
+            module.weight.data = weight.to(module.weight)
+        if getattr(module, "bias", None) is not None and f"{name}.bias" in base:
+            bias = base[f"{name}.bias"].read().float()
+            for lora, layer in changes:
+                if "diff_b" in layer.parts:
+                    bias = bias + lora.alpha * layer.parts["diff_b"].read().float()
+            module.bias.data = bias.to(module.bias)

@@ -1,0 +1,134 @@
+"""What a set of tensors is: DiT, VAE or text encoder, under which names, with which arguments.
+
+Kinds are told by names and shapes, so any width and depth loads; official and diffusers names are understood.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_dit_keys import dit_config_from_shapes, official_key
+from diffsynth.models.wan_video_text_encoder import (
+    WanTextEncoder,
+    text_encoder_config_from_shapes,
+    transformers_to_official_key,
+)
+from diffsynth.models.wan_video_vae import WanVideoVAE, vae_config_from_shapes
+from diffsynth.models.wan_video_vae_keys import diffusers_vae_key_map
+
+Shapes = Mapping[str, tuple[int, ...]]
+Declared = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelKind:
+    """One kind of model.
+
+    official_mark and diffusers_mark: a tensor name that only this kind has, in either layout.
+    to_official: all diffusers names and shapes -> {diffusers name: official name}.
+    arguments: (official names and shapes, the config.json beside the weights) -> arguments of `factory`.
+    """
+
+    name: str
+    factory: Callable[..., nn.Module]
+    official_mark: str
+    diffusers_mark: str
+    to_official: Callable[[Shapes], dict[str, str]]
+    arguments: Callable[[Shapes, Declared], dict]
+
+
+def _renamed(rename: Callable[[str], str | None]) -> Callable[[Shapes], dict[str, str]]:
+    # A name that is not understood stays as it is, to be reported as unexpected.
+    return lambda shapes: {key: rename(key) or key for key in shapes}
+
+
+def _vae_arguments(shapes: Shapes, declared: Declared) -> dict:
+    statistics = {name: declared[name] for name in ("latents_mean", "latents_std") if name in declared}
+    return vae_config_from_shapes(shapes) | statistics
+
+
+KINDS = (
+    ModelKind(
+        name="wan_video_dit",
+        factory=WanModel,
+        official_mark="blocks.0.self_attn.q.weight",
+        diffusers_mark="condition_embedder.time_proj.weight",
+        to_official=_renamed(official_key),
+        arguments=dit_config_from_shapes,
+    ),
+    ModelKind(
+        name="wan_video_text_encoder",
+        factory=WanTextEncoder,
+        official_mark="blocks.0.pos_embedding.embedding.weight",
+        diffusers_mark="encoder.block.0.layer.0.SelfAttention.q.weight",
+        to_official=_renamed(transformers_to_official_key),
+        arguments=lambda shapes, _: text_encoder_config_from_shapes(shapes),
+    ),
+    ModelKind(
+        name="wan_video_vae",
+        factory=WanVideoVAE,
+        official_mark="decoder.upsamples.0.residual.2.weight",
+        diffusers_mark="decoder.mid_block.resnets.0.conv1.weight",
+        to_official=diffusers_vae_key_map,
+        arguments=_vae_arguments,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recognised:
+    """A model found in weight files: its kind, its tensors under official names, the arguments that build
+    it.
+    """
+
+    kind: ModelKind
+    tensors: dict[str, StoredTensor]
+    arguments: dict
+
+
+def recognise(tensors: Mapping[str, StoredTensor], declared: Declared, source: str) -> Recognised:
+    """Tell what the tensors of one model are. `source` names their files in messages.
+
+    Raises CheckpointError if they are no Wan2.1 model, or if tensors that tell the model's size are missing.
+    """
+    kind = next((k for k in KINDS if k.official_mark in tensors or k.diffusers_mark in tensors), None)
+    if kind is None:
+        raise CheckpointError(
+            f"{source} is not a Wan2.1 DiT, text encoder or VAE: "
+            f"{len(tensors)} tensors, among them {', '.join(sorted(tensors)[:3]) or 'none'}"
+        )
+    if kind.official_mark not in tensors:
+        names = kind.to_official({key: tensor.shape for key, tensor in tensors.items()})
+        tensors = {names.get(key, key): tensor for key, tensor in tensors.items()}
+    try:
+        arguments = kind.arguments({key: tensor.shape for key, tensor in tensors.items()}, declared)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{source} looks like a {kind.name}, but its size cannot be told: {error}"
+        ) from error
+    return Recognised(kind, dict(tensors), arguments)
+
+
+def check_complete(model: nn.Module, tensors: Mapping[str, StoredTensor], source: str) -> None:
+    """Compare the names and shapes that a model needs with those of its files.
+
+    Raises CheckpointError with the first five and the count of missing names, unexpected names and wrong
+    shapes.
+    """
+    needed = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    wrong = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(shape)}"
+        for key, shape in needed.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    problems = {
+        "missing": sorted(needed.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - needed.keys()),
+        "of the wrong shape": wrong,
+    }
+    found = [f"{len(keys)} {what} ({', '.join(keys[:5])})" for what, keys in problems.items() if keys]
+    if found:
+        raise CheckpointError(f"{source} does not hold a whole model; tensors: {'; '.join(found)}")

@@ -1,0 +1,174 @@
+"""ModelManager: loads the models of a checkpoint, keeps them, and merges LoRAs into the DiT."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, files_of, open_weights
+from diffsynth.models.fp8 import FP8, pack_block_linears
+from diffsynth.models.lora import Lora, merge, read_lora
+from diffsynth.models.model_kinds import Recognised, check_complete, recognise
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, FP8)
+Entry = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model, the name of its kind, and the tensors and files it was loaded from."""
+
+    name: str
+    model: nn.Module
+    tensors: dict[str, StoredTensor]
+    files: list[Path]
+
+
+class ModelManager:
+    """Loads and keeps models.
+
+    torch_dtype: what weights are stored in. `torch.float8_e4m3fn` stores the linear layers of the repeated
+    blocks in float8 and everything else in bfloat16, which is then what they compute in.
+    device: where weights are put. file_path_list: entries to load at once, as for `load_models`.
+    """
+
+    def __init__(
+        self,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        file_path_list: Sequence[Entry] = (),
+    ) -> None:
+        self.torch_dtype = _check_dtype(torch_dtype)
+        self.device = torch.device(device)
+        self.loaded: list[LoadedModel] = []
+        self.loras: list[Lora] = []
+        self.load_models(file_path_list)
+
+    def load_models(
+        self,
+        file_path_list: Sequence[Entry],
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Load several entries; each is a weight file, a list of the shards of one model, a `*.index.json`,
+        or a folder in the official or the diffusers layout, of which everything that is recognised is loaded.
+
+        torch_dtype and device replace the manager's own for these entries. Raises FileNotFoundError for what
+        is missing and CheckpointError (a ValueError) for damaged, incomplete or foreign weights, naming the
+        file.
+        """
+        if isinstance(file_path_list, str | Path):
+            raise TypeError(
+                f"file_path_list must be a list of entries; got one path, {str(file_path_list)!r}"
+            )
+        for entry in file_path_list:
+            self.load_model(entry, torch_dtype, device)
+
+    def load_model(
+        self, entry: Entry, torch_dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Load one entry of `load_models`."""
+        dtype = _check_dtype(torch_dtype or self.torch_dtype)
+        in_folder = isinstance(entry, str | Path) and Path(entry).is_dir()
+        known_before = len(self.loaded)
+        for files in files_of(entry):
+            source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+            tensors = open_weights(files)
+            try:
+                found = recognise(tensors, _declared(files[0].parent), source)
+            except CheckpointError as error:
+                if not in_folder:
+                    raise
+                logger.warning("%s; left out", error)
+                continue
+            model = _build(found, source, dtype, torch.device(device or self.device))
+            self.loaded.append(LoadedModel(found.kind.name, model, found.tensors, files))
+            logger.info(
+                "%s: %s from %s", found.kind.name, _published_name(found) or "unpublished size", source
+            )
+        if len(self.loaded) == known_before:
+            raise CheckpointError(f"{entry} holds no Wan2.1 DiT, text encoder or VAE")
+
+    def find(self, name: str) -> LoadedModel:
+        """The loaded model of a kind: "wan_video_dit", "wan_video_text_encoder" or "wan_video_vae"; of
+        several, the last loaded. Raises ValueError if there is none, naming what is there.
+        """
+        found = [entry for entry in self.loaded if entry.name == name]
+        if not found:
+            there = ", ".join(sorted({entry.name for entry in self.loaded})) or "nothing"
+            raise ValueError(f"no model {name!r} is loaded; loaded: {there}")
+        if len(found) > 1:
+            logger.warning("%d models %r are loaded; the last one is used", len(found), name)
+        return found[-1]
+
+    def fetch_model(self, name: str) -> nn.Module:
+        """The model itself; see `find`."""
+        return self.find(name).model
+
+    def load_lora(self, path: str | Path, lora_alpha: float = 1.0) -> None:
+        """Merge a LoRA file into the DiT at strength `lora_alpha`; several add up.
+
+        Raises FileNotFoundError, or CheckpointError if the file is damaged, for another model, or matches
+        nothing.
+        """
+        dit = self.find("wan_video_dit")
+        lora = read_lora(path, lora_alpha, dit.model)
+        self.loras.append(lora)
+        merge(dit.model, dit.tensors, self.loras, lora.layers)
+
+    def unload_lora(self, path: str | Path | None = None) -> None:
+        """Take a LoRA file out of the DiT again (all of them by default); the weights are bit for bit those
+        of before, read anew from their files. Raises ValueError if it is not loaded.
+        """
+        leaving = [lora for lora in self.loras if path is None or lora.path == Path(path)]
+        if not leaving and path is not None:
+            raise ValueError(f"LoRA {path} is not loaded; loaded: {[str(lora.path) for lora in self.loras]}")
+        self.loras = [lora for lora in self.loras if lora not in leaving]
+        dit = self.find("wan_video_dit")
+        merge(dit.model, dit.tensors, self.loras, {name for lora in leaving for name in lora.layers})
+
+
+def _check_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise ValueError(f"torch_dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype!r}")
+    return dtype
+
+
+def _declared(folder: Path) -> dict:
+    """The config.json beside the weights, empty if there is none."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return {}
+    try:
+        declared = json.loads(config.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{config} is not valid JSON ({error})") from error
+    return declared if isinstance(declared, dict) else {}
+
+
+def _build(found: Recognised, source: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Build a model without memory, point it at the mapped files, then convert tensor by tensor: one copy at
+    most.
+    """
+    with torch.device("meta"):
+        model = found.kind.factory(**found.arguments)
+    check_complete(model, found.tensors, source)
+    model.load_state_dict({key: tensor.read() for key, tensor in found.tensors.items()}, assign=True)
+    model.eval().requires_grad_(False)
+    if dtype == FP8:
+        pack_block_linears(model)
+        dtype = torch.bfloat16
+    return model.to(device=device, dtype=dtype)
+
+
+def _published_name(found: Recognised) -> str | None:
+    """The published name of a DiT of these sizes."""
+    same = (c.name for c in PUBLISHED.values() if dict(c.dit_kwargs) == found.arguments)
+    return next(same, None)

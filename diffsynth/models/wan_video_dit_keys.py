@@ -1,0 +1,92 @@
+"""Names of the DiT's tensors in the diffusers layout, and the model's arguments read off names and shapes."""
+
+import re
+from collections.abc import Mapping
+
+# Module paths, diffusers -> official. Within a block, the path after `blocks.<i>.`.
+_TOP = {
+    "patch_embedding": "patch_embedding",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "proj_out": "head.head",
+}
+_PROJECTIONS = {
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
+_IMAGE_PROJECTIONS = {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
+_BLOCK = {
+    **{f"attn1.{theirs}": f"self_attn.{ours}" for theirs, ours in _PROJECTIONS.items()},
+    **{
+        f"attn2.{theirs}": f"cross_attn.{ours}"
+        for theirs, ours in (_PROJECTIONS | _IMAGE_PROJECTIONS).items()
+    },
+    "norm2": "norm3",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+_BLOCK_PATH = re.compile(r"(blocks\.\d+)\.(.+)")
+
+
+def official_module(path: str) -> str | None:
+    """A module path of the diffusers layout as the official path; None if it is not one."""
+    match = _BLOCK_PATH.fullmatch(path)
+    if match is None:
+        return _TOP.get(path)
+    inner = _BLOCK.get(match[2])
+    return None if inner is None else f"{match[1]}.{inner}"
+
+
+def official_key(key: str) -> str | None:
+    """A tensor name of the diffusers layout as the official name; None if it is not one."""
+    if key == "scale_shift_table":
+        return "head.modulation"
+    path, _, tensor = key.rpartition(".")
+    if tensor == "scale_shift_table" and _BLOCK_PATH.fullmatch(f"{path}.x"):
+        return f"{path}.modulation"
+    module = official_module(path)
+    return None if module is None else f"{module}.{tensor}"
+
+
+def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapping[str, object]) -> dict:
+    """Arguments of `WanModel` from the official names and shapes of its tensors.
+
+    Shapes do not tell the number of heads: it comes from `declared` (the config.json beside the weights,
+    official or diffusers style), else heads are 128 wide, as in every published model. Raises ValueError if
+    neither fits.
+    """
+    dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
+    num_heads = declared.get("num_heads", declared.get("num_attention_heads"))
+    if num_heads is None:
+        if dim % 128:
+            raise ValueError(
+                f"cannot tell the number of heads of a DiT of width {dim}: "
+                "put a config.json with num_heads beside the weights"
+            )
+        num_heads = dim // 128
+    blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+    return {
+        "dim": dim,
+        "in_dim": in_dim,
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "out_dim": shapes["head.head.weight"][0] // (patch_size[0] * patch_size[1] * patch_size[2]),
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+        "num_heads": num_heads,
+        "num_layers": max(blocks) + 1,
+        "eps": declared.get("eps", 1e-6),
+        "patch_size": tuple(patch_size),
+        "has_image_input": "img_emb.proj.0.weight" in shapes,
+        "text_len": declared.get("text_len", 512),
+    }

@@ -1,0 +1,119 @@
+"""Small stand-ins for tests and first tries: checkpoints with random weights and a clip with known motion.
+
+A checkpoint written here has the official layout and the real model classes at toy size; it makes noise, not
+pictures.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffsynth.data import save_video
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_text_encoder import WanTextEncoder
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.testing_tokenizer import write_tokenizer
+
+# Arguments of the DiT, of the text encoder (but its vocabulary) and of the VAE, by size.
+SIZES: dict[str, tuple[dict, dict, dict]] = {
+    "tiny": (
+        {"dim": 24, "ffn_dim": 48, "freq_dim": 32, "num_heads": 2, "num_layers": 2},
+        {"dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 4, "num_layers": 2, "num_buckets": 32},
+        {"dim": 4},
+    ),
+    "deep": (
+        {"dim": 48, "ffn_dim": 96, "freq_dim": 32, "num_heads": 4, "num_layers": 16},
+        {"dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 4, "num_layers": 2, "num_buckets": 32},
+        {"dim": 4},
+    ),
+}
+
+
+def write_checkpoint(directory: str | Path, size: str = "tiny", seed: int = 0) -> Path:
+    """Write a random, seeded checkpoint in the official layout: a sharded DiT, a .pth text encoder, a .pth
+    VAE, a tokenizer.
+
+    Returns the directory. Raises ValueError for an unknown size and FileExistsError if the directory has
+    files in it.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
+    directory = Path(directory)
+    if directory.is_dir() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} has files in it; write the checkpoint to a new folder")
+    dit_kwargs, text_kwargs, vae_kwargs = SIZES[size]
+    vocab = write_tokenizer(directory / "google" / "umt5-xxl")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = WanVideoVAE(**vae_kwargs)
+        text = WanTextEncoder(vocab=vocab, **text_kwargs)
+        dit = WanModel(in_dim=vae.z_dim, out_dim=vae.z_dim, text_dim=text_kwargs["dim"], **dit_kwargs)
+        for model in (dit, text, vae):
+            _randomise(model)
+    _write_sharded(directory, dit)
+    config = {"_class_name": "WanModel", "model_type": "t2v", "text_len": dit.text_len, "eps": dit.eps}
+    config |= {"in_dim": dit.in_dim, "out_dim": dit.out_dim, **dit_kwargs}
+    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    torch.save(_weights(text, torch.bfloat16), directory / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(_weights(vae, torch.float32), directory / "Wan2.1_VAE.pth")
+    return directory
+
+
+def _randomise(model: nn.Module) -> None:
+    """Give every tensor values of a size that keeps signals alive through the model; biases and gains differ
+    too.
+    """
+    for parameter in model.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        noise = torch.randn_like(parameter)
+        if parameter.ndim == 1 or fan_in == 1:
+            parameter.data = parameter.data + 0.1 * noise
+        else:
+            parameter.data = noise / fan_in**0.5
+
+
+def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {key: value.detach().to(dtype).contiguous() for key, value in model.state_dict().items()}
+
+
+def _write_sharded(directory: Path, dit: WanModel, num_shards: int = 2) -> None:
+    from safetensors.torch import save_file
+
+    weights = _weights(dit, torch.float32)
+    names = list(weights)
+    weight_map = {}
+    for shard in range(num_shards):
+        file = f"diffusion_pytorch_model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        keys = names[shard * len(names) // num_shards : (shard + 1) * len(names) // num_shards]
+        save_file({key: weights[key] for key in keys}, directory / file)
+        weight_map |= dict.fromkeys(keys, file)
+    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
+    (directory / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_clip(
+    path: str | Path,
+    num_frames: int = 17,
+    height: int = 96,
+    width: int = 160,
+    velocity: tuple[int, int] = (1, 4),
+) -> Path:
+    """Write a video of a bright square on a shaded background that moves by `velocity` (rows, columns)
+    pixels a frame.
+
+    The square starts at a quarter of the picture and wraps around its borders.
+    """
+    rows, cols = np.mgrid[0:height, 0:width]
+    background = np.stack(
+        [rows * 120 // height, cols * 120 // width, (rows + cols) * 60 // (height + width)], axis=-1
+    )
+    side = height // 4
+    frames = []
+    for t in range(num_frames):
+        top, left = height // 4 + t * velocity[0], width // 4 + t * velocity[1]
+        inside = ((rows - top) % height < side) & ((cols - left) % width < side)
+        frames.append(np.where(inside[..., None], (240, 200, 40), background).astype(np.uint8))
+    return save_video(frames, path, fps=15, quality=8)
