@@ -19,7 +19,6 @@ setup(
         "tokenizers>=0.20",
         "transformers>=4.46",
         "sentencepiece>=0.2",
-        "imageio>=2.31",
         "imageio-ffmpeg>=0.5",
         "modelscope>=1.15",
     ],

@@ -5,9 +5,10 @@ import torch
 
 from diffsynth.models.wan_video_dit import RMSNorm, WanModel, rotary_table, rotate
 
-CONSTRUCTOR = (
-    "dim in_dim ffn_dim out_dim text_dim freq_dim num_heads num_layers text_len eps patch_size".split()
-)
+CONSTRUCTOR = {
+    "dim", "in_dim", "ffn_dim", "out_dim", "text_dim", "freq_dim", "num_heads", "num_layers", "text_len",
+    "eps", "patch_size",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+"""What a run cost: seconds, DiT block calls, gradient evaluations, peak memory; kept as one JSON line a
+run.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.vram_management import peak_memory, reset_peak_memory, synchronize
+
+
+@dataclass(slots=True)
+class RunCost:
+    """Cost of one denoising run. Field names `seed`, `time_guidance` and `time_gen` are those of the
+    released code.
+
+    time_guidance: seconds of each guided step's guidance. time_gen: seconds of the whole denoising, guidance
+    included. peak_memory: bytes allocated on an accelerator, or the process's largest resident size on a CPU.
+    """
+
+    seed: int
+    mode: str
+    num_inference_steps: int
+    time_guidance: list[float] = field(default_factory=list)
+    time_gen: float = 0.0
+    gradient_evaluations: int = 0
+    dit_block_calls: int = 0
+    peak_memory: int = 0
+
+    def append_to(self, folder: str | Path) -> None:
+        """Add this run as a line to `latency.jsonl` in a folder, which is made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "latency.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(self)) + "\n")
+
+
+@contextmanager
+def measured(cost: RunCost, dit: WanModel, device: torch.device) -> Iterator[RunCost]:
+    """Fill in time, block calls and peak memory of what runs inside this context."""
+
+    def count(*_: object) -> None:
+        cost.dit_block_calls += 1
+
+    hooks = [block.register_forward_hook(count) for block in dit.blocks]
+    reset_peak_memory(device)
+    started = time.perf_counter()
+    try:
+        yield cost
+    finally:
+        synchronize(device)
+        cost.time_gen = time.perf_counter() - started
+        cost.peak_memory = peak_memory(device)
+        for hook in hooks:
+            hook.remove()

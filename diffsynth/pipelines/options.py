@@ -1,0 +1,102 @@
+"""The arguments of one generation, checked before any heavy work."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from diffsynth.schedulers import SAMPLERS
+
+logger = logging.getLogger(__name__)
+
+MODES = ("No_transfer",)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationOptions:
+    """What a generation does, apart from prompts, reference and callbacks.
+
+    height, width: pixels. num_frames: of the output, any count from 1.
+    num_inference_steps: denoising steps. denoising_strength: in (0, 1], how far towards noise the reference
+    is taken. cfg_scale: classifier-free guidance, v_neg + cfg_scale * (v_pos - v_neg); 1 runs the positive
+    prompt alone. sigma_shift: of the noise schedule. seed: of the noise; rand_device: where it is drawn.
+    tiled, tile_size, tile_stride: spatial tiling of the VAE, (rows, columns) in latent units.
+    tea_cache_l1_thresh: None for no TeaCache. tea_cache_model_id: "" to infer it from the DiT's size.
+    batch_cfg: both prompts in one DiT call (True), two calls (False), or by memory (None).
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    denoising_strength: float
+    cfg_scale: float
+    sigma_shift: float
+    seed: int
+    rand_device: str
+    tiled: bool
+    tile_size: tuple[int, int]
+    tile_stride: tuple[int, int]
+    sampler: str
+    mode: str
+    tea_cache_l1_thresh: float | None
+    tea_cache_model_id: str
+    batch_cfg: bool | None
+    output_type: str
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "num_frames", "num_inference_steps"):
+            _check_whole(name, getattr(self, name))
+        _check(0 < self.denoising_strength <= 1, "denoising_strength", self.denoising_strength, "in (0, 1]")
+        _check(math.isfinite(self.cfg_scale), "cfg_scale", self.cfg_scale, "a finite number")
+        _check(0 < self.sigma_shift < math.inf, "sigma_shift", self.sigma_shift, "a number above 0")
+        _check(-(2**63) <= self.seed < 2**64, "seed", self.seed, "a whole number of at most 64 bits")
+        _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("output_type", self.output_type, OUTPUT_TYPES)
+        try:
+            torch.device(self.rand_device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"rand_device is {self.rand_device!r}, which is no torch device ({error})"
+            ) from error
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+
+def _check(good: bool, name: str, given: object, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"{name} must be {allowed}; got {given!r}")
+
+
+def _check_whole(name: str, given: object) -> None:
+    whole = isinstance(given, int) and not isinstance(given, bool)
+    _check(whole and given >= 1, name, given, "a whole number of at least 1")
+
+
+def _check_choice(name: str, given: object, known: Sequence[str]) -> None:
+    _check(given in known, name, given, f"one of {', '.join(known)}")
+
+
+def round_size(name: str, pixels: int, multiple: int) -> int:
+    """Pixels rounded up to a multiple, with a warning that says so. Raises ValueError below 1."""
+    _check_whole(name, pixels)
+    rounded = -(-pixels // multiple) * multiple
+    if rounded != pixels:
+        logger.warning("%s %d is not a multiple of %d: rounded up to %d", name, pixels, multiple, rounded)
+    return rounded
+
+
+def prompt_list(name: str, given: object) -> list[str]:
+    """One prompt or several as a list. Raises TypeError if it is not text, ValueError if it is an empty
+    list.
+    """
+    prompts = [given] if isinstance(given, str) else given
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError(f"{name} must be a str or a list of str; got {given!r}")
+    _check(len(prompts) > 0, name, given, "at least one prompt")
+    return list(prompts)

@@ -1,0 +1,362 @@
+"""WanVideoPipeline: from a prompt and a reference video to frames.
+
+Orchestration only: prompts are encoded, the reference is encoded, latents are noised, denoised and decoded;
+the maths is in the rooms that this file calls.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffsynth.configs.locate import checkpoint_folder
+from diffsynth.models.model_manager import ModelManager
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_text_encoder import WanTextEncoder
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.pipelines.denoise import batch_of_two_fits, denoise, guided_velocity
+from diffsynth.pipelines.frames import Video, chunks_to_uint8, frame_size, video_to_tensor
+from diffsynth.pipelines.latency import RunCost, measured
+from diffsynth.pipelines.options import GenerationOptions, prompt_list, round_size
+from diffsynth.pipelines.tea_cache import TeaCache, tea_cache_model_id
+from diffsynth.prompters import WanPrompter
+from diffsynth.prompters.tokenizer import find_tokenizer
+from diffsynth.schedulers import make_scheduler
+from diffsynth.vram_management import Residency, choose_device
+
+logger = logging.getLogger(__name__)
+
+Frames = list[Image.Image] | np.ndarray | Tensor
+
+
+class WanVideoPipeline:
+    """Text-to-video and video-to-video with Wan2.1. Build it by `from_pretrained` or `from_model_manager`."""
+
+    def __init__(
+        self,
+        dit: WanModel,
+        text_encoder: WanTextEncoder,
+        vae: WanVideoVAE,
+        prompter: WanPrompter,
+        device: str | torch.device = "auto",
+    ) -> None:
+        if dit.has_image_input or dit.in_dim != vae.z_dim:
+            raise ValueError(
+                f"this pipeline takes a text-to-video DiT of {vae.z_dim} input channels; got one with "
+                f"in_dim={dit.in_dim}, has_image_input={dit.has_image_input}"
+            )
+        if dit.text_dim != text_encoder.dim:
+            raise ValueError(
+                f"the DiT takes text of width {dit.text_dim}, the text encoder gives {text_encoder.dim}"
+            )
+        self.dit, self.text_encoder, self.vae, self.prompter = dit, text_encoder, vae, prompter
+        self.device = choose_device(device)
+        models = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
+        self.residency = Residency(models, self.device)
+        self._interrupted = threading.Event()
+
+    @classmethod
+    def from_model_manager(
+        cls,
+        model_manager: ModelManager,
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        tokenizer_path: str | Path | None = None,
+    ) -> "WanVideoPipeline":
+        """A pipeline over the DiT, text encoder and VAE of a manager.
+
+        torch_dtype: what DiT and text encoder compute in (as loaded by default); the VAE stays as loaded.
+        device: the manager's by default. tokenizer_path: a folder; by default it is looked for beside the
+        text encoder's weights. Raises ValueError if a model is missing or they do not belong together,
+        FileNotFoundError without a tokenizer.
+        """
+        dit, text, vae = (
+            model_manager.find(name) for name in ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
+        )
+        tokenizer = find_tokenizer(text.files[0].parent) if tokenizer_path is None else Path(tokenizer_path)
+        if torch_dtype is not None:
+            dit.model.to(torch_dtype)
+            text.model.to(torch_dtype)
+        prompter = WanPrompter.from_folder(tokenizer, text_len=dit.model.text_len)
+        device = model_manager.device if device is None else device
+        return cls(dit.model, text.model, vae.model, prompter, device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device = "auto",
+        vae_dtype: torch.dtype = torch.float32,
+    ) -> "WanVideoPipeline":
+        """A pipeline from a checkpoint folder in the official or diffusers layout, or from "1.3b" or "14b"
+        below models/.
+
+        torch_dtype: bfloat16 on an accelerator and float32 on a CPU by default; float8_e4m3fn stores weights
+        in float8. The VAE runs in float32, as the official one, unless vae_dtype says otherwise.
+        """
+        folder = checkpoint_folder(path)
+        chosen = choose_device(device)
+        if torch_dtype is None:
+            torch_dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
+        manager = ModelManager(torch_dtype=torch_dtype)
+        manager.load_models([folder])
+        manager.fetch_model("wan_video_vae").to(vae_dtype)
+        return cls.from_model_manager(manager, device=chosen)
+
+    def __repr__(self) -> str:
+        sizes = f"DiT width {self.dit.dim}, {self.dit.num_layers} blocks, {self.dit.dtype}"
+        return f"WanVideoPipeline({sizes}, device={self.device}, offload={self.residency.offload})"
+
+    def enable_cpu_offload(self) -> None:
+        """Keep models on the CPU and bring each to the device only for the stage that uses it."""
+        self.residency.offload = True
+        self.residency.rest()
+
+    def enable_vram_management(self, num_persistent_param_in_dit: int | None = None) -> None:
+        """Save accelerator memory: models rest on the CPU and come stage by stage, the DiT as a whole.
+
+        num_persistent_param_in_dit: None, as in the original, keeps the whole DiT on the device while it
+        denoises. A number is accepted but keeps the whole DiT there too, and a warning says so.
+        """
+        if num_persistent_param_in_dit is not None:
+            logger.warning(
+                "num_persistent_param_in_dit=%s has no effect: the DiT comes whole",
+                num_persistent_param_in_dit,
+            )
+        self.enable_cpu_offload()
+
+    def interrupt(self) -> None:
+        """Ask the running call to stop: it begins no further step and returns what its latents decode to.
+
+        May be called from a callback or from another thread.
+        """
+        self._interrupted.set()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] = "",
+        input_video: Video | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = 50,
+        denoising_strength: float | None = None,
+        cfg_scale: float = 5.8,
+        sigma_shift: float = 7.0,
+        seed: int | None = None,
+        rand_device: str = "cpu",
+        tiled: bool = True,
+        tile_size: tuple[int, int] = (30, 52),
+        tile_stride: tuple[int, int] = (15, 26),
+        sampler: str = "euler",
+        mode: str | None = None,
+        tea_cache_l1_thresh: float | None = None,
+        tea_cache_model_id: str = "",
+        batch_cfg: bool | None = None,
+        progress_bar_cmd: Callable[[Iterable], Iterable] = tqdm,
+        callback_on_step_end: Callable[["WanVideoPipeline", int, Tensor, dict], dict | None] | None = None,
+        output_type: str = "pil",
+        test_latency: bool = False,
+        latency_dir: str | Path | None = None,
+    ) -> Frames | list[Frames]:
+        """Generate a video for each prompt.
+
+        input_video: the reference; frames that do not have the output's size are centre-cropped and resized.
+        height, width: pixels, rounded up to what the models allow (16); by default the reference's, else 480
+        x 832. num_frames: by default the reference's, else 81. Any count works; the reference's first frames
+        are used. denoising_strength: 0.75 by default with a reference; without one a run starts from pure
+        noise. seed: drawn and logged if None; each prompt of a list starts from the same noise.
+        callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); a dict that it returns
+        may replace the latents. Other arguments: see `GenerationOptions`.
+
+        Returns one video, or a list of them for a list of prompts: "pil" a list of images; "np" uint8 [T, H,
+        W, 3]; "pt" float32 [1, 3, T, H, W] in [-1, 1]; "latent" float32 [1, C, F, h, w].
+        Raises ValueError or TypeError, naming the argument, before any model runs.
+        """
+        prompts = prompt_list("prompt", prompt)
+        negatives = self._negative_prompts(negative_prompt, len(prompts))
+        size = (480, 832) if input_video is None else frame_size(input_video)
+        options = GenerationOptions(
+            height=round_size("height", size[0] if height is None else height, self._pixels_per_token(1)),
+            width=round_size("width", size[1] if width is None else width, self._pixels_per_token(2)),
+            num_frames=self._num_frames(num_frames, input_video),
+            num_inference_steps=num_inference_steps,
+            denoising_strength=self._strength(denoising_strength, input_video),
+            cfg_scale=cfg_scale,
+            sigma_shift=sigma_shift,
+            seed=int(torch.seed() % 2**32) if seed is None else seed,
+            rand_device=rand_device,
+            tiled=tiled,
+            tile_size=tile_size,
+            tile_stride=tile_stride,
+            sampler=sampler,
+            mode="No_transfer" if mode is None else mode,
+            tea_cache_l1_thresh=tea_cache_l1_thresh,
+            tea_cache_model_id=tea_cache_model_id,
+            batch_cfg=batch_cfg,
+            output_type=output_type,
+        )
+        self._make_tea_cache(options)
+        if test_latency and latency_dir is None:
+            raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
+        logger.info("generating %d video(s): %s", len(prompts), options)
+        self._interrupted.clear()
+        contexts = self._encode_prompts(prompts, negatives, options)
+        reference = None if input_video is None else self._encode_video(input_video, options)
+        videos = []
+        for positive, negative in contexts:
+            latents, cost = self._denoise(
+                positive, negative, reference, options, progress_bar_cmd, callback_on_step_end
+            )
+            if test_latency:
+                cost.append_to(latency_dir)
+            videos.append(self._decode(latents, options))
+            if self._interrupted.is_set():
+                break
+        return videos[0] if isinstance(prompt, str) else videos
+
+    def _pixels_per_token(self, axis: int) -> int:
+        return self.vae.spatial_factor * self.dit.patch_size[axis]
+
+    def _num_frames(self, asked: int | None, input_video: Video | None) -> int:
+        if input_video is None:
+            return 81 if asked is None else asked
+        if asked is not None and asked > len(input_video):
+            raise ValueError(f"num_frames is {asked}, but input_video has {len(input_video)} frames")
+        return len(input_video) if asked is None else asked
+
+    def _strength(self, asked: float | None, input_video: Video | None) -> float:
+        if asked is None:
+            return 1.0 if input_video is None else 0.75
+        if input_video is None and 0 < asked < 1:
+            logger.warning(
+                "denoising_strength=%s has no effect without input_video: starting from noise", asked
+            )
+            return 1.0
+        return asked
+
+    def _negative_prompts(self, given: str | Sequence[str], count: int) -> list[str]:
+        negatives = prompt_list("negative_prompt", given)
+        if isinstance(given, str):
+            return negatives * count
+        if len(negatives) != count:
+            raise ValueError(f"negative_prompt has {len(negatives)} entries for {count} prompts")
+        return negatives
+
+    def _make_tea_cache(self, options: GenerationOptions) -> TeaCache | None:
+        if options.tea_cache_l1_thresh is None:
+            return None
+        model_id = options.tea_cache_model_id or tea_cache_model_id(self.dit.dim)
+        return TeaCache(options.num_inference_steps, options.tea_cache_l1_thresh, model_id)
+
+    def _encode_prompts(
+        self, prompts: list[str], negatives: list[str], options: GenerationOptions
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """(positive, negative or None) embeddings [1, text_len, text_dim] of each prompt, on the device."""
+        wanted = prompts if options.cfg_scale == 1 else prompts + negatives
+        if self.prompter.cached(wanted, self.text_encoder):
+            encoded = self.prompter.encode_prompt(wanted, self.text_encoder)
+        else:
+            with self.residency.using("text_encoder"):
+                encoded = self.prompter.encode_prompt(wanted, self.text_encoder)
+        rows = encoded.to(self.device).split(1)
+        count = len(prompts)
+        return [(rows[i], rows[count + i] if options.cfg_scale != 1 else None) for i in range(count)]
+
+    def _tiling(self, options: GenerationOptions) -> dict:
+        return {"tiled": options.tiled, "tile_size": options.tile_size, "tile_stride": options.tile_stride}
+
+    def _encode_video(self, video: Video, options: GenerationOptions) -> Tensor:
+        """The reference as latents [1, C, F, h, w]."""
+        pixels = video_to_tensor(video, options.num_frames, options.height, options.width)
+        with self.residency.using("vae"):
+            return self.vae.encode(pixels, **self._tiling(options))
+
+    def _denoise(
+        self,
+        positive: Tensor,
+        negative: Tensor | None,
+        reference: Tensor | None,
+        options: GenerationOptions,
+        progress: Callable[[Iterable], Iterable],
+        callback: Callable | None,
+    ) -> tuple[Tensor, RunCost]:
+        """From noise, or the noised reference, to clean latents [1, C, F, h, w], and what it cost."""
+        scheduler = make_scheduler(options.sampler, options.sigma_shift)
+        scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
+        noise = self._noise(options)
+        latents = (
+            noise if reference is None else scheduler.add_noise(reference, noise, scheduler.timesteps[0])
+        )
+
+        def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            returned = None if callback is None else callback(self, step, timestep, {"latents": latents})
+            return latents if returned is None else returned.get("latents", latents)
+
+        cost = RunCost(options.seed, options.mode, options.num_inference_steps)
+        with self.residency.using("dit"), measured(cost, self.dit, self.device):
+            batch = options.batch_cfg
+            if batch is None:
+                batch = batch_of_two_fits(self.dit, self._num_tokens(latents), self.device)
+            latents = denoise(
+                latents,
+                scheduler,
+                guided_velocity(
+                    self.dit,
+                    positive,
+                    negative,
+                    options.cfg_scale,
+                    batch=batch,
+                    make_cache=lambda: self._make_tea_cache(options),
+                ),
+                guide=None,
+                progress=progress,
+                on_step_end=on_step_end,
+                interrupted=self._interrupted.is_set,
+            )
+        return latents, cost
+
+    def _num_tokens(self, latents: Tensor) -> int:
+        frames, rows, cols = (n // p for n, p in zip(latents.shape[2:], self.dit.patch_size, strict=True))
+        return frames * rows * cols
+
+    def _noise(self, options: GenerationOptions) -> Tensor:
+        """Float32 noise [1, C, F, h, w] from the seed, drawn on rand_device so that devices can start
+        alike.
+        """
+        frames = -(-(options.num_frames - 1) // self.vae.temporal_factor) + 1
+        shape = (
+            1,
+            self.dit.in_dim,
+            frames,
+            *(n // self.vae.spatial_factor for n in (options.height, options.width)),
+        )
+        generator = torch.Generator(options.rand_device).manual_seed(options.seed)
+        return torch.randn(shape, generator=generator, device=options.rand_device).to(self.device)
+
+    def _decode(self, latents: Tensor, options: GenerationOptions) -> Frames:
+        if not latents.isfinite().all():
+            raise RuntimeError(
+                f"denoising gave values that are not finite (DiT in {self.dit.dtype}); no video is made"
+            )
+        if options.output_type == "latent":
+            return latents
+        with self.residency.using("vae"):
+            if options.output_type == "pt":
+                return self.vae.decode(latents, num_frames=options.num_frames, **self._tiling(options))
+            if options.tiled:
+                chunks: Iterable[Tensor] = [self.vae.decode(latents, **self._tiling(options))]
+            else:
+                chunks = self.vae.decode_chunks(latents)
+            frames = chunks_to_uint8(chunks, options.num_frames)
+        return frames if options.output_type == "np" else [Image.fromarray(frame) for frame in frames]

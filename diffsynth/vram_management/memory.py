@@ -1,0 +1,59 @@
+"""What memory there is."""
+
+import sys
+
+import torch
+
+
+def device_memory(device: torch.device) -> int:
+    """Total bytes of an accelerator's own memory; 0 where it has none to speak of."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return 0
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """A torch device; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises ValueError for a name that torch does not know and RuntimeError for an accelerator that is not
+    there.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0'; got {device!r}"
+        ) from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"device {device!r} was asked for, but torch sees no CUDA device; use device='cpu' or 'auto'"
+        )
+    return chosen
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of `peak_memory` where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest number of bytes allocated on an accelerator; on a CPU, the process's largest resident size so
+    far.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not a Unix system
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,384 @@
+"""The pipeline end to end on a tiny random checkpoint: what comes out, that it repeats, what is refused."""
+
+import contextlib
+import json
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth import ModelManager, VideoData, WanVideoPipeline
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.testing import write_clip
+
+SMALL = {
+    "height": 32,
+    "width": 48,
+    "num_frames": 5,
+    "num_inference_steps": 3,
+    "seed": 1,
+    "progress_bar_cmd": list,
+}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint):
+    return WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return VideoData(
+        write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", num_frames=9, height=32, width=48)
+    )
+
+
+def latents(pipe, prompt="a cat", **options):
+    return pipe(prompt, **{**SMALL, "output_type": "latent", **options})
+
+
+def reference_latents(pipe, clip, num_frames):
+    frames = torch.stack([torch.from_numpy(np.array(clip[i])) for i in range(num_frames)])
+    return pipe.vae.encode(frames.permute(3, 0, 1, 2)[None] / 127.5 - 1)
+
+
+def test_text_to_video_gives_frames_of_the_size_and_count_asked_for(pipe):
+    frames = pipe("a red car on a road", **SMALL)
+    assert len(frames) == 5
+    assert all(isinstance(frame, Image.Image) and frame.size == (48, 32) for frame in frames)
+    assert np.asarray(frames[0]).std() > 1
+
+
+def test_output_types_hold_the_same_video(pipe):
+    pil, array, tensor = (pipe("a cat", **SMALL, output_type=kind) for kind in ("pil", "np", "pt"))
+    assert (array.shape, array.dtype) == ((5, 32, 48, 3), np.uint8)
+    assert (tensor.shape, tensor.dtype) == ((1, 3, 5, 32, 48), torch.float32)
+    assert np.array_equal(np.stack([np.asarray(frame) for frame in pil]), array)
+    nearest = ((tensor[0].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8)
+    assert np.array_equal(nearest.numpy(), array)
+    assert latents(pipe).shape == (1, 16, 2, 4, 6)
+
+
+def test_a_seed_repeats_bit_for_bit_and_another_one_differs(pipe):
+    assert torch.equal(latents(pipe), latents(pipe))
+    assert not torch.equal(latents(pipe), latents(pipe, seed=2))
+    assert not torch.equal(latents(pipe, seed=None), latents(pipe, seed=None))
+
+
+def test_one_step_from_noise_is_the_formula(pipe):
+    """The CPU generator's noise; guidance v_neg + s (v_pos - v_neg); a step from sigma 1 to 0."""
+    noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator("cpu").manual_seed(1))
+    contexts = [pipe.prompter.encode_prompt(text, pipe.text_encoder) for text in ("a cat", "ugly")]
+    v_pos, v_neg = (pipe.dit(noise, torch.tensor([1000.0]), context).detach() for context in contexts)
+    result = latents(pipe, num_inference_steps=1, negative_prompt="ugly", cfg_scale=3.0)
+    torch.testing.assert_close(result, noise - (v_neg + 3.0 * (v_pos - v_neg)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        latents(pipe, num_inference_steps=1, cfg_scale=1), noise - v_pos, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_video_to_video_starts_from_the_noised_reference(pipe, clip):
+    """After one step of strength s from sigma to 0 the latents are (1 - sigma) z + sigma noise - sigma v."""
+    z = reference_latents(pipe, clip, 5)
+    noise = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator("cpu").manual_seed(1))
+    sigma = 7 * 0.1 / (1 + 6 * 0.1)
+    x = (1 - sigma) * z + sigma * noise
+    v = pipe.dit(
+        x, torch.tensor([1000 * sigma]), pipe.prompter.encode_prompt("a cat", pipe.text_encoder)
+    ).detach()
+    result = latents(
+        pipe, input_video=clip, denoising_strength=0.1, num_inference_steps=1, cfg_scale=1, tiled=False,
+        mode="No_transfer",
+    )  # fmt: skip
+    torch.testing.assert_close(result, x - sigma * v, atol=1e-4, rtol=1e-4)
+
+
+def test_lower_strength_stays_closer_to_the_reference(pipe, clip):
+    z = reference_latents(pipe, clip, 5)
+    near, far = (
+        (latents(pipe, input_video=clip, denoising_strength=s, tiled=False, mode="No_transfer") - z)
+        .abs()
+        .mean()
+        for s in (0.02, 0.9)
+    )
+    assert near < 0.5 * far
+
+
+def test_both_prompts_in_one_call_or_two_give_the_same(pipe):
+    one, two = (latents(pipe, batch_cfg=batch) for batch in (True, False))
+    torch.testing.assert_close(one, two, atol=2e-5, rtol=2e-5)
+
+
+def test_cfg_scale_one_makes_half_the_dit_calls(pipe):
+    calls = []
+    hook = pipe.dit.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    latents(pipe, cfg_scale=1)
+    assert len(calls) == 3
+    latents(pipe, cfg_scale=2, batch_cfg=False)
+    hook.remove()
+    assert len(calls) == 3 + 6
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 4, 6, 9])
+def test_any_frame_count_comes_out_as_it_went_in(pipe, clip, num_frames):
+    assert (
+        len(pipe("a cat", input_video=clip[:num_frames], **{**SMALL, "num_frames": None}, mode="No_transfer"))
+        == num_frames
+    )
+    assert len(pipe("a cat", **{**SMALL, "num_frames": num_frames})) == num_frames
+
+
+def test_size_and_count_default_to_those_of_the_reference(pipe, clip):
+    options = {**SMALL, "height": None, "width": None, "num_frames": None, "mode": "No_transfer"}
+    frames = pipe("a cat", input_video=clip, **options)
+    assert (len(frames), frames[0].size) == (9, (48, 32))
+    arrays = np.stack([np.asarray(frame) for frame in clip])
+    images = list(clip)
+    for video in (arrays, images, VideoData(clip._path, height=32, width=48)):
+        again = pipe("a cat", input_video=video, **options)
+        assert all(np.array_equal(a, b) for a, b in zip(frames, again, strict=True))
+
+
+def test_sizes_are_rounded_up_to_sixteen_with_a_warning(pipe, caplog):
+    frames = pipe("a cat", **{**SMALL, "height": 30, "width": 50})
+    assert frames[0].size == (64, 32)
+    assert "height 30 is not a multiple of 16: rounded up to 32" in caplog.text
+    assert "width 50 is not a multiple of 16: rounded up to 64" in caplog.text
+
+
+def test_a_list_of_prompts_gives_what_each_gives_alone(pipe):
+    both = latents(pipe, ["a cat", "a dog"], negative_prompt=["dull", "grey"])
+    assert torch.equal(both[0], latents(pipe, "a cat", negative_prompt="dull"))
+    assert torch.equal(both[1], latents(pipe, "a dog", negative_prompt="grey"))
+    assert not torch.equal(both[0], both[1])
+
+
+def test_unipc_and_euler_agree_in_the_limit_of_many_steps(pipe):
+    coarse, fine = (
+        {
+            name: latents(pipe, sampler=name, num_inference_steps=n, sigma_shift=1.0, cfg_scale=1)
+            for name in ("euler", "unipc")
+        }
+        for n in (5, 60)
+    )
+    assert not torch.equal(coarse["euler"], coarse["unipc"])
+    distances = [(run["euler"] - run["unipc"]).abs().mean() for run in (coarse, fine)]
+    assert distances[1] < 0.35 * distances[0]
+
+
+def test_tea_cache_skips_blocks_and_changes_little(pipe):
+    calls = []
+    hook = pipe.dit.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    options = {"num_inference_steps": 12, "batch_cfg": False}
+    exact = latents(pipe, **options)
+    assert len(calls) == 24
+    cached = latents(pipe, **options, tea_cache_l1_thresh=0.3, tea_cache_model_id="Wan2.1-T2V-14B")
+    hook.remove()
+    assert 4 <= len(calls) - 24 < 24
+    assert 0 < (cached - exact).abs().mean() < 0.5 * exact.std()
+
+
+def test_callback_sees_every_step_and_may_replace_the_latents(pipe):
+    seen = []
+
+    def zero_at_the_end(pipeline, step, timestep, kwargs):
+        seen.append((pipeline is pipe, step, float(timestep), kwargs["latents"].shape))
+        return {"latents": torch.zeros_like(kwargs["latents"])} if step == 2 else None
+
+    assert latents(pipe, callback_on_step_end=zero_at_the_end).abs().max() == 0
+    assert [entry[1] for entry in seen] == [0, 1, 2]
+    assert all(entry[0] and entry[3] == (1, 16, 2, 4, 6) for entry in seen)
+    assert [entry[2] for entry in seen] == sorted((entry[2] for entry in seen), reverse=True)
+
+
+def test_interrupt_from_a_callback_ends_the_call_with_what_there_is(pipe):
+    seen = []
+
+    def stop_after_two(pipeline, step, _timestep, _kwargs):
+        seen.append(step)
+        if step == 1:
+            pipeline.interrupt()
+
+    frames = pipe("a cat", **{**SMALL, "num_inference_steps": 9}, callback_on_step_end=stop_after_two)
+    assert (seen, len(frames)) == ([0, 1], 5)
+    assert len(pipe("a cat", **SMALL)) == 5
+
+
+def test_interrupt_from_another_thread_ends_the_call(pipe):
+    started, seen = threading.Event(), []
+
+    def slow_step(_pipe, step, _timestep, _kwargs):
+        seen.append(step)
+        started.set()
+        stopped.wait(10)
+
+    stopped = threading.Event()
+
+    def stop():
+        started.wait(10)
+        pipe.interrupt()
+        stopped.set()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    pipe("a cat", **{**SMALL, "num_inference_steps": 50}, callback_on_step_end=slow_step)
+    thread.join()
+    assert seen == [0]
+
+
+def test_progress_bar_gets_one_tick_a_step(pipe):
+    ticks = []
+
+    def bar(steps):
+        for step in steps:
+            ticks.append(step)
+            yield step
+
+    latents(pipe, progress_bar_cmd=bar)
+    assert len(ticks) == 3
+
+
+def test_offload_rests_models_on_the_cpu_and_changes_nothing(tiny_checkpoint, pipe):
+    other = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    other.enable_vram_management(num_persistent_param_in_dit=None)
+    assert torch.equal(latents(other), latents(pipe))
+    assert "offload=True" in repr(other)
+
+
+def test_models_are_on_the_device_only_during_their_stage(tiny_checkpoint, monkeypatch):
+    """The meta device stands in for an accelerator: moves are recorded, nothing runs there."""
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    moves = []
+    for name, model in pipe.residency.models.items():
+        monkeypatch.setattr(model, "to", lambda device, name=name: moves.append((name, str(device))))
+    pipe.residency.device = torch.device("meta")
+    pipe.enable_cpu_offload()
+    assert sorted(moves) == [("dit", "cpu"), ("text_encoder", "cpu"), ("vae", "cpu")]
+    moves.clear()
+    with contextlib.suppress(KeyError), pipe.residency.using("dit"):
+        assert moves == [("dit", "meta")]
+        raise KeyError
+    assert moves == [("dit", "meta"), ("dit", "cpu")]
+
+
+def test_a_prompt_seen_before_is_not_encoded_again(tiny_checkpoint, monkeypatch):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    first = latents(pipe, "a cat", negative_prompt="grey")
+    monkeypatch.setattr(pipe.text_encoder, "forward", None)
+    assert torch.equal(latents(pipe, "a cat", negative_prompt="grey"), first)
+
+
+def test_the_readme_way_through_a_model_manager_gives_the_same(tiny_checkpoint, pipe):
+    manager = ModelManager(device="cpu")
+    shards = [str(file) for file in sorted(tiny_checkpoint.glob("*.safetensors"))]
+    t5, vae = (str(tiny_checkpoint / name) for name in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"))
+    manager.load_models([shards, t5, vae], torch_dtype=torch.float32)
+    other = WanVideoPipeline.from_model_manager(manager, torch_dtype=torch.float32, device="cpu")
+    assert torch.equal(latents(other), latents(pipe))
+    half = WanVideoPipeline.from_model_manager(manager, torch_dtype=torch.bfloat16, device="cpu")
+    assert half.dit.dtype == torch.bfloat16
+    result = latents(half)
+    assert result.dtype == torch.float32
+    assert 0 < (result - latents(pipe)).abs().mean() < 0.1
+
+
+def test_latency_lines_say_what_each_run_cost(pipe, tmp_path):
+    for seed in (1, 2):
+        latents(pipe, seed=seed, test_latency=True, latency_dir=tmp_path / "new", batch_cfg=False)
+    lines = [json.loads(line) for line in (tmp_path / "new" / "latency.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [1, 2]
+    assert all(
+        line["time_gen"] > 0 and line["dit_block_calls"] == 3 * 2 * 2 and line["peak_memory"] > 1e7
+        for line in lines
+    )
+
+
+BAD_ARGUMENTS = {
+    "height 0": ({"height": 0}, ValueError, "height must be a whole number of at least 1; got 0"),
+    "width negative": ({"width": -16}, ValueError, "width must be .* got -16"),
+    "num_frames 0": ({"num_frames": 0}, ValueError, "num_frames must be .* got 0"),
+    "no steps": ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be .* got 0"),
+    "strength 0": ({"denoising_strength": 0.0}, ValueError, r"denoising_strength must be in .* got 0.0"),
+    "strength 1.2": ({"denoising_strength": 1.2}, ValueError, r"denoising_strength must be in .* got 1.2"),
+    "mode": ({"mode": "MOFT"}, ValueError, "mode must be one of .*No_transfer.*; got 'MOFT'"),
+    "sampler": ({"sampler": "ddim"}, ValueError, "sampler must be one of euler, unipc; got 'ddim'"),
+    "output_type": ({"output_type": "gif"}, ValueError, "output_type must be one of pil, np, pt, latent"),
+    "cfg_scale": ({"cfg_scale": float("nan")}, ValueError, "cfg_scale must be a finite number"),
+    "sigma_shift": ({"sigma_shift": 0.0}, ValueError, "sigma_shift must be a number above 0"),
+    "rand_device": ({"rand_device": "quantum"}, ValueError, "rand_device is 'quantum'"),
+    "prompt": ({"prompt": 7}, TypeError, "prompt must be a str or a list of str; got 7"),
+    "prompt list": ({"prompt": ["a", None]}, TypeError, "prompt must be a str or a list of str"),
+    "no prompt": ({"prompt": []}, ValueError, "prompt must be at least one prompt"),
+    "negative_prompt": ({"negative_prompt": None}, TypeError, "negative_prompt must be a str"),
+    "negative count": ({"negative_prompt": ["a", "b"]}, ValueError, "negative_prompt has 2 entries"),
+    "video type": ({"input_video": "clip.mp4"}, TypeError, "input_video must be|iterable of images"),
+    "empty video": ({"input_video": []}, ValueError, "frames is empty"),
+    "tea model": (
+        {"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "Wan9"}, ValueError, "tea_cache_model_id is 'Wan9'"
+    ),
+    "tea size": ({"tea_cache_l1_thresh": 0.1}, ValueError, "pass tea_cache_model_id"),
+    "latency": ({"test_latency": True}, ValueError, "test_latency needs latency_dir"),
+    "unknown option": ({"steps": 3}, TypeError, "unexpected keyword argument 'steps'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_named_before_any_model_runs(pipe, case, monkeypatch):
+    arguments, error, message = BAD_ARGUMENTS[case]
+    for model in pipe.residency.models.values():
+        monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(error, match=message):
+        pipe(**{"prompt": "a cat", **SMALL, **arguments})
+
+
+def test_more_frames_than_the_reference_has_are_refused(pipe, clip):
+    with pytest.raises(ValueError, match="num_frames is 10, but input_video has 9 frames"):
+        latents(pipe, input_video=clip, num_frames=10)
+
+
+def test_strength_without_a_reference_is_said_to_have_no_effect(pipe, caplog):
+    assert torch.equal(latents(pipe, denoising_strength=0.5), latents(pipe))
+    assert "denoising_strength=0.5 has no effect without input_video" in caplog.text
+
+
+def test_values_that_are_not_finite_never_become_a_video(pipe):
+    def poison(_pipe, _step, _timestep, kwargs):
+        return {"latents": kwargs["latents"] * float("nan")}
+
+    with pytest.raises(RuntimeError, match=r"not finite.*no video is made"):
+        pipe("a cat", **SMALL, callback_on_step_end=poison)
+
+
+def test_models_that_do_not_belong_together_are_refused(pipe):
+    sizes = {"dim": 16, "ffn_dim": 16, "freq_dim": 8, "num_heads": 2, "num_layers": 1}
+    image_dit = WanModel(in_dim=36, out_dim=16, text_dim=32, has_image_input=True, **sizes)
+    with pytest.raises(
+        ValueError, match="takes a text-to-video DiT of 16 input channels; got one with in_dim=36"
+    ):
+        WanVideoPipeline(image_dit, pipe.text_encoder, pipe.vae, pipe.prompter, "cpu")
+    wide_text = WanModel(in_dim=16, out_dim=16, text_dim=99, **sizes)
+    with pytest.raises(ValueError, match="DiT takes text of width 99, the text encoder gives 32"):
+        WanVideoPipeline(wide_text, pipe.text_encoder, pipe.vae, pipe.prompter, "cpu")
+
+
+def test_unknown_checkpoints_and_devices_are_refused(tiny_checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"nor one of the published names 1\.3b, 14b"):
+        WanVideoPipeline.from_pretrained(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"T2V-14B does not exist.*--model 14b --output_dir models"):
+        WanVideoPipeline.from_pretrained("14b")
+    with pytest.raises(ValueError, match="device must be 'auto' or a torch device"):
+        WanVideoPipeline.from_pretrained(tiny_checkpoint, device="quantum")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA device"):
+            WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cuda")
+
+
+def test_a_number_of_persistent_parameters_is_said_to_have_no_effect_yet(tiny_checkpoint, caplog):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    caplog.set_level(logging.WARNING)
+    pipe.enable_vram_management(num_persistent_param_in_dit=1000)
+    assert "num_persistent_param_in_dit=1000 has no effect" in caplog.text
