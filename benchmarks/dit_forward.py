@@ -6,15 +6,15 @@ Times are medians of alternating calls; peaks are of one call in a process of it
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import time
 
 import torch
-from peak import peak_increase
+from measure import RETURN_FREED_MEMORY, count_flops, peak_increase
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_keys import official_key
@@ -95,15 +95,14 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - started)
     print(f"{'model':<10} {'median s':>9} {'ratio':>6} {'TFLOP':>7} {'peak MB':>8}")
     for name, model in models.items():
-        with FlopCounterMode(display=False) as flops:
-            run(name, model, arguments)
+        flops = count_flops(lambda name=name, model=model: run(name, model, arguments))
         command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
-        peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        environment = os.environ | RETURN_FREED_MEMORY
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        peak = int(result.stdout)
         median = statistics.median(seconds[name])
         ratio = median / statistics.median(seconds["diffusers"])
-        print(
-            f"{name:<10} {median:9.2f} {ratio:6.2f} {flops.get_total_flops() / 1e12:7.3f} {peak / 1e6:8.0f}"
-        )
+        print(f"{name:<10} {median:9.2f} {ratio:6.2f} {flops / 1e12:7.3f} {peak / 1e6:8.0f}")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,9 @@ import sys
 import time
 
 import torch
-from peak import peak_increase
+from measure import MIB, RETURN_FREED_MEMORY, peak_increase
 
 from diffsynth.models.wan_video_vae import WanVideoVAE
-
-MIB = 2**20
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
 
 
 def parse_arguments() -> argparse.Namespace:

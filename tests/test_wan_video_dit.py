@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from diffsynth.models.wan_video_dit import RMSNorm, WanModel, rotary_table, rotate
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_dit_layers import SLICE_TOKENS, FeedForward, RMSNorm, rotary_table, rotate
 
 CONSTRUCTOR = {
     "dim", "in_dim", "ffn_dim", "out_dim", "text_dim", "freq_dim", "num_heads", "num_layers", "text_len",
@@ -110,6 +111,13 @@ def test_rms_norm_is_over_the_full_width_in_float32():
     norm = RMSNorm(8, eps=1e-6).bfloat16()
     x = torch.full((1, 8), 300.0, dtype=torch.bfloat16)
     torch.testing.assert_close(norm(x), torch.ones(1, 8, dtype=torch.bfloat16))
+
+
+def test_the_sliced_feed_forward_is_the_whole_one():
+    torch.manual_seed(0)
+    layer, x = FeedForward(4, 8), torch.randn(2, SLICE_TOKENS + 3, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer[2](layer[1](layer[0](x))))
 
 
 @pytest.mark.parametrize("model", ["Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B"])

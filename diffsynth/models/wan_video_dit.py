@@ -8,7 +8,6 @@ weights.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,124 +15,18 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffsynth.models.attention import attention
-
-IMAGE_TOKEN_DIM = 1280  # width of the CLIP features that image models take
-
-
-def precise(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for what must not be computed in half precision."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """timestep [B] on the 0..1000 scale -> [B, dim] float64, cosines first."""
-    exponent = torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
-    angles = timestep.double()[:, None] * 10000.0**-exponent
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-@lru_cache(maxsize=8)
-def rotary_table(
-    grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Unit complex numbers that turn the pairs of a head: grid (F, H, W) -> [S, 1, head_dim / 2].
-
-    Of the complex columns, the first belong to the frame, the next d // 6 to the row, the last d // 6 to the
-    column.
-    """
-    spatial = head_dim // 6
-    axes = []
-    for position_count, columns in zip(grid, (head_dim // 2 - 2 * spatial, spatial, spatial), strict=True):
-        exponent = torch.arange(columns, dtype=torch.float64, device=device) / max(columns, 1)
-        axes.append(torch.outer(torch.arange(position_count, device=device).double(), 10000.0**-exponent))
-    frames, rows, cols = grid
-    angles = torch.cat(
-        [
-            axes[0][:, None, None].expand(-1, rows, cols, -1),
-            axes[1][None, :, None].expand(frames, -1, cols, -1),
-            axes[2][None, None, :].expand(frames, rows, -1, -1),
-        ],
-        dim=-1,
-    )
-    unit = torch.polar(torch.ones_like(angles), angles).reshape(frames * rows * cols, 1, head_dim // 2)
-    return unit.to(dtype.to_complex())
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply a rotary table [S, 1, d/2] to x [B, S, N, d]; pairs (2i, 2i+1) are complex numbers."""
-    pairs = torch.view_as_complex(x.to(rope.dtype.to_real()).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the full width; the mean square in float32, the product in x's dtype."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(precise(x.dtype)), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm that computes in the dtype of its input, whatever the weights are stored in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
-class SelfAttention(nn.Module):
-    """Attention over all tokens of the video, with rotary positions."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-
-    def queries_keys(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] -> normed and rotated q, k, each [B, S, N, d]."""
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1)), rope)
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), rope)
-        return q, k
-
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        q, k = self.queries_keys(x, rope)
-        v = self.v(x).unflatten(-1, (self.num_heads, -1))
-        return self.o(attention(q, k, v).flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Attention from video tokens to the text and, in image models, to image tokens as well."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float, has_image_input: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-        if has_image_input:
-            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
-            self.norm_k_img = RMSNorm(dim, eps)
-
-    def forward(self, x: Tensor, context: Tensor, image_context: Tensor | None) -> Tensor:
-        heads = (self.num_heads, -1)
-        q = self.norm_q(self.q(x)).unflatten(-1, heads)
-        k = self.norm_k(self.k(context)).unflatten(-1, heads)
-        out = attention(q, k, self.v(context).unflatten(-1, heads))
-        if image_context is not None:
-            k_img = self.norm_k_img(self.k_img(image_context)).unflatten(-1, heads)
-            out = out + attention(q, k_img, self.v_img(image_context).unflatten(-1, heads))
-        return self.o(out.flatten(2))
+from diffsynth.models.wan_video_dit_layers import (
+    CrossAttention,
+    FeedForward,
+    ImageEmbedding,
+    LayerNorm,
+    SelfAttention,
+    linear_in,
+    modulate,
+    precise,
+    rotary_table,
+    sinusoidal_embedding,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +59,7 @@ class DiTBlock(nn.Module):
         self.norm3 = LayerNorm(dim, eps=eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps, has_image_input)
         self.norm2 = LayerNorm(dim, eps=eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim)
-        )
+        self.ffn = FeedForward(dim, ffn_dim)
 
     def _modulation(self, state: DiTState) -> tuple[Tensor, ...]:
         """(shift, scale, gate) of self-attention, then of the feed-forward, each [B, 1, D]."""
@@ -204,25 +95,6 @@ class Head(nn.Module):
         """tokens [B, S, D], time [B, D] -> [B, S, out_features]."""
         shift, scale = (self.modulation.to(time.dtype) + time[:, None]).unsqueeze(2).unbind(1)
         return linear_in(tokens.dtype, self.head, modulate(self.norm(tokens), shift, scale))
-
-
-def linear_in(dtype: torch.dtype, layer: nn.Linear, x: Tensor) -> Tensor:
-    """Run a linear layer in `dtype`, whatever its weights are stored in."""
-    return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
-
-
-class ImageEmbedding(nn.Module):
-    """CLIP features [B, L, 1280] -> context [B, L, D] (image models)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        wide = IMAGE_TOKEN_DIM
-        self.proj = nn.Sequential(
-            LayerNorm(wide), nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, dim), LayerNorm(dim)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
 
 
 class WanModel(nn.Module):

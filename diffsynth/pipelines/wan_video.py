@@ -5,6 +5,7 @@ the maths is in the rooms that this file calls.
 """
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -194,7 +195,7 @@ class WanVideoPipeline:
             denoising_strength=self._strength(denoising_strength, input_video),
             cfg_scale=cfg_scale,
             sigma_shift=sigma_shift,
-            seed=int(torch.seed() % 2**32) if seed is None else seed,
+            seed=secrets.randbelow(2**32) if seed is None else seed,
             rand_device=rand_device,
             tiled=tiled,
             tile_size=tile_size,
