@@ -1,6 +1,7 @@
 """What memory there is."""
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -57,3 +58,18 @@ def synchronize(device: torch.device) -> None:
     """Wait until an accelerator has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now: free on an accelerator, or available to the process on a CPU.
+
+    0 where the system does not say.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        words = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(words["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 0
