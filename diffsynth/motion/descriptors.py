@@ -1,0 +1,47 @@
+"""What a motion descriptor is: how it looks at the DiT, what it keeps, and how two of them compare.
+
+A new method is one file with such a class, its name in `guidance.MODES` and in `guided_step.DESCRIPTORS`;
+gradient reuse, learning rates and the range of guided steps are the optimiser's.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from diffsynth.models.wan_video_dit import WanModel
+
+
+class Loss(NamedTuple):
+    """total, a scalar to differentiate; parts, detached scalars by name, for the record."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepInputs:
+    """What a denoising step gives to look at latents with.
+
+    timestep [1], float32, on the 0..1000 scale; sigma, its noise level in 0..1; null_context [1, L, D], the
+    empty prompt; mean_velocity, of the steps taken so far, in the shape of the latents, None at the first.
+    """
+
+    dit: WanModel
+    timestep: Tensor
+    sigma: float
+    null_context: Tensor
+    mean_velocity: Tensor | None = None
+
+
+class MotionDescriptor(Protocol):
+    """One way to read motion off latents. The reference is described under no_grad, without `reference`."""
+
+    def observe(self, latents: Tensor, context: Tensor, inputs: StepInputs) -> Any:
+        """What the DiT makes of latents [1, C, F, h, w] under a prompt, differentiable in the latents."""
+
+    def describe(self, features: Any, reference: Any = None) -> Any:
+        """The motion in what `observe` returned; `reference`: a descriptor to be comparable with."""
+
+    def loss(self, descriptor: Any, reference: Any) -> Loss:
+        """How far a descriptor is from the reference's."""

@@ -1,0 +1,107 @@
+"""One guided denoising step (paper section 3): read the reference's motion, then move the latents to it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.motion.amf import DenseAMF, ReleasedTileAMF, TileAMF
+from diffsynth.motion.descriptors import MotionDescriptor, StepInputs
+from diffsynth.motion.guidance import MotionGuidance
+from diffsynth.motion.heads import precise
+from diffsynth.motion.latent_prediction import LatentPrediction
+from diffsynth.motion.optimizer import Evaluation, OptimizationRecord, optimize_latents
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTORS: dict[str, Callable[[MotionGuidance], MotionDescriptor]] = {
+    "effi_AMF": TileAMF,
+    "AMF": DenseAMF,
+    "FlowMotion": LatentPrediction,
+}
+
+
+def make_descriptor(guidance: MotionGuidance) -> MotionDescriptor:
+    """The descriptor of guidance.mode, and of its variant."""
+    make = ReleasedTileAMF if guidance.variant == "released" else DESCRIPTORS[guidance.mode]
+    return make(guidance)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside this context no parameter of the model asks for a gradient; afterwards all are as before."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def guided_step(
+    dit: WanModel,
+    latents: Tensor,
+    *,
+    reference: Tensor,
+    noise: Tensor,
+    sigma: float,
+    timestep: Tensor | float,
+    context: Tensor,
+    null_context: Tensor,
+    guidance: MotionGuidance,
+    start: tuple[Tensor, float] | None = None,
+    interrupted: Callable[[], bool] | None = None,
+) -> tuple[Tensor, OptimizationRecord]:
+    """Move latents [1, C, F, h, w] of one denoising step towards the reference's motion.
+
+    reference: its clean latents, and noise: the run's own, both in the shape of latents. sigma: noise level
+    in 0..1, and timestep: the same on the 0..1000 scale. context, null_context [1, L, text_dim]: the positive
+    and the empty prompt. start: the run's first latents and sigma, for descriptors that use the mean velocity
+    since. interrupted: asked before each inner step.
+    Returns latents of the given dtype and a record. The model is left as found, also after an error.
+    Raises ValueError on shapes that do not fit, NonFiniteGuidanceError on a loss that is not finite.
+    """
+    for name, given in (("reference", reference), ("noise", noise)):
+        if latents.shape[0] != 1 or given.shape != latents.shape:
+            raise ValueError(
+                f"latents and {name} must both be [1, C, F, h, w] of one shape; got "
+                f"{tuple(latents.shape)} and {tuple(given.shape)}"
+            )
+    sigma = float(sigma)
+    descriptor = make_descriptor(guidance)
+    inputs = StepInputs(
+        dit=dit,
+        timestep=torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(1),
+        sigma=sigma,
+        null_context=null_context,
+        mean_velocity=_mean_velocity(latents, sigma, start),
+    )
+    with frozen(dit):
+        with torch.no_grad():
+            noised = (1 - sigma) * precise(reference) + sigma * precise(noise)
+            target = descriptor.describe(descriptor.observe(noised, null_context, inputs))
+
+        def objective(x: Tensor) -> Evaluation:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                seen = descriptor.describe(descriptor.observe(leaf, context, inputs), target)
+                loss, parts = descriptor.loss(seen, target)
+                (gradient,) = torch.autograd.grad(loss, leaf)
+            return Evaluation(loss.detach(), gradient, parts)
+
+        moved, record = optimize_latents(latents, objective, guidance, interrupted)
+    logger.debug("guided step at sigma %.4f: losses %s, parts %s", sigma, record.losses, record.parts)
+    return moved, record
+
+
+def _mean_velocity(latents: Tensor, sigma: float, start: tuple[Tensor, float] | None) -> Tensor | None:
+    """The mean velocity from the run's start to here; None without a start or at the start itself."""
+    if start is None or start[1] == sigma:
+        return None
+    first, first_sigma = start
+    return (precise(latents) - precise(first)) / (sigma - float(first_sigma))

@@ -1,0 +1,78 @@
+"""Attention heads to one feature vector per token.
+
+Axes: F latent frames, H/W token rows/columns, n heads, d head width. Flow code knows no heads: it takes
+q . k / sqrt(width) of whatever features come out of here. Paper section 3 says "averaged over heads", which
+has two readings, and the released code has a third of its own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+HEAD_READINGS = ("mean_qk", "mean_logits", "token_groups")
+
+Heads = str | Sequence[int]
+
+
+def precise(x: Tensor) -> Tensor:
+    """float32, or float64 if it is: sums over many tokens must not be taken in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def check_heads(heads: Heads) -> None:
+    """Raises ValueError unless `heads` names a reading or lists one or more different head indices."""
+    if isinstance(heads, str):
+        good = heads in HEAD_READINGS
+    else:
+        whole = all(isinstance(head, int) and not isinstance(head, bool) and head >= 0 for head in heads)
+        good = whole and 0 < len(heads) == len(set(heads))
+    if not good:
+        raise ValueError(
+            f"heads must be one of {', '.join(HEAD_READINGS)} or different head indices; got {heads!r}"
+        )
+
+
+def reduce_heads(q: Tensor, k: Tensor, heads: Heads = "mean_qk") -> tuple[Tensor, Tensor]:
+    """q, k [F, H, W, n, d] -> features [F, H, W, width] whose q . k / sqrt(width) are the logits of `heads`.
+
+    "mean_qk": the mean of q and the mean of k over heads (width d).
+    "mean_logits": the mean over heads of the logits q_c . k_c / sqrt(d) (width n * d, n times the work).
+    Head indices: the mean of these heads' logits. "token_groups": what the released code captures.
+    Features [F, H, W, d] count as reduced. The result is float32, or float64 from float64.
+    Raises ValueError on shapes or heads that do not fit.
+    """
+    if q.shape != k.shape or q.ndim not in (4, 5):
+        raise ValueError(
+            f"q and k must both be [F, H, W, d] or [F, H, W, n, d]; got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    check_heads(heads)
+    q, k = precise(q), precise(k)
+    if q.ndim == 4:
+        return q, k
+    if heads == "mean_qk":
+        return q.mean(-2), k.mean(-2)
+    if heads == "token_groups":
+        return average_token_groups(q), average_token_groups(k)
+    if heads != "mean_logits":
+        if max(heads) >= q.shape[3]:
+            raise ValueError(f"heads must be in 0..{q.shape[3] - 1} for these features; got {list(heads)}")
+        q, k = q[..., list(heads), :], k[..., list(heads), :]
+    # On k alone, so that a difference of keys is the root mean square of the heads' differences.
+    return q.flatten(-2), k.flatten(-2) * k.shape[3] ** -0.5
+
+
+def average_token_groups(x: Tensor) -> Tensor:
+    """The released capture (not a head mean): x [F, H, W, n, d] -> [F, H, W, d].
+
+    Of each n consecutive tokens, over frame and row ends, the mean is taken at full width; token c of the
+    group gets head c of that mean. Raises ValueError unless F * H * W is a multiple of n.
+    """
+    frames, rows, cols, num_heads, width = x.shape
+    if (frames * rows * cols) % num_heads:
+        raise ValueError(
+            f"heads='token_groups' needs a token count divisible by the {num_heads} heads; "
+            f"got {frames} x {rows} x {cols} tokens"
+        )
+    groups = x.reshape(-1, num_heads, num_heads, width)
+    return groups.mean(1).reshape(frames, rows, cols, width)

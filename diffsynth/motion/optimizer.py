@@ -1,0 +1,104 @@
+"""The inner loop of a guided step (paper section 3.4): AdamW on the latents, with gradient reuse.
+
+Every `interval`-th inner step computes a fresh gradient; in between AdamW steps on the last one again. The
+learning rate falls as lr_k = lr0 - (lr0 - lr1) * k / inner_steps. The optimiser is new at each guided step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffsynth.motion.guidance import MotionGuidance
+from diffsynth.motion.heads import precise
+
+
+class Evaluation(NamedTuple):
+    """What an objective returns: the loss (scalar), its gradient on the latents, and its parts by name."""
+
+    loss: Tensor
+    gradient: Tensor
+    parts: dict[str, Tensor]
+
+
+Objective = Callable[[Tensor], Evaluation]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizationRecord:
+    """What an inner loop did. losses, parts: of each fresh gradient; evaluated_at: its inner step; lrs: of
+    each inner step taken."""
+
+    losses: tuple[float, ...]
+    parts: tuple[dict[str, float], ...]
+    evaluated_at: tuple[int, ...]
+    lrs: tuple[float, ...]
+
+    @property
+    def gradient_evaluations(self) -> int:
+        return len(self.losses)
+
+
+class NonFiniteGuidanceError(RuntimeError):
+    """A loss or gradient is not finite. latents: the last ones at which both were, or the given ones."""
+
+    def __init__(self, message: str, latents: Tensor) -> None:
+        super().__init__(message)
+        self.latents = latents
+
+
+def learning_rate(step: int, guidance: MotionGuidance) -> float:
+    """Of an inner step, from 0."""
+    first, end = guidance.lr
+    return first - (first - end) * step / guidance.inner_steps
+
+
+@torch.no_grad()
+def optimize_latents(
+    latents: Tensor,
+    objective: Objective,
+    guidance: MotionGuidance,
+    interrupted: Callable[[], bool] | None = None,
+) -> tuple[Tensor, OptimizationRecord]:
+    """Move latents down an objective: latents of any shape -> new ones of their dtype, and a record.
+
+    A float32 copy is moved: in bfloat16 most steps would round to nothing. Before each inner step
+    interrupted() may end the loop. Raises NonFiniteGuidanceError; the given latents are never changed.
+    """
+    moved = precise(latents.detach()).clone()
+    optimizer = torch.optim.AdamW([moved], lr=guidance.lr[0], weight_decay=guidance.weight_decay)
+    good = latents
+    evaluations: list[Evaluation] = []
+    evaluated_at, lrs = [], []
+    for step in range(guidance.inner_steps):
+        if interrupted is not None and interrupted():
+            break
+        if step % guidance.interval == 0:
+            evaluation = objective(moved)
+            _check_finite(evaluation, step, good)
+            good = moved.to(latents.dtype, copy=True)
+            moved.grad = evaluation.gradient
+            evaluations.append(evaluation._replace(gradient=None))
+            evaluated_at.append(step)
+        lrs.append(learning_rate(step, guidance))
+        optimizer.param_groups[0]["lr"] = lrs[-1]
+        optimizer.step()
+    return moved.to(latents.dtype), OptimizationRecord(
+        losses=tuple(e.loss.item() for e in evaluations),
+        parts=tuple({name: part.item() for name, part in e.parts.items()} for e in evaluations),
+        evaluated_at=tuple(evaluated_at),
+        lrs=tuple(lrs),
+    )
+
+
+def _check_finite(evaluation: Evaluation, step: int, good: Tensor) -> None:
+    for name in ("loss", "gradient"):
+        if not getattr(evaluation, name).isfinite().all():
+            parts = ", ".join(f"{part}={value.item():g}" for part, value in evaluation.parts.items())
+            raise NonFiniteGuidanceError(
+                f"the {name} of motion guidance is not finite at inner step {step} (loss "
+                f"{evaluation.loss.item():g}; {parts})",
+                good,
+            )

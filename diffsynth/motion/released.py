@@ -1,0 +1,81 @@
+"""Tile AMF as the released FastVMT code computes it, where that differs from the method (see `tile_flow`).
+
+- Each index of a window, not its centre, is clamped, and then truncated: the border of the grid is never
+  looked at and edge keys count several times.
+- Keys at odd places of the window keep their probability but count as position (0, 0).
+- The displacement is place in the window minus place in the tile: where the window lies does not enter.
+- Flow between frames is ordered by tile; the window loss averages keys over channels, not over the window.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffsynth.motion.flow import Pairs, dense_flow, expected_values, frame_pairs, token_positions
+from diffsynth.motion.losses import mean_change
+from diffsynth.motion.tile_flow import centre_positions, check_tile, check_window, pair_order, to_tiles
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReleasedFlow:
+    """flow [P, S, 2], (drow, dcol): row-major tokens for i = j, for i < j by tile row, tile column, row and
+    column in the tile. window_loss: scalar."""
+
+    flow: Tensor
+    pairs: Pairs
+    window_loss: Tensor
+
+
+def released_tile_flow(
+    q: Tensor, k: Tensor, *, sf: int, window: int, tile: tuple[int, int], tau: float, chunk: int = 4
+) -> ReleasedFlow:
+    """The released flow of reduced features q, k [F, H, W, d]; arguments as in `tile_motion_flow`.
+
+    Raises ValueError on grids on which the released code cannot run.
+    """
+    check_window(window)
+    check_tile(tile)
+    grid = tuple(q.shape[1:3])
+    if any(side % step or side <= window // 2 for side, step in zip(grid, tile, strict=True)):
+        raise ValueError(
+            f"the released flow needs a token grid divisible by the tile {tile} with sides above "
+            f"{window // 2}, half the window; got {grid}"
+        )
+    pairs = frame_pairs(len(q), sf)
+    within, between = [p for p in pairs if p[0] == p[1]], [p for p in pairs if p[0] < p[1]]
+    seen = _released_windows(q, k, between, window, tile, tau, chunk)
+    values = token_positions(window, window, q)
+    values[1::2] = 0
+    in_window = expected_values(to_tiles(q, tile), k, between, values, tau, chunk, seen)
+    flow = torch.cat(
+        [
+            dense_flow(q, k, within, tau, chunk).flatten(1, 2),
+            (in_window - token_positions(*tile, q)).flatten(1, 2),
+        ]
+    )
+    return ReleasedFlow(
+        flow=flow[pair_order(pairs, within + between)],
+        pairs=pairs,
+        window_loss=mean_change(_channel_means(k, between, seen), between),
+    )
+
+
+@torch.no_grad()
+def _released_windows(
+    q: Tensor, k: Tensor, pairs: Pairs, window: int, tile: tuple[int, int], tau: float, chunk: int
+) -> Tensor:
+    """The tokens of each tile's window, [P, T, l * l] long, each index clamped and truncated on its own."""
+    rows, cols = q.shape[1:3]
+    centre = centre_positions(q, k, pairs, tile, tau, chunk)
+    half = window // 2
+    offsets = torch.arange(-half, half + 1, device=q.device)
+    row = (centre[..., :1] + offsets).clamp(half, rows - 1 - half).long()
+    col = (centre[..., 1:] + offsets).clamp(half, cols - 1 - half).long()
+    return (row[..., :, None] * cols + col[..., None, :]).flatten(2)
+
+
+def _channel_means(k: Tensor, pairs: Pairs, seen: Tensor) -> Tensor:
+    """Mean over channels of each key in each tile's window: k [F, H, W, d], seen [P, T, L] -> [P, T, L]."""
+    frame = torch.tensor([j for _, j in pairs], device=k.device, dtype=torch.long)
+    return k.mean(-1).flatten(1)[frame][:, None].expand(-1, seen.shape[1], -1).gather(2, seen)

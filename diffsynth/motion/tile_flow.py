@@ -1,0 +1,179 @@
+"""Tile attention motion flow: a coarse look from each tile's centre, then attention inside a window only.
+
+For frames i < j (paper section 3.2): the query at the centre of a th x tw tile attends over all of frame j;
+around its expected position lies an l x l window, shifted into the grid; each query of the tile attends
+inside its tile's window. Pairs i = j attend over the whole frame.
+Cost of a pair: T*S*d + S*l^2*d products, against S^2*d dense. Axes as in `flow`; T tiles, m = th * tw.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffsynth.motion.flow import (
+    Pairs,
+    check_tau,
+    dense_flow,
+    expected_positions,
+    expected_values,
+    frame_pairs,
+    token_positions,
+)  # fmt: skip
+from diffsynth.motion.heads import Heads, reduce_heads
+from diffsynth.motion.losses import mean_change, window_means
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileFlow:
+    """flow [P, H, W, 2], (drow, dcol) in tokens; pairs, its P pairs of frames, i <= j < i + sf by i, then j.
+
+    windows [P', T, 2], long: the first (row, column) of each tile's window, of the P' pairs with i < j.
+    window_loss: scalar, how much the mean key of a tile's window changes from frame to frame.
+    """
+
+    flow: Tensor
+    pairs: Pairs
+    windows: Tensor
+    window_loss: Tensor
+
+
+def tile_motion_flow(
+    q: Tensor,
+    k: Tensor,
+    *,
+    sf: int = 4,
+    window: int = 21,
+    tile: tuple[int, int] = (3, 4),
+    tau: float = 1.0,
+    windows: Tensor | None = None,
+    heads: Heads = "mean_qk",
+    chunk: int = 4,
+) -> TileFlow:
+    """Tile flow of features q, k [F, H, W, d] or [F, H, W, n, d].
+
+    sf: pairs i <= j < i + sf. window: l, tokens, cut to the grid's sides. tile: (rows, columns), tokens; the
+    last ones may be partial. tau: factor on the logits. windows: those of an earlier result, to be looked
+    into again instead of searching. heads: see `reduce_heads`. chunk: pairs held in memory at a time.
+    Raises ValueError on arguments that do not fit.
+    """
+    q, k = reduce_heads(q, k, heads)
+    check_tau(tau)
+    check_window(window)
+    check_tile(tile)
+    grid = tuple(q.shape[1:3])
+    sides = (min(window, grid[0]), min(window, grid[1]))
+    tile = (min(tile[0], grid[0]), min(tile[1], grid[1]))
+    pairs = frame_pairs(len(q), sf)
+    within, between = [p for p in pairs if p[0] == p[1]], [p for p in pairs if p[0] < p[1]]
+    if windows is None:
+        windows = find_windows(q, k, between, tile, sides, tau, chunk)
+    _check_windows(windows, (len(between), _count(grid, tile), 2), grid, sides)
+    flow = torch.cat(
+        [
+            dense_flow(q, k, within, tau, chunk),
+            _flow_in_windows(q, k, between, windows, tile, sides, tau, chunk),
+        ]
+    )
+    return TileFlow(
+        flow=flow[pair_order(pairs, within + between)],
+        pairs=pairs,
+        windows=windows,
+        window_loss=mean_change(window_means(k, between, windows, sides), between),
+    )
+
+
+def tile_centres(grid: tuple[int, int], tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the tiles' centre tokens; that of a partial tile stays inside the grid."""
+    rows, cols = (
+        torch.arange(0, side, step).add(step // 2).clamp(max=side - 1)
+        for side, step in zip(grid, tile, strict=True)
+    )
+    return rows, cols
+
+
+def centre_positions(
+    q: Tensor, k: Tensor, pairs: Pairs, tile: tuple[int, int], tau: float, chunk: int
+) -> Tensor:
+    """Expected position in frame j of each tile's centre query: reduced q, k [F, H, W, d] -> [P, T, 2]."""
+    rows, cols = tile_centres(tuple(q.shape[1:3]), tile)
+    return expected_positions(q[:, rows][:, :, cols].flatten(1, 2), k, pairs, tau, chunk)
+
+
+@torch.no_grad()
+def find_windows(
+    q: Tensor, k: Tensor, pairs: Pairs, tile: tuple[int, int], sides: tuple[int, int], tau: float, chunk: int
+) -> Tensor:
+    """First (row, column) of each tile's window in frame j, [P, T, 2] long: shifted into the grid."""
+    centre = centre_positions(q, k, pairs, tile, tau, chunk).round().long()
+    half = torch.tensor(sides, device=q.device) // 2
+    last = torch.tensor(q.shape[1:3], device=q.device) - torch.tensor(sides, device=q.device)
+    return (centre - half).clamp(min=torch.zeros_like(last), max=last)
+
+
+def to_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
+    """[F, H, W, d] -> [F, T, th * tw, d], the grid filled up with zeros to whole tiles."""
+    (rows, cols), (th, tw) = x.shape[1:3], tile
+    x = F.pad(x, (0, 0, 0, -cols % tw, 0, -rows % th))
+    return x.unflatten(2, (-1, tw)).unflatten(1, (-1, th)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def from_tiles(x: Tensor, tile: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The inverse of `to_tiles`: [P, T, th * tw, d] -> [P, H, W, d]."""
+    (rows, cols), (th, tw) = grid, tile
+    x = x.unflatten(1, (-(-rows // th), -(-cols // tw))).unflatten(3, (th, tw)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)[:, :rows, :cols]
+
+
+def _flow_in_windows(
+    q: Tensor, k: Tensor, pairs: Pairs, windows: Tensor, tile: tuple[int, int], sides: tuple[int, int],
+    tau: float, chunk: int,
+) -> Tensor:  # fmt: skip
+    grid = tuple(q.shape[1:3])
+    seen = window_tokens(windows, sides, grid)
+    in_window = expected_values(to_tiles(q, tile), k, pairs, token_positions(*sides, q), tau, chunk, seen)
+    expected = from_tiles(in_window + windows[:, :, None], tile, grid)
+    return expected - token_positions(*grid, q).unflatten(0, grid)
+
+
+def window_tokens(windows: Tensor, sides: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The tokens of each window, row by row: windows [P, T, 2] -> [P, T, L] long."""
+    rows = windows[..., :1] + torch.arange(sides[0], device=windows.device)
+    cols = windows[..., 1:] + torch.arange(sides[1], device=windows.device)
+    return (rows[..., :, None] * grid[1] + cols[..., None, :]).flatten(2)
+
+
+def pair_order(wanted: Pairs, given: Pairs) -> list[int]:
+    """Where each wanted pair stands among the given ones."""
+    place = {pair: index for index, pair in enumerate(given)}
+    return [place[pair] for pair in wanted]
+
+
+def check_window(window: int) -> None:
+    """Raises ValueError unless window is an odd whole number."""
+    if not isinstance(window, int) or window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be an odd whole number of tokens; got {window!r}")
+
+
+def check_tile(tile: tuple[int, int]) -> None:
+    """Raises ValueError unless tile is two whole numbers of at least 1."""
+    if len(tile) != 2 or not all(isinstance(side, int) and side >= 1 for side in tile):
+        raise ValueError(f"tile must be (rows, columns), whole numbers of at least 1; got {tile!r}")
+
+
+def _count(grid: tuple[int, int], tile: tuple[int, int]) -> int:
+    return -(-grid[0] // tile[0]) * -(-grid[1] // tile[1])
+
+
+def _check_windows(
+    windows: Tensor, shape: tuple[int, int, int], grid: tuple[int, int], sides: tuple[int, int]
+) -> None:
+    if tuple(windows.shape) != shape:
+        raise ValueError(
+            f"windows must be {list(shape)}, (row, column) for each pair i < j and tile; "
+            f"got {list(windows.shape)}"
+        )
+    last = windows.new_tensor(grid) - windows.new_tensor(sides)
+    if ((windows < 0) | (windows > last)).any():
+        raise ValueError(f"windows must begin in rows 0..{last[0]} and columns 0..{last[1]}")
