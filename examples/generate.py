@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from diffsynth import VideoData, WanVideoPipeline, save_video
+from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.pipelines.options import MODES
 
 NEGATIVE_PROMPT = (
@@ -27,7 +28,8 @@ def parse_arguments(default_model_dir: str) -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=480, help="pixels")
     parser.add_argument("--width", type=int, default=832, help="pixels")
     parser.add_argument("--num_frames", type=int, help="the reference's, or 81, by default")
-    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="how motion is transferred")
+    parser.add_argument("--mode", choices=MODES, help="effi_AMF with a reference by default")
+    parser.add_argument("--sf", type=int, help="frames that each latent frame is compared with (4)")
     parser.add_argument(
         "--denoising_strength", type=float, default=0.75, help="how far the reference is noised, in (0, 1]"
     )
@@ -52,6 +54,7 @@ def main(default_model_dir: str) -> None:
     video = None
     if args.input_video is not None:
         video = VideoData(args.input_video, height=args.height, width=args.width)
+    mode = args.mode or (NO_TRANSFER if video is None else DEFAULT_MODE)
     pipe = WanVideoPipeline.from_pretrained(args.model_dir, device=args.device)
     if args.offload:
         pipe.enable_cpu_offload()
@@ -65,13 +68,14 @@ def main(default_model_dir: str) -> None:
         num_inference_steps=args.num_inference_steps,
         denoising_strength=args.denoising_strength if video else None,
         seed=args.seed,
-        mode=args.mode,
+        mode=mode,
+        sf=args.sf,
         test_latency=args.test_latency,
         latency_dir=args.latency_dir or args.output_dir,
     )
     stem = Path(args.input_video).stem if video else "text"
     fps = (video.fps if video else None) or 15
     path = save_video(
-        frames, free_name(args.output_dir, f"{stem}-{args.mode}-seed{args.seed}"), fps=fps, quality=5
+        frames, free_name(args.output_dir, f"{stem}-{mode}-seed{args.seed}"), fps=fps, quality=5
     )
     print(f"{path}: {len(frames)} frames of {frames[0].width}x{frames[0].height} at {fps:g} frames a second")

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "diffsynth"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from itself and from rooms before it.
 ROOMS = (
-    "data", "prompters", "configs", "models", "schedulers", "motion", "vram_management", "pipelines",
+    "data", "prompters", "configs", "models", "schedulers", "vram_management", "motion", "pipelines",
     "distributed", "evaluation", "cli", "webui",
 )  # fmt: skip
 MAY_PRINT = ("cli", "webui")

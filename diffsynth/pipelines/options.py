@@ -7,11 +7,14 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from diffsynth.motion import MODES as MOTION_MODES
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.guidance import NO_TRANSFER
 from diffsynth.schedulers import SAMPLERS
 
 logger = logging.getLogger(__name__)
 
-MODES = ("No_transfer",)
+MODES = (*MOTION_MODES, NO_TRANSFER)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -24,6 +27,7 @@ class GenerationOptions:
     is taken. cfg_scale: classifier-free guidance, v_neg + cfg_scale * (v_pos - v_neg); 1 runs the positive
     prompt alone. sigma_shift: of the noise schedule. seed: of the noise; rand_device: where it is drawn.
     tiled, tile_size, tile_stride: spatial tiling of the VAE, (rows, columns) in latent units.
+    motion: what is transferred and how; None for no transfer.
     tea_cache_l1_thresh: None for no TeaCache. tea_cache_model_id: "" to infer it from the DiT's size.
     batch_cfg: both prompts in one DiT call (True), two calls (False), or by memory (None).
     """
@@ -41,7 +45,7 @@ class GenerationOptions:
     tile_size: tuple[int, int]
     tile_stride: tuple[int, int]
     sampler: str
-    mode: str
+    motion: MotionGuidance | None
     tea_cache_l1_thresh: float | None
     tea_cache_model_id: str
     batch_cfg: bool | None
@@ -55,7 +59,6 @@ class GenerationOptions:
         _check(0 < self.sigma_shift < math.inf, "sigma_shift", self.sigma_shift, "a number above 0")
         _check(-(2**63) <= self.seed < 2**64, "seed", self.seed, "a whole number of at most 64 bits")
         _check_choice("sampler", self.sampler, SAMPLERS)
-        _check_choice("mode", self.mode, MODES)
         _check_choice("output_type", self.output_type, OUTPUT_TYPES)
         try:
             torch.device(self.rand_device)
@@ -64,6 +67,10 @@ class GenerationOptions:
                 f"rand_device is {self.rand_device!r}, which is no torch device ({error})"
             ) from error
 
+    @property
+    def mode(self) -> str:
+        return NO_TRANSFER if self.motion is None else self.motion.mode
+
     def __str__(self) -> str:
         return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
 
@@ -71,6 +78,12 @@ class GenerationOptions:
 def _check(good: bool, name: str, given: object, allowed: str) -> None:
     if not good:
         raise ValueError(f"{name} must be {allowed}; got {given!r}")
+
+
+def check_mode(mode: str | None) -> None:
+    """Raises ValueError, naming the known modes, for an unknown one."""
+    if mode is not None:
+        _check_choice("mode", mode, MODES)
 
 
 def _check_whole(name: str, given: object) -> None:

@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.denoise import batch_of_two_fits, denoise, guided_velocity
 from diffsynth.pipelines.frames import Video, chunks_to_uint8, frame_size, video_to_tensor
+from diffsynth.pipelines.guidance import choose_guidance, make_guide
 from diffsynth.pipelines.latency import RunCost, measured
-from diffsynth.pipelines.options import GenerationOptions, prompt_list, round_size
+from diffsynth.pipelines.options import GenerationOptions, check_mode, prompt_list, round_size
 from diffsynth.pipelines.tea_cache import TeaCache, tea_cache_model_id
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import find_tokenizer
@@ -34,6 +37,14 @@ from diffsynth.vram_management import Residency, choose_device
 logger = logging.getLogger(__name__)
 
 Frames = list[Image.Image] | np.ndarray | Tensor
+
+
+class Contexts(NamedTuple):
+    """Text embeddings [1, text_len, text_dim] that a run reads: prompt, negative prompt, empty prompt."""
+
+    positive: Tensor
+    negative: Tensor | None = None
+    null: Tensor | None = None
 
 
 class WanVideoPipeline:
@@ -161,6 +172,8 @@ class WanVideoPipeline:
         tile_stride: tuple[int, int] = (15, 26),
         sampler: str = "euler",
         mode: str | None = None,
+        sf: int | None = None,
+        motion: MotionGuidance | None = None,
         tea_cache_l1_thresh: float | None = None,
         tea_cache_model_id: str = "",
         batch_cfg: bool | None = None,
@@ -187,10 +200,12 @@ class WanVideoPipeline:
         prompts = prompt_list("prompt", prompt)
         negatives = self._negative_prompts(negative_prompt, len(prompts))
         size = (480, 832) if input_video is None else frame_size(input_video)
+        check_mode(mode)
+        total_frames = self._num_frames(num_frames, input_video)
         options = GenerationOptions(
             height=round_size("height", size[0] if height is None else height, self._pixels_per_token(1)),
             width=round_size("width", size[1] if width is None else width, self._pixels_per_token(2)),
-            num_frames=self._num_frames(num_frames, input_video),
+            num_frames=total_frames,
             num_inference_steps=num_inference_steps,
             denoising_strength=self._strength(denoising_strength, input_video),
             cfg_scale=cfg_scale,
@@ -201,13 +216,17 @@ class WanVideoPipeline:
             tile_size=tile_size,
             tile_stride=tile_stride,
             sampler=sampler,
-            mode="No_transfer" if mode is None else mode,
+            motion=choose_guidance(
+                mode, motion, sf, None if input_video is None else total_frames, num_inference_steps
+            ),
             tea_cache_l1_thresh=tea_cache_l1_thresh,
             tea_cache_model_id=tea_cache_model_id,
             batch_cfg=batch_cfg,
             output_type=output_type,
         )
         self._make_tea_cache(options)
+        if options.motion is not None:
+            options.motion.block_for(self.dit.num_layers)
         if test_latency and latency_dir is None:
             raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
         logger.info("generating %d video(s): %s", len(prompts), options)
@@ -215,10 +234,8 @@ class WanVideoPipeline:
         contexts = self._encode_prompts(prompts, negatives, options)
         reference = None if input_video is None else self._encode_video(input_video, options)
         videos = []
-        for positive, negative in contexts:
-            latents, cost = self._denoise(
-                positive, negative, reference, options, progress_bar_cmd, callback_on_step_end
-            )
+        for context in contexts:
+            latents, cost = self._denoise(context, reference, options, progress_bar_cmd, callback_on_step_end)
             if test_latency:
                 cost.append_to(latency_dir)
             videos.append(self._decode(latents, options))
@@ -262,17 +279,24 @@ class WanVideoPipeline:
 
     def _encode_prompts(
         self, prompts: list[str], negatives: list[str], options: GenerationOptions
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """(positive, negative or None) embeddings [1, text_len, text_dim] of each prompt, on the device."""
-        wanted = prompts if options.cfg_scale == 1 else prompts + negatives
-        if self.prompter.cached(wanted, self.text_encoder):
-            encoded = self.prompter.encode_prompt(wanted, self.text_encoder)
+    ) -> list[Contexts]:
+        """The text embeddings of each prompt's run, on the device; only those that the run reads."""
+        wanted = {"positive": prompts}
+        if options.cfg_scale != 1:
+            wanted["negative"] = negatives
+        if options.motion is not None:
+            wanted["null"] = [""] * len(prompts)
+        texts = [text for group in wanted.values() for text in group]
+        if self.prompter.cached(texts, self.text_encoder):
+            encoded = self.prompter.encode_prompt(texts, self.text_encoder)
         else:
             with self.residency.using("text_encoder"):
-                encoded = self.prompter.encode_prompt(wanted, self.text_encoder)
-        rows = encoded.to(self.device).split(1)
-        count = len(prompts)
-        return [(rows[i], rows[count + i] if options.cfg_scale != 1 else None) for i in range(count)]
+                encoded = self.prompter.encode_prompt(texts, self.text_encoder)
+        groups = encoded.to(self.device).unflatten(0, (len(wanted), len(prompts)))
+        by_name = dict(zip(wanted, groups, strict=True))
+        return [
+            Contexts(**{name: rows[i : i + 1] for name, rows in by_name.items()}) for i in range(len(prompts))
+        ]
 
     def _tiling(self, options: GenerationOptions) -> dict:
         return {"tiled": options.tiled, "tile_size": options.tile_size, "tile_stride": options.tile_stride}
@@ -285,8 +309,7 @@ class WanVideoPipeline:
 
     def _denoise(
         self,
-        positive: Tensor,
-        negative: Tensor | None,
+        context: Contexts,
         reference: Tensor | None,
         options: GenerationOptions,
         progress: Callable[[Iterable], Iterable],
@@ -296,31 +319,44 @@ class WanVideoPipeline:
         scheduler = make_scheduler(options.sampler, options.sigma_shift)
         scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
         noise = self._noise(options)
-        latents = (
-            noise if reference is None else scheduler.add_noise(reference, noise, scheduler.timesteps[0])
-        )
+        start = noise if reference is None else scheduler.add_noise(reference, noise, scheduler.timesteps[0])
+        cost = RunCost(options.seed, options.mode, options.num_inference_steps)
 
         def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
             returned = None if callback is None else callback(self, step, timestep, {"latents": latents})
             return latents if returned is None else returned.get("latents", latents)
 
-        cost = RunCost(options.seed, options.mode, options.num_inference_steps)
+        guide = None
+        if options.motion is not None:
+            guide = make_guide(
+                self.dit,
+                options.motion,
+                scheduler,
+                start=start,
+                reference=reference,
+                noise=noise,
+                context=context.positive,
+                null_context=context.null,
+                cost=cost,
+                interrupted=self._interrupted.is_set,
+            )
         with self.residency.using("dit"), measured(cost, self.dit, self.device):
             batch = options.batch_cfg
             if batch is None:
-                batch = batch_of_two_fits(self.dit, self._num_tokens(latents), self.device)
+                batch = batch_of_two_fits(self.dit, self._num_tokens(start), self.device)
+            velocity = guided_velocity(
+                self.dit,
+                context.positive,
+                context.negative,
+                options.cfg_scale,
+                batch=batch,
+                make_cache=lambda: self._make_tea_cache(options),
+            )
             latents = denoise(
-                latents,
+                start,
                 scheduler,
-                guided_velocity(
-                    self.dit,
-                    positive,
-                    negative,
-                    options.cfg_scale,
-                    batch=batch,
-                    make_cache=lambda: self._make_tea_cache(options),
-                ),
-                guide=None,
+                velocity,
+                guide=guide,
                 progress=progress,
                 on_step_end=on_step_end,
                 interrupted=self._interrupted.is_set,
