@@ -1,0 +1,49 @@
+"""Looking at what a reference video would transfer, without generating anything."""
+
+import torch
+from torch import Tensor
+
+from diffsynth.motion import MotionGuidance, make_descriptor
+from diffsynth.motion.descriptors import StepInputs
+from diffsynth.pipelines.frames import Video, frame_size, video_to_tensor
+from diffsynth.pipelines.options import round_size
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+
+@torch.no_grad()
+def reference_flow(
+    pipe: WanVideoPipeline,
+    video: Video,
+    *,
+    motion: MotionGuidance | None = None,
+    sigma: float = 0.7,
+    seed: int = 0,
+) -> Tensor:
+    """The attention motion flow of a video, [P, H, W, 2] in tokens, as guidance reads it at noise level
+    sigma.
+
+    motion: which flow, by its mode "effi_AMF" or "AMF"; the published numbers by default.
+    Raises ValueError for another mode, a sigma outside (0, 1], or a video of one frame.
+    """
+    motion = MotionGuidance() if motion is None else motion
+    if motion.mode not in ("effi_AMF", "AMF"):
+        raise ValueError(f"motion.mode must be 'effi_AMF' or 'AMF', which have a flow; got {motion.mode!r}")
+    if not 0 < sigma <= 1:
+        raise ValueError(f"sigma must be in (0, 1]; got {sigma!r}")
+    if len(video) < 2:
+        raise ValueError("a video of one frame has no motion")
+    unit = pipe.vae.spatial_factor * pipe.dit.patch_size[1]
+    height, width = (
+        round_size(*side, unit) for side in zip(("height", "width"), frame_size(video), strict=True)
+    )
+    with pipe.residency.using("vae"):
+        clean = pipe.vae.encode(video_to_tensor(video, len(video), height, width), tiled=True)
+    with pipe.residency.using("text_encoder"):
+        context = pipe.prompter.encode_prompt("", pipe.text_encoder).to(pipe.device)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
+    timestep = torch.tensor([1000.0 * sigma], device=clean.device)
+    inputs = StepInputs(dit=pipe.dit, timestep=timestep, sigma=sigma, null_context=context)
+    descriptor = make_descriptor(motion)
+    with pipe.residency.using("dit"):
+        features = descriptor.observe((1 - sigma) * clean + sigma * noise, context, inputs)
+        return descriptor.describe(features).flow
