@@ -1,10 +1,13 @@
 """The example scripts, run as a user runs them."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from diffsynth import VideoData
 from diffsynth.testing import write_clip
@@ -72,3 +75,43 @@ def test_the_first_try_needs_nothing(tmp_path):
     result = run("first_try.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(VideoData(tmp_path / "results" / "first_try" / "result.mp4")) == 17
+
+
+def test_the_motion_of_a_reference_can_be_looked_at(tiny_checkpoint, tmp_path):
+    clip = write_clip(tmp_path / "ref.mp4", num_frames=6, height=32, width=48)
+    size = ["--height", 32, "--width", 48, "--model_dir", tiny_checkpoint, "--device", "cpu"]
+    result = run("inspect_motion.py", clip, *size, "--output", tmp_path / "motion.mp4")
+    assert result.returncode == 0, result.stderr
+    video = VideoData(tmp_path / "motion.mp4")
+    # The frames and the flow, side by side at 16 pixels a token.
+    assert (len(video), video.shape()) == (6, (32, 2 * 48))
+
+
+def test_the_python_in_the_readme_runs_as_printed(tiny_checkpoint, tmp_path):
+    """All of it in one go; only the checkpoint's place, the device and the sizes are exchanged."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    shards = sorted(folder.glob("*.safetensors"))
+    weights = {key: value for shard in shards for key, value in load_file(shard).items()}
+    for file in [*shards, folder / "diffusion_pytorch_model.safetensors.index.json"]:
+        file.unlink()
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    write_clip(tmp_path / "ref.mp4", num_frames=6, height=32, width=48)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    code = "\n".join(blocks)
+    exchanged = {
+        "models/Wan2.1-T2V-1.3B": str(folder),
+        'device="cuda"': 'device="cpu"',
+        "num_inference_steps=50": "num_inference_steps=2",
+        "seed=42)": "seed=42, num_inference_steps=2)",
+        "motion=guidance)": "motion=guidance, num_inference_steps=2)",
+        "height=480, width=832": "height=32, width=48",
+    }
+    for printed, here in exchanged.items():
+        assert printed in code
+        code = code.replace(printed, here)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert VideoData(tmp_path / "out.mp4").shape() == (32, 48)
