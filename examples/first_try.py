@@ -15,7 +15,7 @@ FOLDER = Path("results/first_try")
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     checkpoint = FOLDER / "checkpoint"
-    if not checkpoint.exists():
+    if not (checkpoint / "config.json").exists():
         write_checkpoint(checkpoint)
     clip = VideoData(write_clip(FOLDER / "reference.mp4"))
     pipe = WanVideoPipeline.from_pretrained(checkpoint)

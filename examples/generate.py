@@ -1,12 +1,15 @@
 """What the example scripts share: command line, one generation, one video file."""
 
 import argparse
+import contextlib
+import itertools
 import logging
 from pathlib import Path
 
 from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.pipelines.options import MODES
+from diffsynth.schedulers import SAMPLERS
 
 NEGATIVE_PROMPT = (
     "oversaturated, overexposed, static, blurred details, subtitles, painting, still picture, grey, "
@@ -31,8 +34,11 @@ def parse_arguments(default_model_dir: str) -> argparse.Namespace:
     parser.add_argument("--mode", choices=MODES, help="effi_AMF with a reference by default")
     parser.add_argument("--sf", type=int, help="frames that each latent frame is compared with (4)")
     parser.add_argument(
-        "--denoising_strength", type=float, default=0.75, help="how far the reference is noised, in (0, 1]"
+        "--denoising_strength", type=float, help="how far the reference is noised, in (0, 1]; 0.75"
     )
+    parser.add_argument("--cfg_scale", type=float, default=5.8, help="weight of the prompt")
+    parser.add_argument("--sigma_shift", type=float, default=7.0, help="of the noise schedule")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="euler")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -42,15 +48,20 @@ def parse_arguments(default_model_dir: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def free_name(folder: Path, stem: str) -> Path:
-    """A name in the folder that is not taken, so that no earlier result is lost."""
-    names = (folder / f"{stem}{suffix}.mp4" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
-    return next(name for name in names if not name.exists())
+def reserve_name(folder: Path, stem: str) -> Path:
+    """An empty new file in the folder, so that no earlier result is lost and no other run takes the name."""
+    for number in itertools.count(1):
+        path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.mp4"
+        with contextlib.suppress(FileExistsError):
+            path.open("x").close()
+            return path
+    raise AssertionError("unreachable")
 
 
 def main(default_model_dir: str) -> None:
     args = parse_arguments(default_model_dir)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     video = None
     if args.input_video is not None:
         video = VideoData(args.input_video, height=args.height, width=args.width)
@@ -66,7 +77,10 @@ def main(default_model_dir: str) -> None:
         width=args.width,
         num_frames=args.num_frames,
         num_inference_steps=args.num_inference_steps,
-        denoising_strength=args.denoising_strength if video else None,
+        denoising_strength=args.denoising_strength,
+        cfg_scale=args.cfg_scale,
+        sigma_shift=args.sigma_shift,
+        sampler=args.sampler,
         seed=args.seed,
         mode=mode,
         sf=args.sf,
@@ -75,7 +89,10 @@ def main(default_model_dir: str) -> None:
     )
     stem = Path(args.input_video).stem if video else "text"
     fps = (video.fps if video else None) or 15
-    path = save_video(
-        frames, free_name(args.output_dir, f"{stem}-{mode}-seed{args.seed}"), fps=fps, quality=5
-    )
+    path = reserve_name(args.output_dir, f"{stem}-{mode}-seed{args.seed}")
+    try:
+        save_video(frames, path, fps=fps, quality=5)
+    except BaseException:
+        path.unlink()
+        raise
     print(f"{path}: {len(frames)} frames of {frames[0].width}x{frames[0].height} at {fps:g} frames a second")

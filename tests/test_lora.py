@@ -50,6 +50,11 @@ NAMINGS = {
     "peft wrapped": (LAYERS, "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"),
     "diffusers": (DIFFUSERS_NAMES, "transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
     "down and up": (LAYERS, "diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight"),
+    "kohya, diffusers names": (
+        [name.replace(".", "_") for name in DIFFUSERS_NAMES],
+        "lora_unet_{}.lora_down.weight",
+        "lora_unet_{}.lora_up.weight",
+    ),
     "kohya": (
         [name.replace(".", "_") for name in LAYERS],
         "lora_unet_{}.lora_down.weight",
@@ -176,3 +181,48 @@ def test_a_lora_for_another_size_or_with_half_a_pair_is_refused(manager, tmp_pat
     with pytest.raises(FileNotFoundError, match="nowhere"):
         manager.load_lora(tmp_path / "nowhere.safetensors")
     assert manager.loras == []
+
+
+def test_a_layer_without_weights_is_found_under_its_other_name(manager, tmp_path):
+    """diffusers' norm2 is the official norm3; the official norm2 has no weights."""
+    norm = manager.fetch_model("wan_video_dit").blocks[0].norm3
+    before = norm.weight.clone()
+    save_file({"transformer.blocks.0.norm2.diff": torch.ones(24)}, tmp_path / "lora.safetensors")
+    manager.load_lora(tmp_path / "lora.safetensors")
+    torch.testing.assert_close(norm.weight, before + 1)
+
+
+REFUSED = {
+    "alpha alone": (["q.alpha", "q.hada_w1_a"], (), "matches no layer"),
+    "bias of another size": (["q.diff_b"], (7,), "does not fit the bias of blocks.0.self_attn.q"),
+    "two adapters": (
+        ["q.lora_A.a.weight", "q.lora_A.b.weight"],
+        (2, 24),
+        "several adapters for blocks.0.self_attn.q",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_would_do_nothing_or_something_else_are_refused(manager, tmp_path, case):
+    names, shape, message = REFUSED[case]
+    tensors = {f"blocks.0.self_attn.{name}": torch.ones(shape) for name in names}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    before = weights(manager)
+    with pytest.raises(CheckpointError, match=message):
+        manager.load_lora(tmp_path / "lora.safetensors")
+    assert manager.loras == []
+    assert all(torch.equal(weight, before[layer]) for layer, weight in weights(manager).items())
+
+
+def test_a_strength_or_adapter_config_that_is_no_number_is_refused(manager, tmp_path):
+    (down, up) = pairs(manager)[0]["blocks.1.ffn.0"]
+    path = tmp_path / "lora.safetensors"
+    save_file({"blocks.1.ffn.0.lora_A.weight": down, "blocks.1.ffn.0.lora_B.weight": up}, path)
+    for alpha in ("1", float("nan")):
+        with pytest.raises(ValueError, match="lora_alpha must be a finite number"):
+            manager.load_lora(path, lora_alpha=alpha)
+    for text in ("{", "{}", '{"r": 0, "lora_alpha": 1}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json is no adapter config"):
+            manager.load_lora(path)

@@ -250,3 +250,55 @@ def test_a_written_checkpoint_depends_on_the_seed_alone(tiny_checkpoint, tmp_pat
         write_checkpoint(again)
     with pytest.raises(ValueError, match="size must be one of tiny"):
         write_checkpoint(tmp_path / "big", size="huge")
+
+
+@pytest.mark.parametrize("name", ["notes.pth", "optimizer.pth", "._Wan2.1_VAE.pth"])
+def test_foreign_files_in_a_folder_are_left_out(checkpoint, name, caplog):
+    (checkpoint / name).write_bytes(b"")
+    assert len(load(checkpoint).loaded) == 3
+    assert name.startswith(".") or f"{name} is truncated" in caplog.text
+
+
+def test_damaged_parts_of_a_folder_are_not_left_out(checkpoint):
+    (checkpoint / VAE).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=VAE):
+        load(checkpoint)
+
+
+def test_of_two_dits_in_a_folder_the_indexed_one_is_loaded(checkpoint, caplog):
+    weights = {
+        key: torch.zeros_like(value) for file in shards(checkpoint) for key, value in load_file(file).items()
+    }
+    expected = dit_output(load(checkpoint))
+    save_file(weights, checkpoint / "other_fp16.safetensors")
+    manager = load(checkpoint)
+    assert len(manager.loaded) == 3
+    assert torch.equal(dit_output(manager), expected)
+    assert "other_fp16.safetensors is a second wan_video_dit in the folder; left out" in caplog.text
+
+
+def test_shards_without_their_index_must_all_be_there(checkpoint):
+    (checkpoint / INDEX).unlink()
+    dit_output(load(checkpoint))
+    with pytest.raises(CheckpointError, match="give all shards in one list, or the folder"):
+        load(shards(checkpoint)[1])
+    shards(checkpoint)[0].unlink()
+    with pytest.raises(FileNotFoundError, match="has 1 of 2 shards of diffusion_pytorch_model"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("given", ["2", 0, 5])
+def test_a_config_that_does_not_fit_the_weights_is_named(checkpoint, given):
+    config = json.loads((checkpoint / "config.json").read_text()) | {"num_heads": given}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load(checkpoint)
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        load(checkpoint)
+
+
+def test_an_entry_that_names_nothing_is_refused():
+    for entry in ([], None):
+        with pytest.raises(ValueError, match="an entry must be a path or a list of shards"):
+            load(entry)

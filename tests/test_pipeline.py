@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import shutil
 import threading
 
 import numpy as np
@@ -194,6 +195,51 @@ def test_callback_sees_every_step_and_may_replace_the_latents(pipe):
     assert [entry[2] for entry in seen] == sorted((entry[2] for entry in seen), reverse=True)
 
 
+@pytest.mark.parametrize("wrong", [{"latent": 1}, {"latents": None}, True])
+def test_what_a_callback_returns_must_be_latents(pipe, wrong):
+    with pytest.raises(TypeError, match="callback_on_step_end must return None or a dict with latents"):
+        latents(pipe, callback_on_step_end=lambda *_: wrong)
+    with pytest.raises(
+        ValueError, match=r"latents of another shape: \(1, 16, 1, 4, 6\) for \(1, 16, 2, 4, 6\)"
+    ):
+        latents(pipe, callback_on_step_end=lambda *arguments: {"latents": arguments[3]["latents"][:, :, :1]})
+
+
+def test_numpy_numbers_and_lists_do_as_arguments(pipe):
+    numbers = {"height": np.int64(32), "width": np.int32(48), "num_frames": np.int64(5), "seed": np.int64(1)}
+    assert torch.equal(
+        latents(pipe, **numbers, tile_size=[30, 52], tile_stride=np.array([15, 26])), latents(pipe)
+    )
+
+
+def test_the_vae_keeps_the_precision_of_its_file(tiny_checkpoint):
+    half = WanVideoPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.bfloat16, device="cpu")
+    stored = torch.load(tiny_checkpoint / "Wan2.1_VAE.pth", weights_only=True)
+    assert half.dit.dtype == torch.bfloat16
+    assert all(torch.equal(half.vae.state_dict()[key], value) for key, value in stored.items())
+
+
+def test_a_folder_without_a_part_is_named_with_the_download_command(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "part")
+    (folder / "Wan2.1_VAE.pth").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"part lacks the weights of wan_video_vae.*download_model\.py"
+    ):
+        WanVideoPipeline.from_pretrained(folder)
+
+
+def test_storage_types_are_no_computing_types(tiny_checkpoint):
+    manager = ModelManager()
+    manager.load_models([tiny_checkpoint])
+    with pytest.raises(ValueError, match=r"torch_dtype must be one of .*got torch\.float8_e4m3fn"):
+        WanVideoPipeline.from_model_manager(manager, torch_dtype=torch.float8_e4m3fn)
+
+
+def test_a_float8_pipeline_runs_and_stays_near(tiny_checkpoint, pipe):
+    packed = WanVideoPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.float8_e4m3fn, device="cpu")
+    assert (latents(packed) - latents(pipe)).abs().mean() < 0.2
+
+
 def test_interrupt_from_a_callback_ends_the_call_with_what_there_is(pipe):
     seen = []
 
@@ -297,7 +343,7 @@ def test_latency_lines_say_what_each_run_cost(pipe, tmp_path):
 
 
 BAD_ARGUMENTS = {
-    "height 0": ({"height": 0}, ValueError, "height must be a whole number of at least 1; got 0"),
+    "height 0": ({"height": 0}, ValueError, "height must be an integer of at least 1, got 0"),
     "width negative": ({"width": -16}, ValueError, "width must be .* got -16"),
     "num_frames 0": ({"num_frames": 0}, ValueError, "num_frames must be .* got 0"),
     "no steps": ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be .* got 0"),
@@ -307,19 +353,26 @@ BAD_ARGUMENTS = {
     "sampler": ({"sampler": "ddim"}, ValueError, "sampler must be one of euler, unipc; got 'ddim'"),
     "output_type": ({"output_type": "gif"}, ValueError, "output_type must be one of pil, np, pt, latent"),
     "cfg_scale": ({"cfg_scale": float("nan")}, ValueError, "cfg_scale must be a finite number"),
-    "sigma_shift": ({"sigma_shift": 0.0}, ValueError, "sigma_shift must be a number above 0"),
+    "sigma_shift": ({"sigma_shift": 0.0}, ValueError, "sigma_shift must be above 0"),
     "rand_device": ({"rand_device": "quantum"}, ValueError, "rand_device is 'quantum'"),
     "prompt": ({"prompt": 7}, TypeError, "prompt must be a str or a list of str; got 7"),
     "prompt list": ({"prompt": ["a", None]}, TypeError, "prompt must be a str or a list of str"),
     "no prompt": ({"prompt": []}, ValueError, "prompt must be at least one prompt"),
     "negative_prompt": ({"negative_prompt": None}, TypeError, "negative_prompt must be a str"),
     "negative count": ({"negative_prompt": ["a", "b"]}, ValueError, "negative_prompt has 2 entries"),
-    "video type": ({"input_video": "clip.mp4"}, TypeError, "input_video must be|iterable of images"),
+    "video type": ({"input_video": "clip.mp4"}, TypeError, "input_video must be a VideoData.* got str"),
     "empty video": ({"input_video": []}, ValueError, "frames is empty"),
     "tea model": (
         {"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "Wan9"}, ValueError, "tea_cache_model_id is 'Wan9'"
     ),
     "tea size": ({"tea_cache_l1_thresh": 0.1}, ValueError, "pass tea_cache_model_id"),
+    "tile_size": ({"tile_size": 30}, ValueError, "tile_size must be two whole numbers"),
+    "tile_stride": ({"tile_size": (2, 2), "tile_stride": (3, 3)}, ValueError, "tile_stride must not exceed"),
+    "tile fraction": ({"tile_size": (30.5, 52)}, ValueError, "tile_size must be an integer"),
+    "seed": ({"seed": "1"}, ValueError, "seed must be an integer"),
+    "cfg_scale none": ({"cfg_scale": None}, ValueError, "cfg_scale must be a finite number"),
+    "rand_device meta": ({"rand_device": "meta"}, ValueError, "rand_device is 'meta'"),
+    "batch_cfg": ({"batch_cfg": "no"}, ValueError, "batch_cfg must be True, False or None"),
     "latency": ({"test_latency": True}, ValueError, "test_latency needs latency_dir"),
     "unknown option": ({"steps": 3}, TypeError, "unexpected keyword argument 'steps'"),
 }  # fmt: skip

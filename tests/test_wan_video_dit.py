@@ -155,6 +155,16 @@ def test_an_image_model_attends_to_its_image_tokens():
         dit(x, t, context, y=y)
 
 
+def test_a_call_without_autograd_leaves_later_gradients_possible(tiny):
+    dit, g, _ = tiny
+    x, t, context = g["in.latents"].repeat(1, 1, 2, 1, 1), g["in.timesteps"][:1], g["in.context"]
+    with torch.inference_mode():
+        dit(x, t, context)
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(dit.features(x, t, context, block=1)[0].sum(), x)
+    assert gradient.isfinite().all()
+
+
 def test_sizes_that_do_not_fit_are_named(tiny):
     dit, g, _ = tiny
     x, t, context = g["in.latents"], g["in.timesteps"][:1], g["in.context"]
@@ -168,5 +178,9 @@ def test_sizes_that_do_not_fit_are_named(tiny):
         dit.features(x, t, context)
     with pytest.raises(ValueError, match="clip_feature"):
         dit(x, t, context, clip_feature=torch.zeros(1, 257, 1280))
+    with pytest.raises(ValueError, match=r"timestep must be \[B\]"):
+        dit(x, t[0], context)
+    with pytest.raises(ValueError, match=r"context must be"):
+        dit(x, t, context[0])
     with pytest.raises(ValueError, match="even head width"):
         WanModel(dim=15, in_dim=4, ffn_dim=8, out_dim=4, text_dim=6, freq_dim=16, num_heads=3, num_layers=1)

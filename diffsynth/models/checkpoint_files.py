@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 DOWNLOAD_HINT = "published checkpoints are fetched by: python examples/download_model.py --model 1.3b"
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
+# Names under which the weights of a checkpoint are published; other files in a folder may be anything.
+_PUBLISHED_NAME = re.compile(
+    r"(diffusion_pytorch_model|model|models_t5|Wan2\.1_VAE)\b.*\.(safetensors|pth)|models_t5.*"
+)
 _WRAPPERS = ("model_state", "state_dict", "model")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 # Where the diffusers layout keeps its weights.
@@ -105,6 +109,8 @@ def files_of(entry: str | Path | Sequence[str | Path]) -> list[list[Path]]:
     index.
     """
     if not isinstance(entry, str | Path):
+        if not isinstance(entry, Sequence) or len(entry) == 0:
+            raise ValueError(f"an entry must be a path or a list of shards; got {entry!r}")
         return [[Path(file) for file in entry]]
     path = Path(entry)
     if path.is_dir():
@@ -131,7 +137,7 @@ def _files_of_index(index: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{index.parent} lacks {len(missing)} shards of {index.name}: {_first(missing)}"
+            f"{index.parent} lacks {len(missing)} shards of {index.name}: {_first(missing)}; {DOWNLOAD_HINT}"
         )
     return files
 
@@ -141,13 +147,24 @@ def _files_in_folder(folder: Path) -> list[list[Path]]:
     indexed = {file for group in groups for file in group}
     loose: dict[str, list[Path]] = {}
     for file in sorted(f for pattern in ("*.safetensors", "*.pth") for f in folder.glob(pattern)):
-        if file not in indexed:
+        if file not in indexed and not file.name.startswith("."):
             loose.setdefault(_SHARD.sub("", file.stem), []).append(file)
-    groups += loose.values()
+    for stem, files in loose.items():
+        shard = _SHARD.search(files[0].stem)
+        if shard and len(files) != int(shard[1]):
+            raise FileNotFoundError(
+                f"{folder} has {len(files)} of {int(shard[1])} shards of {stem}; {DOWNLOAD_HINT}"
+            )
+        groups.append(files)
     for component in _COMPONENTS:
         if (folder / component).is_dir():
             groups += _files_in_folder(folder / component)
     return groups
+
+
+def is_published_name(file: Path) -> bool:
+    """Whether a file in a checkpoint folder is named like a part of it, and so must be whole."""
+    return _PUBLISHED_NAME.fullmatch(file.name) is not None
 
 
 def _first(names: Iterable[str], count: int = 5) -> str:

@@ -8,6 +8,7 @@ models carry them). Modules may be named the official or the diffusers way.
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, open_weights
 from diffsynth.models.fp8 import Fp8Linear, pack
-from diffsynth.models.wan_video_dit_keys import official_module
+from diffsynth.models.wan_video_dit_keys import diffusers_module, official_module
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,11 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
     missing, CheckpointError if it is damaged, if half of a pair is missing or has the wrong size, or if it
     matches no layer.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     tensors = open_weights([path])
-    modules = {name: module for name, module in dit.named_modules() if hasattr(module, "weight")}
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha must be a finite number; got {alpha!r}")
+    modules = {name: m for name, m in dit.named_modules() if getattr(m, "weight", None) is not None}
     layers: dict[str, LoraLayer] = {}
     unknown = []
     for key, tensor in tensors.items():
@@ -82,7 +85,11 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
             unknown.append(key)
             continue
         part = next(name for name in ("down", "up", "alpha", "diff", "diff_b") if match[name])
-        layers.setdefault(module, LoraLayer(module)).parts[part] = tensor
+        parts = layers.setdefault(module, LoraLayer(module)).parts
+        if part in parts:
+            raise CheckpointError(f"LoRA {path} holds several adapters for {module}; give one a file")
+        parts[part] = tensor
+    layers = {name: layer for name, layer in layers.items() if layer.parts.keys() != {"alpha"}}
     if not layers:
         raise CheckpointError(
             f"LoRA {path} matches no layer of the DiT, so it would have no effect; "
@@ -105,8 +112,13 @@ def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
         name = name.removeprefix(prefix)
     if name.startswith("lora_unet_"):
         flat = name.removeprefix("lora_unet_")
-        return next((path for path in modules if path.replace(".", "_") == flat), None)
+        return next((path for path in modules if flat in _flat_names(path)), None)
     return next((path for path in (name, official_module(name)) if path in modules), None)
+
+
+def _flat_names(path: str) -> set[str]:
+    """A module's path with underscores for dots, as kohya has it, in the official and the diffusers way."""
+    return {name.replace(".", "_") for name in (path, diffusers_module(path)) if name}
 
 
 def _check_sizes(path: Path, layer: LoraLayer, module: nn.Module) -> None:
@@ -122,6 +134,9 @@ def _check_sizes(path: Path, layer: LoraLayer, module: nn.Module) -> None:
                 f"LoRA {path} does not fit {layer.module}: weight {tuple(shape)}, "
                 f"up {tuple(parts['up'].shape)}, down {tuple(parts['down'].shape)}; it is for another model"
             )
+    bias = getattr(module, "bias", None)
+    if "diff_b" in parts and (bias is None or parts["diff_b"].shape != bias.shape):
+        raise CheckpointError(f"LoRA {path} does not fit the bias of {layer.module}; it is for another model")
     if "diff" in parts and parts["diff"].shape.numel() != shape.numel():
         raise CheckpointError(
             f"LoRA {path} does not fit {layer.module}: "
@@ -134,8 +149,12 @@ def _default_scale(path: Path) -> float:
     config = path.parent / "adapter_config.json"
     if not config.is_file():
         return 1.0
-    declared = json.loads(config.read_text())
-    return declared["lora_alpha"] / declared["r"]
+    try:
+        declared = json.loads(config.read_text())
+        rank = declared["r"] ** 0.5 if declared.get("use_rslora") else declared["r"]
+        return declared["lora_alpha"] / rank
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{config} is no adapter config with lora_alpha and r ({error!r})") from error
 
 
 def merge(

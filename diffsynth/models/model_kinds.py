@@ -94,20 +94,21 @@ def recognise(tensors: Mapping[str, StoredTensor], declared: Declared, source: s
 
     Raises CheckpointError if they are no Wan2.1 model, or if tensors that tell the model's size are missing.
     """
+    hint = "; give all shards in one list, or the folder" if "-of-" in source else ""
     kind = next((k for k in KINDS if k.official_mark in tensors or k.diffusers_mark in tensors), None)
     if kind is None:
         raise CheckpointError(
             f"{source} is not a Wan2.1 DiT, text encoder or VAE: "
-            f"{len(tensors)} tensors, among them {', '.join(sorted(tensors)[:3]) or 'none'}"
+            f"{len(tensors)} tensors, among them {', '.join(sorted(tensors)[:3]) or 'none'}{hint}"
         )
     if kind.official_mark not in tensors:
         names = kind.to_official({key: tensor.shape for key, tensor in tensors.items()})
         tensors = {names.get(key, key): tensor for key, tensor in tensors.items()}
     try:
         arguments = kind.arguments({key: tensor.shape for key, tensor in tensors.items()}, declared)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(
-            f"{source} looks like a {kind.name}, but its size cannot be told: {error}"
+            f"{source} looks like a {kind.name}, but its size cannot be told: {error}{hint}"
         ) from error
     return Recognised(kind, dict(tensors), arguments)
 

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from diffsynth.configs.checkpoints import PUBLISHED
-from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, files_of, open_weights
+from diffsynth.models.checkpoint_files import (
+    CheckpointError,
+    StoredTensor,
+    files_of,
+    is_published_name,
+    open_weights,
+)
 from diffsynth.models.fp8 import FP8, pack_block_linears
 from diffsynth.models.lora import Lora, merge, read_lora
 from diffsynth.models.model_kinds import Recognised, check_complete, recognise
@@ -45,7 +51,7 @@ class ModelManager:
         device: str | torch.device = "cpu",
         file_path_list: Sequence[Entry] = (),
     ) -> None:
-        self.torch_dtype = _check_dtype(torch_dtype)
+        self.torch_dtype = check_dtype(torch_dtype)
         self.device = torch.device(device)
         self.loaded: list[LoadedModel] = []
         self.loras: list[Lora] = []
@@ -56,45 +62,54 @@ class ModelManager:
         file_path_list: Sequence[Entry],
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> None:
         """Load several entries; each is a weight file, a list of the shards of one model, a `*.index.json`,
         or a folder in the official or the diffusers layout, of which everything that is recognised is loaded.
 
-        torch_dtype and device replace the manager's own for these entries. Raises FileNotFoundError for what
-        is missing and CheckpointError (a ValueError) for damaged, incomplete or foreign weights, naming the
-        file.
+        torch_dtype and device replace the manager's own for these entries, vae_dtype that of a VAE. Raises
+        FileNotFoundError for what is missing and CheckpointError (a ValueError) for damaged, incomplete or
+        foreign weights, naming the file.
         """
         if isinstance(file_path_list, str | Path):
             raise TypeError(
                 f"file_path_list must be a list of entries; got one path, {str(file_path_list)!r}"
             )
         for entry in file_path_list:
-            self.load_model(entry, torch_dtype, device)
+            self.load_model(entry, torch_dtype, device, vae_dtype)
 
     def load_model(
-        self, entry: Entry, torch_dtype: torch.dtype | None = None, device: str | torch.device | None = None
+        self,
+        entry: Entry,
+        torch_dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        vae_dtype: torch.dtype | None = None,
     ) -> None:
         """Load one entry of `load_models`."""
-        dtype = _check_dtype(torch_dtype or self.torch_dtype)
+        dtype = check_dtype(torch_dtype or self.torch_dtype)
+        dtypes = {"wan_video_vae": check_dtype(vae_dtype or dtype)}
         in_folder = isinstance(entry, str | Path) and Path(entry).is_dir()
-        known_before = len(self.loaded)
+        loaded: dict[str, LoadedModel] = {}
         for files in files_of(entry):
             source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-            tensors = open_weights(files)
+            declared = _declared(files[0].parent)
             try:
-                found = recognise(tensors, _declared(files[0].parent), source)
+                found = recognise(open_weights(files), declared, source)
             except CheckpointError as error:
-                if not in_folder:
+                if not in_folder or is_published_name(files[0]):
                     raise
                 logger.warning("%s; left out", error)
                 continue
-            model = _build(found, source, dtype, torch.device(device or self.device))
-            self.loaded.append(LoadedModel(found.kind.name, model, found.tensors, files))
-            logger.info(
-                "%s: %s from %s", found.kind.name, _published_name(found) or "unpublished size", source
-            )
-        if len(self.loaded) == known_before:
+            name = found.kind.name
+            if name in loaded:
+                logger.warning("%s is a second %s in the folder; left out", source, name)
+                continue
+            model = _build(found, source, dtypes.get(name, dtype), torch.device(device or self.device))
+            loaded[name] = LoadedModel(name, model, found.tensors, files)
+            logger.info("%s: %s from %s", name, _published_name(found) or "unpublished size", source)
+        if not loaded:
             raise CheckpointError(f"{entry} holds no Wan2.1 DiT, text encoder or VAE")
+        self.loaded.extend(loaded.values())
 
     def find(self, name: str) -> LoadedModel:
         """The loaded model of a kind: "wan_video_dit", "wan_video_text_encoder" or "wan_video_vae"; of
@@ -120,14 +135,14 @@ class ModelManager:
         """
         dit = self.find("wan_video_dit")
         lora = read_lora(path, lora_alpha, dit.model)
+        merge(dit.model, dit.tensors, [*self.loras, lora], lora.layers)
         self.loras.append(lora)
-        merge(dit.model, dit.tensors, self.loras, lora.layers)
 
     def unload_lora(self, path: str | Path | None = None) -> None:
         """Take a LoRA file out of the DiT again (all of them by default); the weights are bit for bit those
         of before, read anew from their files. Raises ValueError if it is not loaded.
         """
-        leaving = [lora for lora in self.loras if path is None or lora.path == Path(path)]
+        leaving = [lora for lora in self.loras if path is None or lora.path == Path(path).resolve()]
         if not leaving and path is not None:
             raise ValueError(f"LoRA {path} is not loaded; loaded: {[str(lora.path) for lora in self.loras]}")
         self.loras = [lora for lora in self.loras if lora not in leaving]
@@ -135,9 +150,10 @@ class ModelManager:
         merge(dit.model, dit.tensors, self.loras, {name for lora in leaving for name in lora.layers})
 
 
-def _check_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise ValueError(f"torch_dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype!r}")
+def check_dtype(dtype: torch.dtype, allowed: Sequence[torch.dtype] = DTYPES) -> torch.dtype:
+    """Return dtype. Raises ValueError, naming the allowed ones, for any other."""
+    if dtype not in allowed:
+        raise ValueError(f"torch_dtype must be one of {', '.join(map(str, allowed))}; got {dtype!r}")
     return dtype
 
 
@@ -150,7 +166,14 @@ def _declared(folder: Path) -> dict:
         declared = json.loads(config.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{config} is not valid JSON ({error})") from error
-    return declared if isinstance(declared, dict) else {}
+    if not isinstance(declared, dict):
+        raise CheckpointError(f"{config} does not hold a JSON object")
+    for name in ("num_heads", "num_attention_heads", "text_len"):
+        if name in declared and (not isinstance(declared[name], int) or declared[name] < 1):
+            raise CheckpointError(
+                f"{config}: {name} must be a whole number above 0; it is {declared[name]!r}"
+            )
+    return declared
 
 
 def _build(found: Recognised, source: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -158,7 +181,10 @@ def _build(found: Recognised, source: str, dtype: torch.dtype, device: torch.dev
     most.
     """
     with torch.device("meta"):
-        model = found.kind.factory(**found.arguments)
+        try:
+            model = found.kind.factory(**found.arguments)
+        except ValueError as error:
+            raise CheckpointError(f"{source} and the config.json beside it do not agree: {error}") from error
     check_complete(model, found.tensors, source)
     model.load_state_dict({key: tensor.read() for key, tensor in found.tensors.items()}, assign=True)
     model.eval().requires_grad_(False)

@@ -119,6 +119,10 @@ class WanModel(nn.Module):
         text_len: int = 512,
     ) -> None:
         super().__init__()
+        if num_heads < 1 or freq_dim % 2:
+            raise ValueError(
+                f"num_heads must be at least 1 and freq_dim even; got {num_heads} and {freq_dim}"
+            )
         if dim % num_heads or (dim // num_heads) % 2:
             raise ValueError(
                 f"dim must be num_heads times an even head width; got dim={dim}, num_heads={num_heads}"
@@ -180,7 +184,9 @@ class WanModel(nn.Module):
                 f"x must be [B, {self.in_dim}, F, h, w] with F, h, w divisible by {self.patch_size}; "
                 f"got {tuple(x.shape)}"
             )
-        if context.shape[1] > self.text_len or context.shape[2] != self.text_dim:
+        if timestep.ndim != 1 or len(timestep) not in (1, len(x)):
+            raise ValueError(f"timestep must be [B]; got {tuple(timestep.shape)}")
+        if context.ndim != 3 or context.shape[1] > self.text_len or context.shape[2] != self.text_dim:
             raise ValueError(
                 f"context must be [B, at most {self.text_len}, {self.text_dim}]; got {tuple(context.shape)}"
             )

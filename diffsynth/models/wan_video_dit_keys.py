@@ -48,6 +48,14 @@ def official_module(path: str) -> str | None:
     return None if inner is None else f"{match[1]}.{inner}"
 
 
+def diffusers_module(path: str) -> str | None:
+    """The inverse of `official_module`."""
+    match = _BLOCK_PATH.fullmatch(path)
+    table, name = (_TOP, path) if match is None else (_BLOCK, match[2])
+    theirs = next((theirs for theirs, ours in table.items() if ours == name), None)
+    return theirs if match is None or theirs is None else f"{match[1]}.{theirs}"
+
+
 def official_key(key: str) -> str | None:
     """A tensor name of the diffusers layout as the official name; None if it is not one."""
     if key == "scale_shift_table":

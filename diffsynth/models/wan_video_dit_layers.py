@@ -28,6 +28,7 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a kept table must also serve calls with gradients
 def rotary_table(
     grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_dit_layers import SLICE_TOKENS
 from diffsynth.pipelines.tea_cache import TeaCache
 from diffsynth.vram_management import device_memory
 
@@ -99,6 +100,18 @@ def denoise(
     return latents
 
 
+def replaced_latents(returned: object, latents: Tensor) -> Tensor:
+    """The latents in what a callback returned. Raises TypeError or ValueError if they cannot replace the
+    run's.
+    """
+    if not isinstance(returned, dict) or not isinstance(returned.get("latents"), Tensor):
+        raise TypeError(f"callback_on_step_end must return None or a dict with latents; got {returned!r:.80}")
+    if returned["latents"].shape != latents.shape:
+        shapes = f"{tuple(returned['latents'].shape)} for {tuple(latents.shape)}"
+        raise ValueError(f"callback_on_step_end returned latents of another shape: {shapes}")
+    return returned["latents"]
+
+
 def batch_of_two_fits(dit: WanModel, num_tokens: int, device: torch.device) -> bool:
     """Whether both prompts should share a DiT call: on an accelerator whose memory holds the activations of
     two.
@@ -106,8 +119,8 @@ def batch_of_two_fits(dit: WanModel, num_tokens: int, device: torch.device) -> b
     Judged by the device's total memory, not by what is free, so that one machine always decides, and rounds,
     alike. On a CPU a batch gains nothing.
     """
-    # The feed-forward's hidden layer before and after its activation, and about eight tensors of the model's
-    # width.
-    per_sample = num_tokens * (2 * dit.ffn_dim + 8 * dit.dim) * 4
+    # A slice of the feed-forward's hidden layer, before and after its activation, and about eight tensors of
+    # the model's width.
+    per_sample = (min(num_tokens, SLICE_TOKENS) * 2 * dit.ffn_dim + num_tokens * 8 * dit.dim) * 4
     weights = sum(t.numel() * t.element_size() for t in dit.state_dict().values())
     return weights + 2 * per_sample < 0.7 * device_memory(device)

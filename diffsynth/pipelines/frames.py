@@ -22,7 +22,7 @@ def frame_size(video: Video) -> tuple[int, int]:
     """
     if isinstance(video, VideoData):
         return video.shape()
-    if not isinstance(video, Sequence | np.ndarray):
+    if isinstance(video, str) or not isinstance(video, Sequence | np.ndarray):
         raise TypeError(
             f"input_video must be a VideoData, images or a uint8 array; got {type(video).__name__}"
         )

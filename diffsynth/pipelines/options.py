@@ -2,11 +2,13 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
+from diffsynth.data.frames import checked_int
+from diffsynth.models.wan_video_vae_tiling import TileGrid
 from diffsynth.motion import MODES as MOTION_MODES
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.guidance import NO_TRANSFER
@@ -53,18 +55,29 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         for name in ("height", "width", "num_frames", "num_inference_steps"):
-            _check_whole(name, getattr(self, name))
+            _set(self, name, checked_int(name, getattr(self, name)))
+        for name in ("denoising_strength", "cfg_scale", "sigma_shift"):
+            given = getattr(self, name)
+            _check(isinstance(given, int | float) and math.isfinite(given), name, given, "a finite number")
         _check(0 < self.denoising_strength <= 1, "denoising_strength", self.denoising_strength, "in (0, 1]")
-        _check(math.isfinite(self.cfg_scale), "cfg_scale", self.cfg_scale, "a finite number")
-        _check(0 < self.sigma_shift < math.inf, "sigma_shift", self.sigma_shift, "a number above 0")
-        _check(-(2**63) <= self.seed < 2**64, "seed", self.seed, "a whole number of at most 64 bits")
+        _check(0 < self.sigma_shift <= 1000, "sigma_shift", self.sigma_shift, "above 0, at most 1000")
+        _set(self, "seed", checked_int("seed", self.seed, minimum=-(2**63)))
+        _check(self.seed < 2**64, "seed", self.seed, "a whole number of at most 64 bits")
+        for name in ("tile_size", "tile_stride"):
+            _set(self, name, _pair(name, getattr(self, name)))
+        TileGrid(shape=(1, 1), size=self.tile_size, stride=self.tile_stride)
+        _check(self.batch_cfg in (None, True, False), "batch_cfg", self.batch_cfg, "True, False or None")
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("output_type", self.output_type, OUTPUT_TYPES)
+        self.generator()
+
+    def generator(self) -> torch.Generator:
+        """A new random generator of the run's noise. Raises ValueError if rand_device has none."""
         try:
-            torch.device(self.rand_device)
-        except RuntimeError as error:
+            return torch.Generator(self.rand_device).manual_seed(self.seed)
+        except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"rand_device is {self.rand_device!r}, which is no torch device ({error})"
+                f"rand_device is {self.rand_device!r}, which draws no numbers here ({error})"
             ) from error
 
     @property
@@ -86,9 +99,20 @@ def check_mode(mode: str | None) -> None:
         _check_choice("mode", mode, MODES)
 
 
-def _check_whole(name: str, given: object) -> None:
-    whole = isinstance(given, int) and not isinstance(given, bool)
-    _check(whole and given >= 1, name, given, "a whole number of at least 1")
+def _set(options: GenerationOptions, name: str, value: object) -> None:
+    """Replace a field by its checked value; the dataclass is frozen for everybody else."""
+    object.__setattr__(options, name, value)
+
+
+def _pair(name: str, given: object) -> tuple[int, int]:
+    """Two whole numbers of at least 1 from any kind of pair."""
+    _check(
+        isinstance(given, Iterable) and len(list(given)) == 2,
+        name,
+        given,
+        "two whole numbers, (rows, columns)",
+    )
+    return tuple(checked_int(name, n) for n in given)
 
 
 def _check_choice(name: str, given: object, known: Sequence[str]) -> None:
@@ -97,7 +121,7 @@ def _check_choice(name: str, given: object, known: Sequence[str]) -> None:
 
 def round_size(name: str, pixels: int, multiple: int) -> int:
     """Pixels rounded up to a multiple, with a warning that says so. Raises ValueError below 1."""
-    _check_whole(name, pixels)
+    pixels = checked_int(name, pixels)
     rounded = -(-pixels // multiple) * multiple
     if rounded != pixels:
         logger.warning("%s %d is not a multiple of %d: rounded up to %d", name, pixels, multiple, rounded)

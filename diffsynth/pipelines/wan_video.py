@@ -9,7 +9,6 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffsynth.configs.locate import checkpoint_folder
-from diffsynth.models.model_manager import ModelManager
+from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
+from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.denoise import batch_of_two_fits, denoise, guided_velocity
+from diffsynth.pipelines.contexts import Contexts, contexts_of, texts_to_encode
+from diffsynth.pipelines.denoise import batch_of_two_fits, denoise, guided_velocity, replaced_latents
 from diffsynth.pipelines.frames import Video, chunks_to_uint8, frame_size, video_to_tensor
 from diffsynth.pipelines.guidance import choose_guidance, make_guide
 from diffsynth.pipelines.latency import RunCost, measured
@@ -36,15 +37,9 @@ from diffsynth.vram_management import Residency, choose_device
 
 logger = logging.getLogger(__name__)
 
+# What models can compute in; float8 is for storage.
+WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Frames = list[Image.Image] | np.ndarray | Tensor
-
-
-class Contexts(NamedTuple):
-    """Text embeddings [1, text_len, text_dim] that a run reads: prompt, negative prompt, empty prompt."""
-
-    positive: Tensor
-    negative: Tensor | None = None
-    null: Tensor | None = None
 
 
 class WanVideoPipeline:
@@ -93,6 +88,7 @@ class WanVideoPipeline:
         )
         tokenizer = find_tokenizer(text.files[0].parent) if tokenizer_path is None else Path(tokenizer_path)
         if torch_dtype is not None:
+            check_dtype(torch_dtype, WIDE_DTYPES)
             dit.model.to(torch_dtype)
             text.model.to(torch_dtype)
         prompter = WanPrompter.from_folder(tokenizer, text_len=dit.model.text_len)
@@ -118,8 +114,14 @@ class WanVideoPipeline:
         if torch_dtype is None:
             torch_dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
         manager = ModelManager(torch_dtype=torch_dtype)
-        manager.load_models([folder])
-        manager.fetch_model("wan_video_vae").to(vae_dtype)
+        manager.load_models([folder], vae_dtype=check_dtype(vae_dtype, WIDE_DTYPES))
+        missing = {"wan_video_dit", "wan_video_text_encoder", "wan_video_vae"} - {
+            m.name for m in manager.loaded
+        }
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks the weights of {', '.join(sorted(missing))}; {DOWNLOAD_HINT}"
+            )
         return cls.from_model_manager(manager, device=chosen)
 
     def __repr__(self) -> str:
@@ -227,8 +229,10 @@ class WanVideoPipeline:
         self._make_tea_cache(options)
         if options.motion is not None:
             options.motion.block_for(self.dit.num_layers)
-        if test_latency and latency_dir is None:
-            raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
+        if test_latency:
+            if latency_dir is None:
+                raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
+            Path(latency_dir).mkdir(parents=True, exist_ok=True)
         logger.info("generating %d video(s): %s", len(prompts), options)
         self._interrupted.clear()
         contexts = self._encode_prompts(prompts, negatives, options)
@@ -281,22 +285,14 @@ class WanVideoPipeline:
         self, prompts: list[str], negatives: list[str], options: GenerationOptions
     ) -> list[Contexts]:
         """The text embeddings of each prompt's run, on the device; only those that the run reads."""
-        wanted = {"positive": prompts}
-        if options.cfg_scale != 1:
-            wanted["negative"] = negatives
-        if options.motion is not None:
-            wanted["null"] = [""] * len(prompts)
-        texts = [text for group in wanted.values() for text in group]
-        if self.prompter.cached(texts, self.text_encoder):
-            encoded = self.prompter.encode_prompt(texts, self.text_encoder)
+        texts = texts_to_encode(prompts, negatives, options.cfg_scale != 1, options.motion is not None)
+        flat = [text for group in texts.values() for text in group]
+        if self.prompter.cached(flat, self.text_encoder):
+            rows = self.prompter.encode_prompt(flat, self.text_encoder)
         else:
             with self.residency.using("text_encoder"):
-                encoded = self.prompter.encode_prompt(texts, self.text_encoder)
-        groups = encoded.to(self.device).unflatten(0, (len(wanted), len(prompts)))
-        by_name = dict(zip(wanted, groups, strict=True))
-        return [
-            Contexts(**{name: rows[i : i + 1] for name, rows in by_name.items()}) for i in range(len(prompts))
-        ]
+                rows = self.prompter.encode_prompt(flat, self.text_encoder)
+        return contexts_of(texts, rows.to(self.device))
 
     def _tiling(self, options: GenerationOptions) -> dict:
         return {"tiled": options.tiled, "tile_size": options.tile_size, "tile_stride": options.tile_stride}
@@ -324,7 +320,7 @@ class WanVideoPipeline:
 
         def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
             returned = None if callback is None else callback(self, step, timestep, {"latents": latents})
-            return latents if returned is None else returned.get("latents", latents)
+            return latents if returned is None else replaced_latents(returned, latents)
 
         guide = None
         if options.motion is not None:
@@ -378,8 +374,7 @@ class WanVideoPipeline:
             frames,
             *(n // self.vae.spatial_factor for n in (options.height, options.width)),
         )
-        generator = torch.Generator(options.rand_device).manual_seed(options.seed)
-        return torch.randn(shape, generator=generator, device=options.rand_device).to(self.device)
+        return torch.randn(shape, generator=options.generator(), device=options.rand_device).to(self.device)
 
     def _decode(self, latents: Tensor, options: GenerationOptions) -> Frames:
         if not latents.isfinite().all():
@@ -392,7 +387,8 @@ class WanVideoPipeline:
             if options.output_type == "pt":
                 return self.vae.decode(latents, num_frames=options.num_frames, **self._tiling(options))
             if options.tiled:
-                chunks: Iterable[Tensor] = [self.vae.decode(latents, **self._tiling(options))]
+                video = self.vae.decode(latents, num_frames=options.num_frames, **self._tiling(options))
+                chunks: Iterable[Tensor] = video.split(self.vae.temporal_factor, dim=2)
             else:
                 chunks = self.vae.decode_chunks(latents)
             frames = chunks_to_uint8(chunks, options.num_frames)
