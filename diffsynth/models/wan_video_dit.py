@@ -216,7 +216,7 @@ class WanModel(nn.Module):
         tokens = state.tokens
         for block in self.blocks[:stop]:
             if checkpoint_blocks:
-                tokens = checkpoint(block, tokens, state, use_reentrant=False)
+                tokens = checkpoint(block, tokens, state, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, state)
         return tokens
