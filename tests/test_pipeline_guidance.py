@@ -274,6 +274,12 @@ def test_more_guided_steps_than_steps_are_clamped_with_a_warning(pipe, clip, cap
     assert torch.equal(ten, pipe("a cat", input_video=clip, motion=MotionGuidance(guided_steps=3), **QUICK))
 
 
+def test_numbers_of_the_method_are_said_to_have_no_effect_without_transfer(pipe, clip, caplog):
+    options = {"input_video": clip, "mode": "No_transfer", **QUICK}
+    assert torch.equal(pipe("a cat", sf=3, **options), pipe("a cat", **options))
+    assert "motion and sf have no effect in mode No_transfer" in caplog.text
+
+
 def test_a_mode_beside_a_guidance_replaces_its_mode(pipe, clip):
     guidance = replace(MotionGuidance(), tau=2.0)
     one = pipe("a cat", input_video=clip, motion=guidance, mode="AMF", **QUICK)

@@ -14,9 +14,7 @@ SMALLEST_EXPONENT = -24  # of a scale that float16 can still hold
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [out, in] -> (float8 bytes as int8 [out, in], scale [out, 1] float32) with weight ~ float8 *
-    scale.
-    """
+    """weight [out, in] -> (float8 bytes as int8 [out, in], scale [out, 1] float32): float8 * scale."""
     weight = weight.float()
     largest = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     scale = torch.exp2((largest / FP8_MAX).log2().ceil().clamp_min(SMALLEST_EXPONENT))

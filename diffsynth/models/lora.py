@@ -105,9 +105,7 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
 
 
 def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The official path of a module that a LoRA file names in its own way; None if there is no such
-    module.
-    """
+    """The official path of a module that a LoRA file names in its own way; None if there is none."""
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     if name.startswith("lora_unet_"):

@@ -80,9 +80,7 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """A model found in weight files: its kind, its tensors under official names, the arguments that build
-    it.
-    """
+    """A model found in weight files: its kind, its tensors under official names, its arguments."""
 
     kind: ModelKind
     tensors: dict[str, StoredTensor]

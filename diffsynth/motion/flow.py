@@ -48,8 +48,7 @@ def _attend(q: Tensor, k: Tensor, seen: Tensor | None, values: Tensor, scale: fl
 def expected_values(
     q: Tensor, k: Tensor, pairs: Pairs, values: Tensor, tau: float, chunk: int, seen: Tensor | None = None
 ) -> Tensor:
-    """Mean of `values` under the attention of groups of queries: q [F, T, m, d], k [F, H, W, d] -> [P, T, m,
-    2].
+    """Mean of `values` under attention, [P, T, m, 2], of groups of queries q [F, T, m, d], k [F, H, W, d].
 
     Of pair (i, j), the queries of frame i look at the keys of frame j: group t at those in seen [P, T, L],
     long, tokens of the frame, which may repeat; None: at all of them. values [L, 2]: of the keys seen, in

@@ -113,8 +113,7 @@ def replaced_latents(returned: object, latents: Tensor) -> Tensor:
 
 
 def batch_of_two_fits(dit: WanModel, num_tokens: int, device: torch.device) -> bool:
-    """Whether both prompts should share a DiT call: on an accelerator whose memory holds the activations of
-    two.
+    """Whether both prompts should share a DiT call: on an accelerator that holds the activations of two.
 
     Judged by the device's total memory, not by what is free, so that one machine always decides, and rounds,
     alike. On a CPU a batch gains nothing.

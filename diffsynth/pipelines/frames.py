@@ -43,8 +43,7 @@ def video_to_tensor(video: Video, num_frames: int, height: int, width: int) -> T
 
 
 def chunks_to_uint8(chunks: Iterable[Tensor], num_frames: int) -> np.ndarray:
-    """Decoded chunks [1, 3, t, H, W] in [-1, 1] -> the first frames as uint8 [T, H, W, 3], rounded to
-    nearest.
+    """Decoded chunks [1, 3, t, H, W] in [-1, 1] -> the first frames, rounded, uint8 [T, H, W, 3].
 
     Chunk by chunk, so that no more than one is held in floating point.
     """

@@ -32,6 +32,8 @@ def choose_guidance(
         mode = NO_TRANSFER if num_frames is None else DEFAULT_MODE
         logger.info("no mode is named: %s", mode)
     if mode == NO_TRANSFER:
+        if motion is not None or sf is not None:
+            logger.warning("motion and sf have no effect in mode %s", NO_TRANSFER)
         return None
     guidance = motion or MotionGuidance.for_mode(mode)
     changes = {"mode": mode, "sf": sf}

@@ -129,9 +129,7 @@ def round_size(name: str, pixels: int, multiple: int) -> int:
 
 
 def prompt_list(name: str, given: object) -> list[str]:
-    """One prompt or several as a list. Raises TypeError if it is not text, ValueError if it is an empty
-    list.
-    """
+    """One prompt or several as a list. Raises TypeError if it is not text, ValueError if it is empty."""
     prompts = [given] if isinstance(given, str) else given
     if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"{name} must be a str or a list of str; got {given!r}")

@@ -187,16 +187,21 @@ class WanVideoPipeline:
     ) -> Frames | list[Frames]:
         """Generate a video for each prompt.
 
-        input_video: the reference; frames that do not have the output's size are centre-cropped and resized.
-        height, width: pixels, rounded up to what the models allow (16); by default the reference's, else 480
-        x 832. num_frames: by default the reference's, else 81. Any count works; the reference's first frames
-        are used. denoising_strength: 0.75 by default with a reference; without one a run starts from pure
-        noise. seed: drawn and logged if None; each prompt of a list starts from the same noise.
-        callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); a dict that it returns
-        may replace the latents. Other arguments: see `GenerationOptions`.
+        input_video: the reference; frames of another size are centre-cropped and resized.
+        height, width: pixels, rounded up to a multiple of 16; the reference's by default, else 480 x 832.
+        num_frames: any count; the reference's by default, else 81. The reference's first frames are used.
+        denoising_strength: 0.75 by default with a reference; without one a run starts from pure noise.
+        seed: drawn and logged if None; each prompt of a list starts from the same noise.
+        mode: how motion is transferred: "effi_AMF" (tile attention motion flow; the default with a
+            reference), "AMF" (dense), "FlowMotion" (latent prediction) or "No_transfer".
+        motion: all numbers of the method; sf: its `sf`, the frames that each is compared with.
+        callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); latents in a dict that it
+            returns replace the run's.
+        test_latency: append what each run cost, a JSON line, to latency_dir/latency.jsonl.
+        Other arguments: see `GenerationOptions`.
 
-        Returns one video, or a list of them for a list of prompts: "pil" a list of images; "np" uint8 [T, H,
-        W, 3]; "pt" float32 [1, 3, T, H, W] in [-1, 1]; "latent" float32 [1, C, F, h, w].
+        Returns one video, or a list of them for a list of prompts: "pil" a list of images; "np" uint8
+        [T, H, W, 3]; "pt" float32 [1, 3, T, H, W] in [-1, 1]; "latent" float32 [1, C, F, h, w].
         Raises ValueError or TypeError, naming the argument, before any model runs.
         """
         prompts = prompt_list("prompt", prompt)
@@ -364,9 +369,7 @@ class WanVideoPipeline:
         return frames * rows * cols
 
     def _noise(self, options: GenerationOptions) -> Tensor:
-        """Float32 noise [1, C, F, h, w] from the seed, drawn on rand_device so that devices can start
-        alike.
-        """
+        """Float32 noise [1, C, F, h, w] from the seed, drawn on rand_device: devices can start alike."""
         frames = -(-(options.num_frames - 1) // self.vae.temporal_factor) + 1
         shape = (
             1,
