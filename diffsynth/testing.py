@@ -5,6 +5,7 @@ pictures.
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,15 @@ def write_checkpoint(directory: str | Path, size: str = "tiny", seed: int = 0) -
     directory = Path(directory)
     if directory.is_dir() and any(directory.iterdir()):
         raise FileExistsError(f"{directory} has files in it; write the checkpoint to a new folder")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and moved there whole, so that a killed run leaves no half of a checkpoint.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory.parent) as temporary:
+        _write_parts(Path(temporary) / "checkpoint", size, seed)
+        (Path(temporary) / "checkpoint").replace(directory)
+    return directory
+
+
+def _write_parts(directory: Path, size: str, seed: int) -> None:
     dit_kwargs, text_kwargs, vae_kwargs = SIZES[size]
     vocab = write_tokenizer(directory / "google" / "umt5-xxl")
     with torch.random.fork_rng():
@@ -59,7 +69,6 @@ def write_checkpoint(directory: str | Path, size: str = "tiny", seed: int = 0) -
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     torch.save(_weights(text, torch.bfloat16), directory / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(_weights(vae, torch.float32), directory / "Wan2.1_VAE.pth")
-    return directory
 
 
 def _randomise(model: nn.Module) -> None:
