@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from diffsynth.vram_management import peak_memory, reset_peak_memory, synchronize
 
@@ -39,22 +40,31 @@ def _status(name: str) -> int:
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def count_flops(call: Callable[[], object]) -> int:
-    """Floating point operations of products, convolutions and attention during `call`, backward included.
+class FlopCounter(TorchDispatchMode):
+    """Inside this context, counts the operations of products, convolutions and attention, backward included.
 
-    PyTorch's counter does not know the CPU's attention kernel; it is taught here.
+    PyTorch's own counter does not know the CPU's attention kernel and cannot watch `torch.autograd.grad`.
     """
 
-    def forward(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-        return sdpa_flop_count(q, k, v)
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
 
-    def backward(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object):
-        return sdpa_backward_flop_count(grad, q, k, v)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        operation = function._overloadpacket
+        if operation in flop_registry:
+            self.total += flop_registry[operation](*args, **kwargs, out_val=out)
+        elif operation is _ATEN._scaled_dot_product_flash_attention_for_cpu:
+            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif operation is _ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.total += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        return out
 
-    cpu_attention = {
-        _ATEN._scaled_dot_product_flash_attention_for_cpu: forward,
-        _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Floating point operations of one call."""
+    with FlopCounter() as counter:
         call()
-    return counter.get_total_flops()
+    return counter.total
