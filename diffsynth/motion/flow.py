@@ -4,18 +4,23 @@
 
 (paper section 3). Axes: F latent frames, H/W token rows/columns, S = H*W, P frame pairs, T groups of
 queries, m queries of a group, L keys that a group sees. Positions are (row, column) in tokens. Everything
-goes through `expected_values`, which holds the attention of `chunk` pairs at a time, forward and backward.
+goes through `expected_values`, which holds the keys of at most `chunk` pairs at a time, forward and backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from diffsynth.motion.heads import Heads, reduce_heads
 
 Pairs = Sequence[tuple[int, int]]
+
+# On a CPU, keys and attention weights at hand take no more than this, so that they stay in its last cache;
+# much smaller pieces lose more to threads that wait for each other.
+CPU_CACHE_BYTES = 12 * 2**20
 
 
 def frame_pairs(num_frames: int, sf: int) -> list[tuple[int, int]]:
@@ -32,49 +37,100 @@ def token_positions(rows: int, cols: int, like: Tensor) -> Tensor:
     return torch.stack(grid, dim=-1).flatten(0, 1).to(like)
 
 
-def _attend(q: Tensor, k: Tensor, seen: Tensor | None, values: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T) values: q [B, T, m, d], k [B, S, d], seen [B, T, L] or None -> [B, T, m, 2].
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lookup:
+    """Who looks where, look by look: one look is one group of m queries attending over its L keys.
 
-    The logits of keys that are not seen are computed and dropped: one matrix product over the frame is
-    faster, both ways, than gathering the L keys of every group (about twice at 30 x 52 tokens and L = 441,
-    on a CPU).
+    queries [N], long: the group of each look, of the flattened F * T. key_frames [N], long, and seen [N, L],
+    long: the frame and its tokens that the look sees. values [L, 2]: what attention averages.
+    frame_tokens: S. scale: the factor on q . k.
     """
-    logits = (q.flatten(1, 2) * scale @ k.mT).unflatten(1, q.shape[1:3])
-    if seen is not None:
-        logits = logits.gather(3, seen[:, :, None].expand(-1, -1, q.shape[2], -1))
-    return logits.softmax(-1) @ values
+
+    queries: Tensor
+    key_frames: Tensor
+    seen: Tensor
+    values: Tensor
+    frame_tokens: int
+    scale: float
+
+    def key_index(self, at: slice) -> Tensor:
+        """The rows that some looks see of the keys flattened to [F * S, d]: [B * L]."""
+        return (self.key_frames[at, None] * self.frame_tokens + self.seen[at]).flatten()
+
+
+class _ExpectedValues(torch.autograd.Function):
+    """Attention weights and gathered keys live for some looks; the backward pass computes them again."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, lookup: Lookup, at_a_time: int) -> Tensor:
+        ctx.lookup, ctx.at_a_time = lookup, at_a_time
+        out = q.new_empty(len(lookup.queries), q.shape[1], 2)
+        # Sums of many small shares: around their middle they lose fewer digits.
+        middle = lookup.values.mean(0)
+        for at, attention, *_ in _attend(q, k, lookup, at_a_time):
+            torch.matmul(attention, lookup.values - middle, out=out[at])
+        out += middle
+        ctx.save_for_backward(q, k, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q, k, out = ctx.saved_tensors
+        lookup = ctx.lookup
+        grad_q, grad_k = torch.zeros_like(q), torch.zeros_like(k)
+        for at, attention, queries, keys, key_index in _attend(q, k, lookup, ctx.at_a_time):
+            # d expected / d logit_p = attention_p * (value_p - expected)
+            logits = (grad[at] @ lookup.values.T).sub_((grad[at] * out[at]).sum(-1, keepdim=True))
+            logits.mul_(attention).mul_(lookup.scale)
+            grad_q.index_add_(0, lookup.queries[at], logits @ keys)
+            torch.bmm(logits.mT, queries, out=keys)
+            grad_k.index_add_(0, key_index, keys.flatten(0, 1))
+        return grad_q, grad_k, None, None
+
+
+def _attend(q: Tensor, k: Tensor, lookup: Lookup, at_a_time: int) -> Iterator[tuple]:
+    """Of B looks at a time: slice, attention [B, m, L], queries [B, m, d], keys [B, L, d], key index [B * L].
+
+    All of them gather their keys into the same memory.
+    """
+    count, num_keys = len(lookup.queries), len(lookup.values)
+    buffer = k.new_empty(min(at_a_time, count) * num_keys, k.shape[-1])
+    for start in range(0, count, at_a_time):
+        at = slice(start, start + at_a_time)
+        key_index = lookup.key_index(at)
+        keys = torch.index_select(k, 0, key_index, out=buffer[: len(key_index)]).unflatten(0, (-1, num_keys))
+        queries = q[lookup.queries[at]]
+        yield at, (queries @ keys.mT).mul_(lookup.scale).softmax(-1), queries, keys, key_index
 
 
 def expected_values(
     q: Tensor, k: Tensor, pairs: Pairs, values: Tensor, tau: float, chunk: int, seen: Tensor | None = None
 ) -> Tensor:
-    """Mean of `values` under attention, [P, T, m, 2], of groups of queries q [F, T, m, d], k [F, H, W, d].
+    """Mean of `values` under attention of groups of queries: q [F, T, m, d], k [F, H, W, d] -> [P, T, m, 2].
 
     Of pair (i, j), the queries of frame i look at the keys of frame j: group t at those in seen [P, T, L],
     long, tokens of the frame, which may repeat; None: at all of them. values [L, 2]: of the keys seen, in
-    order. chunk: pairs held in memory at a time; the backward pass computes their attention again. Raises
-    ValueError if chunk is below 1.
+    order. chunk: pairs held in memory at a time. Raises ValueError if it is below 1.
     """
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk must be a whole number of frame pairs, at least 1; got {chunk!r}")
-    if not pairs:
-        return q.new_empty(0, *q.shape[1:3], 2)
-    frames, scale = torch.tensor(pairs, device=q.device), tau * q.shape[-1] ** -0.5
-    # Sums of many small shares: around their middle they lose fewer digits.
-    middle = values.mean(0)
-    out = []
-    for start in range(0, len(pairs), chunk):
-        at = slice(start, start + chunk)
-        queries, keys = (
-            x.index_select(0, frame) for x, frame in zip((q, k.flatten(1, 2)), frames[at].T, strict=True)
-        )
-        arguments = (queries, keys, None if seen is None else seen[at], values - middle, scale)
-        out.append(
-            checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False)
-            if torch.is_grad_enabled()
-            else _attend(*arguments)
-        )
-    return torch.cat(out) + middle
+    groups, device = q.shape[1], q.device
+    i, j = torch.tensor(pairs, device=device, dtype=torch.long).reshape(-1, 2).unbind(1)
+    if seen is None:
+        seen = torch.arange(len(values), device=device).expand(len(pairs), groups, -1)
+    lookup = Lookup(
+        queries=(i[:, None] * groups + torch.arange(groups, device=device)).flatten(),
+        key_frames=j.repeat_interleave(groups),
+        seen=seen.flatten(0, 1),
+        values=values,
+        frame_tokens=k.shape[1] * k.shape[2],
+        scale=tau * k.shape[-1] ** -0.5,
+    )
+    look_bytes = len(values) * (q.shape[-1] + q.shape[2]) * q.element_size()
+    cached = max(1, CPU_CACHE_BYTES // look_bytes) if device.type == "cpu" else chunk * groups
+    flat = _ExpectedValues.apply(q.flatten(0, 1), k.flatten(0, 2), lookup, min(cached, chunk * groups))
+    return flat.unflatten(0, (len(pairs), groups))
 
 
 def expected_positions(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: int) -> Tensor:

@@ -64,7 +64,6 @@ def tile_motion_flow(
     check_tile(tile)
     grid = tuple(q.shape[1:3])
     sides = (min(window, grid[0]), min(window, grid[1]))
-    tile = (min(tile[0], grid[0]), min(tile[1], grid[1]))
     pairs = frame_pairs(len(q), sf)
     within, between = [p for p in pairs if p[0] == p[1]], [p for p in pairs if p[0] < p[1]]
     if windows is None:
