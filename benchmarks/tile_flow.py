@@ -104,7 +104,10 @@ def main() -> None:
             run(method, q, k, args, tiled.windows)
             synchronize(device)
             seconds[method].append(time.perf_counter() - started)
-    print(f"{torch.__version__}, {args.device}, {torch.get_num_threads()} threads; {args.frames} frames of ")
+    print(
+        f"{torch.__version__}, {args.device}, {torch.get_num_threads()} threads; {args.frames} frames of ",
+        end="",
+    )
     print(f"{args.rows}x{args.cols} tokens, width {args.width}, sf {args.sf}, window {args.window}")
     if "loop" in methods:
         one, other = (run(method, q, k, args, tiled.windows) for method in ("tile", "loop"))
