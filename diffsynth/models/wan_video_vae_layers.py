@@ -29,8 +29,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         precise = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=precise)
-        scaled = x * (math.sqrt(x.shape[1]) / norm.clamp_min(1e-12))
+        # Not `vector_norm`, which is several times slower across a stride on a CPU.
+        squares = x.square() if x.dtype == precise else x.to(precise).square_()
+        norm = squares.sum(dim=1, keepdim=True).clamp_min(1e-24).sqrt()
+        scaled = x * (math.sqrt(x.shape[1]) / norm)
         # In place, to save a copy of the chunk; rounded once, after all products.
         return scaled.mul_(self.gamma).to(x.dtype)
 

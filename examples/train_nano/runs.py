@@ -1,0 +1,70 @@
+"""What both trainings share: device, clips in a cache, checkpoints that a killed run continues from."""
+
+import json
+import logging
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from diffsynth.data.synthetic import SceneOptions, make_clip
+
+logger = logging.getLogger(__name__)
+
+# First number of the seeds: clips of one kind are never those of another.
+VAE_TRAINING, VAE_HELD_OUT, DIT_TRAINING = 1, 2, 3
+
+
+def make_clips(
+    kind: int, first: int, count: int, options: SceneOptions, workers: int
+) -> tuple[np.ndarray, list[str]]:
+    """Clips of the seeds (kind, first) ... and their captions: uint8 [count, T, H, W, 3]."""
+    seeds = [(kind, first + i) for i in range(count)]
+    with ProcessPoolExecutor(workers) as pool:
+        made = pool.map(partial(_frames_and_caption, options=options), seeds, chunksize=16)
+        pairs = list(tqdm(made, total=count, desc="clips", mininterval=10))
+    return np.stack([frames for frames, _ in pairs]), [caption for _, caption in pairs]
+
+
+def _frames_and_caption(seed: tuple[int, int], options: SceneOptions) -> tuple[np.ndarray, str]:
+    clip = make_clip(seed, options=options)
+    return clip.frames, clip.caption
+
+
+def to_model(frames: np.ndarray) -> torch.Tensor:
+    """uint8 [B, T, H, W, 3] -> float32 [B, 3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Written beside its place and moved there, so that a kill leaves the old one."""
+    temporary = path.with_suffix(".writing")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def load_state(path: Path) -> dict | None:
+    return torch.load(path, weights_only=True) if path.exists() else None
+
+
+class Log:
+    """A JSON line for each report, in the run's folder and in the log."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.started = path, time.perf_counter()
+
+    def write(self, **values: float) -> None:
+        line = {"seconds": round(time.perf_counter() - self.started, 1), **values}
+        logger.info("%s", line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def rate_at(step: int, total: int, warm_up: int, falling: float) -> float:
+    """Factor on the learning rate: up over `warm_up` steps, then 1, then down over the last `falling` share."""
+    down = (total - step) / max(1, falling * total)
+    return min(1.0, (step + 1) / warm_up, max(0.0, 0.5 - 0.5 * np.cos(np.pi * min(1.0, down))))

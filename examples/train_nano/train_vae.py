@@ -1,0 +1,132 @@
+"""Train the video VAE of Wan2.1-T2V-nano on generated clips.
+
+python examples/train_nano/train_vae.py --run results/train_nano
+Continues from results/train_nano/vae.state if it is there.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from optimisers import make_optimisers, set_rate
+from runs import VAE_HELD_OUT, VAE_TRAINING, Log, load_state, make_clips, rate_at, save_state, to_model
+from torch import Tensor, nn
+
+from diffsynth.data.synthetic import SceneOptions
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae_layers import Downsample, ResidualBlock, Upsample
+from diffsynth.vram_management import choose_device
+
+SIZE = {"dim": 16, "z_dim": 8, "dim_mult": (1, 2, 4), "num_res_blocks": 1, "temperal_downsample": (True, True)}
+SCENES = SceneOptions(textured=0.2, shaded=0.2, checkered=0.15, second_object=0.3, camera=0.3)
+# From easy to hard: share of the steps, clips in a batch, frames, pixels a side.
+STAGES = ((0.32, 16, 1, 64), (0.29, 6, 5, 64), (0.23, 12, 17, 32), (0.16, 4, 17, 64))
+KL_WEIGHT = 5e-4
+
+
+def start_near_identity(vae: WanVideoVAE) -> None:
+    """Residual blocks add nothing, no layer looks at the past, frames pass through time unchanged."""
+    with torch.no_grad():
+        for module in vae.modules():
+            if isinstance(module, nn.Conv3d) and module.kernel_size[0] == 3 and module.kernel_size[1] == 3:
+                module.weight[:, :, -1] *= 3**0.5
+                module.weight[:, :, :-1] = 0
+            if isinstance(module, ResidualBlock):
+                module.residual["6"].weight.zero_()
+                module.residual["6"].bias.zero_()
+            if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+                conv = module.time_conv
+                conv.weight.zero_()
+                conv.bias.zero_()
+                eye = torch.eye(conv.in_channels).repeat(conv.out_channels // conv.in_channels, 1)
+                conv.weight[:, :, 1 if isinstance(module, Downsample) else 2, 0, 0] = eye
+
+
+def decode(vae: WanVideoVAE, latents: Tensor) -> Tensor:
+    """As `vae.decode`, but not clamped, so that every pixel has a gradient."""
+    cache: dict = {}
+    return torch.cat([vae.decoder(vae.conv2(frame), cache) for frame in latents.split(1, dim=2)], dim=2)
+
+
+def loss_of(vae: WanVideoVAE, video: Tensor) -> tuple[Tensor, dict[str, float]]:
+    mean, log_variance = vae.encode_moments(video)
+    log_variance = log_variance.clamp(-20, 5)
+    latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+    difference = decode(vae, latents).float() - video
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    squares = difference.square().mean()
+    loss = difference.abs().mean() + 2 * squares + KL_WEIGHT * kl
+    return loss, {"mse": squares.item(), "kl": kl.item()}
+
+
+def batch_for(step: int, total: int, clips: np.ndarray, seed: int) -> Tensor:
+    """The clips of a step: cut in time and space to the size of its stage, mirrored and turned at random."""
+    rng = np.random.default_rng((seed, step))
+    ends = np.cumsum([share for share, *_ in STAGES])
+    _, count, frames, side = STAGES[min(int(np.searchsorted(ends, (step + 1) / total)), len(STAGES) - 1)]
+    start = rng.integers(0, clips.shape[1] - frames + 1)
+    row, col = rng.integers(0, clips.shape[2] - side + 1, 2)
+    area = clips[rng.integers(0, len(clips), count)]
+    area = area[:, start : start + frames, row : row + side, col : col + side]
+    return to_model(np.rot90(area, rng.integers(4), axes=(2, 3)))
+
+
+@torch.no_grad()
+def held_out_psnr(vae: WanVideoVAE, count: int = 16) -> float:
+    """PSNR in dB of whole held-out clips, over 8-bit pixels."""
+    frames, _ = make_clips(VAE_HELD_OUT, 0, count, SCENES, workers=1)
+    video = to_model(frames).to(vae.device)
+    again = torch.cat([vae.decode(vae.encode(clip)) for clip in video.split(4)])
+    return -10 * ((again - video) / 2).square().mean().log10().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("results/train_nano"))
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--clips", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args.run.mkdir(parents=True, exist_ok=True)
+    log, device = Log(args.run / "vae.jsonl"), choose_device(args.device)
+    clips, _ = make_clips(VAE_TRAINING, 0, args.clips, SCENES, args.workers)
+    torch.manual_seed(args.seed)
+    vae = WanVideoVAE(**SIZE)
+    start_near_identity(vae)
+    vae.to(device)
+    optimisers = make_optimisers(vae, lambda _, p: p.ndim >= 4, muon_lr=1.2e-3, adam_lr=1e-3, weight_decay=0.0)
+    first = 0
+    if state := load_state(args.run / "vae.state"):
+        vae.load_state_dict(state["model"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        first = state["step"]
+    for step in range(first, args.steps):
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        video = batch_for(step, args.steps, clips, args.seed).to(device)
+        set_rate(optimisers, rate_at(step, args.steps, warm_up=30, falling=0.6))
+        with torch.autocast(device.type, torch.bfloat16):
+            loss, parts = loss_of(vae, video)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        if (step + 1) % 10 == 0:
+            log.write(step=step + 1, loss=loss.item(), **parts)
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            log.write(step=step + 1, psnr=held_out_psnr(vae))
+            saved = [optimiser.state_dict() for optimiser in optimisers]
+            save_state(
+                args.run / "vae.state", {"model": vae.state_dict(), "optimisers": saved, "step": step + 1}
+            )
+
+
+if __name__ == "__main__":
+    main()
