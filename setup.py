@@ -1,4 +1,21 @@
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+NANO = Path("models/Wan2.1-T2V-nano")
+
+
+class BuildWithNano(build_py):
+    """Puts the embedded model inside the package; an editable install finds it in the clone."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "diffsynth", "embedded", NANO.name)
+            shutil.copytree(NANO, target, dirs_exist_ok=True)
+
 
 setup(
     name="fastvmt",
@@ -7,6 +24,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["diffsynth", "diffsynth.*"]),
+    cmdclass={"build_py": BuildWithNano},
     # The same list as requirements.txt; tests/test_structure.py compares them.
     install_requires=[
         "torch>=2.4",
@@ -22,5 +40,8 @@ setup(
         "imageio-ffmpeg>=0.5",
         "modelscope>=1.15",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3", "ruff>=0.8"]},
+    extras_require={
+        "eval": ["opencv-python-headless>=4.8"],
+        "dev": ["opencv-python-headless>=4.8", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8"],
+    },
 )

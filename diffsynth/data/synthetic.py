@@ -72,9 +72,7 @@ class SceneOptions:
 
 
 # One plain object on a plain background and a camera at rest.
-PLAIN = SceneOptions(
-    textured=0, shaded=0, checkered=0, second_object=0, camera=0, spin=0, growth=0, still=0
-)
+PLAIN = SceneOptions(textured=0, shaded=0, checkered=0, second_object=0, camera=0, spin=0, growth=0, still=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

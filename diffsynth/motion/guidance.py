@@ -1,14 +1,20 @@
 """Every number of motion transfer, with its unit and its source."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import MappingProxyType
 
+from diffsynth.configs.defaults import run_defaults
+from diffsynth.configs.locate import checkpoint_folder
 from diffsynth.motion.heads import Heads, check_heads
 from diffsynth.motion.tile_flow import check_tile, check_window
 
 MODES = ("effi_AMF", "AMF", "FlowMotion")
 CHECKPOINTS = ("auto", "block", "none")
 VARIANTS = ("paper", "released")
+NO_CHANGES: Mapping[str, object] = MappingProxyType({})
 PAPER_BLOCK = 14
 PAPER_DEPTHS = (30, 40)  # blocks of Wan2.1 1.3B and 14B; both are read at PAPER_BLOCK
 
@@ -112,9 +118,29 @@ class MotionGuidance:
         return replace(flow_motion, **changes)
 
     @classmethod
-    def for_mode(cls, mode: str) -> "MotionGuidance":
-        """The published numbers of a mode."""
-        return cls.latent_prediction() if mode == "FlowMotion" else cls(mode=mode)
+    def for_mode(cls, mode: str, numbers: Mapping[str, object] = NO_CHANGES) -> "MotionGuidance":
+        """The published numbers of a mode; `numbers` are fields to set otherwise, as read from JSON.
+
+        Raises ValueError, naming it, for an unknown field or a number that is not allowed.
+        """
+        published = cls.latent_prediction() if mode == "FlowMotion" else cls(mode=mode)
+        unknown = numbers.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"motion has no field {', '.join(sorted(unknown))}")
+        changes = {name: tuple(v) if isinstance(v, list) else v for name, v in numbers.items()}
+        return replace(published, **changes)
+
+    @classmethod
+    def for_checkpoint(
+        cls, checkpoint: str | Path, mode: str = "effi_AMF", **changes: object
+    ) -> "MotionGuidance":
+        """The numbers of a mode that suit a checkpoint: those its config.json names, else the published.
+
+        checkpoint: a folder, or a name as for `from_pretrained`. changes: fields to set otherwise. Raises
+        FileNotFoundError without the checkpoint, ValueError for numbers that are not allowed.
+        """
+        declared = run_defaults(checkpoint_folder(checkpoint)).motion.get(mode, NO_CHANGES)
+        return cls.for_mode(mode, {**declared, **changes})
 
     def flow_options(self) -> dict:
         """What both kinds of flow take."""

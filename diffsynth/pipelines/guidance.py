@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -17,16 +18,22 @@ logger = logging.getLogger(__name__)
 
 NO_TRANSFER = "No_transfer"
 DEFAULT_MODE = "effi_AMF"
+NONE_DECLARED: Mapping[str, Mapping[str, object]] = MappingProxyType({})
 
 
 def choose_guidance(
-    mode: str | None, motion: MotionGuidance | None, sf: int | None, num_frames: int | None, num_steps: int
+    mode: str | None,
+    motion: MotionGuidance | None,
+    sf: int | None,
+    num_frames: int | None,
+    num_steps: int,
+    declared: Mapping[str, Mapping[str, object]] = NONE_DECLARED,
 ) -> MotionGuidance | None:
     """The guidance that mode, motion and sf ask for together; None for no transfer.
 
     num_frames: of the reference, None without one. num_steps: of the run; more guided steps are clamped with
-    a warning. Raises ValueError if motion is to be transferred and there is no reference, or one of a single
-    frame.
+    a warning. declared: numbers of each mode that the checkpoint asks for. Raises ValueError if motion is to
+    be transferred and there is no reference, or one of a single frame.
     """
     if mode is None and motion is None:
         mode = NO_TRANSFER if num_frames is None else DEFAULT_MODE
@@ -35,7 +42,7 @@ def choose_guidance(
         if motion is not None or sf is not None:
             logger.warning("motion and sf have no effect in mode %s", NO_TRANSFER)
         return None
-    guidance = motion or MotionGuidance.for_mode(mode)
+    guidance = motion or MotionGuidance.for_mode(mode, declared.get(mode, {}))
     changes = {"mode": mode, "sf": sf}
     guidance = replace(guidance, **{name: value for name, value in changes.items() if value is not None})
     if num_frames is None:

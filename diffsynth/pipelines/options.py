@@ -117,21 +117,3 @@ def _pair(name: str, given: object) -> tuple[int, int]:
 
 def _check_choice(name: str, given: object, known: Sequence[str]) -> None:
     _check(given in known, name, given, f"one of {', '.join(known)}")
-
-
-def round_size(name: str, pixels: int, multiple: int) -> int:
-    """Pixels rounded up to a multiple, with a warning that says so. Raises ValueError below 1."""
-    pixels = checked_int(name, pixels)
-    rounded = -(-pixels // multiple) * multiple
-    if rounded != pixels:
-        logger.warning("%s %d is not a multiple of %d: rounded up to %d", name, pixels, multiple, rounded)
-    return rounded
-
-
-def prompt_list(name: str, given: object) -> list[str]:
-    """One prompt or several as a list. Raises TypeError if it is not text, ValueError if it is empty."""
-    prompts = [given] if isinstance(given, str) else given
-    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError(f"{name} must be a str or a list of str; got {given!r}")
-    _check(len(prompts) > 0, name, given, "at least one prompt")
-    return list(prompts)

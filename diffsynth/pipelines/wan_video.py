@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.locate import checkpoint_folder
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
 from diffsynth.models.model_manager import ModelManager, check_dtype
@@ -23,12 +24,21 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.arguments import (
+    given_or,
+    negative_prompts,
+    prompt_list,
+    round_size,
+    starting_strength,
+    video_length,
+    video_size,
+)
 from diffsynth.pipelines.contexts import Contexts, contexts_of, texts_to_encode
 from diffsynth.pipelines.denoise import batch_of_two_fits, denoise, guided_velocity, replaced_latents
-from diffsynth.pipelines.frames import Video, chunks_to_uint8, frame_size, video_to_tensor
+from diffsynth.pipelines.frames import Video, chunks_to_uint8, video_to_tensor
 from diffsynth.pipelines.guidance import choose_guidance, make_guide
 from diffsynth.pipelines.latency import RunCost, measured
-from diffsynth.pipelines.options import GenerationOptions, check_mode, prompt_list, round_size
+from diffsynth.pipelines.options import GenerationOptions, check_mode
 from diffsynth.pipelines.tea_cache import TeaCache, tea_cache_model_id
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import find_tokenizer
@@ -52,6 +62,7 @@ class WanVideoPipeline:
         vae: WanVideoVAE,
         prompter: WanPrompter,
         device: str | torch.device = "auto",
+        defaults: RunDefaults | None = None,
     ) -> None:
         if dit.has_image_input or dit.in_dim != vae.z_dim:
             raise ValueError(
@@ -63,6 +74,7 @@ class WanVideoPipeline:
                 f"the DiT takes text of width {dit.text_dim}, the text encoder gives {text_encoder.dim}"
             )
         self.dit, self.text_encoder, self.vae, self.prompter = dit, text_encoder, vae, prompter
+        self.defaults = RunDefaults() if defaults is None else defaults
         self.device = choose_device(device)
         models = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
         self.residency = Residency(models, self.device)
@@ -93,7 +105,8 @@ class WanVideoPipeline:
             text.model.to(torch_dtype)
         prompter = WanPrompter.from_folder(tokenizer, text_len=dit.model.text_len)
         device = model_manager.device if device is None else device
-        return cls(dit.model, text.model, vae.model, prompter, device)
+        defaults = run_defaults(dit.files[0].parent)
+        return cls(dit.model, text.model, vae.model, prompter, device, defaults)
 
     @classmethod
     def from_pretrained(
@@ -103,8 +116,8 @@ class WanVideoPipeline:
         device: str | torch.device = "auto",
         vae_dtype: torch.dtype = torch.float32,
     ) -> "WanVideoPipeline":
-        """A pipeline from a checkpoint folder in the official or diffusers layout, or from "1.3b" or "14b"
-        below models/.
+        """A pipeline from a checkpoint folder in the official or diffusers layout, "1.3b" or "14b"
+        below models/, or "nano", the small model that comes with the package.
 
         torch_dtype: bfloat16 on an accelerator and float32 on a CPU by default; float8_e4m3fn stores weights
         in float8. The VAE runs in float32, as the official one, unless vae_dtype says otherwise.
@@ -163,10 +176,10 @@ class WanVideoPipeline:
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         denoising_strength: float | None = None,
-        cfg_scale: float = 5.8,
-        sigma_shift: float = 7.0,
+        cfg_scale: float | None = None,
+        sigma_shift: float | None = None,
         seed: int | None = None,
         rand_device: str = "cpu",
         tiled: bool = True,
@@ -190,7 +203,9 @@ class WanVideoPipeline:
         input_video: the reference; frames of another size are centre-cropped and resized.
         height, width: pixels, rounded up to a multiple of 16; the reference's by default, else 480 x 832.
         num_frames: any count; the reference's by default, else 81. The reference's first frames are used.
-        denoising_strength: 0.75 by default with a reference; without one a run starts from pure noise.
+        num_inference_steps, denoising_strength, cfg_scale, sigma_shift: 50, 0.75, 5.8 and 7 by default, as
+            published; without a reference a run starts from pure noise. A checkpoint of other sizes may
+            declare other defaults, sizes and numbers of motion among them: `pipe.defaults`.
         seed: drawn and logged if None; each prompt of a list starts from the same noise.
         mode: how motion is transferred: "effi_AMF" (tile attention motion flow; the default with a
             reference), "AMF" (dense), "FlowMotion" (latent prediction) or "No_transfer".
@@ -205,18 +220,20 @@ class WanVideoPipeline:
         Raises ValueError or TypeError, naming the argument, before any model runs.
         """
         prompts = prompt_list("prompt", prompt)
-        negatives = self._negative_prompts(negative_prompt, len(prompts))
-        size = (480, 832) if input_video is None else frame_size(input_video)
+        negatives = negative_prompts(negative_prompt, len(prompts))
         check_mode(mode)
-        total_frames = self._num_frames(num_frames, input_video)
+        usual = self.defaults
+        height, width = video_size(height, width, usual, input_video)
+        total_frames = video_length(num_frames, usual, input_video)
+        num_inference_steps = given_or(usual.num_inference_steps, num_inference_steps)
         options = GenerationOptions(
-            height=round_size("height", size[0] if height is None else height, self._pixels_per_token(1)),
-            width=round_size("width", size[1] if width is None else width, self._pixels_per_token(2)),
+            height=round_size("height", height, self._pixels_per_token(1)),
+            width=round_size("width", width, self._pixels_per_token(2)),
             num_frames=total_frames,
             num_inference_steps=num_inference_steps,
-            denoising_strength=self._strength(denoising_strength, input_video),
-            cfg_scale=cfg_scale,
-            sigma_shift=sigma_shift,
+            denoising_strength=starting_strength(denoising_strength, usual, input_video),
+            cfg_scale=given_or(usual.cfg_scale, cfg_scale),
+            sigma_shift=given_or(usual.sigma_shift, sigma_shift),
             seed=secrets.randbelow(2**32) if seed is None else seed,
             rand_device=rand_device,
             tiled=tiled,
@@ -224,7 +241,12 @@ class WanVideoPipeline:
             tile_stride=tile_stride,
             sampler=sampler,
             motion=choose_guidance(
-                mode, motion, sf, None if input_video is None else total_frames, num_inference_steps
+                mode,
+                motion,
+                sf,
+                None if input_video is None else total_frames,
+                num_inference_steps,
+                usual.motion,
             ),
             tea_cache_l1_thresh=tea_cache_l1_thresh,
             tea_cache_model_id=tea_cache_model_id,
@@ -254,31 +276,6 @@ class WanVideoPipeline:
 
     def _pixels_per_token(self, axis: int) -> int:
         return self.vae.spatial_factor * self.dit.patch_size[axis]
-
-    def _num_frames(self, asked: int | None, input_video: Video | None) -> int:
-        if input_video is None:
-            return 81 if asked is None else asked
-        if asked is not None and asked > len(input_video):
-            raise ValueError(f"num_frames is {asked}, but input_video has {len(input_video)} frames")
-        return len(input_video) if asked is None else asked
-
-    def _strength(self, asked: float | None, input_video: Video | None) -> float:
-        if asked is None:
-            return 1.0 if input_video is None else 0.75
-        if input_video is None and 0 < asked < 1:
-            logger.warning(
-                "denoising_strength=%s has no effect without input_video: starting from noise", asked
-            )
-            return 1.0
-        return asked
-
-    def _negative_prompts(self, given: str | Sequence[str], count: int) -> list[str]:
-        negatives = prompt_list("negative_prompt", given)
-        if isinstance(given, str):
-            return negatives * count
-        if len(negatives) != count:
-            raise ValueError(f"negative_prompt has {len(negatives)} entries for {count} prompts")
-        return negatives
 
     def _make_tea_cache(self, options: GenerationOptions) -> TeaCache | None:
         if options.tea_cache_l1_thresh is None:

@@ -24,11 +24,13 @@ class Muon(torch.optim.Optimizer):
     An update has the root mean square 0.2 * lr, so that rates compare with AdamW's (Liu et al., 2025).
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
             used = [p for p in group["params"] if p.grad is not None]
             for shape in sorted({tuple(p.shape) for p in used}):
@@ -74,7 +76,7 @@ def set_rate(optimisers: list[torch.optim.Optimizer], factor: float) -> None:
 
 
 @torch.no_grad()
-def update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """Move each averaged weight towards the model's by 1 - decay."""
-    for name, value in model.state_dict().items():
-        average[name].lerp_(value.float(), 1 - decay)
+def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
+    """Move each averaged weight towards the current one by 1 - decay."""
+    for name, value in weights.items():
+        average[name].lerp_(value, 1 - decay)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -20,18 +21,22 @@ VAE_TRAINING, VAE_HELD_OUT, DIT_TRAINING = 1, 2, 3
 
 
 def make_clips(
-    kind: int, first: int, count: int, options: SceneOptions, workers: int
+    kind: int, first: int, count: int, options: SceneOptions, workers: int, num_frames: int = 17
 ) -> tuple[np.ndarray, list[str]]:
     """Clips of the seeds (kind, first) ... and their captions: uint8 [count, T, H, W, 3]."""
     seeds = [(kind, first + i) for i in range(count)]
     with ProcessPoolExecutor(workers) as pool:
-        made = pool.map(partial(_frames_and_caption, options=options), seeds, chunksize=16)
+        made = pool.map(
+            partial(_frames_and_caption, options=options, num_frames=num_frames), seeds, chunksize=16
+        )
         pairs = list(tqdm(made, total=count, desc="clips", mininterval=10))
     return np.stack([frames for frames, _ in pairs]), [caption for _, caption in pairs]
 
 
-def _frames_and_caption(seed: tuple[int, int], options: SceneOptions) -> tuple[np.ndarray, str]:
-    clip = make_clip(seed, options=options)
+def _frames_and_caption(
+    seed: tuple[int, int], options: SceneOptions, num_frames: int
+) -> tuple[np.ndarray, str]:
+    clip = make_clip(seed, options=options, num_frames=num_frames)
     return clip.frames, clip.caption
 
 
@@ -65,6 +70,6 @@ class Log:
 
 
 def rate_at(step: int, total: int, warm_up: int, falling: float) -> float:
-    """Factor on the learning rate: up over `warm_up` steps, then 1, then down over the last `falling` share."""
+    """Factor on the learning rate: up over `warm_up` steps, 1, then down over the last `falling` share."""
     down = (total - step) / max(1, falling * total)
-    return min(1.0, (step + 1) / warm_up, max(0.0, 0.5 - 0.5 * np.cos(np.pi * min(1.0, down))))
+    return min(1.0, (step + 1) / warm_up, 0.5 - 0.5 * math.cos(math.pi * min(1.0, down)))

@@ -1,0 +1,162 @@
+"""Train the DiT and the text encoder of Wan2.1-T2V-nano, together, by flow matching on cached latents.
+
+python examples/train_nano/train_dit.py --run results/train_nano
+Needs vae.state of train_vae.py in the run's folder. First single frames, then whole clips. Continues from
+dit.state if it is there; more --video_steps than before train on from there.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from captions import TEXT_LEN, VOCAB, numbers_of
+from latents import Latents, encoded_clips
+from optimisers import make_optimisers, set_rate, update_average
+from runs import DIT_TRAINING, Log, load_state, rate_at, save_state
+from torch import Tensor, nn
+from train_vae import SIZE as VAE_SIZE
+
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_text_encoder import WanTextEncoder
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.vram_management import choose_device
+
+TEXT = {"dim": 64, "dim_attn": 64, "dim_ffn": 128, "num_heads": 4, "num_layers": 2, "num_buckets": 32}
+DIT = {"dim": 160, "ffn_dim": 640, "freq_dim": 64, "num_heads": 5, "num_layers": 6}
+IMAGE_KIND = 100 + DIT_TRAINING
+SHIFT = 3.0  # of the noise levels, as in generation
+CAPTION_DROP = 0.1
+AVERAGE = 0.998
+
+
+class TextToVideo(nn.Module):
+    """Both models, trained as one: caption numbers and noised latents to velocity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        z = VAE_SIZE["z_dim"]
+        self.text = WanTextEncoder(vocab=VOCAB, **TEXT)
+        self.dit = WanModel(in_dim=z, out_dim=z, text_dim=TEXT["dim"], text_len=TEXT_LEN, **DIT)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Each block starts as the identity and the velocity as zero."""
+        for module in self.dit.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for block in self.dit.blocks:
+            for last in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
+                nn.init.zeros_(last.weight)
+        nn.init.zeros_(self.dit.head.head.weight)
+
+    def forward(self, x: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        context = self.text(ids, mask) * mask[..., None]
+        return self.dit(x, timestep, context)
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon trains it: the matrices inside the DiT's blocks."""
+    return ".blocks." in name and name.startswith("dit.") and parameter.ndim == 2
+
+
+def batch_loss(
+    model: TextToVideo, data: Latents, count: int, rng: np.random.Generator, stats: Tensor
+) -> Tensor:
+    """Flow-matching loss of a random batch, v = noise - clean; noise levels are spread evenly over it."""
+    chosen = rng.integers(0, len(data.captions), count)
+    mean, std = stats
+    clean = (data.latents[chosen].to(mean.device).float() - mean) / std
+    ids, mask = numbers_of([data.captions[i] for i in chosen], rng, CAPTION_DROP)
+    u = torch.from_numpy((rng.permutation(count) + rng.random(count)) / count).to(clean)
+    sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
+    noise = torch.randn_like(clean)
+    level = sigma[:, None, None, None, None]
+    velocity = model(
+        (1 - level) * clean + level * noise, 1000 * sigma, ids.to(clean.device), mask.to(clean.device)
+    )
+    return (velocity.float() - (noise - clean)).square().mean()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, default=Path("results/train_nano"))
+    parser.add_argument("--images", type=int, default=24000)
+    parser.add_argument("--clips", type=int, default=8000)
+    parser.add_argument("--image_steps", type=int, default=2000)
+    parser.add_argument("--video_steps", type=int, default=8000)
+    parser.add_argument("--image_batch", type=int, default=64)
+    parser.add_argument("--video_batch", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="compile the DiT's blocks")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    log, device = Log(args.run / "dit.jsonl"), choose_device(args.device)
+    vae = WanVideoVAE(**VAE_SIZE).to(device)
+    vae.load_state_dict(load_state(args.run / "vae.state")["model"])
+    folder = args.run / "latents"
+    images = encoded_clips(vae, folder, IMAGE_KIND, args.images, 1, args.workers)
+    clips = encoded_clips(vae, folder, DIT_TRAINING, args.clips, 17, args.workers)
+    whole = clips.latents.float()
+    stats = torch.stack([whole.mean((0, 2, 3, 4)), whole.std((0, 2, 3, 4))])[..., None, None, None].to(device)
+    del whole, vae
+
+    torch.manual_seed(args.seed)
+    model = TextToVideo().to(device)
+    # By the names of parameters: the text encoder's own state dict has its official names.
+    weights = dict(model.named_parameters())
+    average = {name: value.detach().clone() for name, value in weights.items()}
+    optimisers = make_optimisers(model, is_matrix, muon_lr=4e-3, adam_lr=2e-3, weight_decay=0.05)
+    first = 0
+    if state := load_state(args.run / "dit.state"):
+        with torch.no_grad():
+            for name, value in state["model"].items():
+                weights[name].copy_(value)
+        average = {name: value.to(device) for name, value in state["average"].items()}
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        first = state["step"]
+    if args.compile:
+        for block in model.dit.blocks:
+            block.compile()
+    total = args.image_steps + args.video_steps
+    recent = []
+    for step in range(first, total):
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        rng = np.random.default_rng((args.seed, step))
+        data, count = (images, args.image_batch) if step < args.image_steps else (clips, args.video_batch)
+        set_rate(optimisers, rate_at(step, total, warm_up=50, falling=0.4))
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = batch_loss(model, data, count, rng, stats)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        update_average(average, weights, min(AVERAGE, (step + 1) / (step + 10)))
+        recent.append(loss.item())
+        if (step + 1) % 50 == 0:
+            log.write(step=step + 1, loss=float(np.mean(recent)))
+            recent = []
+        if (step + 1) % 250 == 0 or step + 1 == total:
+            saved = [optimiser.state_dict() for optimiser in optimisers]
+            save_state(
+                args.run / "dit.state",
+                {
+                    "model": {name: value.detach() for name, value in weights.items()},
+                    "average": average,
+                    "optimisers": saved,
+                    "step": step + 1,
+                    "stats": stats.cpu(),
+                },
+            )
+
+
+if __name__ == "__main__":
+    main()

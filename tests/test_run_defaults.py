@@ -1,0 +1,89 @@
+"""What a checkpoint declares about its runs, and who reads it."""
+
+import json
+
+import pytest
+
+from diffsynth import WanVideoPipeline
+from diffsynth.configs.defaults import RunDefaults, run_defaults
+from diffsynth.motion import MotionGuidance
+from diffsynth.testing import write_checkpoint
+
+SECTION = {
+    "num_inference_steps": 2,
+    "cfg_scale": 1.0,
+    "height": 32,
+    "width": 48,
+    "num_frames": 5,
+    "denoising_strength": 0.9,
+    "motion": {"effi_AMF": {"block": 1, "tau": 4.0, "lr": [0.01, 0.005], "guided_steps": 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return declare(write_checkpoint(tmp_path_factory.mktemp("declared") / "model"), SECTION)
+
+
+def declare(folder, section):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "fastvmt": section}))
+    return folder
+
+
+def test_for_checkpoint_reads_what_the_checkpoint_declares(checkpoint):
+    guidance = MotionGuidance.for_checkpoint(checkpoint)
+    assert guidance == MotionGuidance(block=1, tau=4.0, lr=(0.01, 0.005), guided_steps=1)
+    assert MotionGuidance.for_checkpoint(checkpoint, tau=2.0).tau == 2.0
+    assert MotionGuidance.for_checkpoint(checkpoint, mode="AMF") == MotionGuidance(mode="AMF")
+    flow_motion = MotionGuidance.for_checkpoint(checkpoint, mode="FlowMotion")
+    assert flow_motion == MotionGuidance.latent_prediction()
+
+
+def test_a_call_takes_what_the_checkpoint_declares(checkpoint):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint, device="cpu")
+    steps = []
+
+    def note_step(_pipe, step, _timestep, _latents):
+        steps.append(step)
+
+    frames = pipe("a cat", seed=1, callback_on_step_end=note_step)
+    assert (len(frames), frames[0].size, steps) == (5, (48, 32), [0, 1])
+    long = [frames[0]] * 9
+    assert len(pipe("a cat", input_video=long, seed=1)) == 5
+    # What the caller says goes first.
+    assert len(pipe("a cat", input_video=long, num_frames=9, height=16, width=16, seed=1)) == 9
+
+
+def test_a_checkpoint_that_declares_nothing_has_the_published_defaults(tmp_path):
+    folder = write_checkpoint(tmp_path / "plain")
+    assert run_defaults(folder) == RunDefaults()
+    assert MotionGuidance.for_checkpoint(folder) == MotionGuidance()
+    assert run_defaults(tmp_path) == RunDefaults()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"steps": 3}, "'fastvmt' may hold .*cfg_scale.*steps"),
+        ([1], "'fastvmt' may hold"),
+        ({"motion": {"AMF": 3}}, "motion must map modes to their numbers"),
+    ],
+)
+def test_a_section_that_cannot_be_read_is_refused(tmp_path, section, message):
+    (tmp_path / "config.json").write_text(json.dumps({"fastvmt": section}))
+    with pytest.raises(ValueError, match=message):
+        run_defaults(tmp_path)
+
+
+def test_numbers_of_motion_are_checked():
+    with pytest.raises(ValueError, match="motion has no field speed"):
+        MotionGuidance.for_mode("AMF", {"speed": 3})
+    with pytest.raises(ValueError, match="tau must be finite and above 0"):
+        MotionGuidance.for_mode("AMF", {"tau": -1})
+
+
+def test_broken_json_names_the_file(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        run_defaults(tmp_path)
