@@ -14,6 +14,8 @@ from diffsynth.motion.tile_flow import check_tile, check_window
 MODES = ("effi_AMF", "AMF", "FlowMotion")
 CHECKPOINTS = ("auto", "block", "none")
 VARIANTS = ("paper", "released")
+REUSES = ("repeat", "falling", "extrapolate")
+UPDATE_RULES = ("adamw", "gradient")
 NO_CHANGES: Mapping[str, object] = MappingProxyType({})
 PAPER_BLOCK = 14
 PAPER_DEPTHS = (30, 40)  # blocks of Wan2.1 1.3B and 14B; both are read at PAPER_BLOCK
@@ -43,8 +45,11 @@ class MotionGuidance:
         that predicts them; across_velocity: how much of it is kept across the mean velocity so far.
     Optimiser
         guided_steps: denoising steps, from the first, that are guided. inner_steps: optimiser steps in each.
-        interval: each interval-th of them computes a fresh gradient, those between reuse it. lr: (first, end)
-        learning rate, linear, the end not reached. weight_decay: of AdamW.
+        interval: each interval-th of them computes a fresh gradient, those between reuse it. reuse: how,
+        "repeat" as published, "falling" or "extrapolate" (see `GradientReuse`). reuse_above: only while the
+        last two fresh gradients have at least this cosine; None, as published, always. update: "adamw" as
+        published, or "gradient", plain descent. lr: (first, end) learning rate, linear, the end not reached.
+        weight_decay: a step's, times lr.
     Raises ValueError, naming the argument, for a number that is not allowed.
     """
 
@@ -70,6 +75,9 @@ class MotionGuidance:
     guided_steps: int = 10
     inner_steps: int = 10
     interval: int = 3
+    reuse: str = "repeat"
+    reuse_above: float | None = None
+    update: str = "adamw"
     lr: tuple[float, float] = (0.003, 0.002)
     weight_decay: float = 0.01
 
@@ -77,6 +85,10 @@ class MotionGuidance:
         _check_choice("mode", self.mode, MODES)
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("checkpoint", self.checkpoint, CHECKPOINTS)
+        _check_choice("reuse", self.reuse, REUSES)
+        _check_choice("update", self.update, UPDATE_RULES)
+        if self.reuse_above is not None and not -1 <= self.reuse_above <= 1:
+            raise ValueError(f"reuse_above must be None or a cosine, -1 to 1; got {self.reuse_above!r}")
         if self.variant == "released" and self.mode != "effi_AMF":
             raise ValueError(f"variant 'released' exists for mode 'effi_AMF' only; got mode {self.mode!r}")
         if self.block is not None:

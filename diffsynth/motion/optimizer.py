@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffsynth.motion.guidance import MotionGuidance
 from diffsynth.motion.heads import precise
+from diffsynth.motion.reuse import GradientReuse
 
 
 class Evaluation(NamedTuple):
@@ -24,6 +25,7 @@ class Evaluation(NamedTuple):
 
 
 Objective = Callable[[Tensor], Evaluation]
+Move = Callable[[Tensor, float], None]  # moves the latents in place by a gradient at a learning rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,34 @@ def learning_rate(step: int, guidance: MotionGuidance) -> float:
     return first - (first - end) * step / guidance.inner_steps
 
 
+def _adamw(moved: Tensor, guidance: MotionGuidance) -> Move:
+    """As published: AdamW, new at each guided step. Its first steps move every element by about lr."""
+    optimizer = torch.optim.AdamW([moved], lr=guidance.lr[0], weight_decay=guidance.weight_decay)
+
+    def move(gradient: Tensor, lr: float) -> None:
+        moved.grad = gradient
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+
+    return move
+
+
+def _gradient(moved: Tensor, guidance: MotionGuidance) -> Move:
+    """Down the gradient, scaled so that a first, fresh one moves the elements by lr in the root mean square:
+    most where the motion is, and hardly where it is not."""
+    scale: list[Tensor] = []
+
+    def move(gradient: Tensor, lr: float) -> None:
+        if not scale:
+            scale.append(gradient.square().mean().sqrt().clamp_min(1e-30))
+        moved.mul_(1 - lr * guidance.weight_decay).sub_(gradient / scale[0], alpha=lr)
+
+    return move
+
+
+UPDATES: dict[str, Callable[[Tensor, MotionGuidance], Move]] = {"adamw": _adamw, "gradient": _gradient}
+
+
 @torch.no_grad()
 def optimize_latents(
     latents: Tensor,
@@ -68,23 +98,23 @@ def optimize_latents(
     interrupted() may end the loop. Raises NonFiniteGuidanceError; the given latents are never changed.
     """
     moved = precise(latents.detach()).clone()
-    optimizer = torch.optim.AdamW([moved], lr=guidance.lr[0], weight_decay=guidance.weight_decay)
+    move = UPDATES[guidance.update](moved, guidance)
+    reuse = GradientReuse(guidance)
     good = latents
     evaluations: list[Evaluation] = []
     evaluated_at, lrs = [], []
     for step in range(guidance.inner_steps):
         if interrupted is not None and interrupted():
             break
-        if step % guidance.interval == 0:
+        if reuse.due(step):
             evaluation = objective(moved)
             _check_finite(evaluation, step, good)
             good = moved.to(latents.dtype, copy=True)
-            moved.grad = evaluation.gradient
+            reuse.fresh(step, evaluation.gradient)
             evaluations.append(evaluation._replace(gradient=None))
             evaluated_at.append(step)
-        lrs.append(learning_rate(step, guidance))
-        optimizer.param_groups[0]["lr"] = lrs[-1]
-        optimizer.step()
+        lrs.append(learning_rate(step, guidance) * reuse.rate(step))
+        move(reuse.current(step), lrs[-1])
     return moved.to(latents.dtype), OptimizationRecord(
         losses=tuple(e.loss.item() for e in evaluations),
         parts=tuple({name: part.item() for name, part in e.parts.items()} for e in evaluations),

@@ -16,8 +16,10 @@ from latents import Latents, encoded_clips
 from optimisers import make_optimisers, set_rate, update_average
 from runs import DIT_TRAINING, Log, load_state, rate_at, save_state
 from torch import Tensor, nn
+from torch.nn import functional as F
 from train_vae import SIZE as VAE_SIZE
 
+from diffsynth.models.attention import BACKENDS, AttentionBackend, use_attention
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -55,6 +57,13 @@ class TextToVideo(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         context = self.text(ids, mask) * mask[..., None]
         return self.dit(x, timestep, context)
+
+
+def float32_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, S, N, D] all; on a CPU the backward pass is twice as fast in float32 as in bfloat16."""
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -125,6 +134,8 @@ def main() -> None:
     if args.compile:
         for block in model.dit.blocks:
             block.compile()
+    if device.type == "cpu":
+        BACKENDS["float32"] = AttentionBackend(run=float32_attention)
     total = args.image_steps + args.video_steps
     recent = []
     for step in range(first, total):
@@ -132,7 +143,8 @@ def main() -> None:
         rng = np.random.default_rng((args.seed, step))
         data, count = (images, args.image_batch) if step < args.image_steps else (clips, args.video_batch)
         set_rate(optimisers, rate_at(step, total, warm_up=50, falling=0.4))
-        with torch.autocast(device.type, torch.bfloat16):
+        attention = use_attention("float32" if device.type == "cpu" else "sdpa")
+        with torch.autocast(device.type, torch.bfloat16), attention:
             loss = batch_loss(model, data, count, rng, stats)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

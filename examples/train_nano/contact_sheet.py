@@ -1,0 +1,51 @@
+"""Draw what a checkpoint makes of prompts, five frames each, and the frames that a VAE gives back.
+
+python examples/train_nano/contact_sheet.py --model models/Wan2.1-T2V-nano --output sheet.png
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffsynth import WanVideoPipeline
+from diffsynth.data.synthetic import COLOURS, SHAPES
+
+SHOWN = (0, 4, 8, 12, 16)
+SCALE = 2
+
+
+def prompts(count: int) -> list[str]:
+    """Every shape in turn, in colours that differ from the background's."""
+    names = list(COLOURS)
+    chosen = [
+        (names[3 * i % len(names)], SHAPES[i % len(SHAPES)], names[(3 * i + 5) % len(names)])
+        for i in range(count)
+    ]
+    return [f"a {colour} {shape} on a {background} background" for colour, shape, background in chosen]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--output", type=Path, default=Path("sheet.png"))
+    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    pipe = WanVideoPipeline.from_pretrained(args.model, device="cpu")
+    rows = []
+    for prompt in prompts(args.count):
+        frames = pipe(prompt, seed=args.seed, output_type="np", progress_bar_cmd=iter)
+        rows.append(np.concatenate([frames[t] for t in SHOWN if t < len(frames)], axis=1))
+    half = -(-len(rows) // 2)
+    columns = [np.concatenate(part, axis=0) for part in (rows[:half], rows[half:]) if part]
+    sheet = Image.fromarray(np.concatenate(columns, axis=1))
+    sheet.resize((sheet.width * SCALE, sheet.height * SCALE), Image.Resampling.NEAREST).save(args.output)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Train Wan2.1-T2V-nano from nothing to a checkpoint folder; continues where a killed run stopped.
+
+python examples/train_nano/train_all.py --run results/train_nano --output models/Wan2.1-T2V-nano
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", default="results/train_nano")
+    parser.add_argument("--output", default="models/Wan2.1-T2V-nano")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    for script, options in (
+        ("train_vae.py", ["--device", args.device]),
+        ("train_dit.py", ["--device", args.device]),
+        ("package.py", ["--output", args.output]),
+    ):
+        subprocess.run([sys.executable, HERE / script, "--run", args.run, *options], check=True)
+
+
+if __name__ == "__main__":
+    main()
