@@ -11,6 +11,7 @@ from diffsynth.data.synthetic import BACKGROUND_TEXTURES, COLOURS, OBJECT_TEXTUR
 
 SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 PAD, END, _, UNKNOWN = range(4)
+BLANK = "\u2581"  # stands before each word
 WORDS = ("a", "an", "the", "and", "on", "with", "background", *SHAPES, *COLOURS)
 WORDS += (*OBJECT_TEXTURES, *BACKGROUND_TEXTURES[1:])
 TEXT_LEN = 32  # rows that the DiT reads
@@ -21,12 +22,17 @@ def write_tokenizer(folder: Path) -> None:
     """tokenizer.json and its settings: one number a word, whatever its case; punctuation is left out."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    vocab = {word: number for number, word in enumerate((*SPECIAL, *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=SPECIAL[UNKNOWN]))
+    pieces = [*SPECIAL, *(f"{BLANK}{word}" for word in WORDS)]
+    tokenizer = Tokenizer(models.Unigram([(piece, 0.0) for piece in pieces], unk_id=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s]"), " ")]
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[^\w\s]"), " "),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=BLANK, prepend_scheme="always")
     end = SPECIAL[END]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, END)])
     tokenizer.add_special_tokens(list(SPECIAL))
@@ -34,7 +40,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": SPECIAL[PAD], "eos_token": end, "unk_token": SPECIAL[UNKNOWN]}
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}, indent=2)
+        json.dumps({"tokenizer_class": "T5Tokenizer", **names}, indent=2)
     )
 
 

@@ -80,7 +80,7 @@ def batch_for(step: int, total: int, clips: np.ndarray, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_psnr(vae: WanVideoVAE, count: int = 16) -> float:
+def held_out_psnr(vae: WanVideoVAE, count: int) -> float:
     """PSNR in dB of whole held-out clips, over 8-bit pixels."""
     frames, _ = make_clips(VAE_HELD_OUT, 0, count, SCENES, workers=1)
     video = to_model(frames).to(vae.device)
@@ -93,8 +93,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, default=Path("results/train_nano"))
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--clips", type=int, default=3000)
+    parser.add_argument("--held_out", type=int, default=16, help="clips that PSNR is measured on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="auto")
@@ -130,7 +131,7 @@ def main() -> None:
         if (step + 1) % 10 == 0:
             log.write(step=step + 1, loss=loss.item(), **parts)
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            log.write(step=step + 1, psnr=held_out_psnr(vae))
+            log.write(step=step + 1, psnr=held_out_psnr(vae, args.held_out))
             saved = [optimiser.state_dict() for optimiser in optimisers]
             save_state(
                 args.run / "vae.state", {"model": vae.state_dict(), "optimisers": saved, "step": step + 1}

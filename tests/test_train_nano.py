@@ -1,0 +1,89 @@
+"""The training of the nano model, from nothing to a checkpoint that the pipeline loads, at its smallest."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffsynth import WanVideoPipeline
+from diffsynth.data.synthetic import make_clip
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.prompters.tokenizer import load_tokenizer
+
+SCRIPTS = Path(__file__).parent.parent / "examples" / "train_nano"
+
+
+def run(script, *options):
+    command = [sys.executable, SCRIPTS / script, *map(str, options)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano")
+    run("train_vae.py", "--run", folder, "--steps", 4, "--clips", 4, "--held_out", 1, "--workers", 1)
+    options = ["--run", folder, "--images", 4, "--clips", 4, "--image_batch", 2, "--video_batch", 2]
+    run("train_dit.py", *options, "--image_steps", 1, "--video_steps", 1, "--workers", 1)
+    run("package.py", "--run", folder, "--output", folder / "model")
+    return folder
+
+
+def test_what_was_trained_is_a_checkpoint_of_under_20_mb_that_makes_videos(trained):
+    size = sum(file.stat().st_size for file in (trained / "model").rglob("*") if file.is_file())
+    assert size < 20e6
+    pipe = WanVideoPipeline.from_pretrained(trained / "model", device="cpu")
+    frames = pipe(
+        "A red circle, on a blue background!", num_inference_steps=1, num_frames=5, output_type="np"
+    )
+    assert frames.shape == (5, 64, 64, 3)
+
+
+def test_more_steps_train_on_from_where_the_last_run_ended(trained):
+    lines = [json.loads(line) for line in (trained / "vae.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4
+    before = torch.load(trained / "dit.state", weights_only=True)
+    options = ["--run", trained, "--images", 4, "--clips", 4, "--image_batch", 2, "--video_batch", 2]
+    run("train_dit.py", *options, "--image_steps", 1, "--video_steps", 2, "--workers", 1)
+    after = torch.load(trained / "dit.state", weights_only=True)
+    assert (before["step"], after["step"]) == (2, 3)
+    assert any((before["model"][name] != value).any() for name, value in after["model"].items())
+
+
+def test_the_packaged_vae_has_normalised_latents_and_the_same_pixels(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from package import normalised
+    from train_vae import SIZE
+
+    torch.manual_seed(0)
+    vae, folded = WanVideoVAE(**SIZE), WanVideoVAE(**SIZE)
+    mean, std = torch.randn(8).double(), torch.rand(8).double() + 0.5
+    folded.load_state_dict({key: value.float() for key, value in normalised(vae, mean, std).items()})
+    clip = torch.from_numpy(make_clip(0, num_frames=5).frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    plain = vae.encode(clip)
+    expected = (plain - mean.float().view(1, 8, 1, 1, 1)) / std.float().view(1, 8, 1, 1, 1)
+    torch.testing.assert_close(folded.encode(clip), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(folded.decode(expected), vae.decode(plain), atol=1e-4, rtol=0)
+    variance = vae.encode_moments(clip)[1] - 2 * std.log().float().view(1, 8, 1, 1, 1)
+    torch.testing.assert_close(folded.encode_moments(clip)[1], variance, atol=1e-4, rtol=1e-4)
+
+
+def test_the_tokenizer_reads_prompts_as_people_write_them(trained, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from captions import END, UNKNOWN, numbers_of
+
+    tokenizer = load_tokenizer(trained / "model" / "google" / "umt5-xxl")
+    plain, typed, foreign, empty = tokenizer(
+        ["a red circle on a blue background", "A red circle on a blue background.", "a red zebra", ""],
+        max_length=None,
+    )
+    assert plain == typed
+    assert plain[-1] == END
+    assert foreign == [*plain[:2], UNKNOWN, END]
+    assert empty == [END]
+    ids, mask = numbers_of(["a red circle on a blue background"], np.random.default_rng(1), drop=0.0)
+    assert mask.sum().item() >= len(plain)
+    assert set(plain) <= set(ids[0].tolist())
