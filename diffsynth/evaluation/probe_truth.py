@@ -1,0 +1,199 @@
+"""What a perfect reading of motion would give on a clip with known motion, and how near another comes.
+
+Axes: F latent frames, H/W token rows/columns, P frame pairs, M tokens compared. Displacements are (row,
+column) in tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffsynth.data.synthetic import SyntheticClip
+from diffsynth.motion.flow import frame_pairs
+
+TOKENS = ("object", "all")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrueFlow:
+    """True motion of a clip on the token grid.
+
+    pairs: P pairs (i, j) of latent frames, i < j. flow: float32 [P, H, W, 2], from i to j, in tokens.
+    counted: bool [P, H, W], the tokens of frame i to compare; flow is 0 elsewhere.
+    """
+
+    pairs: list[tuple[int, int]]
+    flow: np.ndarray
+    counted: np.ndarray
+
+    @property
+    def blind(self) -> np.ndarray:
+        """What attention that sees nothing reads, the way to the picture's middle: [P, H, W, 2]."""
+        grid = np.array(self.counted.shape[1:])
+        way = (grid - 1) / 2 - np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1)
+        return np.broadcast_to(way, self.flow.shape)
+
+
+def true_flow(
+    clip: SyntheticClip,
+    *,
+    token_size: tuple[int, int],
+    temporal_factor: int = 4,
+    sf: int = 4,
+    tokens: str = "object",
+) -> TrueFlow:
+    """The displacements that a perfect reading gives, for pairs of latent frames i < j < i + sf.
+
+    token_size: (rows, columns) of pixels of a token. Latent frame 0 is frame 0; latent frame i > 0 covers the
+    `temporal_factor` frames up to frame i * temporal_factor (beyond the clip's end, repeats of its last one).
+    A point's position in it is the mean over these; what a token shows is taken from the middle one (the
+    later of two). A token belongs to a layer, background or object, with at least half of its pixels, and
+    moves by the mean over these.
+    tokens: "object" counts the tokens of objects; "all" those of the background, too. Tokens that end outside
+    of the picture do not count: there is nothing to attend to. An end behind another object counts.
+    Raises ValueError for sizes that do not fit, a clip of one latent frame, or another name of tokens.
+    """
+    num_frames, height, width = clip.frames.shape[:3]
+    if height % token_size[0] or width % token_size[1]:
+        raise ValueError(
+            f"clips must be whole tokens of {token_size[0]} x {token_size[1]} pixels in size; "
+            f"got {height} x {width}"
+        )
+    if tokens not in TOKENS:
+        raise ValueError(f"tokens must be one of {', '.join(TOKENS)}; got {tokens!r}")
+    num_latents = -(-(num_frames - 1) // temporal_factor) + 1
+    if num_latents < 2 or sf < 2:
+        raise ValueError(
+            f"motion needs two latent frames and sf of at least 2; got {num_frames} frames and sf={sf}"
+        )
+    covered = [_frames_of(i, temporal_factor, num_frames) for i in range(num_latents)]
+    pairs = [(i, j) for i, j in frame_pairs(num_latents, sf) if i != j]
+    flow, counted = [], []
+    for i in range(num_latents - 1):
+        middle = covered[i][len(covered[i]) // 2]
+        pixels = _pixels_of_layers(clip, middle, token_size, tokens)
+        later = [j for first, j in pairs if first == i]
+        here, *there = (_mean_moves(clip, middle, covered[j], pixels) for j in (i, *later))
+        for moved in there:
+            step = (moved - here) / token_size
+            flow.append(step)
+            counted.append(pixels.any((1, 3)) & _ends_inside(step))
+    counted = np.stack(counted)
+    return TrueFlow(
+        pairs=pairs, flow=(np.stack(flow) * counted[..., None]).astype(np.float32), counted=counted
+    )
+
+
+def _frames_of(latent: int, temporal_factor: int, num_frames: int) -> list[int]:
+    """The frames that a latent frame covers, in order."""
+    last = temporal_factor * latent
+    first = 0 if latent == 0 else last - temporal_factor + 1
+    return [min(t, num_frames - 1) for t in range(first, last + 1)]
+
+
+def _by_token(pixels: np.ndarray, token_size: tuple[int, int]) -> np.ndarray:
+    """[rows, columns, ...] -> [H, th, W, tw, ...]."""
+    (th, tw), (rows, cols) = token_size, pixels.shape[:2]
+    return pixels.reshape(rows // th, th, cols // tw, tw, *pixels.shape[2:])
+
+
+def _pixels_of_layers(
+    clip: SyntheticClip, frame: int, token_size: tuple[int, int], tokens: str
+) -> np.ndarray:
+    """In each token, the pixels of the layer that it belongs to, or none: bool [H, th, W, tw]."""
+    masks = clip.masks[:, frame]
+    if tokens == "all":
+        masks = np.concatenate([~masks.any(0, keepdims=True), masks])
+    chosen = np.zeros_like(_by_token(masks[0], token_size))
+    for mask in masks:
+        layer = _by_token(mask, token_size)
+        chosen = np.where(layer.mean((1, 3), keepdims=True) >= 0.5, layer, chosen)
+    return chosen
+
+
+def _mean_moves(clip: SyntheticClip, start: int, ends: list[int], pixels: np.ndarray) -> np.ndarray:
+    """From frame `start` to the mean of frames `ends`, over a token's chosen pixels: [H, W, 2] in pixels."""
+    token_size = pixels.shape[1::2]
+    weights = pixels / np.maximum(pixels.sum((1, 3), keepdims=True), 1)
+    moves = [
+        np.einsum("hawb,hawbc->hwc", weights, _by_token(clip.displacement(start, t), token_size))
+        for t in ends
+    ]
+    return np.mean(moves, axis=0)
+
+
+def _ends_inside(step: np.ndarray) -> np.ndarray:
+    """Whether tokens [H, W, 2] end in the picture: bool [H, W]."""
+    grid = np.array(step.shape[:2])
+    ends = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1) + step
+    return ((ends >= -0.5) & (ends <= grid - 0.5)).all(-1)
+
+
+def moments(true: np.ndarray, read: np.ndarray, blind: np.ndarray) -> np.ndarray:
+    """Sums that `agreement` needs; samples are pooled by adding them up.
+
+    true, blind [M, 2] and read [..., M, 2] -> float64 [..., 4, 4]: the sums over tokens and both components
+    of all products of 1, true, read and blind.
+    """
+    parts = np.broadcast_arrays(np.ones(()), true, read, blind)
+    samples = np.stack([part.reshape(*part.shape[:-2], -1) for part in parts], axis=-1).astype(np.float64)
+    return np.swapaxes(samples, -1, -2) @ samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """How read displacements agree with true ones, each array [...]; a perfect reading has 1 in all four.
+
+    correlation (Pearson) and slope (least squares of read on true, with an intercept) over all samples.
+    partial_correlation and partial_slope: the same of what is left of both when what `blind` predicts by a
+    straight line is taken off, for each distance in time by itself. Attention that sees nothing has 0 there.
+    """
+
+    correlation: np.ndarray
+    slope: np.ndarray
+    partial_correlation: np.ndarray
+    partial_slope: np.ndarray
+
+
+def agreement(sums: np.ndarray) -> Agreement:
+    """Agreement of pooled samples, from their `moments` by distance in time: [..., distances, 4, 4].
+
+    A reading that never changes has correlation 0. Raises ValueError if the truth never changes.
+    """
+    spread, by_distance = _covariances(sums.sum(-3)), _covariances(sums)
+    shared = by_distance[..., :2, 2:]
+    own = np.where(by_distance[..., 2:, 2:] > 1e-9, by_distance[..., 2:, 2:], np.inf)
+    left = (by_distance[..., :2, :2] - shared @ np.swapaxes(shared, -1, -2) / own).sum(-3)
+    # Against the whole spread: what rounding leaves of a reading that is all blind is nothing.
+    floor = 1e-9 * spread[..., (0, 1), (0, 1)]
+    whole, partial = _correlation_and_slope(spread, floor), _correlation_and_slope(left, floor)
+    return Agreement(
+        correlation=whole[0], slope=whole[1], partial_correlation=partial[0], partial_slope=partial[1]
+    )
+
+
+def _covariances(sums: np.ndarray) -> np.ndarray:
+    """Of true, read and blind, times the count: [..., 4, 4] -> [..., 3, 3]."""
+    means = sums[..., 0, 1:] / np.maximum(sums[..., :1, 0], 1)
+    return sums[..., 1:, 1:] - sums[..., 1:, :1] * means[..., None, :]
+
+
+def _correlation_and_slope(covariance: np.ndarray, floor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    true, read, product = covariance[..., 0, 0], covariance[..., 1, 1], covariance[..., 0, 1]
+    if (true <= np.maximum(floor[..., 0], 1e-9)).any():
+        raise ValueError(
+            "the clips have no motion to compare with (no tokens to count, or all move alike); take more"
+        )
+    still = read <= np.maximum(floor[..., 1], 1e-12)
+    correlation = np.where(still, 0.0, product / np.sqrt(np.where(still, 1.0, true * read)))
+    return correlation.clip(-1, 1), product / true
+
+
+def moments_by_distance(truth: TrueFlow, read: np.ndarray, sf: int) -> np.ndarray:
+    """Moments of what is read, [..., M, 2], of pairs 1 to sf - 1 latent frames apart: [..., sf - 1, 4, 4]."""
+    distances = np.array([j - i for i, j in truth.pairs]).repeat(truth.counted.sum((1, 2)))
+    true, blind = truth.flow[truth.counted], truth.blind[truth.counted]
+    return np.stack(
+        [moments(true[at], read[..., at, :], blind[at]) for at in (distances == d for d in range(1, sf))],
+        axis=-3,
+    )
