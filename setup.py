@@ -29,7 +29,7 @@ setup(
     install_requires=[
         "torch>=2.4",
         "numpy>=1.24",
-        "pillow>=10",
+        "pillow>=10.1",
         "einops>=0.7",
         "safetensors>=0.4.3",
         "tqdm>=4.64",

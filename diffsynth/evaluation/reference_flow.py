@@ -5,8 +5,8 @@ from torch import Tensor
 
 from diffsynth.motion import MotionGuidance, make_descriptor
 from diffsynth.motion.descriptors import StepInputs
-from diffsynth.pipelines.frames import Video, frame_size, video_to_tensor
 from diffsynth.pipelines.arguments import round_size
+from diffsynth.pipelines.frames import Video, frame_size, video_to_tensor
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 

@@ -1,7 +1,8 @@
 """Train the video VAE of Wan2.1-T2V-nano on generated clips.
 
 python examples/train_nano/train_vae.py --run results/train_nano
-Continues from results/train_nano/vae.state if it is there.
+Continues from results/train_nano/vae.state if it is there. --decoder_steps: further steps on whole clips that
+leave the encoder, and so the latents that a DiT was trained on, as they are.
 """
 
 import argparse
@@ -67,8 +68,13 @@ def loss_of(vae: WanVideoVAE, video: Tensor) -> tuple[Tensor, dict[str, float]]:
     return loss, {"mse": squares.item(), "kl": kl.item()}
 
 
+def freeze_encoder(vae: WanVideoVAE) -> None:
+    vae.encoder.requires_grad_(False)
+    vae.conv1.requires_grad_(False)
+
+
 def batch_for(step: int, total: int, clips: np.ndarray, seed: int) -> Tensor:
-    """The clips of a step: cut in time and space to the size of its stage, mirrored and turned at random."""
+    """The clips of a step: cut in time and space to the size of its stage, turned at random."""
     rng = np.random.default_rng((seed, step))
     ends = np.cumsum([share for share, *_ in STAGES])
     _, count, frames, side = STAGES[min(int(np.searchsorted(ends, (step + 1) / total)), len(STAGES) - 1)]
@@ -94,6 +100,7 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, default=Path("results/train_nano"))
     parser.add_argument("--steps", type=int, default=1700)
+    parser.add_argument("--decoder_steps", type=int, default=0)
     parser.add_argument("--clips", type=int, default=3000)
     parser.add_argument("--held_out", type=int, default=16, help="clips that PSNR is measured on")
     parser.add_argument("--seed", type=int, default=0)
@@ -117,10 +124,16 @@ def main() -> None:
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         first = state["step"]
-    for step in range(first, args.steps):
+    total = args.steps + args.decoder_steps
+    for step in range(first, total):
         torch.manual_seed(args.seed * 1_000_003 + step)
         video = batch_for(step, args.steps, clips, args.seed).to(device)
-        set_rate(optimisers, rate_at(step, args.steps, warm_up=30, falling=0.6))
+        if step < args.steps:
+            rate = rate_at(step, args.steps, warm_up=30, falling=0.6)
+        else:
+            freeze_encoder(vae)
+            rate = 0.5 * rate_at(step - args.steps, args.decoder_steps, warm_up=30, falling=0.8)
+        set_rate(optimisers, rate)
         with torch.autocast(device.type, torch.bfloat16):
             loss, parts = loss_of(vae, video)
         loss.backward()
@@ -130,7 +143,7 @@ def main() -> None:
             optimiser.zero_grad()
         if (step + 1) % 10 == 0:
             log.write(step=step + 1, loss=loss.item(), **parts)
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+        if (step + 1) % 200 == 0 or step + 1 in (args.steps, total):
             log.write(step=step + 1, psnr=held_out_psnr(vae, args.held_out))
             saved = [optimiser.state_dict() for optimiser in optimisers]
             save_state(

@@ -1,0 +1,164 @@
+"""Measured quality of motion transfer: every method on synthetic pairs, with 95 % intervals over pairs.
+
+    python benchmarks/quality.py --model_dir nano --pairs 32 --seeds 2 --split test --workers 2
+
+Writes rows.jsonl, table.md, summary.json, sheet.png and videos/ to --output_dir. Call it again to go on where
+it stopped. --methods takes names, with commas between them; --list shows them.
+"""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from diffsynth import WanVideoPipeline
+from diffsynth.evaluation.contact_sheet import contact_sheet, load_strip
+from diffsynth.evaluation.quality import (
+    SPLITS,
+    Job,
+    Row,
+    append_row,
+    make_pairs,
+    missing_jobs,
+    read_rows,
+    run_pair,
+    strip_name,
+)
+from diffsynth.evaluation.quality_methods import VIDEO_TO_VIDEO, Method, standard_methods
+from diffsynth.evaluation.quality_report import as_json, best_method, markdown_table, summarise
+from diffsynth.pipelines.guidance import NO_TRANSFER
+
+_worker: dict[str, object] = {}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model_dir", default="nano")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--pairs", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--methods", default="all")
+    parser.add_argument("--output_dir", type=Path, default=Path("results/quality"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--sheet", type=int, default=8, help="pairs on the contact sheet")
+    parser.add_argument("--sheet_method", default="effi_AMF")
+    parser.add_argument("--list", action="store_true", help="name the methods and stop")
+    return parser.parse_args()
+
+
+def chosen_methods(known: list[Method], names: str) -> list[Method]:
+    """Raises SystemExit for a name that is not known."""
+    if names == "all":
+        return known
+    by_name = {method.name: method for method in known}
+    wanted = [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown:
+        raise SystemExit(f"--methods may be of {', '.join(by_name)}; got {', '.join(unknown)}")
+    return [by_name[name] for name in wanted]
+
+
+def start_worker(model_dir: str, device: str, videos: Path) -> None:
+    """One thread a worker: they would only fight over the cores."""
+    torch.set_num_threads(1)
+    _worker["pipe"] = WanVideoPipeline.from_pretrained(model_dir, device=device)
+    _worker["videos"] = videos
+
+
+def run_job(job: Job) -> Row:
+    return run_pair(_worker["pipe"], job.pair, job.method, job.seed, _worker["videos"])
+
+
+def run_jobs(jobs: list[Job], args: argparse.Namespace) -> Iterator[Row]:
+    """Rows as they come; one worker is this process itself, as an accelerator wants it."""
+    setup = (args.model_dir, args.device, args.output_dir / "videos")
+    if args.workers == 1:
+        start_worker(*setup)
+        yield from map(run_job, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, spawn, start_worker, setup) as pool:
+        for future in as_completed([pool.submit(run_job, job) for job in jobs]):
+            yield future.result()
+
+
+def report(rows: list[Row], output_dir: Path) -> str:
+    """Write table.md and summary.json; returns the table over all pairs."""
+    groups = {
+        "All references": rows,
+        "References of trained shapes and paths": [row for row in rows if not row.held_out],
+        "References of held-out shapes and paths": [row for row in rows if row.held_out],
+    }
+    texts, summaries = [], {}
+    for title, group in groups.items():
+        if not group:
+            continue
+        summary = summarise(group)
+        texts.append(f"## {title}\n\n{markdown_table(summary)}")
+        summaries[title] = {NO_TRANSFER: as_json(summary)}
+        best = best_method(summary, tuple(VIDEO_TO_VIDEO))
+        if best is not None:
+            against = summarise(group, best)
+            table = markdown_table(against, best, ("trajectory_error",))
+            texts[-1] += f"\nAgainst {best}, the best video-to-video:\n\n{table}"
+            summaries[title][best] = as_json(against)
+    (output_dir / "table.md").write_text("\n".join(texts))
+    (output_dir / "summary.json").write_text(json.dumps(summaries, indent=1))
+    return texts[0]
+
+
+def write_sheet(args: argparse.Namespace, pairs: list) -> None:
+    """The first pairs: reference, no transfer, transferred. Pairs without both videos are left out."""
+    videos, captions = [], []
+    for pair in pairs[: args.sheet]:
+        strips = [
+            args.output_dir / "videos" / strip_name(pair, name, 0)
+            for name in (NO_TRANSFER, args.sheet_method)
+        ]
+        if all(strip.is_file() for strip in strips):
+            frames = pair.clip.frames
+            videos.append([frames, *(load_strip(strip, len(frames)) for strip in strips)])
+            captions.append(f"prompt: {pair.prompt}")
+    if videos:
+        titles = ("reference", NO_TRANSFER, args.sheet_method)
+        contact_sheet(videos, captions, titles).save(args.output_dir / "sheet.png")
+
+
+def main() -> None:
+    args = parse_arguments()
+    pipe = WanVideoPipeline.from_pretrained(args.model_dir, device=args.device)
+    usual = pipe.defaults
+    height, width = usual.height or 64, usual.width or 64
+    known = standard_methods(pipe, height, width)
+    if args.list:
+        print("\n".join(method.name for method in known))
+        return
+    methods = chosen_methods(known, args.methods)
+    pairs = make_pairs(args.pairs, args.split, num_frames=usual.num_frames or 17, height=height, width=width)
+    rows_path = args.output_dir / "rows.jsonl"
+    jobs = missing_jobs(pipe, pairs, methods, range(args.seeds), rows_path)
+    del pipe
+    for number, row in enumerate(run_jobs(jobs, args) if jobs else (), 1):
+        append_row(row, rows_path)
+        error = row.error or f"path error {row.trajectory_error:.2f} px, {row.seconds:.1f} s"
+        print(f"{number}/{len(jobs)} pair {row.pair}, {row.method}, seed {row.seed}: {error}", flush=True)
+    wanted = {method.name for method in methods}
+    indices = {pair.index for pair in pairs}
+    rows = [
+        row
+        for row in read_rows(rows_path)
+        if row.method in wanted and row.split == args.split and row.pair in indices and row.seed < args.seeds
+    ]
+    print(report(rows, args.output_dir))
+    write_sheet(args, pairs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The methods that quality is measured of, and what their guidance costs by count."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.guidance import NO_TRANSFER
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+VIDEO_TO_VIDEO = {f"video-to-video {strength}": strength for strength in (0.7, 0.8, 0.9)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """A way to make a video from a reference and a prompt, by name.
+
+    arguments: of the pipeline's call; what they leave out is the checkpoint's default. takes_reference:
+    whether the call gets the reference. reconstructs: no generation, the VAE's reconstruction of the
+    reference: the floor under every error.
+    """
+
+    name: str
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    takes_reference: bool = True
+    reconstructs: bool = False
+
+    @property
+    def motion(self) -> MotionGuidance | None:
+        return self.arguments.get("motion")
+
+
+def guided(name: str, motion: MotionGuidance, **arguments: object) -> Method:
+    """A method that guides with these numbers; arguments: others of the pipeline's call."""
+    return Method(name=name, arguments={"motion": motion, **arguments})
+
+
+def standard_methods(pipe: WanVideoPipeline, height: int = 64, width: int = 64) -> list[Method]:
+    """What is compared, for videos of a size in pixels: with a checkpoint's own numbers where it names some,
+    else with the published ones.
+    """
+    tile_flow = _declared(pipe, "effi_AMF")
+    dense = _declared(pipe, "AMF") if "AMF" in pipe.defaults.motion else replace(tile_flow, mode="AMF")
+    prediction = _declared(pipe, "FlowMotion")
+    steps, layers = pipe.defaults.num_inference_steps, pipe.dit.num_layers
+    pixels = (
+        pipe.vae.spatial_factor * pipe.dit.patch_size[1],
+        pipe.vae.spatial_factor * pipe.dit.patch_size[2],
+    )
+    grid = (height // pixels[0], width // pixels[1])
+    return [
+        Method(name="VAE_floor", reconstructs=True),
+        Method(name=NO_TRANSFER, arguments={"mode": NO_TRANSFER}, takes_reference=False),
+        *(
+            Method(name=name, arguments={"mode": NO_TRANSFER, "denoising_strength": strength})
+            for name, strength in VIDEO_TO_VIDEO.items()
+        ),
+        guided("AMF", dense),
+        guided("effi_AMF", tile_flow),
+        guided("effi_AMF released()", released_for(grid)),
+        guided("FlowMotion", prediction),
+        guided("FlowMotion at equal FFE", at_equal_cost(prediction, tile_flow, layers, steps)),
+    ]
+
+
+def _declared(pipe: WanVideoPipeline, mode: str) -> MotionGuidance:
+    return MotionGuidance.for_mode(mode, pipe.defaults.motion.get(mode, {}))
+
+
+def released_for(grid: tuple[int, int]) -> MotionGuidance:
+    """The released numbers for a grid of tokens, changed where the released code could not run on it.
+
+    Its tiles must divide the grid, half of its window must be smaller than each side, and its block is the
+    one at the same relative depth.
+    """
+    published = MotionGuidance.released()
+    tile = tuple(
+        max(step for step in range(1, most + 1) if side % step == 0)
+        for side, most in zip(grid, published.tile, strict=True)
+    )
+    return replace(published, block=None, tile=tile, window=min(published.window, 2 * min(grid) - 1))
+
+
+def at_equal_cost(
+    prediction: MotionGuidance, flow: MotionGuidance, num_layers: int, num_steps: int
+) -> MotionGuidance:
+    """FlowMotion with as many guided steps as a flow guidance, and as many inner steps as cost the same."""
+    guided_steps = min(flow.guided_steps, num_steps)
+    budget = guidance_cost(flow, num_layers, num_steps) / max(guided_steps, 1)
+    one = replace(prediction, guided_steps=1, inner_steps=1, interval=1)
+    two = replace(one, inner_steps=2)
+    first, second = (guidance_cost(motion, num_layers, num_steps) for motion in (one, two))
+    inner_steps = max(1, round(1 + (budget - first) / (second - first)))
+    return replace(prediction, guided_steps=flow.guided_steps, inner_steps=inner_steps, interval=1)
+
+
+def guidance_cost(
+    motion: MotionGuidance, num_layers: int, num_steps: int, gradient_evaluations: int | None = None
+) -> float:
+    """What a run's guidance costs, in full forwards of the DiT (FFE), by count.
+
+    A backward counts as two forwards, and blocks after the one that is read do not run. Flow: one forward up
+    to that block for the reference in each guided step, and one with its backward for each gradient.
+    FlowMotion: one full forward for the reference, one or with guidance two for each gradient, no backward.
+    Activations that are computed again to save memory are not counted.
+    gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.
+    """
+    guided_steps = min(motion.guided_steps, num_steps)
+    if gradient_evaluations is None:
+        gradient_evaluations = guided_steps * math.ceil(motion.inner_steps / motion.interval)
+    if motion.mode == "FlowMotion":
+        return guided_steps + gradient_evaluations * (1 if motion.prediction_cfg == 1 else 2)
+    return (guided_steps + 3 * gradient_evaluations) * motion.block_for(num_layers) / num_layers
