@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py --model_dir nano --pairs 32 --seeds 2 --split test --workers 2
 
-Writes rows.jsonl, table.md, summary.json, sheet.png and videos/ to --output_dir. Call it again to go on where
-it stopped. --methods takes names, with commas between them; --list shows them.
+Writes rows.jsonl, table.md, summary.json, sheet.png, pareto.png and videos/ to --output_dir. Call it again to go
+on where it stopped. --methods takes names, with commas between them; --list shows them. --variants: a JSON file
+of further methods, name -> {"motion": {fields of MotionGuidance}, arguments of the call}.
 """
 
 import argparse
@@ -28,8 +29,9 @@ from diffsynth.evaluation.quality import (
     run_pair,
     strip_name,
 )
-from diffsynth.evaluation.quality_methods import VIDEO_TO_VIDEO, Method, standard_methods
+from diffsynth.evaluation.quality_methods import VIDEO_TO_VIDEO, Method, methods_from, standard_methods
 from diffsynth.evaluation.quality_report import as_json, best_method, markdown_table, summarise
+from diffsynth.evaluation.scatter import pareto_picture
 from diffsynth.pipelines.guidance import NO_TRANSFER
 
 _worker: dict[str, object] = {}
@@ -45,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--methods", default="all")
+    parser.add_argument("--variants", type=Path, help="JSON file of methods to compare as well")
     parser.add_argument("--output_dir", type=Path, default=Path("results/quality"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--sheet", type=int, default=8, help="pairs on the contact sheet")
@@ -109,6 +112,16 @@ def report(rows: list[Row], output_dir: Path) -> str:
             table = markdown_table(against, best, ("trajectory_error",))
             texts[-1] += f"\nAgainst {best}, the best video-to-video:\n\n{table}"
             summaries[title][best] = as_json(against)
+    points = {
+        name: (summary.means["forward_equivalents"].value, summary.means["trajectory_error"])
+        for name, summary in summarise(rows).items()
+        if {"forward_equivalents", "trajectory_error"} <= summary.means.keys()
+    }
+    if points:
+        picture = pareto_picture(
+            points, "denoising with its guidance, in full forwards of the DiT", "path error, px"
+        )
+        picture.save(output_dir / "pareto.png")
     (output_dir / "table.md").write_text("\n".join(texts))
     (output_dir / "summary.json").write_text(json.dumps(summaries, indent=1))
     return texts[0]
@@ -137,6 +150,7 @@ def main() -> None:
     usual = pipe.defaults
     height, width = usual.height or 64, usual.width or 64
     known = standard_methods(pipe, height, width)
+    known += methods_from(args.variants, pipe) if args.variants else []
     if args.list:
         print("\n".join(method.name for method in known))
         return

@@ -1,6 +1,34 @@
 """Looking at motion, and measuring it."""
 
+from diffsynth.evaluation.adherence import check_prompt
+from diffsynth.evaluation.compare import side_by_side
+from diffsynth.evaluation.contact_sheet import contact_sheet
 from diffsynth.evaluation.flow_images import flow_to_image, save_flow_video
+from diffsynth.evaluation.metrics import flow_error, trajectory_error
+from diffsynth.evaluation.probe import probe_motion
+from diffsynth.evaluation.probe_report import ProbeResult, suggest
+from diffsynth.evaluation.quality import evaluate, make_pairs
+from diffsynth.evaluation.quality_methods import standard_methods
+from diffsynth.evaluation.quality_report import markdown_table, summarise
 from diffsynth.evaluation.reference_flow import reference_flow
+from diffsynth.evaluation.tracking import track_object
 
-__all__ = ["flow_to_image", "reference_flow", "save_flow_video"]
+__all__ = [
+    "ProbeResult",
+    "check_prompt",
+    "contact_sheet",
+    "evaluate",
+    "flow_error",
+    "flow_to_image",
+    "make_pairs",
+    "markdown_table",
+    "probe_motion",
+    "reference_flow",
+    "save_flow_video",
+    "side_by_side",
+    "standard_methods",
+    "suggest",
+    "summarise",
+    "track_object",
+    "trajectory_error",
+]

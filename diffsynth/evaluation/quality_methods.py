@@ -1,11 +1,13 @@
 """The methods that quality is measured of, and what their guidance costs by count."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.guidance import NO_TRANSFER
+from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 VIDEO_TO_VIDEO = {f"video-to-video {strength}": strength for strength in (0.7, 0.8, 0.9)}
@@ -61,6 +63,24 @@ def standard_methods(pipe: WanVideoPipeline, height: int = 64, width: int = 64) 
         guided("FlowMotion", prediction),
         guided("FlowMotion at equal FFE", at_equal_cost(prediction, tile_flow, layers, steps)),
     ]
+
+
+def methods_from(path: str | Path, pipe: WanVideoPipeline) -> list[Method]:
+    """Variants to compare, from a JSON file: name -> {"mode": ..., "motion": {...}, arguments of the call}.
+
+    motion: fields of MotionGuidance that differ from what the checkpoint uses in that mode. Raises ValueError
+    for a file that is not such JSON and for unknown fields.
+    """
+    variants = json.loads(Path(path).read_text())
+    if not isinstance(variants, dict) or not all(isinstance(item, dict) for item in variants.values()):
+        raise ValueError(f"{path} must map names of variants to their settings")
+    methods = []
+    for name, given in variants.items():
+        arguments = dict(given)
+        mode, changes = arguments.pop("mode", DEFAULT_MODE), arguments.pop("motion", {})
+        numbers = {**pipe.defaults.motion.get(mode, {}), **changes}
+        methods.append(guided(name, MotionGuidance.for_mode(mode, numbers), **arguments))
+    return methods
 
 
 def _declared(pipe: WanVideoPipeline, mode: str) -> MotionGuidance:
