@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py --model_dir nano --pairs 32 --seeds 2 --split test --workers 2
 
-Writes rows.jsonl, table.md, summary.json, sheet.png, pareto.png and videos/ to --output_dir. Call it again to go
-on where it stopped. --methods takes names, with commas between them; --list shows them. --variants: a JSON file
-of further methods, name -> {"motion": {fields of MotionGuidance}, arguments of the call}.
+Writes rows.jsonl, table.md, summary.json, sheet.png, pareto.png and videos/ to --output_dir. Call it again to
+go on where it stopped. --methods takes names, with commas between them; --list shows them. --variants: a JSON
+file of further methods, name -> {"motion": {fields of MotionGuidance}, arguments of the call}.
 """
 
 import argparse

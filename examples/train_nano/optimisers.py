@@ -11,11 +11,12 @@ def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
     """The nearest matrix with all singular values about 1: [..., m, n] -> the same shape."""
     a, b, c = QUINTIC
     x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    # Half precision is enough: the iteration corrects itself.
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(iterations):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+    return (x.mT if matrix.shape[-2] > matrix.shape[-1] else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
