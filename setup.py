@@ -41,7 +41,7 @@ setup(
         "modelscope>=1.15",
     ],
     extras_require={
-        "eval": ["opencv-python-headless>=4.8"],
-        "dev": ["opencv-python-headless>=4.8", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8"],
+        "eval": ["opencv-python-headless>=4.10"],
+        "dev": ["opencv-python-headless>=4.10", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8"],
     },
 )

@@ -5,12 +5,15 @@ from diffsynth.evaluation.compare import side_by_side
 from diffsynth.evaluation.contact_sheet import contact_sheet
 from diffsynth.evaluation.flow_images import flow_to_image, save_flow_video
 from diffsynth.evaluation.metrics import flow_error, trajectory_error
+from diffsynth.evaluation.motion_fidelity import motion_fidelity, paired_fidelity
 from diffsynth.evaluation.probe import probe_motion
 from diffsynth.evaluation.probe_report import ProbeResult, suggest
 from diffsynth.evaluation.quality import evaluate, make_pairs
 from diffsynth.evaluation.quality_methods import standard_methods
 from diffsynth.evaluation.quality_report import markdown_table, summarise
 from diffsynth.evaluation.reference_flow import reference_flow
+from diffsynth.evaluation.text_similarity import temporal_consistency_clip, text_similarity
+from diffsynth.evaluation.trackers import track_points
 from diffsynth.evaluation.tracking import track_object
 
 __all__ = [
@@ -22,6 +25,8 @@ __all__ = [
     "flow_to_image",
     "make_pairs",
     "markdown_table",
+    "motion_fidelity",
+    "paired_fidelity",
     "probe_motion",
     "reference_flow",
     "save_flow_video",
@@ -29,6 +34,9 @@ __all__ = [
     "standard_methods",
     "suggest",
     "summarise",
+    "temporal_consistency_clip",
+    "text_similarity",
     "track_object",
+    "track_points",
     "trajectory_error",
 ]
