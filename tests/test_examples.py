@@ -73,8 +73,10 @@ def test_a_missing_checkpoint_ends_with_the_download_command(tmp_path):
 
 def test_the_first_try_needs_nothing(tmp_path):
     result = run("first_try.py", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert len(VideoData(tmp_path / "results" / "first_try" / "result.mp4")) == 17
+    for name, shape in {"out.mp4": (64, 64), "side_by_side.mp4": (280, 776)}.items():
+        video = VideoData(tmp_path / "results" / "first_try" / name)
+        assert (len(video), video.shape()) == (17, shape)
+        assert str(Path("results/first_try") / name) in result.stdout
 
 
 def test_the_motion_of_a_reference_can_be_looked_at(tiny_checkpoint, tmp_path):

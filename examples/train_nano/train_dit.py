@@ -1,8 +1,8 @@
 """Train the DiT and the text encoder of Wan2.1-T2V-nano, together, by flow matching on cached latents.
 
 python examples/train_nano/train_dit.py --run results/train_nano
-Needs vae.state of train_vae.py in the run's folder. First single frames, then whole clips. Continues from
-dit.state if it is there; more --video_steps than before train on from there.
+Needs vae.state of train_vae.py in the run's folder. First single frames, then clips among frames. Continues
+from dit.state if it is there; more --video_steps than before train on from there.
 """
 
 import argparse
@@ -30,6 +30,7 @@ DIT = {"dim": 160, "ffn_dim": 640, "freq_dim": 64, "num_heads": 5, "num_layers":
 IMAGE_KIND = 100 + DIT_TRAINING
 SHIFT = 3.0  # of the noise levels, as in generation
 CAPTION_DROP = 0.1
+IMAGES_AMONG_CLIPS = 3  # every third batch of the second stage is of frames, which teach shapes fastest
 AVERAGE = 0.998
 
 
@@ -94,10 +95,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, default=Path("results/train_nano"))
-    parser.add_argument("--images", type=int, default=24000)
-    parser.add_argument("--clips", type=int, default=8000)
-    parser.add_argument("--image_steps", type=int, default=2000)
-    parser.add_argument("--video_steps", type=int, default=8000)
+    parser.add_argument("--images", type=int, default=16000)
+    parser.add_argument("--clips", type=int, default=6000)
+    parser.add_argument("--image_steps", type=int, default=1700)
+    parser.add_argument("--video_steps", type=int, default=9000)
     parser.add_argument("--image_batch", type=int, default=64)
     parser.add_argument("--video_batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -141,7 +142,8 @@ def main() -> None:
     for step in range(first, total):
         torch.manual_seed(args.seed * 1_000_003 + step)
         rng = np.random.default_rng((args.seed, step))
-        data, count = (images, args.image_batch) if step < args.image_steps else (clips, args.video_batch)
+        frames_only = step < args.image_steps or step % IMAGES_AMONG_CLIPS == 0
+        data, count = (images, args.image_batch) if frames_only else (clips, args.video_batch)
         set_rate(optimisers, rate_at(step, total, warm_up=50, falling=0.4))
         attention = use_attention("float32" if device.type == "cpu" else "sdpa")
         with torch.autocast(device.type, torch.bfloat16), attention:

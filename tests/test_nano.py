@@ -1,0 +1,77 @@
+"""The embedded model: it is complete, it is found wherever the package is, and it transfers motion."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffsynth import WanVideoPipeline
+from diffsynth.configs.defaults import run_defaults
+from diffsynth.configs.locate import checkpoint_folder
+from diffsynth.data.synthetic import SceneOptions, make_clip
+from diffsynth.evaluation.quality import evaluate, make_pairs
+from diffsynth.evaluation.quality_methods import standard_methods
+from diffsynth.evaluation.quality_report import summarise
+from diffsynth.motion import MotionGuidance
+
+ROOT = Path(__file__).parent.parent
+# What the model measured when it was packaged, less what few clips and pairs vary by.
+LEAST_PSNR = 27.0
+MARGIN = 0.6
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return WanVideoPipeline.from_pretrained("nano", device="cpu")
+
+
+def test_it_is_a_small_whole_checkpoint_folder():
+    folder = checkpoint_folder("nano")
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 20e6
+    assert not [file for file in files if file.suffix in (".pth", ".pt", ".bin")]
+    card = (folder / "README.md").read_text()
+    for topic in ("Training data", "Recipe", "Seeds", "Limits"):
+        assert f"## {topic}" in card
+    assert MotionGuidance.for_checkpoint("nano") != MotionGuidance()
+    assert run_defaults(folder).height == 64
+
+
+def test_the_vae_gives_held_out_clips_back(nano):
+    frames = np.stack([make_clip((2, seed), options=SceneOptions()).frames for seed in range(4)])
+    video = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    with torch.no_grad():
+        again = nano.vae.decode(nano.vae.encode(video))
+    psnr = -10 * ((again - video) / 2).square().mean().log10().item()
+    assert psnr > LEAST_PSNR
+
+
+def test_motion_is_transferred_by_a_margin(nano, tmp_path):
+    names = ("No_transfer", "effi_AMF")
+    methods = [method for method in standard_methods(nano) if method.name in names]
+    rows = evaluate(nano, make_pairs(4, "test"), methods, seeds=[0], rows_path=tmp_path / "rows.jsonl")
+    summary = summarise(rows)
+    assert summary["effi_AMF"].ratios["trajectory_error"].value < MARGIN
+    assert summary["effi_AMF"].means["background_right"].value >= 0.75
+
+
+def test_it_comes_with_an_installed_package(tmp_path):
+    pytest.importorskip("setuptools")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "base")],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    library = tmp_path / "base" / "lib"
+    assert (library / "diffsynth" / "embedded" / "Wan2.1-T2V-nano" / "config.json").is_file()
+    code = "import diffsynth; print(diffsynth.__file__, diffsynth.WanVideoPipeline.from_pretrained('nano'))"
+    environment = {**os.environ, "PYTHONPATH": str(library)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert str(library) in result.stdout
+    assert "WanVideoPipeline(DiT width" in result.stdout
