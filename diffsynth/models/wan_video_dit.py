@@ -7,7 +7,7 @@ and head are float32 (float64 in a float64 model); linear layers and attention r
 weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffsynth.models.local_attention import Window
 from diffsynth.models.wan_video_dit_layers import (
     CrossAttention,
     FeedForward,
@@ -35,6 +36,7 @@ class DiTState:
 
     tokens [B, S, D] float32; time [B, D] float32; modulation [B, 6, D] float32; context [B, L, D] in the
     weights' dtype; image_context [B, L_img, D] or None; grid (F, H, W); rope [S, 1, d/2] complex.
+    attention_window: how far self-attention looks (see `local_attention`); None: everywhere.
     """
 
     tokens: Tensor
@@ -44,6 +46,7 @@ class DiTState:
     image_context: Tensor | None
     grid: tuple[int, int, int]
     rope: Tensor
+    attention_window: Window | None = None
 
 
 class DiTBlock(nn.Module):
@@ -75,7 +78,12 @@ class DiTBlock(nn.Module):
     def forward(self, tokens: Tensor, state: DiTState) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(state)
         dtype = state.context.dtype
-        y = self.self_attn(modulate(self.norm1(tokens), shift1, scale1).to(dtype), state.rope)
+        y = self.self_attn(
+            modulate(self.norm1(tokens), shift1, scale1).to(dtype),
+            state.rope,
+            state.grid,
+            state.attention_window,
+        )
         tokens = torch.addcmul(tokens, y.to(tokens.dtype), gate1)
         tokens = tokens + self.cross_attn(self.norm3(tokens).to(dtype), state.context, state.image_context)
         y = self.ffn(modulate(self.norm2(tokens), shift2, scale2).to(dtype))
@@ -207,14 +215,16 @@ class WanModel(nn.Module):
             rope=rotary_table(grid, self.dim // self.num_heads, x.device, stream),
         )
 
-    def run_blocks(self, state: DiTState, stop: int | None = None, checkpoint_blocks: bool = False) -> Tensor:
-        """Run the blocks before `stop` (all by default) on state.tokens -> tokens [B, S, D].
+    def run_blocks(
+        self, state: DiTState, stop: int | None = None, checkpoint_blocks: bool = False, *, start: int = 0
+    ) -> Tensor:
+        """Run the blocks from `start` to before `stop` (all by default) on state.tokens -> tokens [B, S, D].
 
         checkpoint_blocks keeps only each block's input for the backward pass and computes the rest again
         there.
         """
         tokens = state.tokens
-        for block in self.blocks[:stop]:
+        for block in self.blocks[start:stop]:
             if checkpoint_blocks:
                 tokens = checkpoint(block, tokens, state, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -260,15 +270,18 @@ class WanModel(nn.Module):
         clip_feature: Tensor | None = None,
         y: Tensor | None = None,
         checkpoint_blocks: bool = False,
+        attention_window: Window | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normed, rotated q and k of one block's self-attention, each [B, F, H, W, N, d].
 
         Runs the blocks before `block` and that block's q and k; nothing after them. Inputs as in `forward`.
+        attention_window: (frames, rows, columns) in tokens that self-attention sees to each side; None: all.
         Raises ValueError if the model has no such block.
         """
         if not 0 <= block < self.num_layers:
             raise ValueError(f"block must be in 0..{self.num_layers - 1} for this DiT; got {block}")
         state = self.embed(x, timestep, context, clip_feature, y)
+        state = replace(state, attention_window=attention_window)
         tokens = self.run_blocks(state, stop=block, checkpoint_blocks=checkpoint_blocks)
         q, k = self.blocks[block].queries_keys(tokens, state)
         return q.unflatten(1, state.grid), k.unflatten(1, state.grid)

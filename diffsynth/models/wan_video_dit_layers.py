@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffsynth.models.attention import attention
+from diffsynth.models.local_attention import Grid, Window, local_attention
 
 IMAGE_TOKEN_DIM = 1280  # width of the CLIP features that image models take
 SLICE_TOKENS = 4096  # of a feed-forward without gradients; enough to keep a GPU busy
@@ -93,7 +94,7 @@ def linear_in(dtype: torch.dtype, layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention over all tokens of the video, with rotary positions."""
+    """Attention over the tokens of the video, all or those near by, with rotary positions."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -107,10 +108,12 @@ class SelfAttention(nn.Module):
         k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), rope)
         return q, k
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None) -> Tensor:
+        """x [B, S, D] of a grid (F, H, W) -> [B, S, D]; window: see `local_attention`, None: all tokens."""
         q, k = self.queries_keys(x, rope)
         v = self.v(x).unflatten(-1, (self.num_heads, -1))
-        return self.o(attention(q, k, v).flatten(2))
+        seen = attention(q, k, v) if window is None else local_attention(q, k, v, grid=grid, window=window)
+        return self.o(seen.flatten(2))
 
 
 class CrossAttention(nn.Module):

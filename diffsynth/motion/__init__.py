@@ -9,10 +9,12 @@ from diffsynth.motion.guidance import MODES, MotionGuidance
 from diffsynth.motion.guided_step import guided_step, make_descriptor
 from diffsynth.motion.heads import reduce_heads
 from diffsynth.motion.optimizer import NonFiniteGuidanceError, OptimizationRecord, optimize_latents
+from diffsynth.motion.reuse import GradientMemory
 from diffsynth.motion.tile_flow import TileFlow, tile_motion_flow
 
 __all__ = [
     "MODES",
+    "GradientMemory",
     "MotionGuidance",
     "NonFiniteGuidanceError",
     "OptimizationRecord",

@@ -36,6 +36,7 @@ def attention_features(
         context,
         block=block,
         checkpoint_blocks=keeps_only_inputs(guidance, inputs.dit, latents, block),
+        attention_window=guidance.attention_window,
     )
     return q[0], k[0]
 
@@ -120,8 +121,9 @@ def _amf(
     reference: TileFlow | ReleasedFlow | DenseFlow,
     g: MotionGuidance,
 ) -> Tensor:
+    """Squared distance in full-size tokens, so that the weights mean the same on a coarse grid."""
     weights = pair_weights(descriptor.pairs, g.sf, g.pair_weights, g.intra_weight)
-    return amf_loss(descriptor.flow, reference.flow, weights, g.token_scale)
+    return amf_loss(descriptor.flow, reference.flow, [g.coarse**2 * w for w in weights], g.token_scale)
 
 
 def _windowed_loss(

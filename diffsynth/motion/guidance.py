@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.locate import checkpoint_folder
+from diffsynth.models.local_attention import Window, check_attention_window
 from diffsynth.motion.heads import Heads, check_heads
 from diffsynth.motion.tile_flow import check_tile, check_window
 
@@ -33,7 +34,11 @@ class MotionGuidance:
         block: block whose queries and keys are read, from 0; None, or 14 in a DiT that has no block 14, is
         the same relative depth, round(14/30 * depth). heads: "mean_qk", "mean_logits", head indices or
         "token_groups" (see `reduce_heads`). checkpoint: activations kept for the backward pass: "none" keeps
-        all, "block" each block's input, "auto" decides by the memory there is.
+        all, "block" each block's input, "auto" decides by the memory there is. attention_window: (frames,
+        rows, columns) of tokens that self-attention sees to each side, for reference and generated alike;
+        None: all. coarse: the side of the squares of latents that are averaged before the DiT sees them, with
+        timestep and noise to match (see `coarse`); 1: none. Everything in tokens, window, tile and
+        attention_window, is then of the coarser grid. Neither is for mode "FlowMotion".
     Flow (tokens)
         sf: pairs of frames i <= j < i + sf. window: side of the search window, odd. tile: (rows, columns)
         that share a window. tau: factor on the logits. chunk: frame pairs held in memory at a time.
@@ -49,7 +54,10 @@ class MotionGuidance:
         "repeat" as published, "falling" or "extrapolate" (see `GradientReuse`). reuse_above: only while the
         last two fresh gradients have at least this cosine; None, as published, always. update: "adamw" as
         published, or "gradient", plain descent. lr: (first, end) learning rate, linear, the end not reached.
-        weight_decay: a step's, times lr.
+        weight_decay: a step's, times lr. recompute_every: each such guided step computes gradients, from the
+        first; those between repeat its gradients and do not run the DiT. recompute_below: so does the next
+        one, while the first gradients of the last two that did have a cosine below it (see
+        `GradientMemory`); None: never.
     Raises ValueError, naming the argument, for a number that is not allowed.
     """
 
@@ -58,6 +66,8 @@ class MotionGuidance:
     block: int | None = PAPER_BLOCK
     heads: Heads = "mean_qk"
     checkpoint: str = "auto"
+    attention_window: Window | None = None
+    coarse: int = 1
     sf: int = 4
     window: int = 21
     tile: tuple[int, int] = (3, 4)
@@ -80,6 +90,8 @@ class MotionGuidance:
     update: str = "adamw"
     lr: tuple[float, float] = (0.003, 0.002)
     weight_decay: float = 0.01
+    recompute_every: int = 1
+    recompute_below: float | None = None
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, MODES)
@@ -87,8 +99,8 @@ class MotionGuidance:
         _check_choice("checkpoint", self.checkpoint, CHECKPOINTS)
         _check_choice("reuse", self.reuse, REUSES)
         _check_choice("update", self.update, UPDATE_RULES)
-        if self.reuse_above is not None and not -1 <= self.reuse_above <= 1:
-            raise ValueError(f"reuse_above must be None or a cosine, -1 to 1; got {self.reuse_above!r}")
+        _check_cosine("reuse_above", self.reuse_above)
+        _check_cosine("recompute_below", self.recompute_below)
         if self.variant == "released" and self.mode != "effi_AMF":
             raise ValueError(f"variant 'released' exists for mode 'effi_AMF' only; got mode {self.mode!r}")
         if self.block is not None:
@@ -96,14 +108,23 @@ class MotionGuidance:
         check_heads(self.heads)
         check_window(self.window)
         check_tile(self.tile)
+        if self.attention_window is not None:
+            check_attention_window(self.attention_window)
         for name, least in (
             ("sf", 2),
             ("chunk", 1),
             ("guided_steps", 0),
             ("inner_steps", 1),
             ("interval", 1),
+            ("recompute_every", 1),
+            ("coarse", 1),
         ):
             _check_whole(name, getattr(self, name), least)
+        if self.mode == "FlowMotion" and (self.attention_window is not None or self.coarse > 1):
+            raise ValueError(
+                "attention_window and coarse are for modes that read attention; mode 'FlowMotion' does not, "
+                f"got attention_window={self.attention_window!r}, coarse={self.coarse!r}"
+            )
         if self.token_scale is not None:
             _check_number("token_scale", self.token_scale)
         _check_number("tau", self.tau)
@@ -176,6 +197,11 @@ def _check_choice(name: str, given: str, known: tuple[str, ...]) -> None:
 def _check_whole(name: str, given: int, least: int) -> None:
     if not isinstance(given, int) or isinstance(given, bool) or given < least:
         raise ValueError(f"{name} must be a whole number of at least {least}; got {given!r}")
+
+
+def _check_cosine(name: str, given: float | None) -> None:
+    if given is not None and not -1 <= given <= 1:
+        raise ValueError(f"{name} must be None or a cosine, -1 to 1; got {given!r}")
 
 
 def _check_number(name: str, given: float, zero: bool = False) -> None:

@@ -3,17 +3,21 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion.amf import DenseAMF, ReleasedTileAMF, TileAMF
+from diffsynth.motion.coarse import coarsen, noise_scale
 from diffsynth.motion.descriptors import MotionDescriptor, StepInputs
 from diffsynth.motion.guidance import MotionGuidance
 from diffsynth.motion.heads import precise
 from diffsynth.motion.latent_prediction import LatentPrediction
 from diffsynth.motion.optimizer import Evaluation, OptimizationRecord, optimize_latents
+from diffsynth.motion.reuse import GradientMemory
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +60,15 @@ def guided_step(
     guidance: MotionGuidance,
     start: tuple[Tensor, float] | None = None,
     interrupted: Callable[[], bool] | None = None,
+    memory: GradientMemory | None = None,
 ) -> tuple[Tensor, OptimizationRecord]:
     """Move latents [1, C, F, h, w] of one denoising step towards the reference's motion.
 
     reference: its clean latents, and noise: the run's own, both in the shape of latents. sigma: noise level
     in 0..1, and timestep: the same on the 0..1000 scale. context, null_context [1, L, text_dim]: the positive
     and the empty prompt. start: the run's first latents and sigma, for descriptors that use the mean velocity
-    since. interrupted: asked before each inner step.
+    since. interrupted: asked before each inner step. memory: one of the run, if guided steps may repeat
+    gradients of earlier ones; such a step does not run the DiT, and its record has no losses.
     Returns latents of the given dtype and a record. The model is left as found, also after an error.
     Raises ValueError on shapes that do not fit, NonFiniteGuidanceError on a loss that is not finite.
     """
@@ -74,27 +80,34 @@ def guided_step(
             )
     sigma = float(sigma)
     descriptor = make_descriptor(guidance)
+    scale = noise_scale(sigma, guidance.coarse)
     inputs = StepInputs(
         dit=dit,
-        timestep=torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(1),
-        sigma=sigma,
+        timestep=scale * torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(1),
+        sigma=scale * sigma,
         null_context=null_context,
         mean_velocity=_mean_velocity(latents, sigma, start),
     )
+
+    def observe(x: Tensor, prompt: Tensor) -> Any:
+        return descriptor.observe(coarsen(x, sigma, guidance.coarse, dit.patch_size), prompt, inputs)
+
+    @cache
+    @torch.no_grad()
+    def target() -> Any:
+        noised = (1 - sigma) * precise(reference) + sigma * precise(noise)
+        return descriptor.describe(observe(noised, null_context))
+
+    def objective(x: Tensor) -> Evaluation:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            seen = descriptor.describe(observe(leaf, context), target())
+            loss, parts = descriptor.loss(seen, target())
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return Evaluation(loss.detach(), gradient, parts)
+
     with frozen(dit):
-        with torch.no_grad():
-            noised = (1 - sigma) * precise(reference) + sigma * precise(noise)
-            target = descriptor.describe(descriptor.observe(noised, null_context, inputs))
-
-        def objective(x: Tensor) -> Evaluation:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                seen = descriptor.describe(descriptor.observe(leaf, context, inputs), target)
-                loss, parts = descriptor.loss(seen, target)
-                (gradient,) = torch.autograd.grad(loss, leaf)
-            return Evaluation(loss.detach(), gradient, parts)
-
-        moved, record = optimize_latents(latents, objective, guidance, interrupted)
+        moved, record = optimize_latents(latents, objective, guidance, interrupted, memory)
     logger.debug("guided step at sigma %.4f: losses %s, parts %s", sigma, record.losses, record.parts)
     return moved, record
 

@@ -2,6 +2,7 @@
 
 Every `interval`-th inner step computes a fresh gradient; in between AdamW steps on the last one again. The
 learning rate falls as lr_k = lr0 - (lr0 - lr1) * k / inner_steps. The optimiser is new at each guided step.
+A guided step that repeats the gradients of an earlier one (`GradientMemory`) computes none.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from diffsynth.motion.guidance import MotionGuidance
 from diffsynth.motion.heads import precise
-from diffsynth.motion.reuse import GradientReuse
+from diffsynth.motion.reuse import GradientMemory, GradientReuse
 
 
 class Evaluation(NamedTuple):
@@ -30,8 +31,8 @@ Move = Callable[[Tensor, float], None]  # moves the latents in place by a gradie
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizationRecord:
-    """What an inner loop did. losses, parts: of each fresh gradient; evaluated_at: its inner step; lrs: of
-    each inner step taken."""
+    """What an inner loop did. losses, parts: of each fresh gradient, if any; evaluated_at: its inner step;
+    lrs: of each inner step taken."""
 
     losses: tuple[float, ...]
     parts: tuple[dict[str, float], ...]
@@ -91,26 +92,34 @@ def optimize_latents(
     objective: Objective,
     guidance: MotionGuidance,
     interrupted: Callable[[], bool] | None = None,
+    memory: GradientMemory | None = None,
 ) -> tuple[Tensor, OptimizationRecord]:
     """Move latents down an objective: latents of any shape -> new ones of their dtype, and a record.
 
     A float32 copy is moved: in bfloat16 most steps would round to nothing. Before each inner step
-    interrupted() may end the loop. Raises NonFiniteGuidanceError; the given latents are never changed.
+    interrupted() may end the loop. memory: of the guided steps before; where it has their gradients repeated,
+    the objective is not asked. Raises NonFiniteGuidanceError; the given latents are never changed.
     """
     moved = precise(latents.detach()).clone()
     move = UPDATES[guidance.update](moved, guidance)
-    reuse = GradientReuse(guidance)
+    reuse = GradientReuse(guidance.interval, guidance.reuse_above, guidance.reuse)
+    remembered = None if memory is None else memory.begin()
     good = latents
     evaluations: list[Evaluation] = []
     evaluated_at, lrs = [], []
     for step in range(guidance.inner_steps):
         if interrupted is not None and interrupted():
             break
-        if reuse.due(step):
+        if remembered is not None:
+            if step in remembered:
+                reuse.fresh(step, remembered[step])
+        elif reuse.due(step):
             evaluation = objective(moved)
             _check_finite(evaluation, step, good)
             good = moved.to(latents.dtype, copy=True)
             reuse.fresh(step, evaluation.gradient)
+            if memory is not None:
+                memory.keep(step, evaluation.gradient)
             evaluations.append(evaluation._replace(gradient=None))
             evaluated_at.append(step)
         lrs.append(learning_rate(step, guidance) * reuse.rate(step))

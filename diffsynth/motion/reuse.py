@@ -1,8 +1,12 @@
 """Gradient reuse (paper section 3.4): when to compute a fresh gradient, and what to step on in between.
 
 The published rule is a fresh gradient every `interval` inner steps and the same one again in between. The
-other rules here are ours, to be compared at equal numbers of fresh gradients.
+other rules here are ours, to be compared at equal numbers of fresh gradients. `GradientReuse` holds within a
+guided step; `GradientMemory` carries gradients from one guided step to those after it.
 """
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,24 +15,28 @@ from diffsynth.motion.guidance import MotionGuidance
 
 
 class GradientReuse:
-    """The gradients of one inner loop: ask `due` before each step, hand in fresh ones, step on `current`."""
+    """The gradients of a series of steps: ask `due` before each step, hand in fresh ones, step on `current`.
 
-    def __init__(self, guidance: MotionGuidance) -> None:
-        self._guidance = guidance
+    interval: steps from one fresh gradient to the next. above: only while the last two fresh ones have at
+    least this cosine; None, always. rule: "repeat", "falling" or "extrapolate".
+    """
+
+    def __init__(self, interval: int, above: float | None = None, rule: str = "repeat") -> None:
+        self._interval, self._above, self._rule = interval, above, rule
         self._last: Tensor | None = None
         self._before: Tensor | None = None
         self._evaluated_at: list[int] = []
 
     def due(self, step: int) -> bool:
-        """Whether an inner step (from 0) needs a fresh gradient: after `interval` steps, or at once while the
-        last two fresh ones point apart (cosine below `reuse_above`)."""
+        """Whether a step (from 0) needs a fresh gradient: after `interval` steps, or at once while the last
+        two fresh ones point apart (cosine below `above`)."""
         if self._last is None:
             return True
         age = step - self._evaluated_at[-1]
-        return age >= self._guidance.interval or (age > 0 and self._turning())
+        return age >= self._interval or (age > 0 and self._turning())
 
     def fresh(self, step: int, gradient: Tensor) -> None:
-        """Take in the gradient computed at an inner step."""
+        """Take in the gradient computed at a step."""
         self._before, self._last = self._last, gradient
         self._evaluated_at.append(step)
 
@@ -36,7 +44,7 @@ class GradientReuse:
         """The gradient to step on: the last one, or by the rule "extrapolate" the one that lies on the line
         through the last two, as in a secant method."""
         age = step - self._evaluated_at[-1]
-        if age == 0 or self._before is None or self._guidance.reuse != "extrapolate":
+        if age == 0 or self._before is None or self._rule != "extrapolate":
             return self._last
         between = self._evaluated_at[-1] - self._evaluated_at[-2]
         return self._last + (age / between) * (self._last - self._before)
@@ -44,13 +52,42 @@ class GradientReuse:
     def rate(self, step: int) -> float:
         """Factor on the learning rate: 1, or by the rule "falling" less the older the gradient is."""
         age = step - self._evaluated_at[-1]
-        return 1 - age / self._guidance.interval if self._guidance.reuse == "falling" else 1.0
+        return 1 - age / self._interval if self._rule == "falling" else 1.0
 
     def _turning(self) -> bool:
-        threshold = self._guidance.reuse_above
-        if threshold is None:
+        if self._above is None:
             return False
         if self._before is None:
             return True
         cosine = torch.cosine_similarity(self._last.flatten(), self._before.flatten(), dim=0)
-        return cosine.item() < threshold
+        return cosine.item() < self._above
+
+
+class GradientMemory:
+    """What the guided steps of one run leave to those after them: the gradients of the last one that computed
+    any, by inner step.
+
+    Every `recompute_every`-th guided step computes its own; those between go through the remembered ones
+    again, each at the inner step it was computed for, and need no pass through the DiT. With
+    `recompute_below` a guided step also computes its own while the first gradients of the last two that did
+    have a cosine below it; so the second one always does.
+    """
+
+    def __init__(self, guidance: MotionGuidance) -> None:
+        self._steps = GradientReuse(guidance.recompute_every, guidance.recompute_below)
+        self._step = -1
+        self._gradients: dict[int, Tensor] = {}
+
+    def begin(self) -> Mapping[int, Tensor] | None:
+        """Begin the next guided step: the gradients to repeat, by inner step; None if it computes its own."""
+        self._step += 1
+        if self._steps.due(self._step):
+            self._gradients = {}
+            return None
+        return MappingProxyType(self._gradients)
+
+    def keep(self, inner_step: int, gradient: Tensor) -> None:
+        """Take in a gradient that the guided step computed."""
+        if not self._gradients:
+            self._steps.fresh(self._step, gradient)
+        self._gradients[inner_step] = gradient

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from diffsynth.models.wan_video_dit import WanModel
-from diffsynth.motion import MotionGuidance, NonFiniteGuidanceError, guided_step
+from diffsynth.motion import GradientMemory, MotionGuidance, NonFiniteGuidanceError, guided_step
 from diffsynth.pipelines.latency import RunCost
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
 from diffsynth.vram_management import synchronize
@@ -73,6 +73,7 @@ def make_guide(
     start: the run's first latents; reference: clean latents; noise: the run's own, all [1, C, F, h, w];
     context and null_context [1, L, text_dim]. Seconds and gradient evaluations are added to `cost`.
     """
+    memory = GradientMemory(guidance) if guidance.recompute_every > 1 else None
 
     def guide(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
         if index >= guidance.guided_steps:
@@ -91,14 +92,16 @@ def make_guide(
                 guidance=guidance,
                 start=(start, scheduler.sigmas[0].item()),
                 interrupted=interrupted,
+                memory=memory,
             )
         except NonFiniteGuidanceError as error:
             raise NonFiniteGuidanceError(f"denoising step {index}: {error}", error.latents) from error
         synchronize(latents.device)
         cost.time_guidance.append(time.perf_counter() - started)
         cost.gradient_evaluations += record.gradient_evaluations
-        losses = " -> ".join(f"{loss:.4g}" for loss in record.losses)
-        logger.info("guided step %d of %d: loss %s", index + 1, guidance.guided_steps, losses)
+        losses = "loss " + " -> ".join(f"{loss:.4g}" for loss in record.losses)
+        done = losses if record.losses else "gradients of an earlier step"
+        logger.info("guided step %d of %d: %s", index + 1, guidance.guided_steps, done)
         return latents
 
     return guide

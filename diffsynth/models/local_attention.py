@@ -1,0 +1,271 @@
+"""Self-attention in which a token sees only those near it: its cost grows with the tokens, not their square.
+
+Query (f, r, c) attends to the keys with |f' - f| <= wf, |r' - r| <= wr and |c' - c| <= wc; at the borders the
+neighbourhood is cut, not shifted. Two ways to the same result: tiles of queries, each with the box of keys
+around it, through scaled_dot_product_attention; or FlexAttention, which skips blocks of keys, on a GPU.
+Axes: B batch, S = F*H*W tokens by frame, row, column, N heads, D head width, T tiles, m queries of a tile,
+L keys of a tile.
+"""
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from diffsynth.models.attention import attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Grid = tuple[int, int, int]
+Window = tuple[int, int, int]
+Kernel = Callable[..., Tensor]
+
+LEAST_TILE = (1, 8, 8)  # smaller ones copy more keys, larger ones compute more products that are masked
+BLOCK = 128  # tokens that FlexAttention computes or skips together
+BAND_ROWS = 8  # with BLOCK, blocks of 8 rows by 16 columns
+FLEX_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLEX_LEAST_WIDTH = 16  # of a head
+
+
+def check_attention_window(window: Window) -> None:
+    """Raises ValueError unless window is three whole numbers of at least 0."""
+    if not isinstance(window, tuple | list) or len(window) != 3 or not all(map(_is_reach, window)):
+        raise ValueError(
+            "attention_window must be (frames, rows, columns) to each side, whole numbers of at least 0; "
+            f"got {window!r}"
+        )
+
+
+def _is_reach(given: object) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and given >= 0
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Window) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the keys near each query; all [B, S, N, D], differentiable.
+
+    grid: (F, H, W). window: (frames, rows, columns) that a token sees to each side; where it covers the whole
+    grid this is `attention`. Masks and indices are made once per grid and window.
+    Raises ValueError on a window that is not allowed or a grid of another number of tokens.
+    """
+    check_attention_window(window)
+    grid, window = tuple(grid), tuple(window)
+    frames, rows, cols = grid
+    if q.shape[1] != frames * rows * cols or k.shape != q.shape:
+        raise ValueError(
+            f"q and k must be [B, S, N, D] with S tokens of the grid {grid}; "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if all(reach >= side - 1 for reach, side in zip(window, grid, strict=True)):
+        return attention(q, k, v)
+    if _flex_serves(q):
+        return attend_in_blocks(q, k, v, block_plan(grid, window, q.device), _compiled_flex())
+    plan = tile_plan(grid, window, q.device)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        # Each key is copied to every tile that sees it: these copies are made again, not kept.
+        return checkpoint(attend_in_tiles, q, k, v, plan, use_reentrant=False, preserve_rng_state=False)
+    return attend_in_tiles(q, k, v, plan)
+
+
+class Span(NamedTuple):
+    """A tile's range of one axis and the range of what it sees there; the ends are not in them."""
+
+    start: int
+    stop: int
+    first_key: int
+    end_key: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Spans of one shape have one mask: number of queries, of keys, place of the queries in the keys."""
+        return self.stop - self.start, self.end_key - self.first_key, self.start - self.first_key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TileGroup:
+    """Tiles of one shape. queries [T, m] and keys [T, L], long: their tokens; mask [m, L], True where a query
+    sees a key, or None if every one does."""
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TilePlan:
+    """groups: all tiles. queries, keys: their tokens, group after group; places [S]: where in `queries` each
+    token is."""
+
+    groups: tuple[TileGroup, ...]
+    queries: Tensor
+    keys: Tensor
+    places: Tensor
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a kept plan must also serve calls with gradients
+def tile_plan(grid: Grid, window: Window, device: torch.device) -> TilePlan:
+    """Cut the grid into tiles, grouped by the shape of what they see. An axis seen whole is not cut."""
+    axes = [_spans(*axis) for axis in zip(grid, window, LEAST_TILE, strict=True)]
+    by_shape = defaultdict(list)
+    for spans in product(*axes):
+        by_shape[tuple(span.shape for span in spans)].append(spans)
+    groups = []
+    for shapes, tiles in by_shape.items():
+        queries = [_box_tokens(grid, [(span.start, span.stop) for span in spans]) for spans in tiles]
+        keys = [_box_tokens(grid, [(span.first_key, span.end_key) for span in spans]) for spans in tiles]
+        mask = _box_mask(shapes, window)
+        groups.append(
+            TileGroup(
+                queries=torch.stack(queries).to(device),
+                keys=torch.stack(keys).to(device),
+                mask=None if mask.all() else mask.to(device),
+            )
+        )
+    queries = torch.cat([group.queries.flatten() for group in groups])
+    return TilePlan(
+        groups=tuple(groups),
+        queries=queries,
+        keys=torch.cat([group.keys.flatten() for group in groups]),
+        places=queries.argsort(),
+    )
+
+
+def _spans(side: int, reach: int, least: int) -> list[Span]:
+    step = side if reach >= side - 1 else max(least, reach)
+    return [
+        Span(start, min(start + step, side), max(start - reach, 0), min(start + step + reach, side))
+        for start in range(0, side, step)
+    ]
+
+
+def _box_tokens(grid: Grid, ends: list[tuple[int, int]]) -> Tensor:
+    frames, rows, cols = (torch.arange(*end) for end in ends)
+    return ((frames[:, None, None] * grid[1] + rows[:, None]) * grid[2] + cols).flatten()
+
+
+def _box_mask(shapes: tuple[tuple[int, int, int], ...], window: Window) -> Tensor:
+    """Which keys of its box each query of a tile sees, [m, L]."""
+    near_f, near_r, near_c = (
+        ((torch.arange(count) + offset)[:, None] - torch.arange(num_keys)).abs() <= reach
+        for (count, num_keys, offset), reach in zip(shapes, window, strict=True)
+    )
+    near = near_f[:, None, None, :, None, None] & near_r[:, None, None, :, None] & near_c[:, None, None, :]
+    return near.flatten(0, 2).flatten(1)
+
+
+def attend_in_tiles(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> Tensor:
+    """Local attention tile by tile, all tiles of a shape at once: [B, S, N, D] -> [B, S, N, D]."""
+    # Gathered in one go: the backward of a gather fills a whole tensor, so one a group would cost more.
+    tokens_first = [x.transpose(0, 1).flatten(1) for x in (q, k, v)]
+    tiles = [
+        x.index_select(0, index).split([getattr(group, name).numel() for group in plan.groups])
+        for x, name, index in zip(
+            tokens_first, ("queries", "keys", "keys"), (plan.queries, plan.keys, plan.keys), strict=True
+        )
+    ]
+    seen = []
+    for group, *parts in zip(plan.groups, *tiles, strict=True):
+        heads = [
+            rearrange(x, "(t m) (b n d) -> (t b) n m d", t=len(group.queries), b=len(q), n=q.shape[2])
+            for x in parts
+        ]
+        out = F.scaled_dot_product_attention(*heads, attn_mask=group.mask)
+        seen.append(rearrange(out, "(t b) n m d -> (t m) b n d", b=len(q)))
+    return torch.cat(seen).index_select(0, plan.places).transpose(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockPlan:
+    """order [S'], long: the tokens in blocks, filled up with token 0; places [S]: where each token is in it;
+    mask: the blocks to compute, and which tokens see which in them."""
+
+    order: Tensor
+    places: Tensor
+    mask: "BlockMask"
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def block_plan(grid: Grid, window: Window, device: torch.device) -> BlockPlan:
+    """Order tokens so that blocks of them are compact, and list the blocks of keys that each one sees.
+
+    What a block sees follows from its extent on each axis, so nothing of the size S x S is made.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    order = _snake(grid)
+    places, missing = order.argsort(), -len(order) % BLOCK
+    at = torch.stack(torch.unravel_index(order, grid))
+    # What fills up the last block lies out of every window but its own.
+    at = F.pad(at, (0, missing), value=-sum(grid) - sum(window)).to(device, torch.int32)
+    frame, row, col = at
+    reach_f, reach_r, reach_c = window
+
+    def near(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_frames = (frame[query] - frame[key]).abs() <= reach_f
+        in_rows = (row[query] - row[key]).abs() <= reach_r
+        return in_frames & in_rows & ((col[query] - col[key]).abs() <= reach_c)
+
+    low, high = at.unflatten(1, (-1, BLOCK)).aminmax(dim=-1)
+    reach = torch.tensor(window, device=device)[:, None, None]
+    gap = torch.maximum(low[:, :, None] - high[:, None], low[:, None] - high[:, :, None])
+    extent = torch.maximum(high[:, :, None] - low[:, None], high[:, None] - low[:, :, None])
+    whole = (extent <= reach).all(0)
+    partial = (gap <= reach).all(0) & ~whole
+    mask = BlockMask.from_kv_blocks(
+        *_block_list(partial), *_block_list(whole), BLOCK_SIZE=BLOCK, mask_mod=near
+    )
+    return BlockPlan(order=F.pad(order, (0, missing)).to(device), places=places.to(device), mask=mask)
+
+
+def _snake(grid: Grid) -> Tensor:
+    """All tokens by frame and band of rows, column by column, turning round at each end: [S] long.
+
+    Consecutive ones are neighbours, so that a run of BLOCK of them is compact wherever it begins.
+    """
+    frames, rows, cols = grid
+    bands = -(-rows // BAND_ROWS)
+    frame, row, col = torch.unravel_index(torch.arange(frames * rows * cols), grid)
+    band = row // BAND_ROWS
+    band = torch.where(frame % 2 == 0, band, bands - 1 - band)
+    col = torch.where((frame * bands + band) % 2 == 0, col, cols - 1 - col)
+    return (((frame * bands + band) * cols + col) * BAND_ROWS + row % BAND_ROWS).argsort()
+
+
+def _block_list(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """wanted [Q, K] bool -> how many blocks each row wants, [1, 1, Q], and which, first, [1, 1, Q, K]."""
+    which = wanted.int().argsort(dim=-1, descending=True, stable=True)
+    return wanted.sum(-1)[None, None].int(), which[None, None].int()
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kernel: Kernel) -> Tensor:
+    """Local attention by a kernel called as `flex_attention` is: [B, S, N, D] -> [B, S, N, D]."""
+    in_order = (x.index_select(1, plan.order).transpose(1, 2) for x in (q, k, v))
+    return kernel(*in_order, block_mask=plan.mask).transpose(1, 2).index_select(1, plan.places)
+
+
+@lru_cache
+def _flex_is_there() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("triton", "torch.nn.attention.flex_attention"))
+
+
+def _flex_serves(q: Tensor) -> bool:
+    return q.is_cuda and q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_LEAST_WIDTH and _flex_is_there()
+
+
+@lru_cache
+def _compiled_flex() -> Kernel:
+    """Uncompiled it would make all S x S logits."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
