@@ -13,6 +13,8 @@ from PIL import Image
 
 from diffsynth import ModelManager, VideoData, WanVideoPipeline
 from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.cache_options import CacheOptions
 from diffsynth.testing import write_clip
 
 SMALL = {
@@ -180,6 +182,50 @@ def test_tea_cache_skips_blocks_and_changes_little(pipe):
     hook.remove()
     assert 4 <= len(calls) - 24 < 24
     assert 0 < (cached - exact).abs().mean() < 0.5 * exact.std()
+
+
+@pytest.mark.parametrize("cache", ["first_block", CacheOptions(name="first_block", threshold=2.0)])
+def test_a_cache_may_be_named_or_made(pipe, cache):
+    options = {"num_inference_steps": 6, "cache_threshold": 2.0 if isinstance(cache, str) else None}
+    cached, exact = latents(pipe, cache=cache, **options), latents(pipe, num_inference_steps=6)
+    assert 0 < (cached - exact).abs().mean() < exact.std()
+
+
+def test_the_negative_prompt_runs_within_its_interval_alone(pipe):
+    calls = []
+    hook = pipe.dit.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    latents(pipe, num_inference_steps=4, batch_cfg=False, cfg_interval=(0.25, 0.75))
+    hook.remove()
+    assert len(calls) == 6
+
+
+def test_an_observer_is_told_of_every_stage_and_step(pipe, clip):
+    seen = []
+    motion = MotionGuidance(guided_steps=2, inner_steps=2, interval=1, block=1, window=3, tile=(1, 1), sf=2)
+    result = latents(pipe, input_video=clip, motion=motion, observer=seen.append)
+    told = [(event.stage, event.step, event.steps) for event in seen]
+    assert told == [
+        ("encode text", 0, 0), ("encode video", 0, 0),
+        ("guidance", 1, 2), ("sampling", 1, 3), ("guidance", 2, 2), ("sampling", 2, 3), ("sampling", 3, 3),
+        ("decode", 0, 0),
+    ]  # fmt: skip
+    assert [len(event.losses) for event in seen if event.stage == "guidance"] == [2, 2]
+    # The last step goes to the end, so that its estimate of the end is the result.
+    assert torch.equal(seen[-2].latents, result)
+    torch.testing.assert_close(seen[-2].clean, result, atol=1e-5, rtol=1e-5)
+    (cost,) = pipe.costs
+    assert [list(losses) for losses in cost.losses] == [list(e.losses) for e in seen if e.losses]
+    assert set(cost.stage_seconds) == {"encode text", "encode video", "decode"}
+
+
+def test_compiled_blocks_serve_guidance_and_sampling(tiny_checkpoint, clip):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    motion = MotionGuidance(
+        guided_steps=1, inner_steps=1, block=1, window=3, tile=(1, 1), sf=2, attention_window=(1, 1, 1)
+    )
+    plain = latents(pipe, input_video=clip, motion=motion)
+    pipe.enable_compile("eager")
+    torch.testing.assert_close(latents(pipe, input_video=clip, motion=motion), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_callback_sees_every_step_and_may_replace_the_latents(pipe):
@@ -365,6 +411,10 @@ BAD_ARGUMENTS = {
     "tea model": (
         {"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "Wan9"}, ValueError, "tea_cache_model_id is 'Wan9'"
     ),
+    "preset": ({"preset": "slow"}, ValueError, "preset must be one of exact, balanced, fast; got 'slow'"),
+    "cache": ({"cache": "deep"}, ValueError, "cache must be one of teacache, magcache, first_block"),
+    "cache_threshold": ({"cache_threshold": 0.1}, ValueError, "cache_threshold=0.1 needs cache"),
+    "cfg_interval": ({"cfg_interval": (0.5, 0.2)}, ValueError, "cfg_interval must be .from, to."),
     "tea size": ({"tea_cache_l1_thresh": 0.1}, ValueError, "pass tea_cache_model_id"),
     "tile_size": ({"tile_size": 30}, ValueError, "tile_size must be two whole numbers"),
     "tile_stride": ({"tile_size": (2, 2), "tile_stride": (3, 3)}, ValueError, "tile_stride must not exceed"),

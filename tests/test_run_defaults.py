@@ -1,12 +1,14 @@
 """What a checkpoint declares about its runs, and who reads it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from diffsynth import WanVideoPipeline
-from diffsynth.configs.defaults import RunDefaults, run_defaults
-from diffsynth.motion import MotionGuidance
+from diffsynth.configs.defaults import PUBLISHED_PRESETS, RunDefaults, run_defaults, with_preset
+from diffsynth.motion import MODES, MotionGuidance
+from diffsynth.pipelines.cache_options import choose_cache
 from diffsynth.testing import write_checkpoint
 
 SECTION = {
@@ -68,12 +70,51 @@ def test_a_checkpoint_that_declares_nothing_has_the_published_defaults(tmp_path)
         ({"steps": 3}, "'fastvmt' may hold .*cfg_scale.*steps"),
         ([1], "'fastvmt' may hold"),
         ({"motion": {"AMF": 3}}, "motion must map modes to their numbers"),
+        ({"presets": {"fast": 3}}, "presets must map names to other fields"),
+        ({"presets": {"fast": {"presets": {}, "steps": 1}}}, "presets must map names to other fields"),
+        ({"presets": {"fast": {"motion": {"AMF": 1}}}}, "'fast': motion must map modes"),
     ],
 )
 def test_a_section_that_cannot_be_read_is_refused(tmp_path, section, message):
     (tmp_path / "config.json").write_text(json.dumps({"fastvmt": section}))
     with pytest.raises(ValueError, match=message):
         run_defaults(tmp_path)
+
+
+def test_a_preset_changes_what_it_names_and_no_more():
+    usual = RunDefaults(
+        cfg_scale=3.0,
+        motion={"effi_AMF": {"block": 4, "tau": 2.0}},
+        presets={"quick": {"sampler": "unipc", "motion": {"effi_AMF": {"tau": 1.0}, "AMF": {"sf": 2}}}},
+    )
+    quick = with_preset(usual, "quick")
+    assert quick.motion == {"effi_AMF": {"block": 4, "tau": 1.0}, "AMF": {"sf": 2}}
+    assert (quick.sampler, quick.cfg_scale) == ("unipc", 3.0)
+    assert with_preset(usual, "exact") is usual
+    with pytest.raises(ValueError, match="preset must be one of exact, quick; got 'fast'"):
+        with_preset(usual, "fast")
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_PRESETS)
+@pytest.mark.parametrize("mode", MODES)
+def test_published_presets_name_what_exists(preset, mode):
+    chosen = with_preset(RunDefaults(), preset)
+    numbers = chosen.motion.get(mode, {})
+    assert MotionGuidance.for_mode(mode, numbers).guided_steps <= chosen.num_inference_steps // 4
+    for dim in (1536, 5120):
+        assert choose_cache(chosen.cache, chosen.cache_threshold, dim).name == "magcache"
+
+
+def test_a_declared_preset_is_a_call_s_defaults_and_what_is_given_goes_first(checkpoint, caplog):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint, device="cpu")
+    pipe.defaults = replace(pipe.defaults, presets={"one": {"num_inference_steps": 1, "cache": "magcache"}})
+    steps = []
+    pipe("a", seed=1, preset="one", observer=steps.append, output_type="latent")
+    assert [event.steps for event in steps if event.stage == "sampling" and event.step] == [1]
+    assert "no step cache: No MagCache ratios are known for a DiT of width" in caplog.text
+    steps.clear()
+    pipe("a", seed=1, preset="one", num_inference_steps=2, observer=steps.append, output_type="latent")
+    assert [event.steps for event in steps if event.stage == "sampling" and event.step] == [2, 2]
 
 
 def test_numbers_of_motion_are_checked():

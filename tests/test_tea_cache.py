@@ -42,6 +42,14 @@ def test_a_change_that_is_not_a_number_computes():
     assert [cache.should_compute(torch.zeros(1, 6, 4)) for _ in range(4)] == [True] * 4
 
 
+def test_a_threshold_of_0_never_skips_though_estimates_fall_below_it():
+    # Estimates of small changes are negative: -0.0499 at no change at all.
+    cache = TeaCache(6, 0, "Wan2.1-T2V-1.3B")
+    assert [cache.should_compute(torch.ones(1, 6, 4)) for _ in range(6)] == [True] * 6
+    skipping = TeaCache(6, 1e-9, "Wan2.1-T2V-1.3B")
+    assert not all(skipping.should_compute(torch.ones(1, 6, 4)) for _ in range(6))
+
+
 def test_the_last_stored_residual_is_handed_out():
     cache = TeaCache(4, 0.1, "Wan2.1-T2V-1.3B")
     with pytest.raises(RuntimeError, match="No residual is stored"):
@@ -58,9 +66,9 @@ def test_more_calls_than_steps_are_refused():
         cache.should_compute(torch.ones(1, 6, 4))
 
 
-@pytest.mark.parametrize("threshold", [0, -0.1, float("nan"), float("inf"), "0.1", None, True])
-def test_a_threshold_that_is_no_positive_number_is_refused(threshold):
-    with pytest.raises(ValueError, match="must be a finite number above 0"):
+@pytest.mark.parametrize("threshold", [-0.1, float("nan"), float("inf"), "0.1", None, True])
+def test_a_threshold_that_is_no_number_of_at_least_0_is_refused(threshold):
+    with pytest.raises(ValueError, match=r"The TeaCache threshold is .*; it must be a finite number, 0"):
         TeaCache(4, threshold, "Wan2.1-T2V-1.3B")
 
 

@@ -2,7 +2,7 @@
 latents.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_layers import SLICE_TOKENS
-from diffsynth.pipelines.tea_cache import TeaCache
+from diffsynth.pipelines.step_cache import CacheMaker, StepCache, run_blocks_cached
 from diffsynth.vram_management import device_memory
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+# Of (step, latents [1, C, F, h, w], timestep).
+Velocity = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Scheduler(Protocol):
@@ -25,19 +26,31 @@ class Scheduler(Protocol):
 
 
 def dit_velocity(
-    dit: WanModel, x: Tensor, timestep: Tensor, context: Tensor, cache: TeaCache | None
+    dit: WanModel, x: Tensor, timestep: Tensor, context: Tensor, caches: Sequence[StepCache] = ()
 ) -> Tensor:
-    """One DiT call for latents x [B, C, F, h, w] at one timestep; with a cache its blocks may be skipped."""
-    timestep = timestep.to(x.device).expand(x.shape[0])
-    if cache is None:
+    """One DiT call for latents x [B, C, F, h, w] at one timestep; with a cache for each of the B samples its
+    blocks may be skipped.
+    """
+    # Without non_blocking, a copy from the CPU waits until the device has done all its work.
+    timestep = timestep.to(x.device, non_blocking=True).expand(x.shape[0])
+    if not caches:
         return dit(x, timestep, context)
     state = dit.embed(x, timestep, context)
-    if cache.should_compute(state.modulation):
-        tokens = dit.run_blocks(state)
-        cache.store(tokens - state.tokens)
-    else:
-        tokens = state.tokens + cache.residual
-    return dit.unembed(tokens, state)
+    return dit.unembed(run_blocks_cached(dit, state, caches), state)
+
+
+def steps_with_cfg(interval: tuple[float, float], num_steps: int) -> range:
+    """The steps of a run in which classifier-free guidance is on.
+
+    interval: (from, to) as shares of the run's steps, (0, 1) for all; the bounds are rounded to whole steps
+    and the upper one is not included. Raises ValueError unless 0 <= from <= to <= 1.
+    """
+    numbers = isinstance(interval, tuple | list) and [
+        isinstance(n, int | float) and not isinstance(n, bool) for n in interval
+    ]
+    if numbers != [True, True] or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"cfg_interval must be (from, to) with 0 <= from <= to <= 1; got {interval!r}")
+    return range(round(interval[0] * num_steps), round(interval[1] * num_steps))
 
 
 def guided_velocity(
@@ -46,33 +59,38 @@ def guided_velocity(
     negative: Tensor | None,
     cfg_scale: float,
     *,
+    num_steps: int,
     batch: bool,
-    make_cache: Callable[[], TeaCache | None],
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
+    cache: CacheMaker | None = None,
 ) -> Velocity:
-    """The velocity v_neg + cfg_scale * (v_pos - v_neg) as a function of (latents [1, C, F, h, w], timestep).
+    """The velocity v_neg + cfg_scale * (v_pos - v_neg) as a function of (step, latents, timestep).
 
-    positive, negative: text embeddings [1, L, text_dim]; negative None runs the positive one alone. batch:
-    one DiT call with both, else two. make_cache: a new TeaCache, or None, for each series of DiT calls.
+    positive, negative: text embeddings [1, L, text_dim]; negative None runs the positive one alone.
+    num_steps: of the run. batch: one DiT call with both, else two. cfg_interval: see `steps_with_cfg`; in
+    the other steps the positive prompt runs alone. cache: makes one rule for each prompt, of the steps that
+    it runs in; the rules decide alike whether the prompts share a call or not.
     """
-    if negative is None:
-        cache = make_cache()
-        return lambda x, t: dit_velocity(dit, x, t, positive, cache)
-    if batch:
-        cache, both = make_cache(), torch.cat([positive, negative])
+    guided = steps_with_cfg(cfg_interval, num_steps) if negative is not None else range(0)
+    pos_cache: list[StepCache] = []
+    neg_cache: list[StepCache] = []
+    if cache is not None:
+        pos_cache = [cache.make("positive", range(num_steps), num_steps)]
+        neg_cache = [cache.make("negative", guided, num_steps)] if guided else []
+    both = torch.cat([positive, negative]) if guided and batch else None
 
-        def batched(x: Tensor, t: Tensor) -> Tensor:
-            v_pos, v_neg = dit_velocity(dit, x.expand(2, -1, -1, -1, -1), t, both, cache).chunk(2)
-            return v_neg + cfg_scale * (v_pos - v_neg)
-
-        return batched
-    cache_pos, cache_neg = make_cache(), make_cache()
-
-    def in_turn(x: Tensor, t: Tensor) -> Tensor:
-        v_pos = dit_velocity(dit, x, t, positive, cache_pos)
-        v_neg = dit_velocity(dit, x, t, negative, cache_neg)
+    def velocity(step: int, x: Tensor, t: Tensor) -> Tensor:
+        if step not in guided:
+            return dit_velocity(dit, x, t, positive, pos_cache)
+        if both is not None:
+            v_both = dit_velocity(dit, x.expand(2, -1, -1, -1, -1), t, both, pos_cache + neg_cache)
+            v_pos, v_neg = v_both.chunk(2)
+        else:
+            v_pos = dit_velocity(dit, x, t, positive, pos_cache)
+            v_neg = dit_velocity(dit, x, t, negative, neg_cache)
         return v_neg + cfg_scale * (v_pos - v_neg)
 
-    return in_turn
+    return velocity
 
 
 def denoise(
@@ -82,21 +100,23 @@ def denoise(
     *,
     guide: Callable[[int, Tensor, Tensor], Tensor] | None,
     progress: Callable[[Iterable], Iterable],
-    on_step_end: Callable[[int, Tensor, Tensor], Tensor],
+    on_step_end: Callable[[int, Tensor, Tensor, Tensor], Tensor],
     interrupted: Callable[[], bool],
 ) -> Tensor:
     """Take noised latents [1, C, F, h, w] through all timesteps of the scheduler.
 
-    guide(index, timestep, latents) may move the latents before a step, on_step_end(index, timestep, latents)
-    may after it; once interrupted() is true no further step is begun.
+    guide(index, timestep, latents) may move the latents before a step, and after it on_step_end(index,
+    timestep, latents, clean), where clean is what the step's velocity leads to when followed to the end. Once
+    interrupted() is true no further step is begun.
     """
     for index, timestep in enumerate(progress(scheduler.timesteps)):
         if interrupted():
             break
         if guide is not None:
             latents = guide(index, timestep, latents)
-        latents = scheduler.step(velocity(latents, timestep), timestep, latents)
-        latents = on_step_end(index, timestep, latents)
+        v = velocity(index, latents, timestep)
+        clean = latents - v * (timestep / 1000)
+        latents = on_step_end(index, timestep, scheduler.step(v, timestep, latents), clean)
     return latents
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory, MotionGuidance, NonFiniteGuidanceError, guided_step
+from diffsynth.pipelines.events import Observer, RunEvent, unobserved
 from diffsynth.pipelines.latency import RunCost
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
 from diffsynth.vram_management import synchronize
@@ -66,12 +67,13 @@ def make_guide(
     context: Tensor,
     null_context: Tensor,
     cost: RunCost,
+    observer: Observer = unobserved,
     interrupted: Callable[[], bool],
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
     """The `guide` of `denoise`: moves the latents before each of the first `guided_steps` steps.
 
     start: the run's first latents; reference: clean latents; noise: the run's own, all [1, C, F, h, w];
-    context and null_context [1, L, text_dim]. Seconds and gradient evaluations are added to `cost`.
+    context and null_context [1, L, text_dim]. Seconds, losses and gradient evaluations are added to `cost`.
     """
     memory = GradientMemory(guidance) if guidance.recompute_every > 1 else None
 
@@ -99,9 +101,19 @@ def make_guide(
         synchronize(latents.device)
         cost.time_guidance.append(time.perf_counter() - started)
         cost.gradient_evaluations += record.gradient_evaluations
+        cost.losses.append(record.losses)
         losses = "loss " + " -> ".join(f"{loss:.4g}" for loss in record.losses)
         done = losses if record.losses else "gradients of an earlier step"
         logger.info("guided step %d of %d: %s", index + 1, guidance.guided_steps, done)
+        observer(
+            RunEvent(
+                stage="guidance",
+                step=index + 1,
+                steps=guidance.guided_steps,
+                losses=record.losses,
+                latents=latents,
+            )
+        )
         return latents
 
     return guide

@@ -20,7 +20,8 @@ class RunCost:
     """Cost of one denoising run. Field names `seed`, `time_guidance` and `time_gen` are those of the
     released code.
 
-    time_guidance: seconds of each guided step's guidance. time_gen: seconds of the whole denoising, guidance
+    time_guidance: seconds of each guided step's guidance; losses: of its fresh gradients. stage_seconds: of
+    the stages before and after. time_gen: seconds of the whole denoising, guidance
     included. peak_memory: bytes allocated on an accelerator, or the process's largest resident size on a CPU.
     """
 
@@ -32,6 +33,8 @@ class RunCost:
     gradient_evaluations: int = 0
     dit_block_calls: int = 0
     peak_memory: int = 0
+    losses: list[tuple[float, ...]] = field(default_factory=list)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
 
     def append_to(self, folder: str | Path) -> None:
         """Add this run as a line to `latency.jsonl` in a folder, which is made if need be."""

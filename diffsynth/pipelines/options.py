@@ -11,7 +11,9 @@ from diffsynth.data.frames import checked_int
 from diffsynth.models.wan_video_vae_tiling import TileGrid
 from diffsynth.motion import MODES as MOTION_MODES
 from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.denoise import steps_with_cfg
 from diffsynth.pipelines.guidance import NO_TRANSFER
+from diffsynth.pipelines.step_cache import CacheMaker
 from diffsynth.schedulers import SAMPLERS
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ class GenerationOptions:
     prompt alone. sigma_shift: of the noise schedule. seed: of the noise; rand_device: where it is drawn.
     tiled, tile_size, tile_stride: spatial tiling of the VAE, (rows, columns) in latent units.
     motion: what is transferred and how; None for no transfer.
-    tea_cache_l1_thresh: None for no TeaCache. tea_cache_model_id: "" to infer it from the DiT's size.
+    cache: which steps reuse an earlier one's work; None for none. cfg_interval: (from, to) as shares of the
+    run's steps, in which the negative prompt runs; in the others the positive one runs alone.
     batch_cfg: both prompts in one DiT call (True), two calls (False), or by memory (None).
     """
 
@@ -48,8 +51,8 @@ class GenerationOptions:
     tile_stride: tuple[int, int]
     sampler: str
     motion: MotionGuidance | None
-    tea_cache_l1_thresh: float | None
-    tea_cache_model_id: str
+    cache: CacheMaker | None
+    cfg_interval: tuple[float, float]
     batch_cfg: bool | None
     output_type: str
 
@@ -67,6 +70,7 @@ class GenerationOptions:
             _set(self, name, _pair(name, getattr(self, name)))
         TileGrid(shape=(1, 1), size=self.tile_size, stride=self.tile_stride)
         _check(self.batch_cfg in (None, True, False), "batch_cfg", self.batch_cfg, "True, False or None")
+        steps_with_cfg(self.cfg_interval, self.num_inference_steps)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("output_type", self.output_type, OUTPUT_TYPES)
         self.generator()

@@ -6,10 +6,11 @@ the threshold. A skipped step adds the last residual (output of the blocks minus
 TeaCache: Liu et al. 2024, arXiv 2411.19108.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from diffsynth.pipelines.step_cache import KeptResidual, Probe, check_threshold
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,15 +63,15 @@ def tea_cache_model_id(dim: int) -> str:
     return _MODEL_OF_DIT_DIM[dim]
 
 
-class TeaCache:
+class TeaCache(KeptResidual):
     """Decides, step by step, whether the blocks run; keeps the residual for the steps where they do not.
 
-    One object serves one run of `num_steps` steps. e0 depends on the timestep alone, so one object serves a
-    batch of both guidance branches, and two objects, one per branch, decide alike.
+    One object serves one prompt of a run of `num_steps` steps. e0 depends on the timestep alone, so that the
+    objects of both prompts decide alike. Each decision waits for the device.
 
     Args:
         num_steps: calls of should_compute in a run, >= 1; the first and the last one always compute.
-        threshold: sum of estimated changes at which blocks run again, > 0; higher skips more.
+        threshold: sum of estimated changes at which blocks run again, >= 0; higher skips more, 0 never.
         model_id: a key of TEA_CACHE_MODELS.
 
     Attributes:
@@ -81,27 +82,23 @@ class TeaCache:
         ValueError: an argument out of range, or an unknown model id (the known ones are listed).
     """
 
+    probe_blocks = 0
+
     def __init__(self, num_steps: int, threshold: float, model_id: str) -> None:
+        super().__init__()
         if model_id not in TEA_CACHE_MODELS:
             raise ValueError(
                 f"tea_cache_model_id is {model_id!r}; it must be one of: {', '.join(TEA_CACHE_MODELS)}"
             )
-        if (
-            isinstance(threshold, bool)
-            or not isinstance(threshold, int | float)
-            or not 0 < threshold < math.inf
-        ):
-            raise ValueError(f"The TeaCache threshold is {threshold!r}; it must be a finite number above 0")
         if not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps is {num_steps!r}; it must be a whole number >= 1")
         self.num_steps = num_steps
-        self.threshold = threshold
+        self.threshold = check_threshold("The TeaCache threshold", threshold)
         self.accumulated = 0.0
         self.relative_change: float | None = None
         self._coefficients = TEA_CACHE_MODELS[model_id].coefficients
         self._step = 0
         self._previous: Tensor | None = None
-        self._residual: Tensor | None = None
 
     def should_compute(self, e0: Tensor) -> bool:
         """Return True if the blocks must run at this step, False if `residual` may stand for them.
@@ -117,7 +114,8 @@ class TeaCache:
                 f"This TeaCache was made for {self.num_steps} steps: make a new one for each run"
             )
         e0 = e0.detach().float()
-        forced = self._step in (0, self.num_steps - 1)
+        # Estimates of small changes are below 0, and so is their sum: 0 is no bound that it reaches.
+        forced = self._step in (0, self.num_steps - 1) or self.threshold == 0
         if self._previous is not None:
             change = (e0 - self._previous).abs().mean() / self._previous.abs().mean()
             self.relative_change = change.item()
@@ -136,15 +134,6 @@ class TeaCache:
             value = value * change + coefficient
         return value
 
-    def store(self, residual: Tensor) -> None:
-        """Keep the blocks' output minus their input, of any shape, for the steps that skip them."""
-        self._residual = residual
-
-    @property
-    def residual(self) -> Tensor:
-        """The last stored residual. Raises RuntimeError if there is none."""
-        if self._residual is None:
-            raise RuntimeError(
-                "No residual is stored: call store after each step where should_compute is True"
-            )
-        return self._residual
+    def decide(self, probe: Probe) -> bool:
+        """`should_compute`, for `run_blocks_cached`."""
+        return self.should_compute(probe.modulation)

@@ -10,13 +10,11 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffsynth.configs.defaults import RunDefaults, run_defaults
+from diffsynth.configs.defaults import EXACT, RunDefaults, run_defaults, with_preset
 from diffsynth.configs.locate import checkpoint_folder
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
 from diffsynth.models.model_manager import ModelManager, check_dtype
@@ -33,23 +31,30 @@ from diffsynth.pipelines.arguments import (
     video_length,
     video_size,
 )
-from diffsynth.pipelines.contexts import Contexts, contexts_of, texts_to_encode
-from diffsynth.pipelines.denoise import batch_of_two_fits, denoise, guided_velocity, replaced_latents
-from diffsynth.pipelines.frames import Video, chunks_to_uint8, video_to_tensor
-from diffsynth.pipelines.guidance import choose_guidance, make_guide
-from diffsynth.pipelines.latency import RunCost, measured
+from diffsynth.pipelines.cache_options import choose_run_cache
+from diffsynth.pipelines.compile_blocks import compile_blocks
+from diffsynth.pipelines.events import Observer, stage, unobserved
+from diffsynth.pipelines.frames import Video
+from diffsynth.pipelines.guidance import choose_guidance
+from diffsynth.pipelines.latency import RunCost
 from diffsynth.pipelines.options import GenerationOptions, check_mode
-from diffsynth.pipelines.tea_cache import TeaCache, tea_cache_model_id
+from diffsynth.pipelines.stages import (
+    Frames,
+    decode_latents,
+    denoise_latents,
+    encode_prompts,
+    encode_video,
+    replaced_by,
+)
+from diffsynth.pipelines.step_cache import CacheMaker
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import find_tokenizer
-from diffsynth.schedulers import make_scheduler
 from diffsynth.vram_management import Residency, choose_device
 
 logger = logging.getLogger(__name__)
 
 # What models can compute in; float8 is for storage.
 WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Frames = list[Image.Image] | np.ndarray | Tensor
 
 
 class WanVideoPipeline:
@@ -78,6 +83,7 @@ class WanVideoPipeline:
         self.device = choose_device(device)
         models = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
         self.residency = Residency(models, self.device)
+        self.costs: list[RunCost] = []  # of the last call, one a prompt
         self._interrupted = threading.Event()
 
     @classmethod
@@ -159,12 +165,22 @@ class WanVideoPipeline:
             )
         self.enable_cpu_offload()
 
+    def enable_compile(self, backend: str = "inductor") -> None:
+        """Compile the DiT's blocks with torch.compile, each size anew when it first comes; the log says how
+        long that took. Compiled code may round otherwise. Raises ValueError for an unknown backend.
+        """
+        compile_blocks(self.dit, backend)
+
     def interrupt(self) -> None:
         """Ask the running call to stop: it begins no further step and returns what its latents decode to.
 
         May be called from a callback or from another thread.
         """
         self._interrupted.set()
+
+    def interrupted(self) -> bool:
+        """Whether the running call was asked to stop."""
+        return self._interrupted.is_set()
 
     @torch.no_grad()
     def __call__(
@@ -185,15 +201,20 @@ class WanVideoPipeline:
         tiled: bool = True,
         tile_size: tuple[int, int] = (30, 52),
         tile_stride: tuple[int, int] = (15, 26),
-        sampler: str = "euler",
+        sampler: str | None = None,
         mode: str | None = None,
         sf: int | None = None,
         motion: MotionGuidance | None = None,
+        preset: str = EXACT,
+        cache: str | CacheMaker | None = None,
+        cache_threshold: float | None = None,
+        cfg_interval: tuple[float, float] | None = None,
         tea_cache_l1_thresh: float | None = None,
         tea_cache_model_id: str = "",
         batch_cfg: bool | None = None,
         progress_bar_cmd: Callable[[Iterable], Iterable] = tqdm,
         callback_on_step_end: Callable[["WanVideoPipeline", int, Tensor, dict], dict | None] | None = None,
+        observer: Observer = unobserved,
         output_type: str = "pil",
         test_latency: bool = False,
         latency_dir: str | Path | None = None,
@@ -212,7 +233,15 @@ class WanVideoPipeline:
         motion: all numbers of the method; sf: its `sf`, the frames that each is compared with.
         callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); latents in a dict that it
             returns replace the run's.
-        test_latency: append what each run cost, a JSON line, to latency_dir/latency.jsonl.
+        preset: "exact", or one that trades likeness for time: "balanced", "fast", others that the checkpoint
+            declares. It sets defaults; what is given here goes first.
+        cache: steps that reuse an earlier one's work: "teacache", "magcache", "first_block", with their
+            published numbers and cache_threshold, or `CacheOptions`. tea_cache_l1_thresh: as
+            cache="teacache" with that threshold.
+        cfg_interval: (from, to), shares of the steps in which the negative prompt runs.
+        observer: called with a `RunEvent` when a stage begins and after each of its steps.
+        test_latency: append what each run cost, a JSON line, to latency_dir/latency.jsonl; `pipe.costs` has
+            it, too.
         Other arguments: see `GenerationOptions`.
 
         Returns one video, or a list of them for a list of prompts: "pil" a list of images; "np" uint8
@@ -222,7 +251,7 @@ class WanVideoPipeline:
         prompts = prompt_list("prompt", prompt)
         negatives = negative_prompts(negative_prompt, len(prompts))
         check_mode(mode)
-        usual = self.defaults
+        usual = with_preset(self.defaults, preset)
         height, width = video_size(height, width, usual, input_video)
         total_frames = video_length(num_frames, usual, input_video)
         num_inference_steps = given_or(usual.num_inference_steps, num_inference_steps)
@@ -239,7 +268,7 @@ class WanVideoPipeline:
             tiled=tiled,
             tile_size=tile_size,
             tile_stride=tile_stride,
-            sampler=sampler,
+            sampler=given_or(usual.sampler, sampler),
             motion=choose_guidance(
                 mode,
                 motion,
@@ -248,12 +277,13 @@ class WanVideoPipeline:
                 num_inference_steps,
                 usual.motion,
             ),
-            tea_cache_l1_thresh=tea_cache_l1_thresh,
-            tea_cache_model_id=tea_cache_model_id,
+            cache=choose_run_cache(
+                usual, self.dit.dim, cache, cache_threshold, tea_cache_l1_thresh, tea_cache_model_id
+            ),
+            cfg_interval=given_or(usual.cfg_interval, cfg_interval),
             batch_cfg=batch_cfg,
             output_type=output_type,
         )
-        self._make_tea_cache(options)
         if options.motion is not None:
             options.motion.block_for(self.dit.num_layers)
         if test_latency:
@@ -262,134 +292,37 @@ class WanVideoPipeline:
             Path(latency_dir).mkdir(parents=True, exist_ok=True)
         logger.info("generating %d video(s): %s", len(prompts), options)
         self._interrupted.clear()
-        contexts = self._encode_prompts(prompts, negatives, options)
-        reference = None if input_video is None else self._encode_video(input_video, options)
+        self.costs = []
+        seconds: dict[str, float] = {}
+        with stage("encode text", observer, seconds):
+            contexts = encode_prompts(self, prompts, negatives, options)
+        reference = None
+        if input_video is not None:
+            with stage("encode video", observer, seconds):
+                reference = encode_video(self, input_video, options)
         videos = []
         for context in contexts:
-            latents, cost = self._denoise(context, reference, options, progress_bar_cmd, callback_on_step_end)
+            cost = RunCost(
+                options.seed, options.mode, options.num_inference_steps, stage_seconds=seconds.copy()
+            )
+            self.costs.append(cost)
+            latents = denoise_latents(
+                self,
+                context,
+                reference,
+                options,
+                cost,
+                progress=progress_bar_cmd,
+                on_step_end=replaced_by(callback_on_step_end, self),
+                observer=observer,
+            )
             if test_latency:
                 cost.append_to(latency_dir)
-            videos.append(self._decode(latents, options))
-            if self._interrupted.is_set():
+            with stage("decode", observer, cost.stage_seconds):
+                videos.append(decode_latents(self, latents, options))
+            if self.interrupted():
                 break
         return videos[0] if isinstance(prompt, str) else videos
 
     def _pixels_per_token(self, axis: int) -> int:
         return self.vae.spatial_factor * self.dit.patch_size[axis]
-
-    def _make_tea_cache(self, options: GenerationOptions) -> TeaCache | None:
-        if options.tea_cache_l1_thresh is None:
-            return None
-        model_id = options.tea_cache_model_id or tea_cache_model_id(self.dit.dim)
-        return TeaCache(options.num_inference_steps, options.tea_cache_l1_thresh, model_id)
-
-    def _encode_prompts(
-        self, prompts: list[str], negatives: list[str], options: GenerationOptions
-    ) -> list[Contexts]:
-        """The text embeddings of each prompt's run, on the device; only those that the run reads."""
-        texts = texts_to_encode(prompts, negatives, options.cfg_scale != 1, options.motion is not None)
-        flat = [text for group in texts.values() for text in group]
-        if self.prompter.cached(flat, self.text_encoder):
-            rows = self.prompter.encode_prompt(flat, self.text_encoder)
-        else:
-            with self.residency.using("text_encoder"):
-                rows = self.prompter.encode_prompt(flat, self.text_encoder)
-        return contexts_of(texts, rows.to(self.device))
-
-    def _tiling(self, options: GenerationOptions) -> dict:
-        return {"tiled": options.tiled, "tile_size": options.tile_size, "tile_stride": options.tile_stride}
-
-    def _encode_video(self, video: Video, options: GenerationOptions) -> Tensor:
-        """The reference as latents [1, C, F, h, w]."""
-        pixels = video_to_tensor(video, options.num_frames, options.height, options.width)
-        with self.residency.using("vae"):
-            return self.vae.encode(pixels, **self._tiling(options))
-
-    def _denoise(
-        self,
-        context: Contexts,
-        reference: Tensor | None,
-        options: GenerationOptions,
-        progress: Callable[[Iterable], Iterable],
-        callback: Callable | None,
-    ) -> tuple[Tensor, RunCost]:
-        """From noise, or the noised reference, to clean latents [1, C, F, h, w], and what it cost."""
-        scheduler = make_scheduler(options.sampler, options.sigma_shift)
-        scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
-        noise = self._noise(options)
-        start = noise if reference is None else scheduler.add_noise(reference, noise, scheduler.timesteps[0])
-        cost = RunCost(options.seed, options.mode, options.num_inference_steps)
-
-        def on_step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-            returned = None if callback is None else callback(self, step, timestep, {"latents": latents})
-            return latents if returned is None else replaced_latents(returned, latents)
-
-        guide = None
-        if options.motion is not None:
-            guide = make_guide(
-                self.dit,
-                options.motion,
-                scheduler,
-                start=start,
-                reference=reference,
-                noise=noise,
-                context=context.positive,
-                null_context=context.null,
-                cost=cost,
-                interrupted=self._interrupted.is_set,
-            )
-        with self.residency.using("dit"), measured(cost, self.dit, self.device):
-            batch = options.batch_cfg
-            if batch is None:
-                batch = batch_of_two_fits(self.dit, self._num_tokens(start), self.device)
-            velocity = guided_velocity(
-                self.dit,
-                context.positive,
-                context.negative,
-                options.cfg_scale,
-                batch=batch,
-                make_cache=lambda: self._make_tea_cache(options),
-            )
-            latents = denoise(
-                start,
-                scheduler,
-                velocity,
-                guide=guide,
-                progress=progress,
-                on_step_end=on_step_end,
-                interrupted=self._interrupted.is_set,
-            )
-        return latents, cost
-
-    def _num_tokens(self, latents: Tensor) -> int:
-        frames, rows, cols = (n // p for n, p in zip(latents.shape[2:], self.dit.patch_size, strict=True))
-        return frames * rows * cols
-
-    def _noise(self, options: GenerationOptions) -> Tensor:
-        """Float32 noise [1, C, F, h, w] from the seed, drawn on rand_device: devices can start alike."""
-        frames = -(-(options.num_frames - 1) // self.vae.temporal_factor) + 1
-        shape = (
-            1,
-            self.dit.in_dim,
-            frames,
-            *(n // self.vae.spatial_factor for n in (options.height, options.width)),
-        )
-        return torch.randn(shape, generator=options.generator(), device=options.rand_device).to(self.device)
-
-    def _decode(self, latents: Tensor, options: GenerationOptions) -> Frames:
-        if not latents.isfinite().all():
-            raise RuntimeError(
-                f"denoising gave values that are not finite (DiT in {self.dit.dtype}); no video is made"
-            )
-        if options.output_type == "latent":
-            return latents
-        with self.residency.using("vae"):
-            if options.output_type == "pt":
-                return self.vae.decode(latents, num_frames=options.num_frames, **self._tiling(options))
-            if options.tiled:
-                video = self.vae.decode(latents, num_frames=options.num_frames, **self._tiling(options))
-                chunks: Iterable[Tensor] = video.split(self.vae.temporal_factor, dim=2)
-            else:
-                chunks = self.vae.decode_chunks(latents)
-            frames = chunks_to_uint8(chunks, options.num_frames)
-        return frames if options.output_type == "np" else [Image.fromarray(frame) for frame in frames]

@@ -1,0 +1,73 @@
+"""torch.compile for the DiT's blocks: one block is compiled, all of them run its code.
+
+Shapes are fixed (dynamic=False): a new size, and calls with gradients besides those without, compile anew.
+What each of these warm-ups took is logged.
+"""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from types import MethodType
+
+import torch
+from torch import Tensor
+
+from diffsynth.models.wan_video_dit import DiTState, WanModel
+
+logger = logging.getLogger(__name__)
+
+# Both are true of what attention does before its kernel, run uncompiled, and nothing that a user can change.
+EXPECTED = r"\s*Dynamo (does not know how to trace|detected a call to a `functools.lru_cache`)"
+Forward = Callable[[torch.nn.Module, Tensor, DiTState], Tensor]
+
+
+def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
+    """Have the forward pass of each block compiled at its first call; a second time, nothing happens.
+
+    Hooks on blocks run as before, outside of the compiled code, which may round otherwise than the plain one
+    does. backend: of torch.compile. Raises ValueError for a backend that torch does not know.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}; got {backend!r}")
+    warnings.filterwarnings("ignore", message=EXPECTED, category=UserWarning)
+    compiled: dict[type, Forward] = {}
+    for block in dit.blocks:
+        if "forward" in vars(block):
+            continue
+        # The function of the class, so that blocks share its code, and not the module's call, whose hooks
+        # come and go from run to run without compiled code noticing.
+        kind = type(block)
+        if kind not in compiled:
+            compiled[kind] = _compiled(kind.forward, backend)
+        block.forward = MethodType(compiled[kind], block)
+
+
+def plain_blocks(dit: WanModel) -> None:
+    """Undo `compile_blocks`."""
+    for block in dit.blocks:
+        vars(block).pop("forward", None)
+
+
+def _compiled(forward: Forward, backend: str) -> Forward:
+    """The compiled function, which logs the seconds of calls that compiled anything."""
+    compile_graph = torch._dynamo.lookup_backend(backend)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+        graphs.append(graph)
+        return compile_graph(graph, inputs)
+
+    run = torch.compile(forward, backend=counted, dynamic=False)
+
+    def timed(block: torch.nn.Module, tokens: Tensor, state: DiTState) -> Tensor:
+        started = time.perf_counter()
+        result = run(block, tokens, state)
+        if graphs:
+            seconds = time.perf_counter() - started
+            logger.info("torch.compile (%s): %d graphs of a block in %.1f s", backend, len(graphs), seconds)
+            graphs.clear()
+        return result
+
+    return timed

@@ -1,0 +1,51 @@
+"""First-block cache: the first block runs at every step, and tells whether the others must.
+
+If what it adds to the tokens is near enough to what it added when all blocks last ran, in mean absolute
+difference relative to the latter, the others' last residual stands for them.
+First Block Cache of ParaAttention, and as in diffusers' FirstBlockCacheConfig.
+"""
+
+from torch import Tensor
+
+from diffsynth.pipelines.step_cache import KeptResidual, Probe, check_threshold
+
+FIRST_BLOCK_THRESHOLD = 0.05  # the default of diffusers
+
+
+class FirstBlockCache(KeptResidual):
+    """Decides by the change of the first block's residual; the first call always computes.
+
+    Keeps two residuals: of the first block and of the others. Each decision waits for the device.
+
+    Args:
+        threshold: relative change at which all blocks run, >= 0; 0 never skips.
+
+    Attributes:
+        relative_change: of the last call, None at the first.
+
+    Raises:
+        ValueError: a threshold out of range.
+    """
+
+    probe_blocks = 1
+
+    def __init__(self, threshold: float = FIRST_BLOCK_THRESHOLD) -> None:
+        super().__init__()
+        self.threshold = check_threshold("The first-block threshold", threshold)
+        self.relative_change: float | None = None
+        self._reference: Tensor | None = None
+
+    def should_compute(self, residual: Tensor) -> bool:
+        """Return True if the other blocks must run, given what the first one added [1, S, D]."""
+        if self._reference is not None:
+            change = (residual - self._reference).abs().mean() / self._reference.abs().mean()
+            self.relative_change = change.item()
+        # Written as "not below" so that a change that is not a number computes.
+        compute = self.relative_change is None or not self.relative_change < self.threshold
+        if compute:
+            self._reference = residual
+        return compute
+
+    def decide(self, probe: Probe) -> bool:
+        """`should_compute`, for `run_blocks_cached`."""
+        return self.should_compute(probe.residual)

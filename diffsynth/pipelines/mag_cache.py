@@ -1,0 +1,76 @@
+"""MagCache: steps are skipped while the size of the blocks' residual, known beforehand, has changed little.
+
+From step to step the residual shrinks by a ratio that hardly depends on prompt or seed. Multiplied up since
+the blocks last ran, the ratios tell how much larger the kept residual is than the true one; what that is off
+by adds up over skipped steps until it reaches the threshold. Decisions need no look at any tensor.
+MagCache: Ma et al. 2025, arXiv 2506.09045.
+"""
+
+from diffsynth.data.frames import checked_int
+from diffsynth.pipelines.step_cache import KeptResidual, Probe, check_threshold
+
+
+class MagCache(KeptResidual):
+    """Decides, step by step, from the ratios of one prompt's residuals.
+
+    Args:
+        ratios: mean |residual| of each step of the run over that of the step before, the first one 1.
+        threshold: sum of errors at which blocks run again, >= 0; 0 never skips.
+        max_skip: steps skipped in a row at most, >= 1 (K in the paper).
+        retention: share of the run's steps, from the first, that always compute, in [0, 1].
+        first_step: of the run, the step at which this object's first call comes; it always computes.
+
+    Attributes:
+        accumulated: sum of errors since the blocks last ran.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    probe_blocks = 0
+
+    def __init__(
+        self,
+        ratios: tuple[float, ...],
+        threshold: float,
+        *,
+        max_skip: int,
+        retention: float,
+        first_step: int = 0,
+    ) -> None:
+        super().__init__()
+        self.threshold = check_threshold("The MagCache threshold", threshold)
+        self.max_skip = checked_int("max_skip", max_skip)
+        if not isinstance(retention, int | float) or not 0 <= retention <= 1:
+            raise ValueError(f"retention must be a number from 0 to 1; got {retention!r}")
+        self.ratios = ratios
+        self.accumulated = 0.0
+        self._ratio = 1.0
+        self._skipped = 0
+        self._step = first_step
+        # The residual that is to be reused comes from the first call, and is as large as itself.
+        self._first_choice = max(first_step + 1, int(len(ratios) * retention))
+
+    def should_compute(self) -> bool:
+        """Return True if the blocks must run at this step, False if `residual` may stand for them.
+
+        Raises RuntimeError if called for more steps than there are ratios.
+        """
+        if self._step == len(self.ratios):
+            raise RuntimeError(
+                f"This MagCache was made for {len(self.ratios)} steps: make a new one for each run"
+            )
+        if self._step >= self._first_choice:
+            self._ratio *= self.ratios[self._step]
+            self.accumulated += abs(1 - self._ratio)
+            self._skipped += 1
+        forced = self._step < self._first_choice
+        self._step += 1
+        skip = not forced and self.accumulated < self.threshold and self._skipped <= self.max_skip
+        if not skip:
+            self.accumulated, self._ratio, self._skipped = 0.0, 1.0, 0
+        return not skip
+
+    def decide(self, probe: Probe) -> bool:  # noqa: ARG002
+        """`should_compute`, for `run_blocks_cached`."""
+        return self.should_compute()

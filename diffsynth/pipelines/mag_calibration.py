@@ -1,0 +1,102 @@
+"""Measure the ratios that MagCache decides by, for any checkpoint, number of steps and kind of run.
+
+The ratio of a step is the mean over tokens of |residual| / |residual of the step before|, as published.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffsynth.pipelines.mag_ratios import PROMPTS, MagRatios
+from diffsynth.pipelines.step_cache import Probe
+
+logger = logging.getLogger(__name__)
+
+DIGITS = 5  # as in the published tables
+
+
+class _Series:
+    """A rule that never skips and keeps the ratios of one prompt's run, on the device until they are read."""
+
+    probe_blocks = 0
+
+    def __init__(self) -> None:
+        self._previous: Tensor | None = None
+        self._ratios: list[Tensor] = []
+
+    def decide(self, probe: Probe) -> bool:  # noqa: ARG002
+        return True
+
+    def store(self, residual: Tensor) -> None:
+        norms = residual.norm(dim=-1)
+        self._ratios.append(torch.ones(()) if self._previous is None else (norms / self._previous).mean())
+        self._previous = norms
+
+    @property
+    def residual(self) -> Tensor:
+        raise AssertionError("no step is skipped while ratios are measured")
+
+    def ratios(self) -> list[float]:
+        return [ratio.item() for ratio in self._ratios]
+
+
+class _Recorder:
+    """Makes a series for each prompt of each run."""
+
+    def __init__(self) -> None:
+        self.series: dict[str, list[_Series]] = {name: [] for name in PROMPTS}
+        self._expected: dict[str, int] = {}
+
+    def make(self, prompt: str, steps: range, num_steps: int) -> _Series:
+        if len(steps) != num_steps:
+            raise ValueError("calibrate_magcache needs both prompts at every step; leave cfg_interval away")
+        self.series[prompt].append(_Series())
+        return self.series[prompt][-1]
+
+    def mean(self, prompt: str) -> tuple[float, ...] | None:
+        """The mean over runs of each step's ratio; None if the prompt was not run."""
+        runs = [series.ratios() for series in self.series[prompt]]
+        if not runs:
+            return None
+        return tuple(round(sum(step) / len(step), DIGITS) for step in zip(*runs, strict=True))
+
+
+def calibrate_magcache(
+    pipe: Callable[..., object], prompts: Sequence[str], negative_prompt: str = "", **call: object
+) -> MagRatios:
+    """Run the pipeline once for each prompt, all blocks at every step, and measure the residuals' ratios.
+
+    call: any other arguments of the pipeline's call, num_inference_steps, seed and input_video among them:
+    the ratios are those of runs like this. One prompt does, as published; the mean over several is steadier.
+    Raises ValueError without prompts, for runs that were ended early, and what the pipeline's call raises.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a list of at least one prompt; got {prompts!r}")
+    recorder = _Recorder()
+    pipe(list(prompts), negative_prompt, **call, cache=recorder, output_type="latent")
+    for name, runs in recorder.series.items():
+        counts = {len(series.ratios()) for series in runs}
+        if len(counts) > 1 or len(runs) not in (0, len(prompts)):
+            raise ValueError(f"the runs were ended early: {name} prompts took {sorted(counts)} steps")
+    ratios = MagRatios(recorder.mean("positive"), recorder.mean("negative"))
+    logger.info("MagCache ratios over %d run(s): %s", len(prompts), ratios)
+    return ratios
+
+
+def save_ratios(ratios: MagRatios, path: str | Path) -> Path:
+    """Write ratios as JSON, which `load_ratios` reads and config.json holds as "mag_ratios"."""
+    path = Path(path)
+    path.write_text(json.dumps(ratios.to_json(), indent=1) + "\n")
+    return path
+
+
+def load_ratios(path: str | Path) -> MagRatios:
+    """Read what `save_ratios` wrote. Raises FileNotFoundError, or ValueError for a file of another kind."""
+    try:
+        return MagRatios.from_json(json.loads(Path(path).read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error

@@ -1,0 +1,385 @@
+"""Step caches: decisions by hand and as published, exactness, what runs, both ways of guidance, arguments."""
+
+import json
+
+import pytest
+import torch
+
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.cache_options import CACHES, CacheOptions, choose_cache
+from diffsynth.pipelines.denoise import denoise, guided_velocity
+from diffsynth.pipelines.first_block_cache import FirstBlockCache
+from diffsynth.pipelines.guidance import make_guide
+from diffsynth.pipelines.latency import RunCost
+from diffsynth.pipelines.mag_cache import MagCache
+from diffsynth.pipelines.mag_calibration import calibrate_magcache, load_ratios, save_ratios
+from diffsynth.pipelines.mag_ratios import MAG_CACHE_MODELS, MagRatios
+from diffsynth.pipelines.step_cache import KeptResidual, run_blocks_cached
+from diffsynth.schedulers import FlowMatchScheduler
+
+STEPS = 8
+FLAT = MagRatios((1.0,) * STEPS)
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def dit():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return WanModel(
+            dim=24, in_dim=4, ffn_dim=48, out_dim=4, text_dim=8, freq_dim=32, num_heads=2,
+            num_layers=LAYERS, text_len=4,
+        ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "noise": (1, 4, 3, 4, 4),
+        "reference": (1, 4, 3, 4, 4),
+        "positive": (1, 4, 8),
+        "negative": (1, 3, 8),
+    }
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    drawn["negative"] = torch.nn.functional.pad(drawn["negative"], (0, 0, 0, 1))
+    return drawn
+
+
+class Watched:
+    """Makes the rules of `options`, and notes what each was asked and said."""
+
+    def __init__(self, options):
+        self.options, self.said, self.rules = options, {}, {}
+
+    def make(self, prompt, steps, num_steps):
+        rule = self.rules[prompt] = self.options.make(prompt, steps, num_steps)
+        said = self.said[prompt] = []
+        decide = rule.decide
+
+        def watched(probe):
+            said.append(decide(probe))
+            return said[-1]
+
+        rule.decide = watched
+        return rule
+
+
+@torch.no_grad()
+def run(dit, inputs, cache=None, *, batch=False, guide=None, num_steps=STEPS, scheduler=None, **options):
+    scheduler = scheduler or FlowMatchScheduler(shift=3.0)
+    scheduler.set_timesteps(num_steps)
+    velocity = guided_velocity(
+        dit, inputs["positive"], inputs["negative"], 4.0, num_steps=num_steps, batch=batch, cache=cache,
+        **options,
+    )  # fmt: skip
+    return denoise(
+        inputs["noise"], scheduler, velocity, guide=guide, progress=list,
+        on_step_end=lambda _, __, latents, ___: latents, interrupted=lambda: False,
+    )  # fmt: skip
+
+
+def block_rows(dit, block, calls):
+    """A hook that adds the batch size of each call of a block to `calls`."""
+    return dit.blocks[block].register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
+
+
+def options(name, threshold, **numbers):
+    extra = {"magcache": {"ratios": FLAT}, "teacache": {"model_id": "Wan2.1-T2V-14B"}, "first_block": {}}
+    return CacheOptions(name=name, threshold=threshold, **{**extra[name], **numbers})
+
+
+@pytest.mark.parametrize(
+    ("max_skip", "expected"),
+    [(2, [1, 1, 0, 0, 1, 1, 0, 0]), (1, [1, 1, 0, 1, 0, 1, 0, 1])],
+)
+def test_magcache_decisions_are_those_reckoned_by_hand(max_skip, expected):
+    # With max_skip 2: |1-0.9| = 0.1, + |1-0.81| = 0.29, + |1-0.972| = 0.318 >= 0.3; |1-0.5| >= 0.3; 0; 0.
+    cache = MagCache((1, 1, 0.9, 0.9, 1.2, 0.5, 1, 1), 0.3, max_skip=max_skip, retention=0.25)
+    assert [int(cache.should_compute()) for _ in range(8)] == expected
+
+
+def published_decisions(table, threshold, max_skip, retention):
+    """The rule as in the published code: both prompts' calls in turn, one counter."""
+    ratios = [r for pair in zip(table.positive, table.negative, strict=True) for r in pair]
+    errors, ratio, skipped, computed = [0.0, 0.0], [1.0, 1.0], [0, 0], ([], [])
+    for call, now in enumerate(ratios):
+        i, compute = call % 2, True
+        if call >= int(len(ratios) * retention):
+            ratio[i], skipped[i] = ratio[i] * now, skipped[i] + 1
+            errors[i] += abs(1 - ratio[i])
+            compute = not (errors[i] < threshold and skipped[i] <= max_skip)
+            if compute:
+                errors[i], ratio[i], skipped[i] = 0.0, 1.0, 0
+        computed[i].append(compute)
+    return {"positive": computed[0], "negative": computed[1]}
+
+
+@pytest.mark.parametrize("max_skip", [2, 4, 6])
+@pytest.mark.parametrize("model_id", sorted(MAG_CACHE_MODELS))
+def test_magcache_decisions_over_the_published_tables_are_the_published_ones(model_id, max_skip):
+    model = MAG_CACHE_MODELS[model_id]
+    expected = published_decisions(model.ratios, model.threshold, max_skip, 0.2)
+    chosen = CacheOptions(
+        name="magcache", threshold=model.threshold, ratios=model.ratios, max_skip=max_skip, retention=0.2
+    )
+    for prompt in ("positive", "negative"):
+        cache = chosen.make(prompt, range(50), 50)
+        decisions = [cache.should_compute() for _ in range(50)]
+        assert decisions == expected[prompt]
+        assert all(decisions[:10])
+        assert not all(decisions)
+
+
+def computed_share(table, max_skip):
+    chosen = CacheOptions(name="magcache", threshold=0.12, ratios=table, max_skip=max_skip)
+    cache = chosen.make("positive", range(50), 50)
+    return sum(cache.should_compute() for _ in range(50)) / 50
+
+
+def test_magcache_computes_as_many_steps_as_its_published_times_tell():
+    # Wan2.1 1.3B took 189 s, with at most 4 skips 68 s, with at most 2 skips 87 s; the times are those of
+    # square roots of the ratios, which the published code has since left away.
+    table = MAG_CACHE_MODELS["Wan2.1-T2V-1.3B"].ratios
+    roots = MagRatios(tuple(r**0.5 for r in table.positive))
+    for max_skip, seconds, plain in ((4, 68, 0.42), (2, 87, 0.5)):
+        assert computed_share(roots, max_skip) == pytest.approx(seconds / 189, abs=0.025)
+        assert computed_share(table, max_skip) == plain
+
+
+def test_other_numbers_of_steps_take_the_nearest_steps_ratio():
+    table = MagRatios((1.0, 2.0, 3.0, 4.0, 5.0), (1.0, 6.0, 7.0, 8.0, 9.0))
+    assert table.for_steps(5) == table
+    assert table.for_steps(3) == MagRatios((1.0, 3.0, 5.0), (1.0, 7.0, 9.0))
+    assert table.for_steps(4).positive == (1.0, 2.0, 4.0, 5.0)  # 0, 1.33, 2.67, 4
+    assert table.for_steps(9).positive == (1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 4.0, 5.0, 5.0)  # halves to even
+    assert table.for_steps(1).positive == (5.0,)
+
+
+def test_the_first_block_is_compared_with_the_last_step_whose_blocks_all_ran():
+    cache = FirstBlockCache(0.1)
+    seen = [1.0, 1.05, 1.09, 1.11, 1.15, 1.23]  # 5 %, 9 %, 11 % off 1.0; 3.6 %, 10.8 % off 1.11
+    decisions, changes = [], []
+    for value in seen:
+        decisions.append(cache.should_compute(torch.full((1, 2, 3), value)))
+        changes.append(cache.relative_change)
+    assert decisions == [True, False, False, True, False, True]
+    assert changes[1:] == pytest.approx([0.05, 0.09, 0.11, 0.04 / 1.11, 0.12 / 1.11], abs=1e-6)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("name", CACHES)
+def test_threshold_0_gives_the_bits_of_no_cache(dit, inputs, name, batch):
+    watched = Watched(options(name, 0))
+    assert torch.equal(run(dit, inputs, watched, batch=batch), run(dit, inputs, batch=batch))
+    assert watched.said == {"positive": [True] * STEPS, "negative": [True] * STEPS}
+
+
+@pytest.mark.parametrize(("name", "threshold"), [("teacache", 0.5), ("magcache", 0.1), ("first_block", 0.2)])
+def test_blocks_run_as_often_as_the_decisions_say(dit, inputs, name, threshold):
+    watched, first, last = Watched(options(name, threshold)), [], []
+    hooks = [block_rows(dit, 0, first), block_rows(dit, LAYERS - 1, last)]
+    cached = run(dit, inputs, watched)
+    for hook in hooks:
+        hook.remove()
+    computed = sum(map(sum, watched.said.values()))
+    assert computed < 2 * STEPS
+    assert len(last) == computed
+    assert len(first) == (2 * STEPS if name == "first_block" else computed)
+    exact = run(dit, inputs)
+    assert 0 < (cached - exact).abs().mean() < 0.3 * exact.std()
+
+
+@pytest.mark.parametrize(("name", "threshold"), [("teacache", 0.5), ("magcache", 0.1), ("first_block", 0.1)])
+def test_prompts_in_one_call_decide_and_give_what_they_do_in_two(dit, inputs, name, threshold):
+    uneven = MagRatios(FLAT.positive, (1.0, 1.0, 1.0, 1.2, 1.0, 1.0, 1.2, 1.0))
+    chosen = options(name, threshold, **({"ratios": uneven} if name == "magcache" else {}))
+    two, one, rows_two, rows_one = Watched(chosen), Watched(chosen), [], []
+    hook = block_rows(dit, 1, rows_two)
+    in_turn = run(dit, inputs, two, batch=False)
+    hook.remove()
+    hook = block_rows(dit, 1, rows_one)
+    together = run(dit, inputs, one, batch=True)
+    hook.remove()
+    assert one.said == two.said
+    assert sum(rows_one) == sum(rows_two)
+    assert torch.allclose(together, in_turn, atol=1e-5)
+    if name == "magcache":
+        assert one.said["positive"] != one.said["negative"]
+        assert set(rows_one) == {1, 2}
+
+
+class Says(KeptResidual):
+    """A rule that says what it is told."""
+
+    def __init__(self, *answers, probe_blocks=0):
+        super().__init__()
+        self.answers, self.probe_blocks = list(answers), probe_blocks
+
+    def decide(self, probe):  # noqa: ARG002
+        return self.answers.pop(0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("probe_blocks", [0, 1])
+def test_a_skipped_sample_is_its_input_plus_its_last_residual(dit, inputs, probe_blocks):
+    rules = [Says(True, False, probe_blocks=probe_blocks), Says(True, True, probe_blocks=probe_blocks)]
+    contexts = torch.cat([inputs["positive"], inputs["negative"]])
+    states = [
+        dit.embed(x.expand(2, -1, -1, -1, -1), torch.tensor([t, t]), contexts)
+        for x, t in ((inputs["noise"], 900.0), (inputs["reference"], 500.0))
+    ]
+    before = [dit.run_blocks(state, stop=probe_blocks) for state in states]
+    after = [dit.run_blocks(state) for state in states]
+    assert torch.equal(run_blocks_cached(dit, states[0], rules), after[0])
+    mixed = run_blocks_cached(dit, states[1], rules)
+    assert torch.allclose(mixed[0], before[1][0] + (after[0] - before[0])[0], atol=1e-5)
+    assert torch.allclose(mixed[1], after[1][1], atol=1e-5)
+
+
+def test_guided_steps_leave_the_caches_alone(dit, inputs):
+    guidance = MotionGuidance(guided_steps=2, inner_steps=1, block=1, window=3, tile=(1, 1), sf=2)
+    scheduler = FlowMatchScheduler(shift=3.0)
+    scheduler.set_timesteps(STEPS)
+    guide = make_guide(
+        dit, guidance, scheduler, start=inputs["noise"], reference=inputs["reference"], noise=inputs["noise"],
+        context=inputs["positive"], null_context=inputs["negative"], interrupted=lambda: False,
+        cost=RunCost(0, "effi_AMF", STEPS),
+    )  # fmt: skip
+    exact = run(dit, inputs, guide=guide, scheduler=scheduler)
+    for name in CACHES:
+        watched = Watched(options(name, 0))
+        assert torch.equal(run(dit, inputs, watched, guide=guide, scheduler=scheduler), exact)
+        assert [len(said) for said in watched.said.values()] == [STEPS, STEPS]
+        skipping, rows = Watched(options(name, 0.5)), []
+        hook = block_rows(dit, LAYERS - 1, rows)  # after the block that guidance reads
+        moved = run(dit, inputs, skipping, guide=guide, scheduler=scheduler)
+        hook.remove()
+        assert len(rows) == sum(map(sum, skipping.said.values())) < 2 * STEPS
+        assert not torch.equal(moved, run(dit, inputs, Watched(options(name, 0.5))))
+        assert not any(rule.residual.requires_grad for rule in skipping.rules.values())
+
+
+def test_a_prompt_that_joins_late_computes_first_and_reads_its_own_steps_ratios(dit, inputs):
+    jump = MagRatios((1.0, 1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0))
+    watched = Watched(options("magcache", 0.1, ratios=jump, max_skip=9, retention=0.25))
+    run(dit, inputs, watched, cfg_interval=(0.375, 0.875))  # steps 3, 4, 5, 6
+    assert watched.said["positive"] == [True, True, False, False, False, True, False, False]
+    assert watched.said["negative"] == [True, False, True, False]
+
+
+def fake_pipe(dit, inputs):
+    """A pipeline's call with what `calibrate_magcache` hands it, over the tiny DiT."""
+
+    def pipe(prompts, negative_prompt, *, cache, output_type, num_inference_steps=STEPS, **more):
+        assert (negative_prompt, output_type) == ("bad", "latent")
+        for prompt in prompts:
+            scaled = {**inputs, "positive": inputs["positive"] * len(prompt)}
+            run(dit, scaled, cache, num_steps=num_inference_steps, **more)
+
+    return pipe
+
+
+def test_calibration_measures_the_mean_ratio_over_tokens_and_prompts(dit, inputs):
+    residuals = {"positive": [], "negative": []}
+
+    class Kept:
+        def make(self, prompt, steps, num_steps):  # noqa: ARG002
+            rule = Says(*[True] * STEPS)
+            residuals[prompt].append([])
+            rule.store = residuals[prompt][-1].append
+            return rule
+
+    fake_pipe(dit, inputs)(["a", "bb"], "bad", cache=Kept(), output_type="latent")
+    measured = calibrate_magcache(fake_pipe(dit, inputs), ["a", "bb"], "bad")
+    for prompt, runs in residuals.items():
+        norms = torch.stack([torch.cat(steps).norm(dim=-1) for steps in runs])  # runs, steps, tokens
+        expected = (norms[:, 1:] / norms[:, :-1]).mean(dim=(0, 2)).tolist()
+        assert measured.of(prompt) == pytest.approx([1.0, *expected], abs=1e-5)
+
+
+def test_calibrated_ratios_survive_their_file(dit, inputs, tmp_path):
+    measured = calibrate_magcache(fake_pipe(dit, inputs), ["a"], "bad", num_inference_steps=4)
+    assert len(measured.positive) == len(measured.negative) == 4
+    file = save_ratios(measured, tmp_path / "ratios.json")
+    assert load_ratios(file) == measured
+    assert MagRatios.from_json(json.loads(file.read_text())) == measured
+    file.write_text("[1")
+    with pytest.raises(ValueError, match=r"ratios\.json is not valid JSON"):
+        load_ratios(file)
+
+
+def test_calibration_refuses_what_it_cannot_measure(dit, inputs):
+    with pytest.raises(ValueError, match="prompts must be a list of at least one prompt; got 'a cat'"):
+        calibrate_magcache(fake_pipe(dit, inputs), "a cat", "bad")
+    with pytest.raises(ValueError, match="leave cfg_interval away"):
+        calibrate_magcache(fake_pipe(dit, inputs), ["a"], "bad", cfg_interval=(0, 0.5))
+    with pytest.raises(ValueError, match="ended early: positive prompts took"):
+        calibrate_magcache(lambda *_, cache, **__: cache.make("positive", range(2), 2), ["a", "b"])
+
+
+def test_names_choose_the_published_numbers_of_the_models_width():
+    small, large = (choose_cache("magcache", None, dim) for dim in (1536, 5120))
+    assert (small.threshold, small.max_skip, small.retention) == (0.12, 4, 0.2)
+    assert (large.threshold, large.max_skip) == (0.24, 6)
+    assert small.ratios == MAG_CACHE_MODELS["Wan2.1-T2V-1.3B"].ratios
+    assert choose_cache("magcache", 0.06, 160, FLAT.to_json()) == options("magcache", 0.06)
+    assert choose_cache("first_block", None, 160) == options("first_block", 0.05)
+    tea = choose_cache("teacache", None, 1536)
+    assert (tea.model_id, tea.threshold) == ("Wan2.1-T2V-1.3B", 0.05)
+    assert choose_cache(None, None, 160) is None
+    assert choose_cache(tea, None, 160) is tea
+
+
+def test_the_older_tea_cache_arguments_still_mean_teacache():
+    new = choose_cache("teacache", 0.08, 1536)
+    assert choose_cache(None, None, 1536, tea_cache_l1_thresh=0.08) == new
+    named = choose_cache(None, None, 160, tea_cache_l1_thresh=0.2, tea_cache_model_id="Wan2.1-T2V-14B")
+    assert named == options("teacache", 0.2)
+
+
+BAD_CHOICES = {
+    "name": (("deepcache", None), {}, "cache must be one of teacache, magcache, first_block; got 'deepcache'"),
+    "threshold alone": ((None, 0.1), {}, "cache_threshold=0.1 needs cache, one of teacache"),
+    "threshold": (("first_block", -1), {}, "first-block threshold is -1; it must be a finite number, 0"),
+    "mag threshold": (("magcache", "x"), {"declared_ratios": FLAT.to_json()}, "The MagCache threshold is 'x'"),
+    "two": (("magcache", None), {"tea_cache_l1_thresh": 0.1}, "contradicts cache='magcache'"),
+    "two thresholds": (("teacache", 0.2), {"tea_cache_l1_thresh": 0.1}, "contradicts .* cache_threshold=0.2"),
+    "tea size": (("teacache", None), {}, "width 160; pass tea_cache_model_id"),
+    "tea model": (("teacache", None), {"tea_cache_model_id": "Wan9"}, "tea_cache_model_id is 'Wan9'"),
+    "no ratios": (("magcache", None), {}, "No MagCache ratios are known for a DiT of width 160: measure them"),
+    "options and threshold": ((options("first_block", 0.1), 0.2), {}, "have their own threshold"),
+    "no options": ((7, None), {}, "cache must be one of .* or CacheOptions.* got cache=7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHOICES)
+def test_bad_choices_are_named(case):
+    given, more, message = BAD_CHOICES[case]
+    with pytest.raises(ValueError, match=message):
+        choose_cache(*given, 160, **more)
+
+
+def test_bad_numbers_of_magcache_are_named():
+    with pytest.raises(ValueError, match="MagCache needs ratios"):
+        CacheOptions(name="magcache", threshold=0.1)
+    with pytest.raises(ValueError, match=r"max_skip must be an integer of at least 1, got 0"):
+        options("magcache", 0.1, max_skip=0)
+    with pytest.raises(ValueError, match=r"retention must be a number from 0 to 1; got 1.5"):
+        options("magcache", 0.1, retention=1.5)
+    with pytest.raises(ValueError, match=r"positive must be finite numbers above 0; got \(1.0, -0.5\)"):
+        MagRatios((1.0, -0.5))
+    with pytest.raises(ValueError, match="2 positive and 1 negative ones; both must be of one run"):
+        MagRatios((1.0, 1.0), (1.0,))
+    with pytest.raises(ValueError, match=r"must hold positive and may hold negative; got {'neutral'"):
+        MagRatios.from_json({"neutral": [1.0]})
+
+
+def test_more_calls_than_steps_and_reuse_of_nothing_are_refused():
+    cache = MagCache((1.0,), 0.1, max_skip=1, retention=0.2)
+    with pytest.raises(RuntimeError, match="No residual is stored"):
+        _ = cache.residual
+    assert cache.should_compute()
+    with pytest.raises(RuntimeError, match="This MagCache was made for 1 steps"):
+        cache.should_compute()
