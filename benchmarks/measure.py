@@ -44,6 +44,7 @@ class FlopCounter(TorchDispatchMode):
     """Inside this context, counts the operations of products, convolutions and attention, backward included.
 
     PyTorch's own counter does not know the CPU's attention kernel and cannot watch `torch.autograd.grad`.
+    On the meta device, where nothing can be read, every number that is asked for reads as 1.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,8 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is _ATEN._local_scalar_dense.default and args[0].is_meta:
+            return torch.ones((), dtype=args[0].dtype).item()
         out = function(*args, **kwargs)
         operation = function._overloadpacket
         if operation in flop_registry:

@@ -28,10 +28,11 @@ def run_block(block: DiTBlock, tokens: Tensor, state: DiTState, capture: list | 
 
     modulation = (block.modulation + state.modulation).unsqueeze(2).unbind(1)
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-    y = checkpoint(self_attention, modulate(block.norm1(tokens), shift1, scale1), use_reentrant=False)
-    tokens = tokens + y * gate1
-    tokens = tokens + block.cross_attn(block.norm3(tokens), state.context, None)
-    return tokens + block.ffn(modulate(block.norm2(tokens), shift2, scale2)) * gate2
+    dtype = state.context.dtype
+    x = modulate(block.norm1(tokens), shift1, scale1).to(dtype)
+    tokens = tokens + checkpoint(self_attention, x, use_reentrant=False) * gate1
+    tokens = tokens + block.cross_attn(block.norm3(tokens).to(dtype), state.context, None)
+    return tokens + block.ffn(modulate(block.norm2(tokens), shift2, scale2).to(dtype)) * gate2
 
 
 def features(dit: WanModel, x: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,12 +49,12 @@ def features(dit: WanModel, x: Tensor, timestep: Tensor, context: Tensor) -> tup
     def average(t: Tensor) -> Tensor:
         return t.reshape(-1, num_heads, dit.dim).mean(1).reshape(frames, rows, cols, width)
 
-    return tuple(average(t) for t in capture[0])
+    return tuple(average(t).float() for t in capture[0])
 
 
-def positions(rows: int, cols: int) -> Tensor:
+def positions(rows: int, cols: int, like: Tensor) -> Tensor:
     grid = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    return torch.stack(grid, dim=-1).reshape(-1, 2).float()
+    return torch.stack(grid, dim=-1).reshape(-1, 2).to(like)
 
 
 def pair_flow(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,8 +63,8 @@ def pair_flow(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     (tile_h, tile_w), radius, scale = TILE, WINDOW // 2, width**-0.5
     flat = k.reshape(-1, width)
     centres = q[tile_h // 2 :: tile_h, tile_w // 2 :: tile_w].reshape(-1, width)
-    centre = (centres @ flat.T * scale).softmax(-1) @ positions(rows, cols)
-    offsets = torch.arange(-radius, radius + 1)
+    centre = (centres @ flat.T * scale).softmax(-1) @ positions(rows, cols, q)
+    offsets = torch.arange(-radius, radius + 1, device=q.device)
     row = (centre[:, :1] + offsets).clamp(radius, rows - 1 - radius).long()
     col = (centre[:, 1:] + offsets).clamp(radius, cols - 1 - radius).long()
     index = (row[:, :, None] * cols + col[:, None, :]).flatten(1)[:, None, :].expand(-1, width, -1)
@@ -75,10 +76,10 @@ def pair_flow(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         .flatten(0, 1)
         .flatten(1, 2)
     )
-    even = (torch.arange(WINDOW**2) % 2 == 0)[:, None]
-    local = positions(WINDOW, WINDOW) * even
+    even = (torch.arange(WINDOW**2, device=q.device) % 2 == 0)[:, None]
+    local = positions(WINDOW, WINDOW, q) * even
     weights = (queries @ windows * scale).softmax(-1)
-    flow = weights @ local - positions(tile_h, tile_w)
+    flow = weights @ local - positions(tile_h, tile_w, q)
     return flow.flatten(0, 1), windows.mean(1)
 
 
@@ -91,7 +92,7 @@ def motion(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         for j in range(i, min(frames, i + SF)):
             if i == j:
                 weights = (q[i].flatten(0, 1) @ k[j].flatten(0, 1).T * width**-0.5).softmax(-1)
-                flows.append(weights @ positions(rows, cols) - positions(rows, cols))
+                flows.append(weights @ positions(rows, cols, q) - positions(rows, cols, q))
             else:
                 flow, window = pair_flow(q[i], k[j])
                 flows.append(flow)
@@ -110,7 +111,7 @@ def guided_step(
     with torch.no_grad():
         reference_flow, _ = motion(*features(dit, reference, timestep, null_context))
     frames = latents.shape[2]
-    weight = torch.linspace(1, 0.8, SF)
+    weight = torch.linspace(1, 0.8, SF, device=x.device)
     weights = torch.cat([weight[: min(SF, frames - i)] for i in range(frames)])
     for step in range(INNER_STEPS):
         optimizer.param_groups[0]["lr"] = 0.003 - 0.001 * step / INNER_STEPS

@@ -174,5 +174,5 @@ def _check_windows(
             f"got {list(windows.shape)}"
         )
     last = windows.new_tensor(grid) - windows.new_tensor(sides)
-    if ((windows < 0) | (windows > last)).any():
+    if not ((windows >= 0) & (windows <= last)).all():
         raise ValueError(f"windows must begin in rows 0..{last[0]} and columns 0..{last[1]}")
