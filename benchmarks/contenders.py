@@ -13,8 +13,7 @@ from diffsynth.configs.defaults import RunDefaults, with_preset
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_keys import official_key
 from diffsynth.motion import MotionGuidance, guided_step
-from diffsynth.pipelines.cache_options import CacheOptions
-from diffsynth.pipelines.mag_ratios import MAG_CACHE_MODELS
+from diffsynth.pipelines.cache_options import choose_cache
 
 SIGMA = 0.9
 # The released procedure's numbers; other sizes have the same depth, for the same share of blocks.
@@ -108,7 +107,7 @@ def contenders(work: Work, checkpoint: str, peers: bool) -> list[Contender]:
 
     checkpoint: of MotionGuidance, for our own. peers: whether diffusers is there to be compared with.
     """
-    usual = RunDefaults(mag_ratios=MAG_CACHE_MODELS["Wan2.1-T2V-1.3B"].ratios.to_json())
+    usual = RunDefaults()
     steps = usual.num_inference_steps
     plain = 2 * steps
     guided = MotionGuidance().guided_steps
@@ -128,7 +127,7 @@ def contenders(work: Work, checkpoint: str, peers: bool) -> list[Contender]:
         kind = f"{preset} guided step"
         work.motions[kind] = motion
         fresh = math.ceil(motion.guided_steps / motion.recompute_every)
-        forwards = sum(computed_steps(chosen, prompt) for prompt in ("positive", "negative"))
+        forwards = sum(computed_steps(chosen, work.dit.dim, prompt) for prompt in ("positive", "negative"))
         compared.append(Contender(name=preset, work={"forward": forwards, kind: fresh}))
     compared.append(Contender(name="No_transfer", work={"forward": plain}))
     if peers:
@@ -136,13 +135,12 @@ def contenders(work: Work, checkpoint: str, peers: bool) -> list[Contender]:
     return compared
 
 
-def computed_steps(usual: RunDefaults, prompt: str) -> int:
-    """How many of a run's DiT calls with a prompt run the blocks: all, or those that MagCache leaves."""
+def computed_steps(usual: RunDefaults, dim: int, prompt: str) -> int:
+    """How many of a run's DiT calls with a prompt run the blocks: all, or those that MagCache leaves by the
+    ratios of the published model of this width, else of the 1.3B one."""
     steps = usual.num_inference_steps
     if usual.cache is None:
         return steps
-    numbers = MAG_CACHE_MODELS["Wan2.1-T2V-1.3B"]
-    cache = CacheOptions(
-        name="magcache", threshold=numbers.threshold, ratios=numbers.ratios, max_skip=numbers.max_skip
-    ).make(prompt, range(steps), steps)
-    return sum(cache.should_compute() for _ in range(steps))
+    width = dim if dim == SIZES["14b"]["dim"] else SIZES["1.3b"]["dim"]
+    rule = choose_cache(usual.cache, usual.cache_threshold, width).make(prompt, range(steps), steps)
+    return sum(rule.should_compute() for _ in range(steps))
