@@ -27,13 +27,13 @@ from diffsynth.evaluation.quality import (
 from diffsynth.evaluation.quality_methods import (
     Method,
     at_equal_cost,
-    guidance_cost,
     guided,
     released_for,
     standard_methods,
 )
 from diffsynth.evaluation.quality_report import as_json, best_method, markdown_table, summarise
 from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.run_cost_model import guidance_cost
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "quality.py"
 QUICK = RunDefaults(

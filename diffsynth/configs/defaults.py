@@ -62,7 +62,7 @@ class RunDefaults:
     cache_threshold: float | None = None
     cfg_interval: tuple[float, float] = (0.0, 1.0)
     mag_ratios: Mapping[str, Sequence[float]] | None = None
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PUBLISHED_PRESETS)
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: dict(PUBLISHED_PRESETS))
 
 
 def with_preset(usual: RunDefaults, preset: str) -> RunDefaults:

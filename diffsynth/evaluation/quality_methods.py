@@ -1,13 +1,13 @@
 """The methods that quality is measured of, and what their guidance costs by count."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
+from diffsynth.pipelines.run_cost_model import guidance_cost
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 VIDEO_TO_VIDEO = {f"video-to-video {strength}": strength for strength in (0.7, 0.8, 0.9)}
@@ -112,22 +112,3 @@ def at_equal_cost(
     first, second = (guidance_cost(motion, num_layers, num_steps) for motion in (one, two))
     inner_steps = max(1, round(1 + (budget - first) / (second - first)))
     return replace(prediction, guided_steps=flow.guided_steps, inner_steps=inner_steps, interval=1)
-
-
-def guidance_cost(
-    motion: MotionGuidance, num_layers: int, num_steps: int, gradient_evaluations: int | None = None
-) -> float:
-    """What a run's guidance costs, in full forwards of the DiT (FFE), by count.
-
-    A backward counts as two forwards, and blocks after the one that is read do not run. Flow: one forward up
-    to that block for the reference in each guided step, and one with its backward for each gradient.
-    FlowMotion: one full forward for the reference, one or with guidance two for each gradient, no backward.
-    Activations that are computed again to save memory are not counted.
-    gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.
-    """
-    guided_steps = min(motion.guided_steps, num_steps)
-    if gradient_evaluations is None:
-        gradient_evaluations = guided_steps * math.ceil(motion.inner_steps / motion.interval)
-    if motion.mode == "FlowMotion":
-        return guided_steps + gradient_evaluations * (1 if motion.prediction_cfg == 1 else 2)
-    return (guided_steps + 3 * gradient_evaluations) * motion.block_for(num_layers) / num_layers

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from diffsynth.models.checkpointing import checkpointed
 from diffsynth.models.local_attention import Window
 from diffsynth.models.wan_video_dit_layers import (
     CrossAttention,
@@ -216,17 +216,26 @@ class WanModel(nn.Module):
         )
 
     def run_blocks(
-        self, state: DiTState, stop: int | None = None, checkpoint_blocks: bool = False, *, start: int = 0
+        self,
+        state: DiTState,
+        stop: int | None = None,
+        checkpoint_blocks: bool = False,
+        *,
+        start: int = 0,
+        offload_inputs: bool = False,
     ) -> Tensor:
         """Run the blocks from `start` to before `stop` (all by default) on state.tokens -> tokens [B, S, D].
 
         checkpoint_blocks keeps only each block's input for the backward pass and computes the rest again
-        there.
+        there; offload_inputs, then, keeps the inputs on the CPU.
         """
         tokens = state.tokens
+        if checkpoint_blocks:
+            # Blocks do not read these, but each of them would keep them.
+            state = replace(state, tokens=tokens.new_empty(0))
         for block in self.blocks[start:stop]:
             if checkpoint_blocks:
-                tokens = checkpoint(block, tokens, state, use_reentrant=False, preserve_rng_state=False)
+                tokens = checkpointed(block, tokens, state, offload_inputs=offload_inputs)
             else:
                 tokens = block(tokens, state)
         return tokens
@@ -270,11 +279,13 @@ class WanModel(nn.Module):
         clip_feature: Tensor | None = None,
         y: Tensor | None = None,
         checkpoint_blocks: bool = False,
+        offload_inputs: bool = False,
         attention_window: Window | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Normed, rotated q and k of one block's self-attention, each [B, F, H, W, N, d].
 
-        Runs the blocks before `block` and that block's q and k; nothing after them. Inputs as in `forward`.
+        Runs the blocks before `block` and that block's q and k; nothing after them. Inputs as in `forward`,
+        checkpoint_blocks and offload_inputs as in `run_blocks`.
         attention_window: (frames, rows, columns) in tokens that self-attention sees to each side; None: all.
         Raises ValueError if the model has no such block.
         """
@@ -282,6 +293,8 @@ class WanModel(nn.Module):
             raise ValueError(f"block must be in 0..{self.num_layers - 1} for this DiT; got {block}")
         state = self.embed(x, timestep, context, clip_feature, y)
         state = replace(state, attention_window=attention_window)
-        tokens = self.run_blocks(state, stop=block, checkpoint_blocks=checkpoint_blocks)
+        tokens = self.run_blocks(
+            state, stop=block, checkpoint_blocks=checkpoint_blocks, offload_inputs=offload_inputs
+        )
         q, k = self.blocks[block].queries_keys(tokens, state)
         return q.unflatten(1, state.grid), k.unflatten(1, state.grid)

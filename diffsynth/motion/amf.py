@@ -18,7 +18,7 @@ from diffsynth.motion.heads import reduce_heads
 from diffsynth.motion.losses import amf_loss, pair_weights
 from diffsynth.motion.released import ReleasedFlow, released_tile_flow
 from diffsynth.motion.tile_flow import TileFlow, tile_motion_flow
-from diffsynth.vram_management import should_checkpoint
+from diffsynth.vram_management.activations import choose_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +30,27 @@ def attention_features(
 ) -> Features:
     """Queries and keys [F, H, W, n, d] of the block that `guidance` reads, for latents [1, C, F, h, w]."""
     block = guidance.block_for(inputs.dit.num_layers)
+    kept = kept_activations(guidance, inputs.dit, latents, block)
     q, k = inputs.dit.features(
         latents,
         inputs.timestep,
         context,
         block=block,
-        checkpoint_blocks=keeps_only_inputs(guidance, inputs.dit, latents, block),
+        checkpoint_blocks=kept != "none",
+        offload_inputs=kept == "offload",
         attention_window=guidance.attention_window,
     )
     return q[0], k[0]
 
 
-def keeps_only_inputs(guidance: MotionGuidance, dit: WanModel, latents: Tensor, block: int) -> bool:
-    """Whether the gradient through `block` blocks should keep their inputs alone."""
-    if guidance.checkpoint != "auto" or not latents.requires_grad:
-        return guidance.checkpoint == "block"
+def kept_activations(guidance: MotionGuidance, dit: WanModel, latents: Tensor, block: int) -> str:
+    """What the gradient through `block` blocks keeps: guidance.checkpoint, or what fits if that is "auto"."""
+    if guidance.checkpoint != "auto":
+        return guidance.checkpoint
+    if not latents.requires_grad:
+        return "none"
     num_tokens = latents[0, 0].numel() // prod(dit.patch_size)
-    return should_checkpoint(dit, num_tokens, block, latents.device)
+    return choose_checkpoint(dit, num_tokens, block, latents.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from diffsynth.motion.heads import Heads, check_heads
 from diffsynth.motion.tile_flow import check_tile, check_window
 
 MODES = ("effi_AMF", "AMF", "FlowMotion")
-CHECKPOINTS = ("auto", "block", "none")
+CHECKPOINTS = ("auto", "none", "block", "offload")
 VARIANTS = ("paper", "released")
 REUSES = ("repeat", "falling", "extrapolate")
 UPDATE_RULES = ("adamw", "gradient")
@@ -34,11 +34,12 @@ class MotionGuidance:
         block: block whose queries and keys are read, from 0; None, or 14 in a DiT that has no block 14, is
         the same relative depth, round(14/30 * depth). heads: "mean_qk", "mean_logits", head indices or
         "token_groups" (see `reduce_heads`). checkpoint: activations kept for the backward pass: "none" keeps
-        all, "block" each block's input, "auto" decides by the memory there is. attention_window: (frames,
-        rows, columns) of tokens that self-attention sees to each side, for reference and generated alike;
-        None: all. coarse: the side of the squares of latents that are averaged before the DiT sees them, with
-        timestep and noise to match (see `coarse`); 1: none. Everything in tokens, window, tile and
-        attention_window, is then of the coarser grid. Neither is for mode "FlowMotion".
+        all, "block" each block's input, "offload" the same on the CPU, "auto" decides by the memory there is.
+        attention_window: (frames, rows, columns) of tokens that self-attention sees to each side, for
+        reference and generated alike; None: all. coarse: the side of the squares of latents that are averaged
+        before the DiT sees them, with timestep and noise to match (see `coarse`); 1: none. Everything in
+        tokens, window, tile and attention_window, is then of the coarser grid. Neither is for mode
+        "FlowMotion".
     Flow (tokens)
         sf: pairs of frames i <= j < i + sf. window: side of the search window, odd. tile: (rows, columns)
         that share a window. tau: factor on the logits. chunk: frame pairs held in memory at a time.

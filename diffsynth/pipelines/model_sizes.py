@@ -1,0 +1,223 @@
+"""What plans need to know of the models: their sizes and the bytes of their weights, not the weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.models.fp8 import Fp8Linear
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_vae import WanVideoVAE
+
+if TYPE_CHECKING:
+    from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+FLOAT8 = torch.float8_e4m3fn
+# umt5-xxl, the text encoder of every published checkpoint; the defaults of `WanTextEncoder`.
+UMT5_XXL: Mapping[str, int] = {
+    "vocab": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24,
+    "num_buckets": 32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightBytes:
+    """Bytes of a model's weights: of its repeated blocks, one number each, and of all the rest."""
+
+    blocks: tuple[int, ...]
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.blocks) + self.rest
+
+    def streamed(self, num_resident_blocks: int = 0) -> int:
+        """Bytes on the device while blocks stream: the rest, the blocks that stay, and two buffers of the
+        largest one for those that come and go.
+        """
+        buffers = 2 * max(self.blocks) if num_resident_blocks < len(self.blocks) else 0
+        return self.rest + sum(self.blocks[:num_resident_blocks]) + buffers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiTSize:
+    """The arguments of `WanModel` that cost anything, the dtype it computes in, and its weights.
+
+    block_parameters: numbers in a block's weights. widened: bytes of the widest matrix once it is taken from
+    float8, 0 for weights that are not stored so.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int
+    out_dim: int
+    text_dim: int
+    freq_dim: int
+    text_len: int
+    patch_size: tuple[int, int, int]
+    dtype: torch.dtype
+    weights: WeightBytes
+    block_parameters: int
+    widened: int = 0
+
+    @classmethod
+    def of(cls, dit: WanModel, dtype: torch.dtype | None = None) -> "DiTSize":
+        """Of a model as it is; dtype: as if its weights were in another one, or its blocks in float8."""
+        packed = any(isinstance(module, Fp8Linear) for module in dit.blocks.modules())
+        if dtype is None:
+            weights = _bytes_of(dit, dit.blocks)
+            compute = dit.dtype
+        else:
+            packed = dtype == FLOAT8
+            compute = torch.bfloat16 if packed else dtype
+            blocks = tuple(_parameters(block) * (1 if packed else dtype.itemsize) for block in dit.blocks)
+            rest = _parameters(dit) - sum(map(_parameters, dit.blocks))
+            weights = WeightBytes(blocks=blocks, rest=rest * compute.itemsize)
+        names = (
+            "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim",
+            "text_len", "patch_size",
+        )  # fmt: skip
+        return cls(
+            **{name: getattr(dit, name) for name in names},
+            dtype=compute,
+            weights=weights,
+            block_parameters=_parameters(dit.blocks[0]),
+            widened=dit.dim * dit.ffn_dim * compute.itemsize if packed else 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderSize:
+    """Heads of the text encoder and its weights."""
+
+    num_heads: int
+    weights: WeightBytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VAESize:
+    """Layout and dtype of the VAE, and its weights. Fields as the arguments of `WanVideoVAE`."""
+
+    z_dim: int
+    widths: tuple[int, ...]
+    num_res_blocks: int
+    temporal: tuple[bool, ...]
+    dtype: torch.dtype
+    weights: int
+
+    @classmethod
+    def of(cls, vae: WanVideoVAE) -> "VAESize":
+        """Of a model as it is."""
+        levels: list[list[int]] = [[]]
+        temporal = []
+        for block in vae.encoder.downsamples:
+            if hasattr(block, "time_conv"):
+                temporal.append(block.time_conv is not None)
+                levels.append([])
+            else:
+                levels[-1].append(block.residual["6"].out_channels)
+        return cls(
+            z_dim=vae.z_dim,
+            widths=tuple(level[-1] for level in levels),
+            num_res_blocks=len(levels[0]),
+            temporal=tuple(temporal),
+            dtype=vae.dtype,
+            weights=_bytes(vae),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSizes:
+    """The sizes of a pipeline's three models. name: what to call them."""
+
+    name: str
+    dit: DiTSize
+    text_encoder: TextEncoderSize
+    vae: VAESize
+
+    def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a video in pixels; sides are rounded up to whole tokens."""
+        frames = -(-(num_frames - 1) // 2 ** sum(self.vae.temporal)) + 1
+        factor = 2 ** len(self.vae.temporal)
+        rows, cols = (
+            -(-side // (factor * patch)) * patch
+            for side, patch in zip((height, width), self.dit.patch_size[1:], strict=True)
+        )
+        return frames, rows, cols
+
+
+@lru_cache(maxsize=8)
+def published_sizes(
+    name: str, torch_dtype: torch.dtype = torch.bfloat16, vae_dtype: torch.dtype = torch.float32
+) -> ModelSizes:
+    """Of a published checkpoint, "1.3b" or "14b", as it would be loaded; needs none of its files.
+
+    Raises ValueError for another name.
+    """
+    if name not in PUBLISHED:
+        raise ValueError(f"model must be one of {', '.join(PUBLISHED)} or a pipeline; got {name!r}")
+    with torch.device("meta"):
+        dit, vae = WanModel(**PUBLISHED[name].dit_kwargs), WanVideoVAE().to(vae_dtype)
+    compute = torch.bfloat16 if torch_dtype == FLOAT8 else torch_dtype
+    t5 = UMT5_XXL
+    matrices = 4 * t5["dim"] * t5["dim_attn"] + 3 * t5["dim"] * t5["dim_ffn"]
+    small = 2 * t5["dim"] + t5["num_buckets"] * t5["num_heads"]
+    block = matrices * torch_dtype.itemsize + small * compute.itemsize
+    return ModelSizes(
+        name=PUBLISHED[name].name,
+        dit=DiTSize.of(dit, torch_dtype),
+        text_encoder=TextEncoderSize(
+            num_heads=t5["num_heads"],
+            weights=WeightBytes(
+                blocks=(block,) * t5["num_layers"], rest=(t5["vocab"] + 1) * t5["dim"] * compute.itemsize
+            ),
+        ),
+        vae=VAESize.of(vae),
+    )
+
+
+def sizes_of(model: "str | ModelSizes | WanVideoPipeline", torch_dtype: torch.dtype | None) -> ModelSizes:
+    """Of a published checkpoint by name, of a loaded pipeline, or as given.
+
+    torch_dtype: what the named checkpoint would be loaded in, bfloat16 by default; float8_e4m3fn stores its
+    weights in that. Raises ValueError for an unknown name, and for a dtype with models that have one.
+    """
+    if isinstance(model, str):
+        return published_sizes(model, torch.bfloat16 if torch_dtype is None else torch_dtype)
+    if torch_dtype is not None:
+        raise ValueError(f"torch_dtype={torch_dtype} is for models by name; these have theirs")
+    if isinstance(model, ModelSizes):
+        return model
+    encoder = model.text_encoder.encoder
+    return ModelSizes(
+        name=f"DiT of width {model.dit.dim}, {model.dit.num_layers} blocks",
+        dit=DiTSize.of(model.dit),
+        text_encoder=TextEncoderSize(
+            num_heads=encoder.config.num_heads, weights=_bytes_of(model.text_encoder, encoder.block)
+        ),
+        vae=VAESize.of(model.vae),
+    )
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers; float8 weights are buffers."""
+    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(t.numel() for t in _tensors(module))
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in _tensors(module))
+
+
+def _bytes_of(model: nn.Module, blocks: nn.ModuleList) -> WeightBytes:
+    sizes = tuple(_bytes(block) for block in blocks)
+    return WeightBytes(blocks=sizes, rest=_bytes(model) - sum(sizes))

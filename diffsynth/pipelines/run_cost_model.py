@@ -1,0 +1,190 @@
+"""What a run computes, counted from sizes before it starts: full forwards of the DiT (FFE) and operations.
+
+A forward of a block over S tokens, each of which sees K, with L text tokens and width D:
+
+    2 S (6 D^2 + 2 D ffn) + 4 D^2 L + 4 S K D + 4 S L D
+
+linear layers on tokens and on text, self-attention, cross-attention. In FFE a backward counts as two
+forwards; its operations are fewer where linear layers weigh most, as weights take no gradient. Flow and
+losses, well under 1 % of a guided step, are not counted.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+import torch
+
+from diffsynth.models.local_attention import BLOCK, Window, block_plan
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.denoise import steps_with_cfg
+from diffsynth.pipelines.mag_cache import MagCache
+from diffsynth.pipelines.memory_model import Shape, num_tokens, token_grid
+from diffsynth.pipelines.model_sizes import DiTSize
+from diffsynth.pipelines.step_cache import CacheMaker
+
+ATTENTION_BACKWARD = 2.5  # of the forward: five products for two
+RECOMPUTING = ("block", "offload")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunCount:
+    """Cost of a run's denoising. *_ffe: in full forwards of the DiT; flops: floating point operations."""
+
+    sampling_ffe: float
+    guidance_ffe: float
+    flops: float
+
+    @property
+    def total_ffe(self) -> float:
+        return self.sampling_ffe + self.guidance_ffe
+
+
+def run_cost(
+    dit: DiTSize,
+    latents: Shape,
+    *,
+    num_steps: int,
+    motion: MotionGuidance | None = None,
+    checkpoint: str | None = None,
+    with_negative: bool = True,
+    cfg_interval: tuple[float, float] = (0.0, 1.0),
+    cache: CacheMaker | None = None,
+) -> RunCount:
+    """Count a run of num_steps denoising steps over latents (F, h, w).
+
+    checkpoint: what the guidance pass keeps, motion's own by default ("auto" counts as "none").
+    with_negative: whether there is classifier-free guidance, in the steps of cfg_interval. Steps that
+    MagCache skips are left out, as it decides by its ratios alone; other caches look at tensors, and all
+    their steps count: an upper bound.
+    """
+    full, skipped = forward_flops(dit, latents), embedding_flops(dit, latents)
+    guided = steps_with_cfg(cfg_interval, num_steps) if with_negative else range(0)
+    computed = computed_steps(cache, "positive", range(num_steps), num_steps)
+    computed += computed_steps(cache, "negative", guided, num_steps)
+    flops = computed * full + (num_steps + len(guided) - computed) * skipped
+    if motion is None:
+        return RunCount(sampling_ffe=computed, guidance_ffe=0.0, flops=flops)
+    again = (motion.checkpoint if checkpoint is None else checkpoint) in RECOMPUTING
+    share = guided_share(dit, latents, motion)
+    ffe = guidance_cost(motion, dit.num_layers, num_steps, share=share, computes_again=again)
+    references, gradients = guidance_passes(motion, num_steps)
+    if motion.mode == "FlowMotion":
+        flops += (references + gradients * _forwards_a_gradient(motion)) * full
+    else:
+        forward, backward = guided_flops(dit, latents, motion)
+        flops += (references + gradients * (2 if again else 1)) * forward + gradients * backward
+    return RunCount(sampling_ffe=computed, guidance_ffe=ffe, flops=flops)
+
+
+def computed_steps(cache: CacheMaker | None, prompt: str, steps: range, num_steps: int) -> int:
+    """Of a prompt's steps, those in which the blocks run: by the ratios of MagCache, else all."""
+    if cache is None or not steps:
+        return len(steps)
+    rule = cache.make(prompt, steps, num_steps)
+    return sum(rule.should_compute() for _ in steps) if isinstance(rule, MagCache) else len(steps)
+
+
+def guidance_passes(motion: MotionGuidance, num_steps: int) -> tuple[int, int]:
+    """Passes over the reference and gradients of a run; where tensors decide, the most there can be."""
+    steps = min(motion.guided_steps, num_steps)
+    if motion.recompute_below is None:
+        steps = math.ceil(steps / motion.recompute_every)
+    fresh = math.ceil(motion.inner_steps / motion.interval)
+    return steps, steps * (fresh if motion.reuse_above is None else motion.inner_steps)
+
+
+def guidance_cost(
+    motion: MotionGuidance,
+    num_layers: int,
+    num_steps: int,
+    gradient_evaluations: float | None = None,
+    *,
+    share: float = 1.0,
+    computes_again: bool = False,
+) -> float:
+    """What a run's guidance costs, in full forwards of the DiT (FFE), by count.
+
+    A backward counts as two forwards, and blocks after the one that is read do not run. Flow: one forward up
+    to that block for the reference in each guided step that computes gradients, and one with its backward for
+    each gradient. FlowMotion: one full forward for the reference, one or with guidance two for each gradient,
+    no backward.
+    gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.
+    share: cost of a guided pass through the blocks that are run, of a full one (see `guided_share`).
+    computes_again: whether activations are computed again in the backward, one more forward a gradient.
+    """
+    references, gradients = guidance_passes(motion, num_steps)
+    if gradient_evaluations is not None:
+        gradients = gradient_evaluations
+    if motion.mode == "FlowMotion":
+        return references + gradients * _forwards_a_gradient(motion)
+    passes = references + (4 if computes_again else 3) * gradients
+    return share * passes * motion.block_for(num_layers) / num_layers
+
+
+def guided_share(dit: DiTSize, latents: Shape, motion: MotionGuidance) -> float:
+    """Operations of a block in the guided pass, with its coarse grid and window, of those of a full one."""
+    if motion.mode == "FlowMotion":
+        return 1.0
+    tokens = num_tokens(dit, latents)
+    return _guided_block(dit, latents, motion) / block_flops(dit, tokens, tokens)
+
+
+def block_flops(dit: DiTSize, tokens: int, seen: float) -> float:
+    """Operations of a block's forward over `tokens` tokens that see `seen` each: the formula above."""
+    linear = 2 * tokens * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)
+    text = 4 * dit.dim**2 * dit.text_len
+    return linear + text + 4 * tokens * dit.dim * (seen + dit.text_len)
+
+
+def embedding_flops(dit: DiTSize, latents: Shape) -> float:
+    """Operations of a forward outside the blocks: embeddings of latents, text and time, and the head."""
+    patch = prod(dit.patch_size)
+    tokens = num_tokens(dit, latents)
+    time = dit.freq_dim * dit.dim + 7 * dit.dim**2
+    text = dit.text_len * (dit.text_dim + dit.dim) * dit.dim
+    return 2 * (tokens * dit.dim * patch * (dit.in_dim + dit.out_dim) + text + time)
+
+
+def forward_flops(dit: DiTSize, latents: Shape) -> float:
+    """Operations of a full forward."""
+    tokens = num_tokens(dit, latents)
+    return embedding_flops(dit, latents) + dit.num_layers * block_flops(dit, tokens, tokens)
+
+
+def guided_flops(dit: DiTSize, latents: Shape, motion: MotionGuidance) -> tuple[float, float]:
+    """Operations of a guided pass up to queries and keys of the block that is read, and of its backward.
+
+    Backward, a linear layer on tokens costs what it costs forward, one on text nothing, attention 2.5 times.
+    """
+    grid = token_grid(dit, latents, motion.coarse)
+    tokens, num_blocks = prod(grid), motion.block_for(dit.num_layers)
+    read = 4 * tokens * dit.dim**2
+    patches = 2 * tokens * dit.dim * prod(dit.patch_size) * dit.in_dim
+    coarse = (latents[0], *(rows * p for rows, p in zip(grid[1:], dit.patch_size[1:], strict=True)))
+    head = 2 * tokens * dit.dim * prod(dit.patch_size) * dit.out_dim
+    forward = num_blocks * _guided_block(dit, latents, motion) + read + embedding_flops(dit, coarse) - head
+    attention = 4 * tokens * dit.dim * (_seen(grid, motion.attention_window) + dit.text_len)
+    linear = 2 * tokens * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)
+    backward = num_blocks * (linear + ATTENTION_BACKWARD * attention) + read + patches
+    return forward, backward
+
+
+def _guided_block(dit: DiTSize, latents: Shape, motion: MotionGuidance) -> float:
+    grid = token_grid(dit, latents, motion.coarse)
+    return block_flops(dit, prod(grid), _seen(grid, motion.attention_window))
+
+
+@lru_cache(maxsize=32)
+def _seen(grid: Shape, window: Window | None) -> float:
+    """Keys that are computed for a query, on average: FlexAttention works on whole blocks."""
+    if window is None or all(reach >= side - 1 for reach, side in zip(window, grid, strict=True)):
+        return prod(grid)
+    mask = block_plan(grid, window, torch.device("cpu")).mask
+    blocks = mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()
+    return min(BLOCK * blocks.item() / mask.kv_num_blocks.numel(), prod(grid))
+
+
+def _forwards_a_gradient(motion: MotionGuidance) -> int:
+    return 1 if motion.prediction_cfg == 1 else 2

@@ -1,0 +1,246 @@
+"""Plans: what a run costs by count, which settings fit into a budget, and what is said where none do."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffsynth import WanVideoPipeline
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.cache_options import CacheOptions, choose_cache
+from diffsynth.pipelines.model_sizes import FLOAT8, DiTSize, published_sizes
+from diffsynth.pipelines.plan import GB, RESERVED, NotEnoughMemoryError, plan_run
+from diffsynth.pipelines.run_cost_model import (
+    computed_steps,
+    forward_flops,
+    guidance_cost,
+    guided_flops,
+    guided_share,
+    run_cost,
+)
+
+FULL = (21, 60, 104)
+MOTION = MotionGuidance()
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def count_flops():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        return importlib.import_module("measure").count_flops
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return WanModel(
+        dim=64, ffn_dim=192, num_heads=4, num_layers=3,
+        in_dim=16, out_dim=8, text_dim=32, freq_dim=16, text_len=24,
+    ).requires_grad_(False)  # fmt: skip
+
+
+def test_a_forward_has_the_operations_that_are_counted(dit, count_flops):
+    x, context = torch.randn(1, 16, 3, 12, 16), torch.randn(1, 24, 32)
+    counted = count_flops(lambda: dit(x, torch.ones(1), context))
+    assert forward_flops(DiTSize.of(dit), (3, 12, 16)) == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize("coarse", [1, 2])
+def test_a_guided_pass_and_its_backward_have_the_operations_that_are_counted(dit, count_flops, coarse):
+    x = torch.randn(1, 16, 3, 12 // coarse, 16 // coarse, requires_grad=True)
+    features = []
+    forward = count_flops(
+        lambda: features.extend(dit.features(x, torch.ones(1), torch.randn(1, 24, 32), block=2))
+    )
+    backward = count_flops(lambda: torch.autograd.grad(features[0].sum() + features[1].sum(), x))
+    motion = MotionGuidance(block=2, coarse=coarse)
+    expected = guided_flops(DiTSize.of(dit), (3, 12, 16), motion)
+    assert expected == pytest.approx((forward, backward), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "small", "large"),
+    [
+        ({}, 60.7, 45.5),
+        ({"attention_window": (2, 6, 6)}, 22.9, 24.3),
+        ({"coarse": 2}, 7.2, 6.9),
+        ({"coarse": 2, "attention_window": (2, 4, 4)}, 5.3, 5.9),
+        ({"attention_window": (20, 29, 51)}, 60.7, 45.5),
+        ({"recompute_every": 2}, 30.3, 22.75),
+        ({"recompute_every": 3}, 24.3, 18.2),
+        ({"recompute_every": 5}, 12.1, 9.1),
+        ({"coarse": 2, "recompute_every": 3}, 2.9, 2.8),
+        ({"checkpoint": "block"}, 79.3, 59.5),
+        ({"checkpoint": "offload"}, 79.3, 59.5),
+        ({"recompute_every": 3, "recompute_below": 0.5}, 60.7, 45.5),
+        ({"reuse_above": 0.5}, 144.7, 108.5),
+    ],
+)
+def test_guidance_at_the_published_size_costs_so_many_forwards(changes, small, large):
+    motion = MotionGuidance(**changes)
+    for name, expected in (("1.3b", small), ("14b", large)):
+        counted = run_cost(published_sizes(name).dit, FULL, num_steps=50, motion=motion)
+        assert counted.guidance_ffe == pytest.approx(expected, rel=0.01)
+        assert counted.sampling_ffe == 100
+        assert counted.total_ffe == counted.guidance_ffe + 100
+
+
+def test_flow_motion_costs_seven_full_forwards_a_guided_step():
+    dit = published_sizes("1.3b").dit
+    motion = MotionGuidance.latent_prediction()
+    counted = run_cost(dit, FULL, num_steps=50, motion=motion)
+    assert counted.guidance_ffe == 70
+    assert counted.flops == 170 * forward_flops(dit, FULL)
+    assert guided_share(dit, FULL, motion) == 1
+    assert guidance_cost(MotionGuidance.latent_prediction(prediction_cfg=1.0), 30, 50) == 40
+
+
+def test_sampling_counts_the_prompts_that_run():
+    dit = published_sizes("1.3b").dit
+    one = forward_flops(dit, FULL)
+    alone = run_cost(dit, FULL, num_steps=50, with_negative=False)
+    assert (alone.sampling_ffe, alone.guidance_ffe, alone.flops) == (50, 0, 50 * one)
+    assert run_cost(dit, FULL, num_steps=50, cfg_interval=(0.1, 0.5)).sampling_ffe == 70
+    assert run_cost(dit, FULL, num_steps=25).sampling_ffe == 50
+
+
+def test_magcache_is_counted_by_its_ratios_and_other_caches_as_if_they_skipped_nothing():
+    dit = published_sizes("1.3b").dit
+    mag = choose_cache("magcache", None, dit.dim)
+    counted = run_cost(dit, FULL, num_steps=50, cache=mag)
+    assert counted.sampling_ffe == 42
+    assert counted.flops == pytest.approx(42 * forward_flops(dit, FULL), rel=0.002)
+    assert computed_steps(mag, "negative", range(10, 30), 50) < 20
+    assert computed_steps(mag, "negative", range(0), 50) == 0
+    first = CacheOptions(name="first_block", threshold=0.1)
+    assert run_cost(dit, FULL, num_steps=50, cache=first).sampling_ffe == 100
+
+
+@pytest.mark.parametrize(
+    ("model", "gigabytes", "expected"),
+    [
+        ("1.3b", None, ("none", False, None, False, False)),
+        ("1.3b", 80, ("none", False, None, False, False)),
+        ("1.3b", 40, ("none", True, None, False, False)),
+        ("1.3b", 24, ("block", False, None, False, False)),
+        ("1.3b", 12, ("block", True, None, False, False)),
+        ("1.3b", 8, ("block", True, 11, False, True)),
+        ("1.3b", 5.8, ("offload", True, 14, True, True)),
+        ("14b", 80, ("block", False, None, False, False)),
+        ("14b", 24, ("block", True, 6, False, False)),
+        ("14b", 16, ("offload", True, 6, False, False)),
+    ],
+)
+def test_the_fastest_settings_that_fit_are_taken(model, gigabytes, expected):
+    plan = plan_run(model, motion=MOTION, vram_gb=gigabytes)
+    checkpoint, offload, resident, tiled, streamed_text = expected
+    block = published_sizes(model).dit.block_parameters
+    assert plan.settings() == {
+        "checkpoint": checkpoint,
+        "batch_cfg": True,
+        "tiled": tiled,
+        "offload": offload,
+        "num_persistent_param_in_dit": None if resident is None else resident * block,
+        "stream_text_encoder": streamed_text,
+    }
+    if gigabytes is not None:
+        assert plan.peak + RESERVED <= gigabytes * GB
+
+
+def test_more_memory_never_makes_a_run_dearer_and_every_plan_fits():
+    costs = []
+    for gigabytes in (4.7, 5, 6, 7, 9, 11, 14, 18, 30, 36, 48):
+        plan = plan_run("1.3b", motion=MOTION, vram_gb=gigabytes)
+        assert plan.peak + RESERVED <= gigabytes * GB
+        costs.append(plan.cost.total_ffe)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > costs[-1]
+
+
+def test_published_models_meet_the_memory_they_are_to_fit_into():
+    small = plan_run("1.3b", motion=MOTION, vram_gb=5.8)
+    denoising = [stage.total for stage in small.stages if stage.stage in ("guidance", "sampling")]
+    assert max(denoising) < 5.8e9
+    for model, budget, dtype in (("1.3b", 8e9, None), ("14b", 24e9, None), ("14b", 12e9, FLOAT8)):
+        plan = plan_run(model, motion=MOTION, vram_gb=budget / GB, torch_dtype=dtype)
+        assert plan.peak + RESERVED <= budget
+
+
+def test_what_is_given_is_obeyed():
+    motion = MotionGuidance(checkpoint="none")
+    plan = plan_run("1.3b", motion=motion, vram_gb=48, batch_cfg=False, tiled=True)
+    assert (plan.checkpoint, plan.batch_cfg, plan.tiled) == ("none", False, True)
+    assert plan_run("1.3b", cfg_scale=1.0).batch_cfg is False
+    plain = plan_run("14b", num_frames=1, with_reference=True)
+    assert [stage.stage for stage in plain.stages] == ["encode text", "encode video", "sampling", "decode"]
+    assert (plain.mode, plain.cost.guidance_ffe) == ("No_transfer", 0)
+
+
+def test_a_plan_reads_as_a_table_and_as_json():
+    plan = plan_run("14b", motion=MOTION, vram_gb=24)
+    lines = str(plan).splitlines()
+    assert lines[0] == "Wan2.1-T2V-14B, 480x832x81, 50 steps, effi_AMF"
+    assert [line.split("  ")[0] for line in lines[2:7]] == [stage.stage for stage in plan.stages]
+    assert [line.endswith("<- peak") for line in lines[2:7]] == [False, False, True, False, False]
+    assert "checkpoint=block, batch_cfg=True, tiled=False, offload=True" in lines[-2]
+    assert lines[-1] == "cost: 100 FFE of sampling + 59.5 of guidance = 159.5; 263.4 PFLOP"
+    read = json.loads(plan.to_json())
+    assert read["peak"] == plan.peak == max(s["weights"] + s["activations"] for s in read["stages"])
+    assert read["cost"]["total_ffe"] == pytest.approx(159.5)
+    assert read["num_persistent_param_in_dit"] == plan.num_persistent_param_in_dit
+    assert "no budget" in str(plan_run("1.3b"))
+
+
+def test_where_nothing_fits_it_is_said_what_is_needed_and_what_helps():
+    with pytest.raises(
+        NotEnoughMemoryError, match=r"at least 4\.6 GB \(stage 'guidance'\), and vram_gb is 3\.0"
+    ) as error:
+        plan_run("1.3b", motion=MOTION, vram_gb=3)
+    assert error.match(r"half the frames \(3\.\d GB\), half of height and width .*, coarse=2 \(3\.\d GB\)")
+    plan_run("1.3b", motion=MOTION, vram_gb=error.value.needed / GB + 0.01)
+    forced = {"motion": MotionGuidance(checkpoint="none"), "tiled": False, "vram_gb": 6}
+    with pytest.raises(NotEnoughMemoryError, match=r"checkpoint='auto' \(7\.0 GB\)"):
+        plan_run("1.3b", **forced)
+    with pytest.raises(NotEnoughMemoryError, match=r"stage 'decode'.*tiled=True"):
+        plan_run("1.3b", tiled=False, vram_gb=6)
+    with pytest.raises(NotEnoughMemoryError, match=r"stage 'sampling'.*batch_cfg=False"):
+        plan_run("14b", batch_cfg=True, vram_gb=8)
+
+
+def test_arguments_that_cannot_be_are_refused():
+    for name in ("height", "num_frames", "num_steps"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            plan_run("1.3b", **{name: 0})
+    for given in (0, -1, float("nan"), "8"):
+        with pytest.raises(ValueError, match="vram_gb must be a number of GB above 0, or None"):
+            plan_run("1.3b", vram_gb=given)
+
+
+def test_a_loaded_pipeline_is_planned_by_its_own_sizes_and_computes_what_is_counted(tiny_checkpoint):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    motion = MotionGuidance(
+        guided_steps=2, inner_steps=3, interval=2, recompute_every=2, block=1, checkpoint="block", sf=2
+    )
+    size = {"height": 32, "width": 32, "num_frames": 5}
+    plan = plan_run(pipe, **size, num_steps=3, motion=motion, tiled=False)
+    own = {
+        name: sum(t.nbytes for t in model.state_dict().values())
+        for name, model in pipe.residency.models.items()
+    }
+    weights = {stage.stage: stage.weights for stage in plan.stages}
+    assert weights["encode text"] == own["text_encoder"]
+    assert weights["sampling"] == sum(own.values())
+    video = torch.rand(5, 32, 32, 3).mul(255).byte().numpy()
+    pipe(
+        "a cat", input_video=video, **size, num_inference_steps=3, motion=motion, tiled=False, seed=0,
+        progress_bar_cmd=list,
+    )  # fmt: skip
+    layers, share = pipe.dit.num_layers, guided_share(DiTSize.of(pipe.dit), (2, 4, 4), motion)
+    # Of the four forwards that a gradient counts as, the others run inside its backward.
+    gradients = 2
+    expected = plan.cost.total_ffe * layers - 3 * gradients * share
+    assert pipe.costs[0].dit_block_calls == pytest.approx(expected)
+    assert pipe.costs[0].gradient_evaluations == gradients
