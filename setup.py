@@ -25,6 +25,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["diffsynth", "diffsynth.*"]),
     cmdclass={"build_py": BuildWithNano},
+    entry_points={"console_scripts": ["fastvmt = diffsynth.cli.main:main"]},
     # The same list as requirements.txt; tests/test_structure.py compares them.
     install_requires=[
         "torch>=2.4",

@@ -1,12 +1,11 @@
 """What the example scripts share: command line, one generation, one video file."""
 
 import argparse
-import contextlib
-import itertools
 import logging
 from pathlib import Path
 
 from diffsynth import VideoData, WanVideoPipeline, save_video
+from diffsynth.cli.outputs import reserve_name
 from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.pipelines.options import MODES
 from diffsynth.schedulers import SAMPLERS
@@ -46,16 +45,6 @@ def parse_arguments(default_model_dir: str) -> argparse.Namespace:
     parser.add_argument("--test_latency", action="store_true", help="append what the run cost to latency_dir")
     parser.add_argument("--latency_dir", type=Path, help="folder of latency.jsonl (output_dir by default)")
     return parser.parse_args()
-
-
-def reserve_name(folder: Path, stem: str) -> Path:
-    """An empty new file in the folder, so that no earlier result is lost and no other run takes the name."""
-    for number in itertools.count(1):
-        path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.mp4"
-        with contextlib.suppress(FileExistsError):
-            path.open("x").close()
-            return path
-    raise AssertionError("unreachable")
 
 
 def main(default_model_dir: str) -> None:

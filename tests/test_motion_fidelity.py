@@ -4,17 +4,16 @@ import importlib.util
 import json
 import logging
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from diffsynth import save_video
+from diffsynth.cli.main import main
 from diffsynth.evaluation.motion_fidelity import motion_fidelity, paired_fidelity, tracklet_fidelity
 from diffsynth.evaluation.trackers import COTRACKER_WEIGHTS, Tracklets, track_points
 
-ROOT = Path(__file__).parent.parent
 needs_cv2 = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None, reason='needs OpenCV: pip install "fastvmt[eval]"'
 )
@@ -301,32 +300,29 @@ def test_missing_or_foreign_parts_of_cotracker_are_named(hub, monkeypatch, tmp_p
         track_points(clip, method="cotracker", device="cpu")
 
 
-def run_example(*arguments):
-    spec = importlib.util.spec_from_file_location("evaluate_video", ROOT / "examples" / "evaluate_video.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+def evaluate(*arguments):
+    return main(["evaluate", *(str(argument) for argument in arguments)])
 
 
 @needs_cv2
-def test_the_example_prints_a_table_or_json(tmp_path, capsys):
+def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     save_video(texture_clip((1.5, 2)), tmp_path / "own.mp4", fps=8)
     save_video(texture_clip((1.5, 2), seed=1, num_frames=7), tmp_path / "other.mp4", fps=8)
     arguments = [tmp_path / "own.mp4", tmp_path / "other.mp4", "--tracker", "lk", "--grid", "12"]
-    assert run_example(*arguments, "--json") == 0
+    assert evaluate(*arguments, "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert values["frames_compared"] == 7
     assert values["motion_fidelity"] > 0.9
     assert values["motion_fidelity_at_same_place"] > 0.9
     assert values["motion_fidelity_of_reference_backwards"] < -0.9
-    assert run_example(*arguments) == 0
+    assert evaluate(*arguments) == 0
     table = capsys.readouterr().out
     assert f"{values['motion_fidelity']:.4f}" in table.splitlines()[2]
 
 
-def test_the_example_says_in_one_line_what_is_missing(tmp_path, capsys):
+def test_the_command_says_in_one_line_what_is_missing(tmp_path, capsys):
     arguments = [tmp_path / "a.mp4", tmp_path / "b.mp4", "--clip", tmp_path / "none"]
-    assert run_example(*arguments) == 1
+    assert evaluate(*arguments) == 2
     assert "there is no CLIP in" in capsys.readouterr().err
-    assert run_example(*arguments[:2]) == 1
+    assert evaluate(*arguments[:2]) == 2
     assert "a.mp4 does not exist" in capsys.readouterr().err

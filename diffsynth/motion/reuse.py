@@ -54,6 +54,15 @@ class GradientReuse:
         age = step - self._evaluated_at[-1]
         return 1 - age / self._interval if self._rule == "falling" else 1.0
 
+    def state(self) -> dict[str, object]:
+        """The series so far, as tensors and plain numbers by name."""
+        return {"last": self._last, "before": self._before, "evaluated_at": list(self._evaluated_at)}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on with the series of a `state`."""
+        self._last, self._before = state["last"], state["before"]
+        self._evaluated_at = list(state["evaluated_at"])
+
     def _turning(self) -> bool:
         if self._above is None:
             return False
@@ -91,3 +100,15 @@ class GradientMemory:
         if not self._gradients:
             self._steps.fresh(self._step, gradient)
         self._gradients[inner_step] = gradient
+
+    def state(self) -> dict[str, object]:
+        """What the guided steps so far left, as tensors and plain numbers by name."""
+        kept = {f"steps.{name}": value for name, value in self._steps.state().items()}
+        kept |= {f"gradient.{inner_step}": gradient for inner_step, gradient in self._gradients.items()}
+        return {**kept, "step": self._step, "inner_steps": list(self._gradients)}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a `state`: the guided steps that follow repeat the same gradients."""
+        self._step = state["step"]
+        self._gradients = {k: state[f"gradient.{k}"] for k in state["inner_steps"]}
+        self._steps.restore({name: state[f"steps.{name}"] for name in self._steps.state()})

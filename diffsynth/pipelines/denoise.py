@@ -102,21 +102,28 @@ def denoise(
     progress: Callable[[Iterable], Iterable],
     on_step_end: Callable[[int, Tensor, Tensor, Tensor], Tensor],
     interrupted: Callable[[], bool],
+    first_step: int = 0,
+    step_done: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Take noised latents [1, C, F, h, w] through all timesteps of the scheduler.
 
     guide(index, timestep, latents) may move the latents before a step, and after it on_step_end(index,
     timestep, latents, clean), where clean is what the step's velocity leads to when followed to the end. Once
-    interrupted() is true no further step is begun.
+    interrupted() is true no further step is begun. first_step: of a run that goes on, whose latents are those
+    after first_step steps. step_done(steps, latents): told of each step that took its full course.
     """
-    for index, timestep in enumerate(progress(scheduler.timesteps)):
+    for index, timestep in enumerate(progress(scheduler.timesteps[first_step:]), first_step):
         if interrupted():
             break
         if guide is not None:
             latents = guide(index, timestep, latents)
+        # An interrupt ends guidance half-way: such a step is not one to go on from.
+        cut_short = interrupted()
         v = velocity(index, latents, timestep)
         clean = latents - v * (timestep / 1000)
         latents = on_step_end(index, timestep, scheduler.step(v, timestep, latents), clean)
+        if step_done is not None and not cut_short:
+            step_done(index + 1, latents)
     return latents
 
 

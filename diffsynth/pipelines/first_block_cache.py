@@ -5,6 +5,8 @@ difference relative to the latter, the others' last residual stands for them.
 First Block Cache of ParaAttention, and as in diffusers' FirstBlockCacheConfig.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from diffsynth.pipelines.step_cache import KeptResidual, Probe, check_threshold
@@ -45,6 +47,16 @@ class FirstBlockCache(KeptResidual):
         if compute:
             self._reference = residual
         return compute
+
+    def state(self) -> dict[str, object]:
+        """The steps so far, as tensors and plain numbers by name."""
+        kept = {"relative_change": self.relative_change, "reference": self._reference}
+        return {**super().state(), **kept}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a `state`."""
+        super().restore(state)
+        self.relative_change, self._reference = state["relative_change"], state["reference"]
 
     def decide(self, probe: Probe) -> bool:
         """`should_compute`, for `run_blocks_cached`."""

@@ -56,6 +56,11 @@ def choose_guidance(
     return guidance
 
 
+def gradient_memory(guidance: MotionGuidance | None) -> GradientMemory | None:
+    """The memory of a run whose guided steps may repeat gradients of earlier ones; None for others."""
+    return GradientMemory(guidance) if guidance is not None and guidance.recompute_every > 1 else None
+
+
 def make_guide(
     dit: WanModel,
     guidance: MotionGuidance,
@@ -69,13 +74,14 @@ def make_guide(
     cost: RunCost,
     observer: Observer = unobserved,
     interrupted: Callable[[], bool],
+    memory: GradientMemory | None = None,
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
     """The `guide` of `denoise`: moves the latents before each of the first `guided_steps` steps.
 
     start: the run's first latents; reference: clean latents; noise: the run's own, all [1, C, F, h, w];
     context and null_context [1, L, text_dim]. Seconds, losses and gradient evaluations are added to `cost`.
+    memory: see `gradient_memory`; None computes the gradients of every guided step.
     """
-    memory = GradientMemory(guidance) if guidance.recompute_every > 1 else None
 
     def guide(index: int, timestep: Tensor, latents: Tensor) -> Tensor:
         if index >= guidance.guided_steps:

@@ -4,9 +4,9 @@ run.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -36,6 +36,16 @@ class RunCost:
     losses: list[tuple[float, ...]] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
+    def state(self) -> dict[str, object]:
+        """All fields, as plain numbers and text that later steps do not change."""
+        return asdict(self)
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on counting from a `state`, also one that went through JSON."""
+        for item in fields(self):
+            setattr(self, item.name, state[item.name])
+        self.losses = [tuple(losses) for losses in self.losses]
+
     def append_to(self, folder: str | Path) -> None:
         """Add this run as a line to `latency.jsonl` in a folder, which is made if need be."""
         folder = Path(folder)
@@ -58,7 +68,7 @@ def measured(cost: RunCost, dit: WanModel, device: torch.device) -> Iterator[Run
         yield cost
     finally:
         synchronize(device)
-        cost.time_gen = time.perf_counter() - started
+        cost.time_gen += time.perf_counter() - started
         cost.peak_memory = peak_memory(device)
         for hook in hooks:
             hook.remove()

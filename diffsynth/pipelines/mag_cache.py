@@ -6,6 +6,8 @@ by adds up over skipped steps until it reaches the threshold. Decisions need no 
 MagCache: Ma et al. 2025, arXiv 2506.09045.
 """
 
+from collections.abc import Mapping
+
 from diffsynth.data.frames import checked_int
 from diffsynth.pipelines.step_cache import KeptResidual, Probe, check_threshold
 
@@ -70,6 +72,22 @@ class MagCache(KeptResidual):
         if not skip:
             self.accumulated, self._ratio, self._skipped = 0.0, 1.0, 0
         return not skip
+
+    def state(self) -> dict[str, object]:
+        """The steps so far, as tensors and plain numbers by name."""
+        return {
+            **super().state(),
+            "step": self._step,
+            "accumulated": self.accumulated,
+            "ratio": self._ratio,
+            "skipped": self._skipped,
+        }
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a `state`."""
+        super().restore(state)
+        self._step, self._ratio, self._skipped = state["step"], state["ratio"], state["skipped"]
+        self.accumulated = state["accumulated"]
 
     def decide(self, probe: Probe) -> bool:  # noqa: ARG002
         """`should_compute`, for `run_blocks_cached`."""

@@ -5,7 +5,7 @@ The ratio of a step is the mean over tokens of |residual| / |residual of the ste
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +39,14 @@ class _Series:
     @property
     def residual(self) -> Tensor:
         raise AssertionError("no step is skipped while ratios are measured")
+
+    def state(self) -> dict[str, object]:
+        numbered = {f"ratio.{step}": ratio for step, ratio in enumerate(self._ratios)}
+        return {**numbered, "steps": len(self._ratios), "previous": self._previous}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        self._ratios = [state[f"ratio.{step}"] for step in range(state["steps"])]
+        self._previous = state["previous"]
 
     def ratios(self) -> list[float]:
         return [ratio.item() for ratio in self._ratios]

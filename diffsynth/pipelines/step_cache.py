@@ -6,7 +6,7 @@ that both prompts in one DiT call and each in its own decide alike.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.models.wan_video_dit import DiTState, WanModel
+from diffsynth.pipelines.run_state import joined, part
 
 
 class Probe(NamedTuple):
@@ -43,6 +44,14 @@ class StepCache(Protocol):
     def residual(self) -> Tensor:
         """The last stored residual."""
 
+    def state(self) -> dict[str, object]:
+        """What later decisions need of the steps so far: tensors and plain numbers by name, none of which
+        later steps change in place.
+        """
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a `state`: decisions and residuals are the same."""
+
 
 class CacheMaker(Protocol):
     """What makes the rules of a run."""
@@ -67,6 +76,41 @@ class KeptResidual:
         if self._residual is None:
             raise RuntimeError("No residual is stored: call store after each step whose blocks must run")
         return self._residual
+
+    def state(self) -> dict[str, object]:
+        """What is kept, as tensors and plain numbers by name."""
+        return {"residual": self._residual}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a `state`."""
+        self._residual = state["residual"]
+
+
+class RunRules:
+    """Makes the rules of a run and keeps hold of them, so that a run that stopped can go on with them."""
+
+    def __init__(self, maker: CacheMaker) -> None:
+        self._maker = maker
+        self._rules: dict[str, StepCache] = {}
+
+    def make(self, prompt: str, steps: range, num_steps: int) -> StepCache:
+        """As `CacheMaker`. Raises TypeError for a rule that cannot tell its state."""
+        rule = self._maker.make(prompt, steps, num_steps)
+        if not hasattr(rule, "state") or not hasattr(rule, "restore"):
+            raise TypeError(
+                f"a rule of cache needs state() and restore(state); {type(rule).__name__} lacks them"
+            )
+        self._rules[prompt] = rule
+        return rule
+
+    def state(self) -> dict[str, object]:
+        """The states of all rules."""
+        return joined({prompt: rule.state() for prompt, rule in self._rules.items()})
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a `state`."""
+        for prompt, rule in self._rules.items():
+            rule.restore(part(state, prompt))
 
 
 def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache]) -> Tensor:

@@ -6,6 +6,7 @@ the threshold. A skipped step adds the last residual (output of the blocks minus
 TeaCache: Liu et al. 2024, arXiv 2411.19108.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -133,6 +134,22 @@ class TeaCache(KeptResidual):
         for coefficient in self._coefficients:
             value = value * change + coefficient
         return value
+
+    def state(self) -> dict[str, object]:
+        """The steps so far, as tensors and plain numbers by name."""
+        return {
+            **super().state(),
+            "step": self._step,
+            "accumulated": self.accumulated,
+            "relative_change": self.relative_change,
+            "previous": self._previous,
+        }
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a `state`."""
+        super().restore(state)
+        self._step, self._previous = state["step"], state["previous"]
+        self.accumulated, self.relative_change = state["accumulated"], state["relative_change"]
 
     def decide(self, probe: Probe) -> bool:
         """`should_compute`, for `run_blocks_cached`."""

@@ -33,19 +33,15 @@ from diffsynth.pipelines.arguments import (
 )
 from diffsynth.pipelines.cache_options import choose_run_cache
 from diffsynth.pipelines.compile_blocks import compile_blocks
-from diffsynth.pipelines.events import Observer, stage, unobserved
+from diffsynth.pipelines.denoise_run import Hooks, replaced_by
+from diffsynth.pipelines.events import Observer, unobserved
 from diffsynth.pipelines.frames import Video
+from diffsynth.pipelines.generate import generate
 from diffsynth.pipelines.guidance import choose_guidance
 from diffsynth.pipelines.latency import RunCost
 from diffsynth.pipelines.options import GenerationOptions, check_mode
-from diffsynth.pipelines.stages import (
-    Frames,
-    decode_latents,
-    denoise_latents,
-    encode_prompts,
-    encode_video,
-    replaced_by,
-)
+from diffsynth.pipelines.saved_run import saving_options
+from diffsynth.pipelines.stages import Frames
 from diffsynth.pipelines.step_cache import CacheMaker
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import find_tokenizer
@@ -84,6 +80,7 @@ class WanVideoPipeline:
         models = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
         self.residency = Residency(models, self.device)
         self.costs: list[RunCost] = []  # of the last call, one a prompt
+        self.options: GenerationOptions | None = None  # of the last call, as resolved
         self._interrupted = threading.Event()
 
     @classmethod
@@ -218,6 +215,10 @@ class WanVideoPipeline:
         output_type: str = "pil",
         test_latency: bool = False,
         latency_dir: str | Path | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 5,
+        checkpoint_minutes: float = 2.0,
+        resume: bool = True,
     ) -> Frames | list[Frames]:
         """Generate a video for each prompt.
 
@@ -242,6 +243,12 @@ class WanVideoPipeline:
         observer: called with a `RunEvent` when a stage begins and after each of its steps.
         test_latency: append what each run cost, a JSON line, to latency_dir/latency.jsonl; `pipe.costs` has
             it, too.
+        checkpoint_dir: folder in which the run is saved every checkpoint_every steps or checkpoint_minutes,
+            whatever comes first, when it is interrupted or fails, and before frames are decoded (see
+            `decode_saved`). The same call goes on with an unfinished run, to the same bits, and only decodes
+            a finished one. An unfinished one that differs in an argument (callbacks aside), the reference or
+            the weights is refused; resume=False discards it. SIGINT and SIGTERM raise `RunInterrupted`, a
+            KeyboardInterrupt.
         Other arguments: see `GenerationOptions`.
 
         Returns one video, or a list of them for a list of prompts: "pil" a list of images; "np" uint8
@@ -252,6 +259,7 @@ class WanVideoPipeline:
         negatives = negative_prompts(negative_prompt, len(prompts))
         check_mode(mode)
         usual = with_preset(self.defaults, preset)
+        saving = saving_options(checkpoint_dir, checkpoint_every, checkpoint_minutes, resume)
         height, width = video_size(height, width, usual, input_video)
         total_frames = video_length(num_frames, usual, input_video)
         num_inference_steps = given_or(usual.num_inference_steps, num_inference_steps)
@@ -263,7 +271,7 @@ class WanVideoPipeline:
             denoising_strength=starting_strength(denoising_strength, usual, input_video),
             cfg_scale=given_or(usual.cfg_scale, cfg_scale),
             sigma_shift=given_or(usual.sigma_shift, sigma_shift),
-            seed=secrets.randbelow(2**32) if seed is None else seed,
+            seed=given_or(secrets.randbelow(2**32), saving and saving.seed(), seed),
             rand_device=rand_device,
             tiled=tiled,
             tile_size=tile_size,
@@ -292,36 +300,22 @@ class WanVideoPipeline:
             Path(latency_dir).mkdir(parents=True, exist_ok=True)
         logger.info("generating %d video(s): %s", len(prompts), options)
         self._interrupted.clear()
+        self.options = options
         self.costs = []
-        seconds: dict[str, float] = {}
-        with stage("encode text", observer, seconds):
-            contexts = encode_prompts(self, prompts, negatives, options)
-        reference = None
-        if input_video is not None:
-            with stage("encode video", observer, seconds):
-                reference = encode_video(self, input_video, options)
-        videos = []
-        for context in contexts:
-            cost = RunCost(
-                options.seed, options.mode, options.num_inference_steps, stage_seconds=seconds.copy()
-            )
-            self.costs.append(cost)
-            latents = denoise_latents(
-                self,
-                context,
-                reference,
-                options,
-                cost,
+        videos = generate(
+            self,
+            prompts,
+            negatives,
+            input_video,
+            options,
+            saving=saving,
+            latency_dir=latency_dir if test_latency else None,
+            hooks=Hooks(
                 progress=progress_bar_cmd,
                 on_step_end=replaced_by(callback_on_step_end, self),
                 observer=observer,
-            )
-            if test_latency:
-                cost.append_to(latency_dir)
-            with stage("decode", observer, cost.stage_seconds):
-                videos.append(decode_latents(self, latents, options))
-            if self.interrupted():
-                break
+            ),
+        )
         return videos[0] if isinstance(prompt, str) else videos
 
     def _pixels_per_token(self, axis: int) -> int:

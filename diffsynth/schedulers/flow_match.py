@@ -6,6 +6,7 @@ samples move in float32 and come back in their own type.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -123,6 +124,15 @@ class FlowMatchScheduler:
         )
         self.sigmas = sigmas.float()
         self.timesteps = (sigmas * self.num_train_timesteps).float()
+
+    def state(self) -> dict[str, object]:
+        """What the next step needs of those before: nothing, as each Euler step stands alone."""
+        return {}
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a `state`, after set_timesteps. Raises ValueError for that of another scheduler."""
+        if state:
+            raise ValueError(f"an Euler scheduler keeps nothing; got a state of {', '.join(sorted(state))}")
 
     def add_noise(self, x: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
         """Return clean samples `x` noised to the level of the nearest timestep, in the type of `x`."""

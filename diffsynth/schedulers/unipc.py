@@ -11,6 +11,7 @@ the call that the next step makes anyway.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,39 @@ class UniPCScheduler:
         self._exact_sigmas = [*sigmas.tolist(), 0.0]
         self._next = 0
         self._past = None
+
+    def state(self) -> dict[str, object]:
+        """What the next step needs of those before, as tensors and plain numbers by name; not the tables."""
+        past = self._past
+        if past is None:
+            return {"next": self._next}
+        kept = {"next": self._next, "sample": past.sample, "returned": past.returned}
+        for name, prediction in (("last", past.last), ("before", past.before)):
+            if prediction is not None:
+                kept |= {f"{name}.sigma": prediction.sigma, f"{name}.x0": prediction.x0}
+        return kept
+
+    def restore(self, state: Mapping[str, object]) -> None:
+        """Go on from a `state`, after set_timesteps: the steps that follow give the same bits.
+
+        Raises ValueError for a state that is not of these timesteps.
+        """
+        step = state.get("next")
+        if not isinstance(step, int) or not 0 <= step <= len(self.timesteps):
+            raise ValueError(f"the state is of step {step!r}; this run has {len(self.timesteps)} steps")
+        predictions = {
+            name: _Prediction(sigma=state[f"{name}.sigma"], x0=state[f"{name}.x0"])
+            for name in ("last", "before")
+            if f"{name}.x0" in state
+        }
+        self._next, self._past = step, None
+        if predictions:
+            self._past = _Past(
+                sample=state["sample"],
+                returned=state["returned"],
+                last=predictions["last"],
+                before=predictions.get("before"),
+            )
 
     def add_noise(self, x: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
         """Return clean samples `x` noised to the level of the nearest timestep, in the type of `x`."""

@@ -1,0 +1,156 @@
+"""`fastvmt batch`: many videos with one load of the model; started again, it goes on where it stopped.
+
+A job is done when a video with a record of the same job is in the output folder. The record is inside the
+video, and the video appears whole, so a kill at any moment leaves a job either done or not begun.
+"""
+
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffsynth.cli.console import Console
+from diffsynth.cli.errors import DONE, FAILED, RunFailedError, UsageError
+from diffsynth.cli.jobs import Job, default_output, job_hash, read_jobs
+from diffsynth.cli.models import Setup, choose_model, is_published, load_pipeline
+from diffsynth.cli.outputs import check_folder, check_output
+from diffsynth.cli.saving import saving_arguments
+from diffsynth.cli.tasks import Task, make_task, run_options, run_task, summary
+from diffsynth.configs.defaults import RunDefaults, run_defaults
+from diffsynth.pipelines.record import (
+    RunRecord,
+    describe_model,
+    differences,
+    read_record,
+    record_path,
+    write_record,
+)
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".fastvmt-batch.lock"
+_ERRORS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)
+
+
+def run(options: Namespace, console: Console) -> int:
+    """Do the jobs that are not done; one that fails does not stop the others. Returns 1 if any failed."""
+    folder: Path = options.output_dir
+    if options.checkpoint_dir is not None:
+        raise UsageError("--checkpoint-dir is for one video; --resume has a folder for each")
+    jobs = read_jobs(options.jobs, folder, run_options(vars(options)))
+    if folder.is_dir():
+        check_folder(folder)
+    else:
+        check_folder(folder.parent)
+        folder.mkdir()
+    with _locked(folder):
+        batch = _Batch(options, console)
+        results = []
+        for number, job in enumerate(jobs, 1):
+            console.note(f"job {number} of {len(jobs)} (line {job.line})")
+            try:
+                results.append(batch.do(job))
+            except KeyboardInterrupt as stop:
+                raise KeyboardInterrupt(
+                    f"interrupted in the job of line {job.line}; the same command goes on with it"
+                ) from stop
+    counts = {state: sum(r["state"] == state for r in results) for state in ("done", "skipped", "failed")}
+    console.say(f"{counts['done']} done, {counts['skipped']} were done before, {counts['failed']} failed")
+    for result in results:
+        if result["state"] == "failed":
+            console.say(f"  line {result['line']}: {result['error']}")
+    console.result({"jobs": results, **counts})
+    return FAILED if counts["failed"] else DONE
+
+
+class _Batch:
+    """What the jobs share: the model, loaded when the first job needs it."""
+
+    def __init__(self, options: Namespace, console: Console) -> None:
+        self._folder: Path = options.output_dir
+        self._options, self._console = options, console
+        self._checkpoint = choose_model(options.model, options.models_dir, console)
+        self._usual: RunDefaults = run_defaults(self._checkpoint)
+        self._setup = Setup.from_options(options)
+        self._model = describe_model(self._checkpoint, self._setup.to_json(), not options.no_hash)
+        self._pipe: WanVideoPipeline | None = None
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """Do one job, unless it is done; the facts for the summary. RunFailedError if no model loads."""
+        try:
+            task = self._prepared(job)
+        except _ERRORS as error:
+            return self._failure(job, error)
+        if task is None:
+            return {"line": job.line, "state": "skipped"}
+        if self._pipe is None:
+            self._console.note("load the model")
+            self._pipe = load_pipeline(self._checkpoint, self._setup)
+        try:
+            path, record = run_task(self._pipe, task, self._model, self._setup, self._console)
+        except _ERRORS as error:
+            return self._failure(job, error)
+        self._console.say(summary(path, record))
+        return {"line": job.line, "state": "done", "output": str(path)}
+
+    def _prepared(self, job: Job) -> Task | None:
+        """The task of a job; None if it is done."""
+        task = make_task(job.given, job.reference, self._usual, is_published(self._checkpoint))
+        mark = job_hash(job, task.reference, self._model)
+        output = job.output or default_output(job, mark, self._folder)
+        there = finished_record(output)
+        if there is not None and there.job == mark and not differences(there, task.reference, self._model):
+            self._console.note(f"{output} was done before")
+            return None
+        if there is not None and not self._options.overwrite:
+            raise UsageError(f"{output} exists, made in another way; name another or --overwrite")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        check_output(output, self._options.overwrite)
+        saving = saving_arguments(self._options, output)
+        return replace(task, output=output, overwrite=self._options.overwrite, saving=saving, job=mark)
+
+    def _failure(self, job: Job, error: Exception) -> dict[str, Any]:
+        logger.info("the job of line %d failed", job.line, exc_info=error)
+        text = str(error) or type(error).__name__
+        self._console.problem(f"line {job.line} failed: {text}")
+        return {"line": job.line, "state": "failed", "error": text}
+
+
+def finished_record(video: Path) -> RunRecord | None:
+    """The record of a finished video, from inside it or, if it is too long for that, from beside it.
+
+    A record that is missing beside the video is written again. None if there is no video, or no record.
+    """
+    if not video.is_file():
+        return None
+    try:
+        record = read_record(video)
+    except ValueError:
+        return _beside(video)
+    if _beside(video) != record:
+        write_record(record, video)
+    return record
+
+
+def _beside(video: Path) -> RunRecord | None:
+    try:
+        return read_record(record_path(video))
+    except (ValueError, FileNotFoundError):
+        return None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one batch writes to a folder at a time; the lock ends with the process, however that ends."""
+    import fcntl
+
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFailedError(f"another batch is writing to {folder}; wait for its end") from error
+        yield

@@ -1,0 +1,43 @@
+"""`fastvmt compare`: videos beside each other, with labels."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffsynth.cli.console import Console
+from diffsynth.cli.errors import DONE, UsageError
+from diffsynth.cli.outputs import check_output, publish_plain
+from diffsynth.cli.tasks import DEFAULT_FPS, open_reference
+from diffsynth.evaluation.compare import side_by_side
+
+
+def run(options: Namespace, console: Console) -> int:
+    """Write the video that shows them all, as long as the shortest."""
+    if len(options.videos) < 2:
+        raise UsageError("give two or more videos to compare")
+    labels = labels_of(options.videos, options.labels)
+    check_output(options.output, options.overwrite)
+    videos = {label: open_reference(path) for label, path in zip(labels, options.videos, strict=True)}
+    fps = options.fps or next(iter(videos.values())).fps or DEFAULT_FPS
+    frames = side_by_side(videos, height=options.height)
+    path = publish_plain(frames, options.output, fps=fps, overwrite=options.overwrite)
+    facts = {"output": str(path), "labels": labels, "frames": len(frames), "fps": fps}
+    console.say(f"{path}: {len(frames)} frames, {' | '.join(labels)}")
+    console.result(facts)
+    return DONE
+
+
+def labels_of(videos: Sequence[Path], given: Sequence[str] | None) -> list[str]:
+    """A label for each video: as given, else its name, with a number where two are alike."""
+    if given is not None:
+        if len(given) != len(videos) or len(set(given)) != len(given):
+            raise UsageError(f"--labels must be {len(videos)} different texts; got {', '.join(given)}")
+        return list(given)
+    labels: list[str] = []
+    for name in (path.resolve().stem for path in videos):
+        number = 2
+        label = name
+        while label in labels:
+            label, number = f"{name} ({number})", number + 1
+        labels.append(label)
+    return labels

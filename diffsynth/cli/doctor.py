@@ -1,0 +1,122 @@
+"""`fastvmt doctor`: is everything there that a run needs, and what would it run on."""
+
+import platform
+import shutil
+import subprocess
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from diffsynth import __version__
+from diffsynth.cli.console import Console
+from diffsynth.cli.errors import DONE, FAILED
+from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.download import missing_files
+from diffsynth.configs.locate import checkpoint_folder
+
+NEEDED = ("torch", "numpy", "pillow", "einops", "safetensors", "tqdm", "ftfy", "tokenizers", "imageio-ffmpeg")
+# What they add, where they are not needed by every run.
+EXTRA = {
+    "sentencepiece": "checkpoints without a tokenizer.json",
+    "transformers": "fastvmt evaluate --clip",
+    "modelscope": "fastvmt download",
+    "huggingface-hub": "fastvmt download --source huggingface",
+    "opencv-python-headless": "fastvmt evaluate",
+}
+GIB = 2**30
+
+
+def run(options: Namespace, console: Console) -> int:
+    """Look, tell, and return 1 if something that every run needs is not there."""
+    facts, problems = examine(Path(options.models_dir))
+    for heading, values in facts.items():
+        console.say(heading.replace("_", " "))
+        for name, value in values.items():
+            console.say(f"  {name:<24}{value}")
+    console.say("all that a run needs is here" if not problems else "problems")
+    for problem in problems:
+        console.say(f"  {problem}")
+    console.result({**facts, "problems": problems})
+    return FAILED if problems else DONE
+
+
+def examine(models_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What there is, by heading and name, and what is wrong."""
+    problems = []
+    versions = {"fastvmt": __version__, "python": platform.python_version()}
+    for package in NEEDED:
+        versions[package] = installed_version(package) or "missing"
+        if versions[package] == "missing":
+            problems.append(f"package {package} is missing: pip install {package}")
+    for package, purpose in EXTRA.items():
+        versions[package] = installed_version(package) or f"not installed; needed for {purpose}"
+    facts: dict[str, dict[str, Any]] = {"versions": versions}
+    if installed_version("torch") is not None:
+        facts |= _device()
+    facts["ffmpeg"] = _ffmpeg(problems)
+    facts["models"] = _models(models_dir, problems)
+    return facts, problems
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> dict[str, dict[str, Any]]:
+    import torch
+
+    from diffsynth.models.attention import BACKENDS
+    from diffsynth.pipelines.record import describe_device
+    from diffsynth.vram_management import available_memory, choose_device, device_memory
+
+    device = choose_device("auto")
+    described = {**describe_device(device), "free memory": f"{available_memory(device) / GIB:.1f} GiB"}
+    if device_memory(device):
+        described["memory"] = f"{device_memory(device) / GIB:.1f} GiB"
+        described["free memory of the CPU"] = f"{available_memory(torch.device('cpu')) / GIB:.1f} GiB"
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    kernels = {
+        name: backend.refusal(device.type, dtype, 128, needs_grad=False) or "usable"
+        for name, backend in BACKENDS.items()
+    }
+    return {"device": described, "attention_kernels": kernels}
+
+
+def _ffmpeg(problems: list[str]) -> Mapping[str, str]:
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        program = get_ffmpeg_exe()
+        said = subprocess.run([program, "-version"], capture_output=True, text=True, check=True).stdout
+    except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        problems.append(f"ffmpeg does not run, so videos can neither be read nor written: {error}")
+        return {"program": "missing"}
+    return {"program": program, "version": said.split("\n")[0]}
+
+
+def _models(models_dir: Path, problems: list[str]) -> dict[str, str]:
+    models = {}
+    try:
+        models["nano"] = f"complete in {checkpoint_folder('nano')}"
+    except FileNotFoundError as error:
+        models["nano"] = "missing"
+        problems.append(str(error))
+    for name, checkpoint in PUBLISHED.items():
+        folder = models_dir / checkpoint.folder
+        missing = missing_files(folder, checkpoint)
+        if not folder.is_dir():
+            models[name] = f"not there; fetch it with: fastvmt download {name}"
+        elif missing:
+            faults = "; ".join(missing)
+            models[name] = f"incomplete in {folder}: {faults}; go on with: fastvmt download {name}"
+        else:
+            models[name] = f"complete in {folder}"
+    place = next(p for p in (models_dir.absolute(), *models_dir.absolute().parents) if p.exists())
+    models["free disk space"] = f"{shutil.disk_usage(place).free / GIB:.1f} GiB"
+    return models

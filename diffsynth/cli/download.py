@@ -1,0 +1,25 @@
+"""`fastvmt download`: fetch published weights."""
+
+from argparse import Namespace
+
+from diffsynth.cli.console import Console
+from diffsynth.cli.errors import DONE
+from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.download import download, missing_files
+
+
+def run(options: Namespace, console: Console) -> int:
+    """Fetch what is missing of one size, or of all."""
+    folders = {}
+    for name in PUBLISHED if options.model == "all" else [options.model]:
+        checkpoint = PUBLISHED[name]
+        folder = options.models_dir / checkpoint.folder
+        missing = missing_files(folder, checkpoint)
+        if missing:
+            console.note(f"{checkpoint.name}: {len(missing)} files from {options.source} into {folder}")
+        for line in missing:
+            console.note(f"  {line}")
+        folders[name] = str(download(checkpoint, options.models_dir, options.source))
+        console.say(f"{checkpoint.name}: complete in {folder}")
+    console.result({"models": folders})
+    return DONE

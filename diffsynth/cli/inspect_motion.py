@@ -1,0 +1,67 @@
+"""`fastvmt inspect`: the motion that a reference would transfer, before anything is generated."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from diffsynth.cli.console import Console
+from diffsynth.cli.errors import DONE, UsageError
+from diffsynth.cli.models import Setup, choose_model, is_published, load_pipeline
+from diffsynth.cli.outputs import check_folder
+from diffsynth.cli.tasks import DEFAULT_FPS, open_reference, published_size
+from diffsynth.configs.defaults import run_defaults
+from diffsynth.data import VideoData
+from diffsynth.evaluation.flow_images import save_flow_video
+from diffsynth.evaluation.reference_flow import reference_flow
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.arguments import video_length, video_size
+
+
+def run(options: Namespace, console: Console) -> int:
+    """Write the flow as a video: arrows over the frames, colours beside them."""
+    output = options.output or Path(f"{options.reference.resolve().stem}-motion")
+    _check_empty(output, options.overwrite)
+    folder = choose_model(options.model, options.models_dir, console)
+    motion = MotionGuidance.for_checkpoint(folder, options.mode)
+    video = _as_transferred(options, folder)
+    setup = Setup.from_options(options)
+    console.note("load the model")
+    pipe = load_pipeline(folder, setup)
+    console.note("read the motion")
+    with setup.attention_kernel():
+        flow = reference_flow(pipe, video, motion=motion, sigma=options.sigma)
+    output.mkdir(exist_ok=True)
+    path = save_flow_video(
+        flow, output / "motion.mp4", sf=motion.sf, frames=video, fps=video.fps or DEFAULT_FPS
+    )
+    pairs, rows, cols = flow.shape[:3]
+    console.say(f"{path}: flow of {pairs} pairs of latent frames, {rows}x{cols} tokens")
+    console.result({"files": [str(path)], "pairs": pairs, "token_grid": [rows, cols]})
+    return DONE
+
+
+def _as_transferred(options: Namespace, folder: Path) -> VideoData:
+    """The reference at the size and length at which a run would take it."""
+    usual = run_defaults(folder)
+    given = {name: getattr(options, name) for name in ("height", "width")}
+    call = {name: value for name, value in given.items() if value is not None}
+    video = open_reference(options.reference)
+    if is_published(folder):
+        call = {**published_size(video, call), **call}
+    height, width = video_size(call.get("height"), call.get("width"), usual, video)
+    length = video_length(call.get("num_frames"), usual, video)
+    place = {"image_folder" if options.reference.is_dir() else "video_file": options.reference}
+    fitted = VideoData(**place, height=height, width=width)
+    fitted.set_length(length)
+    return fitted
+
+
+def _check_empty(folder: Path, overwrite: bool) -> None:
+    """Raises UsageError if the folder cannot be made, or has files in it."""
+    if not folder.is_dir():
+        if folder.exists():
+            raise UsageError(f"output {folder} is a file; give the name of a folder")
+        check_folder(folder.parent)
+    elif any(folder.iterdir()) and not overwrite:
+        raise UsageError(f"output folder {folder} has files in it; give another one, or --overwrite")
+    else:
+        check_folder(folder)

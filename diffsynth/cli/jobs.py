@@ -1,0 +1,157 @@
+"""The jobs of a batch: read from JSON lines or CSV, checked before anything runs."""
+
+import csv
+import hashlib
+import json
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsynth.cli.errors import UsageError
+from diffsynth.cli.options import CALL_SWITCHES, MOTION, flag
+from diffsynth.cli.parser import Parser, job_parser
+from diffsynth.cli.values import as_text
+
+MARK_LENGTH = 10  # of a job's hash, in a name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One video of a batch.
+
+    line: of the jobs file. given: its options, those of the batch among them. reference: its path, or None.
+    output: where its video goes, inside the output folder; None for a name made of the reference's and of the
+    job's hash.
+    """
+
+    line: int
+    given: Mapping[str, Any]
+    reference: Path | None
+    output: Path | None
+
+
+def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[Job]:
+    """The jobs of a file. shared: options that hold where a job does not name them.
+
+    Raises FileNotFoundError without the file, and UsageError that names the line for what cannot be read, for
+    unknown options, for an output outside of output_dir, and for one that two jobs name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"jobs file {path} does not exist")
+    readers = {".jsonl": _json_lines, ".csv": _csv_lines}
+    if path.suffix.lower() not in readers:
+        raise UsageError(f"jobs file {path} must end in .jsonl or .csv")
+    parser = job_parser()
+    jobs = [
+        _job(parser, f"{path}, line {line}", line, values, path.parent, output_dir, shared)
+        for line, values in readers[path.suffix.lower()](path)
+    ]
+    if not jobs:
+        raise UsageError(f"jobs file {path} holds no jobs")
+    twice = [
+        str(name) for name, count in Counter(job.output for job in jobs if job.output).items() if count > 1
+    ]
+    if twice:
+        raise UsageError(f"jobs file {path}: more than one job has the output {', '.join(twice)}")
+    return jobs
+
+
+def job_hash(job: Job, reference: Mapping[str, Any] | None, model: Mapping[str, Any]) -> str:
+    """What tells a job from others: its options, its reference's content, the model's files and types.
+
+    Not where it runs: a batch may go on elsewhere, or with other settings for memory.
+    """
+    facts = {
+        "given": dict(job.given),
+        "reference": reference and reference["sha256"],
+        "model": {name: file["bytes"] for name, file in model["files"].items()},
+        "types": [model["setup"][name] for name in ("dtype", "vae_dtype")],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def default_output(job: Job, mark: str, output_dir: Path) -> Path:
+    """The name of a job that names none; the same for the same job, wherever it stands in the file."""
+    stem = "text" if job.reference is None else job.reference.stem
+    return output_dir / f"{stem}-{mark[:MARK_LENGTH]}.mp4"
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: not valid JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise UsageError(f"{path}, line {number}: a job must be an object; got {line.strip():.60}")
+        yield number, values
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.DictReader(_text(path).splitlines(keepends=True), strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise UsageError(f"{path}, line {rows.line_num}: not as many cells as the first line has")
+            # An empty cell is an option that the job does not name.
+            yield rows.line_num, {name: text for name, text in row.items() if text}
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {rows.line_num}: {error}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"jobs file {path} is not UTF-8 text ({error})") from error
+
+
+def _job(
+    parser: Parser,
+    where: str,
+    line: int,
+    values: Mapping[str, Any],
+    base: Path,
+    output_dir: Path,
+    shared: Mapping[str, Any],
+) -> Job:
+    values = dict(values)
+    motion = values.pop("motion", {})
+    if not isinstance(motion, dict):
+        raise UsageError(f"{where}: motion must be an object of its numbers; got {motion!r}")
+    values |= {MOTION + name: value for name, value in motion.items()}
+    arguments = [word for name, value in values.items() for word in _words(name, value)]
+    try:
+        given = vars(parser.parse_args(arguments, Namespace(**shared)))
+    except UsageError as error:
+        raise UsageError(f"{where}: {str(error).removesuffix(' (see job --help)')}") from error
+    reference, output = given.pop("reference", None), given.pop("output", None)
+    return Job(
+        line=line,
+        given=given,
+        reference=None if reference is None else base / reference,
+        output=None if output is None else _inside(output_dir, output, where),
+    )
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """An entry of a job as words of a command line; numbers and texts are read as they are there."""
+    name = name.strip().replace("-", "_")
+    if name in CALL_SWITCHES:
+        on = value if isinstance(value, bool) else str(value).lower() in ("true", "yes", "on", "1")
+        return [flag(name) if on else f"--no-{flag(name)[2:]}"]
+    if value is None and not name.startswith(MOTION):  # null in JSON
+        return []
+    return [f"{flag(name)}={as_text(value)}"]
+
+
+def _inside(folder: Path, name: str, where: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()) or path.resolve() == folder.resolve():
+        raise UsageError(f"{where}: output {name!r} is outside of the output folder {folder}")
+    return path

@@ -1,0 +1,254 @@
+"""The command line of `fastvmt`: its commands, their options and examples. Needs no torch."""
+
+import argparse
+from pathlib import Path
+
+from diffsynth import __version__
+from diffsynth.cli.errors import UsageError
+from diffsynth.cli.options import (
+    DTYPES,
+    WIDE_DTYPES,
+    add_model_options,
+    add_plan_options,
+    add_run_options,
+    add_saving_options,
+)
+from diffsynth.cli.values import number, several, whole
+from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.download import SOURCES
+
+TRACKERS = ("auto", "lk", "cotracker")
+FLOW_MODES = ("effi_AMF", "AMF")
+SHELLS = ("bash", "zsh", "fish")
+_REFERENCE = "a video file, or a folder of images"
+
+_EXAMPLES = {
+    "": """
+  fastvmt transfer ref.mp4 --prompt "a blue star on a yellow background" -o out.mp4
+  fastvmt transfer --from out.mp4.json -o again.mp4
+  fastvmt inspect ref.mp4
+  fastvmt doctor
+
+exit codes: 0 done, 1 failed, 2 bad arguments (nothing heavy has run), 130 interrupted""",
+    "transfer": """
+  fastvmt transfer ref.mp4 --prompt "a red fox in fresh snow" -o fox.mp4
+  fastvmt transfer ref.mp4 --prompt "a red fox" --preset fast --motion-scale 1.5 --seed 3
+  fastvmt transfer ref.mp4 --prompt "a red fox" --model 14b --offload --mode AMF --motion-guided-steps 6
+  fastvmt transfer --mode No_transfer --prompt "a red fox" -o fox.mp4     from text alone
+  fastvmt transfer ref.mp4 --prompt "a red fox" -o fox.mp4 --resume        a long run that may be stopped
+  fastvmt transfer --from fox.mp4.json -o again.mp4                       the same run once more
+
+Beside the video stands its record, fox.mp4.json, with all that the run was; the video holds it, too.""",
+    "inspect": """
+  fastvmt inspect ref.mp4 -o ref-motion
+  fastvmt inspect ref.mp4 --model 1.3b --mode AMF --sigma 0.5""",
+    "compare": """
+  fastvmt compare ref.mp4 slow.mp4 fast.mp4 -o compare.mp4
+  fastvmt compare ref.mp4 out.mp4 --labels reference result -o compare.mp4 --height 320""",
+    "evaluate": """
+  fastvmt evaluate out.mp4 ref.mp4
+  fastvmt evaluate out.mp4 ref.mp4 --prompt "a red fox" --clip models/clip --json""",
+    "plan": """
+  fastvmt plan --model 14b --height 480 --width 832 --frames 81 --vram 24
+  fastvmt plan --model 1.3b --preset fast --json""",
+    "download": """
+  fastvmt download 1.3b
+  fastvmt download all --models-dir /data/models --source huggingface""",
+    "doctor": """
+  fastvmt doctor
+  fastvmt doctor --json""",
+    "batch": """
+  fastvmt batch jobs.jsonl -o results --preset balanced
+  fastvmt batch jobs.csv -o results --model 1.3b
+
+a line of jobs.jsonl:
+  {"reference": "ref.mp4", "prompt": "a red fox", "seed": 3, "motion_tau": 2, "output": "fox.mp4"}
+the first lines of jobs.csv:
+  reference,prompt,seed
+  ref.mp4,a red fox,3
+
+Keys are the options of `fastvmt transfer`; options given here hold for all jobs that do not name them.
+References are relative to the jobs file, outputs are inside the output folder. Started again, it goes on
+where it stopped.""",
+    "decode": """
+  fastvmt decode .fox.mp4.run/latents-0123456789ab-001.safetensors -o fox.mp4 --model 14b""",
+    "completion": """
+  eval "$(fastvmt completion bash)"          in ~/.bashrc; likewise zsh in ~/.zshrc
+  fastvmt completion fish > ~/.config/fish/completions/fastvmt.fish""",
+}
+
+_USAGES = {
+    "transfer": "[REF] --prompt PROMPT [-o OUT]",
+    "inspect": "REF [-o DIR]",
+    "plan": "[--model MODEL] [--vram GB]",
+    "batch": "JOBS -o DIR",
+    "decode": "LATENTS -o OUT",
+}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Examples stay as they are written, and options have a column that most of them fit in."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError where argparse's own would end the process."""
+
+    def __init__(self, *, examples: str = "", **options: object) -> None:
+        options.setdefault("formatter_class", _Help)
+        epilog = f"examples:{examples}" if examples else None
+        super().__init__(allow_abbrev=False, epilog=epilog, **options)
+
+    def error(self, message: str) -> None:
+        """Raises UsageError with what is wrong and where the options are listed."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command."""
+    parser = Parser(
+        prog="fastvmt",
+        description="Video motion transfer without training: a reference's motion, a prompt's content.",
+        examples=_EXAMPLES[""],
+    )
+    parser.add_argument("--version", action="version", version=f"fastvmt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared = _shared_options()
+
+    def command(name: str, text: str) -> Parser:
+        # The long lists of options are told below, by group.
+        usage = f"fastvmt {name} {_USAGES[name]} [options]" if name in _USAGES else None
+        examples = _EXAMPLES.get(name, "")
+        return commands.add_parser(
+            name, help=text, description=text, parents=[shared], examples=examples, usage=usage
+        )
+
+    _add_transfer(command("transfer", "Make a video that moves as a reference does and shows a prompt."))
+    _add_inspect(command("inspect", "Show the motion that a reference would transfer; generates nothing."))
+    _add_compare(command("compare", "Put videos beside each other, with labels."))
+    _add_evaluate(command("evaluate", "Measure how well a video follows a reference's motion."))
+    _add_plan(command("plan", "Predict memory and cost of a run, and the settings that fit into a card."))
+    _add_download(command("download", "Fetch published weights; goes on where an earlier download stopped."))
+    doctor = command("doctor", "Check this installation: versions, device, memory, ffmpeg, models.")
+    doctor.add_argument("--models-dir", default="models", metavar="DIR", help="where models are (models)")
+    _add_batch(command("batch", "Make many videos with one load of the model."))
+    _add_decode(command("decode", "Make the video of final latents that a run left."))
+    completion = command("completion", "Print a script for the shell's tab completion.")
+    completion.add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def job_parser() -> Parser:
+    """The parser of one job of a batch: the options of a run, its reference and its output."""
+    parser = Parser(prog="job", add_help=False)
+    parser.add_argument("--reference", default=argparse.SUPPRESS)
+    parser.add_argument("--output", default=argparse.SUPPRESS)
+    add_run_options(parser)
+    return parser
+
+
+def _shared_options() -> Parser:
+    shared = Parser(add_help=False)
+    group = shared.add_argument_group("what is printed")
+    group.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    group.add_argument("-v", "--verbose", action="store_true", help="tell the choices that are made")
+    group.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return shared
+
+
+def _add_transfer(parser: Parser) -> None:
+    parser.add_argument("reference", nargs="?", type=Path, metavar="REF", help=_REFERENCE)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help="video file; a free name in the current folder, of reference, mode and seed, by default",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--from", dest="record", type=Path, metavar="RECORD", help="repeat the run of a record or its video"
+    )
+    parser.add_argument("--force", action="store_true", help="with --from: although something changed")
+    add_run_options(parser)
+    add_saving_options(parser)
+    add_model_options(parser)
+
+
+def _add_inspect(parser: Parser) -> None:
+    parser.add_argument("reference", type=Path, metavar="REF", help=_REFERENCE)
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the result (REF-motion)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
+    parser.add_argument("--height", type=whole, metavar="N", help="pixels; as for transfer")
+    parser.add_argument("--width", type=whole, metavar="N", help="pixels, as height")
+    parser.add_argument("--mode", choices=FLOW_MODES, default="effi_AMF", help="whose flow (effi_AMF)")
+    parser.add_argument("--sigma", type=number, default=0.7, metavar="X", help="noise level, in (0, 1] (0.7)")
+    add_model_options(parser)
+
+
+def _add_compare(parser: Parser) -> None:
+    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="two or more, in this order")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="video file")
+    parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one for each video; file names")
+    parser.add_argument("--height", type=whole, default=256, metavar="N", help="of each video, pixels (256)")
+    parser.add_argument("--fps", type=number, metavar="X", help="frames a second; the first video's")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def _add_evaluate(parser: Parser) -> None:
+    parser.add_argument("generated", type=Path, metavar="OUT", help="the video to measure")
+    parser.add_argument("reference", type=Path, metavar="REF", help="the video whose motion it follows")
+    parser.add_argument("--prompt", help="what the video should show; measured with a CLIP")
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="folder of a CLIP")
+    parser.add_argument("--tracker", choices=TRACKERS, default="auto", help="auto: cotracker if it is there")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="CoTracker's weights")
+    parser.add_argument("--grid", type=whole, default=40, metavar="N", help="points in a row and column (40)")
+    parser.add_argument("--device", default="auto", help="where CLIP and CoTracker run (auto)")
+
+
+def _add_plan(parser: Parser) -> None:
+    parser.add_argument("--model", help="1.3b or 14b, which need no weights here; else as for transfer")
+    parser.add_argument("--models-dir", default="models", metavar="DIR", help="where models are (models)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
+    parser.add_argument("--vram", type=number, metavar="GB", help="memory of the device; no limit")
+    add_plan_options(parser)
+
+
+def _add_download(parser: Parser) -> None:
+    parser.add_argument("model", choices=[*PUBLISHED, "all"], help="which size")
+    parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="(models)")
+    parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help=f"the hub ({SOURCES[0]})")
+
+
+def _add_batch(parser: Parser) -> None:
+    parser.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl or .csv file, a job a line")
+    parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs made in another way")
+    add_run_options(parser)
+    add_saving_options(parser)
+    add_model_options(parser)
+
+
+def _add_decode(parser: Parser) -> None:
+    parser.add_argument(
+        "latents", type=Path, metavar="LATENTS", help="latents-*.safetensors of a run's folder"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="video file")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--model", help="as for transfer; its VAE must be that of the run")
+    parser.add_argument(
+        "--models-dir", default="models", metavar="DIR", help="where 1.3b and 14b are (models)"
+    )
+    parser.add_argument("--device", default="auto", help="(auto)")
+    parser.add_argument("--vae-dtype", choices=WIDE_DTYPES, default=WIDE_DTYPES[0], help="(float32)")
+    parser.add_argument("--tiled", action=argparse.BooleanOptionalAction, default=True, help="(on)")
+    pair = several(whole, 2)
+    parser.add_argument(
+        "--tile-size", type=pair, default=(30, 52), metavar="VALUE", help="ROWS,COLUMNS (30,52)"
+    )
+    parser.add_argument("--tile-stride", type=pair, default=(15, 26), metavar="VALUE", help="(15,26)")
+    parser.add_argument("--fps", type=number, metavar="X", help="frames a second; the reference's, else 15")
+    parser.add_argument("--quality", type=number, default=8, metavar="X", help="0 (small) to 10 (best) (8)")

@@ -1,0 +1,93 @@
+"""Progress of a run on stderr, stage by stage, and Ctrl-C, which asks the run to stop."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from diffsynth.cli.console import Console
+from diffsynth.pipelines.events import RunEvent
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+INTERRUPTED_TEXT = "interrupted; no video was written"
+
+
+class Progress:
+    """An observer of a run: a line for each stage, a bar for the denoising steps.
+
+    Once `stopping`, it ends the run by KeyboardInterrupt where the next stage begins, before any decoding.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.stopping = False
+        self._console = console
+        self._bar: tqdm | None = None
+
+    def __call__(self, event: RunEvent) -> None:
+        if event.steps == 0:
+            self._begin(event.stage)
+        elif event.stage == "guidance":
+            self._guided(event)
+        else:
+            bar = self._open("sampling", event.steps)
+            bar.update(event.step - bar.n)
+
+    def stage(self, name: str) -> None:
+        """A stage outside of the pipeline's call begins."""
+        self.close()
+        self._console.note(name)
+
+    def close(self) -> None:
+        """End the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _begin(self, stage: str) -> None:
+        if self.stopping:
+            raise KeyboardInterrupt(INTERRUPTED_TEXT)
+        self.stage(stage)
+
+    def _guided(self, event: RunEvent) -> None:
+        # How many sampling steps there are is known with the first of them.
+        bar = self._open(f"guided step {event.step}/{event.steps}", None)
+        if event.losses:
+            bar.set_postfix_str(f"motion loss {event.losses[-1]:.4g}")
+
+    def _open(self, doing: str, steps: int | None) -> tqdm:
+        if self._bar is None:
+            quiet = self._console.quiet
+            self._bar = tqdm(desc=doing, total=steps, file=sys.stderr, disable=quiet, unit="step")
+        self._bar.total = self._bar.total if steps is None else steps
+        self._bar.set_description_str(doing)
+        return self._bar
+
+
+@contextmanager
+def stopping_on_interrupt(pipe: WanVideoPipeline, progress: Progress, console: Console) -> Iterator[None]:
+    """Inside this context the first Ctrl-C asks the pipeline to stop; a second one stops at once.
+
+    Only in the main thread, where Python allows it; a signal that the process ignores stays ignored.
+    """
+
+    def stop(_signal: int, _frame: object) -> None:
+        if progress.stopping:
+            raise KeyboardInterrupt(INTERRUPTED_TEXT)
+        progress.stopping = True
+        pipe.interrupt()
+        console.problem("stopping after this step; Ctrl-C again stops at once")
+
+    before = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    ours = in_main and before not in (None, signal.SIG_IGN)
+    if ours:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+        progress.close()

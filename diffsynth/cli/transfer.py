@@ -1,0 +1,108 @@
+"""`fastvmt transfer`: one video, from options or from the record of an earlier run."""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffsynth.cli.console import Console
+from diffsynth.cli.errors import DONE, UsageError
+from diffsynth.cli.models import Setup, choose_model, is_published, load_pipeline
+from diffsynth.cli.options import flag
+from diffsynth.cli.outputs import check_folder, check_output
+from diffsynth.cli.saving import saving_arguments
+from diffsynth.cli.tasks import Task, make_task, open_reference, run_options, run_task, summary
+from diffsynth.configs.defaults import run_defaults
+from diffsynth.pipelines.record import (
+    RunRecord,
+    describe_model,
+    describe_reference,
+    differences,
+    read_record,
+    record_path,
+)
+
+
+def run(options: Namespace, console: Console) -> int:
+    """Make the video. What can be known to be wrong is told before the model loads."""
+    if options.output is None:
+        check_folder(Path.cwd())
+    else:
+        check_output(options.output, options.overwrite)
+    recorded = None
+    if options.record is None:
+        folder = choose_model(options.model, options.models_dir, console)
+        setup = Setup.from_options(options)
+        given = run_options(vars(options))
+        task = make_task(given, options.reference, run_defaults(folder), is_published(folder))
+    else:
+        recorded = _recorded(options)
+        folder = choose_model(options.model or recorded.model["folder"], options.models_dir, console)
+        setup = Setup.from_options(options, recorded.model["setup"])
+        task = _repetition(recorded, options)
+    saving = saving_arguments(options, options.output)
+    task = replace(task, output=options.output, overwrite=options.overwrite, saving=saving)
+    console.note("look at the model's files" if options.no_hash else "hash the model's files")
+    model = describe_model(folder, setup.to_json(), not options.no_hash)
+    if recorded is not None:
+        _check_unchanged(recorded, task, model, options.force, console)
+    console.note("load the model")
+    pipe = load_pipeline(folder, setup)
+    path, record = run_task(pipe, task, model, setup, console)
+    console.say(summary(path, record))
+    facts = {"output": str(path), "record_file": str(record_path(path)), "record": record.to_json()}
+    console.result({**facts, **_compared(recorded, record, console)})
+    return DONE
+
+
+def _recorded(options: Namespace) -> RunRecord:
+    given = run_options(vars(options))
+    if given:
+        raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, given))}")
+    return read_record(options.record)
+
+
+def _repetition(record: RunRecord, options: Namespace) -> Task:
+    """The task that a record repeats; the reference may have another place now."""
+    path = options.reference
+    if path is None and record.reference is not None:
+        path = Path(record.reference["path"])
+        if not path.exists():
+            raise UsageError(
+                f"the recorded reference {path} is not there; name its new place: "
+                f"fastvmt transfer REF --from {options.record}"
+            )
+    video = None if path is None else open_reference(path)
+    return Task(
+        call=record.call_arguments(),
+        video=video,
+        reference=None if video is None else describe_reference(path, len(video), video.fps),
+        fps=record.video["fps"],
+        quality=record.video["quality"],
+    )
+
+
+def _check_unchanged(
+    record: RunRecord, task: Task, model: Mapping[str, Any], force: bool, console: Console
+) -> None:
+    """Raises UsageError if what the run was made from has changed, unless force."""
+    found = differences(record, task.reference, model)
+    if found and not force:
+        raise UsageError(f"the run cannot be repeated: {'; '.join(found)} (--force to run it all the same)")
+    for text in found:
+        console.problem(f"{text}; going on, since --force is given")
+
+
+def _compared(recorded: RunRecord | None, record: RunRecord, console: Console) -> dict[str, bool]:
+    """Tell whether a repetition gave the recorded frames, and if not, what was otherwise."""
+    if recorded is None:
+        return {}
+    same = recorded.video["frames_sha256"] == record.video["frames_sha256"]
+    if same:
+        console.say("every frame is as recorded, to the bit")
+        return {"same_frames": True}
+    then, now = ({**r.versions, **{f"device {k}": r.device[k] for k in r.device}} for r in (recorded, record))
+    changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
+    console.problem(f"the frames are not as recorded{': ' if changed else ''}{', '.join(changed)}")
+    return {"same_frames": False}

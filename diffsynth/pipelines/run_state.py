@@ -1,0 +1,147 @@
+"""The state of a run in one file: tensors as safetensors, plain numbers as JSON in its metadata; no pickle.
+
+Files are written beside their place and moved there when they are complete and on the disk, so that a kill or
+a full disk leaves the last good one.
+"""
+
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffsynth.pipelines.contexts import Contexts
+
+FORMAT = 1
+PARTIAL = ".saving-"  # how the names of files begin that are still being written
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunInputs:
+    """What the denoising of each prompt starts from, on the device.
+
+    contexts: text embeddings, one a prompt. noise, and reference, if any: [1, C, F, h, w]. seconds: that each
+    stage took to make them.
+    """
+
+    contexts: list[Contexts]
+    noise: Tensor
+    reference: Tensor | None
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepState:
+    """A run between two denoising steps; its tensors are never changed in place.
+
+    step: steps done. latents: [1, C, F, h, w] after them. parts: states of scheduler, gradient memory and
+    step caches, by name. cost: of `RunCost`. settings: of the options that a lack of memory may change.
+    """
+
+    step: int
+    latents: Tensor
+    parts: Mapping[str, object]
+    cost: Mapping[str, object]
+    settings: Mapping[str, object]
+
+
+def joined(states: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """States by name as one, their entries named "name.entry"."""
+    return {f"{name}.{entry}": value for name, state in states.items() for entry, value in state.items()}
+
+
+def part(state: Mapping[str, object], name: str) -> dict[str, object]:
+    """The state that `joined` took in under a name; empty if there is none."""
+    start = f"{name}."
+    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+
+
+def save_state(path: Path, state: Mapping[str, object], facts: Mapping[str, object]) -> None:
+    """Write a state of tensors and plain numbers, and facts about it that JSON can hold.
+
+    Raises OSError if it cannot be written, ValueError for tensors that are not finite; either way a file that
+    was there stays.
+    """
+    from safetensors.torch import save
+
+    # Copies: safetensors refuses tensors that share memory, as a gradient kept under two names does.
+    tensors = {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+    _check_finite(tensors)
+    numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    text = json.dumps({"format": FORMAT, "numbers": numbers, "facts": facts})
+    metadata = {"fastvmt": text, "crc32": _checksum(text, tensors)}
+    write_whole(path, save(tensors, metadata))
+
+
+def load_state(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, object], dict[str, object]]:
+    """The state and the facts that `save_state` wrote, tensors on a device.
+
+    Raises FileNotFoundError if there is no such file, ValueError, naming it, if it is of another kind, cut
+    off, damaged, or holds tensors that are not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no state file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no state file: {error}") from error
+    text = metadata.get("fastvmt")
+    if text is None or metadata.get("crc32") != _checksum(text, tensors):
+        raise ValueError(f"{path} is damaged or no state file: its checksum does not fit")
+    content = json.loads(text)
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path} is of format {content['format']}; this version reads format {FORMAT}")
+    try:
+        _check_finite(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return {**moved, **content["numbers"]}, content["facts"]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that after a kill or a crash its old or its new content is there. Raises OSError."""
+    temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of the JSON and of all tensors: names, types and shapes are in a header of their own."""
+    crc = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        head = f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}"
+        crc = zlib.crc32(head.encode(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"

@@ -1,0 +1,60 @@
+"""SIGINT and SIGTERM while a run is being saved: an exception that says that the run can go on later."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A signal stopped a run whose finished steps are in a folder; the same call goes on with them.
+
+    signal: its number; folder: the run's checkpoint_dir. A KeyboardInterrupt, so that code which passes over
+    ordinary errors does not pass over this one.
+    """
+
+    def __init__(self, number: int, folder: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; finished steps are in {folder}: "
+            "the same call with this checkpoint_dir goes on from there"
+        )
+        self.signal, self.folder = number, folder
+
+
+@contextmanager
+def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
+    """Inside this context SIGINT and SIGTERM raise RunInterrupted, once; further ones are ignored.
+
+    It is raised at once and not at the end of a step, which may take a minute: a machine that is taken away
+    leaves seconds. interrupt: called first, so that the run also stops where its caller swallows exceptions.
+    Handlers are set in the main thread only, where Python allows it, and put back afterwards; a signal that
+    the process ignores stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if received:
+            return
+        received.append(number)
+        interrupt()
+        raise RunInterrupted(number, folder)
+
+    # None stands for a handler that Python did not set and could not put back.
+    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    ours = [s for s, handler in before.items() if handler not in (None, signal.SIG_IGN)]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+    if received:
+        raise RunInterrupted(received[0], folder)

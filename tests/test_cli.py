@@ -1,0 +1,627 @@
+"""The `fastvmt` command, as a user types it: results, messages, exit codes."""
+
+import inspect
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from diffsynth import VideoData, WanVideoPipeline, __version__
+from diffsynth.cli import compare, doctor, inspect_motion, models, options, outputs, parser, tasks, transfer
+from diffsynth.cli import download as download_command
+from diffsynth.cli.console import Console
+from diffsynth.cli.main import COMMANDS, main
+from diffsynth.cli.outputs import check_folder, reserve_name
+from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.download import DownloadError
+from diffsynth.evaluation.trackers import METHODS
+from diffsynth.models.attention import BACKENDS
+from diffsynth.models.model_manager import DTYPES
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines.cache_options import CACHES
+from diffsynth.pipelines.options import MODES
+from diffsynth.pipelines.record import read_record, record_path
+from diffsynth.pipelines.wan_video import WIDE_DTYPES
+from diffsynth.schedulers import SAMPLERS
+from diffsynth.testing import write_clip
+
+QUICK = ["--steps", "3", "--motion-guided-steps", "1", "--motion-inner-steps", "2", "--seed", "1"]
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clips") / "ref.mp4", num_frames=5, height=32, width=32)
+
+
+@pytest.fixture
+def transferring(tiny_checkpoint, clip, tmp_path):
+    """The arguments of a quick transfer to out.mp4 in tmp_path."""
+    output = ["-o", str(tmp_path / "out.mp4")]
+    return ["transfer", str(clip), "--prompt", "a cat", "--model", str(tiny_checkpoint), *output, *QUICK]
+
+
+@pytest.fixture
+def no_load(monkeypatch):
+    """Loading a model is an error of its own kind."""
+
+    def load(*_given):
+        raise AssertionError("the model was loaded")
+
+    for module in (transfer, inspect_motion):
+        monkeypatch.setattr(module, "load_pipeline", load)
+
+
+def visible(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "cache")
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+
+def test_help_comes_within_a_second_and_without_torch():
+    code = (
+        "import sys; from diffsynth.cli.main import main; code = main(['transfer', '--help']); "
+        "print([m for m in ('torch', 'numpy', 'PIL', 'transformers') if m in sys.modules], code)"
+    )
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 1
+    assert result.stdout.endswith("[] 0\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_options_and_all_but_none_examples(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: fastvmt {command}" in text
+    assert "--json" in text
+    assert f"examples:\n  {'eval' if command == 'completion' else f'fastvmt {command}'}" in text
+
+
+def test_the_version_is_the_package_s(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastvmt {__version__}\n"
+
+
+def test_written_out_names_are_those_of_the_rooms():
+    assert options.MODES == MODES
+    assert tuple(SAMPLERS) == options.SAMPLERS
+    assert options.CACHES == CACHES
+    assert tuple(BACKENDS) == options.ATTENTION
+    assert set(options.DTYPES) == {str(dtype).removeprefix("torch.") for dtype in DTYPES} - {"float64"}
+    assert set(options.WIDE_DTYPES) <= {str(dtype).removeprefix("torch.") for dtype in WIDE_DTYPES}
+    assert parser.TRACKERS == METHODS
+
+
+def test_every_number_of_the_method_and_every_argument_of_the_call_is_an_option():
+    assert set(options.MOTION_OPTIONS) | {"mode", "sf"} == {field.name for field in fields(MotionGuidance)}
+    call = set(inspect.signature(WanVideoPipeline.__call__).parameters)
+    offered = set(vars(parser.build_parser().parse_args(["transfer"])))
+    offered |= {*options.CALL_OPTIONS, *options.CALL_CHOICES, *options.CALL_SWITCHES}
+    not_for_a_command = {
+        "self", "motion", "input_video", "prompt", "negative_prompt", "progress_bar_cmd",
+        "callback_on_step_end", "observer", "output_type", "test_latency", "latency_dir",
+    }  # fmt: skip
+    assert call - offered == not_for_a_command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (see fastvmt --help)"),
+        (["transform"], "argument COMMAND: invalid choice: 'transform'"),
+        (["transfer", "--sampler", "ddim"], "argument --sampler: invalid choice: 'ddim'"),
+        (["transfer", "--height", "tall"], "argument --height: must be a whole number; got 'tall'"),
+        (["transfer", "--cfg-scale", "much"], "argument --cfg-scale: must be a number; got 'much'"),
+        (["transfer", "--motion-tile", "3"], "--motion-tile: must be 2 values with commas between; got '3'"),
+        (["transfer", "--motion-lr", "1,a"], "argument --motion-lr: must be a number; got 'a'"),
+        (["transfer", "--motion-heads", "0,a"], "argument --motion-heads: must be a whole number; got 'a'"),
+        (["transfer", "--mot", "3"], "unrecognized arguments: --mot"),
+    ],
+)  # fmt: skip
+def test_a_command_line_that_cannot_be_read_is_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_values_are_read_as_people_write_them():
+    def read(*arguments):
+        return vars(parser.build_parser().parse_args(["transfer", *arguments]))
+
+    assert (
+        read("--motion-tile", "3x4")["motion_tile"] == read("--motion-tile", "3,4")["motion_tile"] == (3, 4)
+    )
+    assert read("--motion-heads", "0,3")["motion_heads"] == (0, 3)
+    assert read("--motion-heads", "mean_qk")["motion_heads"] == "mean_qk"
+    assert read("--motion-token-scale", "none")["motion_token_scale"] is None
+    assert "motion_token_scale" not in read()
+    assert (read("--no-tiled")["tiled"], read("--frames", "9")["num_frames"]) == (False, 9)
+
+
+def test_with_json_an_error_is_an_object_too(capsys):
+    assert main(["transfer", "--json", "--prompt", "a cat"]) == 2
+    captured = capsys.readouterr()
+    error = json.loads(captured.out)
+    assert error["exit_code"] == 2
+    assert captured.err.endswith(f"fastvmt: {error['error']}\n")
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path, capsys):
+    arguments = ["transfer", "--from", tmp_path / "none.json", "-o", tmp_path / "a.mp4"]
+    assert main([*arguments, "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# --- transfer -----------------------------------------------------------------------------------------------
+
+
+def test_a_transfer_writes_video_and_record_and_prints_one_json_object(transferring, tmp_path, capsys):
+    assert main([*transferring, "--json", "--motion-scale", "2", "--fps", "7", "--motion-tau", "3"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["output"] == str(tmp_path / "out.mp4")
+    assert (len(VideoData(result["output"])), VideoData(result["output"]).fps) == (5, 7)
+    record = read_record(result["record_file"])
+    assert (record.cost["sampling_ffe"], record.cost["guidance_ffe"] > 0) == (6, True)
+    assert record.to_json() == result["record"]
+    motion = record.options["motion"]
+    assert (motion["mode"], motion["lr"], motion["tau"]) == ("effi_AMF", [0.006, 0.004], 3)
+    assert visible(tmp_path) == ["out.mp4", "out.mp4.json"]
+
+
+def test_progress_names_the_stages_on_stderr_and_the_summary_is_on_stdout(transferring, tmp_path, capsys):
+    assert main(transferring) == 0
+    captured = capsys.readouterr()
+    stages = ["hash the model's files", "load the model", "encode text", "encode video", "decode", "write"]
+    places = [captured.err.index(f"{stage}\n") for stage in stages]
+    assert places == sorted(places)
+    assert "guided step 1/1" in captured.err
+    assert re.search(r"sampling: 100%.*3/3.*motion loss \d", captured.err)
+    assert re.fullmatch(
+        rf"{re.escape(str(tmp_path))}/out\.mp4: 5 frames of 32x32 at 15 frames a second, seed 1, [\d.]+ s\n",
+        captured.out,
+    )
+
+
+def test_quiet_says_nothing_but_the_result(transferring, capsys):
+    assert main([*transferring, "--quiet", "--no-hash"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert len(captured.out.splitlines()) == 1
+
+
+def test_without_a_name_the_video_gets_a_free_one_of_reference_mode_and_seed(
+    transferring, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    place = transferring.index("-o")
+    unnamed = transferring[:place] + transferring[place + 2 :]
+    assert main([*unnamed, "-q"]) == main([*unnamed, "-q", "--mode", "AMF"]) == main([*unnamed, "-q"]) == 0
+    videos = ["ref-AMF-seed1.mp4", "ref-effi_AMF-seed1-2.mp4", "ref-effi_AMF-seed1.mp4"]
+    assert [name for name in visible(tmp_path) if name.endswith(".mp4")] == videos
+
+
+def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
+    output = tmp_path / "text.mp4"
+    arguments = ["transfer", "--prompt", "a cat", "--mode", "No_transfer", "--model", tiny_checkpoint]
+    size = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "2", "--dtype", "float32"]
+    assert main([*arguments, *size, "-o", output, "-q", "--attention", "sdpa", "--offload"]) == 0
+    record = read_record(output)
+    assert (record.reference, record.options["motion"]) == (None, None)
+    assert record.model["setup"]["offload"] is True
+    assert VideoData(output).shape() == (32, 48)
+
+
+@pytest.mark.usefixtures("no_load")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "none.mp4"}, "video file none.mp4 does not exist"),
+        ({"-o": "out.gif"}, "output out.gif must end in one of .mp4, .m4v, .mov, .mkv, .avi"),
+        ({"-o": "none/out.mp4"}, "output folder none does not exist; make it first: mkdir -p none"),
+        ({"-o": "folder.mp4"}, "output folder.mp4 is a folder; give the name of a video file"),
+        ({"-o": "there.mp4"}, "output there.mp4 exists; give another name, or --overwrite"),
+        ({"-o": "link.mp4"}, "output link.mp4 exists; give another name, or --overwrite"),
+        ({"-o": "mine.mp4"}, "mine.mp4.json exists and is no record of a run; give another name"),
+        ({"--model": "2b"}, "2b is neither a checkpoint folder nor one of the names nano, 1.3b, 14b"),
+        ({"--preset": "warp"}, "preset must be one of exact, balanced, fast; got 'warp'"),
+        ({"--frames": "9"}, "num_frames is 9, but input_video has 5 frames"),
+        ({"--motion-reuse": "never"}, "reuse must be one of repeat, falling, extrapolate; got 'never'"),
+        ({"--motion-window": "20"}, "window"),
+        ({"--motion-scale": "0"}, "--motion-scale must be above 0; got 0.0"),
+        ({"--mode": "No_transfer"}, "--motion-guided-steps has no effect in mode No_transfer"),
+        ({"--checkpoint-every": "3"}, "--checkpoint-every needs --resume or --checkpoint-dir"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_model_loads(
+    transferring, tmp_path, monkeypatch, capsys, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "there.mp4").touch()
+    (tmp_path / "mine.mp4.json").write_text("{}")
+    (tmp_path / "link.mp4").symlink_to("nowhere.mp4")
+    arguments = list(transferring)
+    if "reference" in changes:
+        arguments[1] = changes["reference"]
+    else:
+        arguments += [word for change in changes.items() for word in change]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert visible(tmp_path) == ["folder.mp4", "link.mp4", "mine.mp4.json", "there.mp4"]
+
+
+@pytest.mark.usefixtures("no_load")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ref.mp4"], "--prompt is missing: what shall the video show?"),
+        (["--prompt", "a cat"], "a reference video is missing; for a video from text alone give --mode"),
+        (["ref.mp4", "--prompt", "a cat", "--resume"], "--resume needs -o OUT, or --checkpoint-dir"),
+    ],
+)  # fmt: skip
+def test_a_transfer_that_lacks_something_says_what(arguments, message, clip, monkeypatch, capsys):
+    monkeypatch.chdir(clip.parent)
+    assert main(["transfer", *arguments, "--model", "nano"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_load")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_to_is_refused(capsys, clip):
+    assert main(["transfer", clip, "--prompt", "a cat", "-o", "/proc/out.mp4"]) == 2
+    assert "output folder /proc cannot be written to" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_a_video_and_a_failed_run_keeps_it(transferring, tmp_path, monkeypatch):
+    out = tmp_path / "out.mp4"
+    out.write_bytes(b"precious")
+
+    def full(*_given, **_named):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            outputs, "save_with_metadata", lambda *_a, **_k: (_ for _ in ()).throw(OSError("disk full"))
+        )
+        assert main([*transferring, "--overwrite"]) == 1
+    assert (out.read_bytes(), visible(tmp_path)) == (b"precious", ["out.mp4"])
+    assert main([*transferring, "--overwrite"]) == 0
+    assert len(VideoData(out)) == 5
+
+
+def test_a_name_that_is_taken_during_the_run_is_not_written_over(transferring, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.mp4"
+
+    def meanwhile(*given, **named):
+        out.write_bytes(b"of another run")
+        return make_record(*given, **named)
+
+    make_record = tasks.make_record
+    monkeypatch.setattr(tasks, "make_record", meanwhile)
+    assert main(transferring) == 0
+    assert out.read_bytes() == b"of another run"
+    assert len(VideoData(tmp_path / "out-2.mp4")) == 5
+    assert record_path(tmp_path / "out-2.mp4").is_file()
+    assert f"{out} was taken meanwhile: the video is {tmp_path / 'out-2.mp4'}" in capsys.readouterr().err
+
+
+def test_a_file_system_without_hard_links_keeps_other_files_too(tmp_path, monkeypatch):
+    def link(_file, path):
+        raise (FileExistsError if path.exists() else PermissionError)("no links")
+
+    monkeypatch.setattr(outputs.os, "link", link)
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    with outputs.written_aside(tmp_path / "a.mp4", overwrite=False) as (temporary, final):
+        temporary.write_bytes(b"2")
+    assert (final, (tmp_path / "a-2.mp4").read_bytes()) == ([tmp_path / "a-2.mp4"], b"2")
+    assert visible(tmp_path) == ["a-2.mp4", "a.mp4"]
+
+
+def test_reserved_names_are_new_files(tmp_path):
+    assert [reserve_name(tmp_path, "a").name for _ in range(3)] == ["a.mp4", "a-2.mp4", "a-3.mp4"]
+
+
+def test_a_run_that_fails_is_exit_code_1_and_writes_nothing(transferring, tmp_path, monkeypatch, capsys):
+    def fail(*_given, **_named):
+        raise RuntimeError("denoising gave values that are not finite")
+
+    monkeypatch.setattr(WanVideoPipeline, "__call__", fail)
+    assert main(transferring) == 1
+    assert "fastvmt: denoising gave values that are not finite" in capsys.readouterr().err
+    assert visible(tmp_path) == []
+
+
+def test_a_damaged_model_is_a_failed_run(transferring, tiny_checkpoint, tmp_path, capsys):
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (model / "Wan2.1_VAE.pth").write_bytes(b"cut off")
+    assert main([*transferring, "--model", model]) == 1
+    assert "the model cannot be loaded" in capsys.readouterr().err
+
+
+class InterruptedAtStep(tasks.Progress):
+    """Ctrl-C is pressed `times` times after the first sampling step."""
+
+    times = 1
+    steps = 0
+
+    def __call__(self, event):
+        super().__call__(event)
+        if event.stage == "sampling" and event.step:
+            type(self).steps = event.step
+            if event.step == 1:
+                for _ in range(self.times):
+                    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_stops_the_run_and_leaves_nothing(transferring, tmp_path, monkeypatch, capsys, times):
+    monkeypatch.setattr(InterruptedAtStep, "times", times)
+    monkeypatch.setattr(tasks, "Progress", InterruptedAtStep)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(transferring) == 130
+    said = capsys.readouterr().err
+    assert "stopping after this step; Ctrl-C again stops at once" in said
+    assert said.endswith("fastvmt: interrupted; no video was written\n")
+    assert "decode\n" not in said
+    assert InterruptedAtStep.steps == 1
+    assert visible(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_an_interrupt_breaks_on_its_way_is_no_error(transferring, monkeypatch, capsys):
+    class Breaking(tasks.Progress):
+        def __call__(self, event):
+            if event.stage == "encode video":
+                signal.raise_signal(signal.SIGINT)
+                raise ValueError("0 frames decode, 5 when it was opened")
+
+    monkeypatch.setattr(tasks, "Progress", Breaking)
+    assert main(transferring) == 130
+    assert capsys.readouterr().err.endswith("fastvmt: interrupted; no video was written\n")
+
+
+def test_an_ignored_interrupt_stays_ignored(transferring, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "Progress", InterruptedAtStep)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main([*transferring, "-q"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "out.mp4").is_file()
+
+
+def test_a_run_in_another_thread_sets_no_handler(transferring, tmp_path):
+    thread = threading.Thread(target=main, args=([*transferring, "-q"],))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "out.mp4").is_file()
+
+
+def test_an_interrupt_before_the_run_is_exit_code_130(transferring, monkeypatch, capsys):
+    def interrupted(*_given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "load_pipeline", interrupted)
+    assert main(transferring) == 130
+    assert capsys.readouterr().err.endswith("fastvmt: interrupted\n")
+
+
+def test_a_stopped_run_goes_on_with_resume_and_clears_up_after_itself(
+    transferring, tmp_path, monkeypatch, capsys
+):
+    whole = [word.replace("out.mp4", "whole.mp4") for word in transferring]
+    assert main([*whole, "-q"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "Progress", InterruptedAtStep)
+        assert main([*transferring, "--resume", "-q"]) == 130
+    assert "finished steps are in" in capsys.readouterr().err
+    assert ".out.mp4.run" in visible(tmp_path)
+    assert main([*transferring, "--resume", "-q"]) == 0
+    assert ".out.mp4.run" not in visible(tmp_path)
+    hashes = {read_record(tmp_path / name).video["frames_sha256"] for name in ("out.mp4", "whole.mp4")}
+    assert len(hashes) == 1
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+def test_without_a_model_the_largest_complete_one_is_taken_else_nano_and_that_is_said(
+    tmp_path, monkeypatch, capsys
+):
+    assert models.choose_model(None, tmp_path, Console()).name == "Wan2.1-T2V-nano"
+    assert "fetch one with: fastvmt download 1.3b" in capsys.readouterr().err
+    for checkpoint in PUBLISHED.values():
+        (tmp_path / checkpoint.folder).mkdir()
+    missing = {"Wan2.1-T2V-14B": ["config.json: missing"], "Wan2.1-T2V-1.3B": []}
+    monkeypatch.setattr(models, "missing_files", lambda folder, _: missing[folder.name])
+    assert models.choose_model(None, tmp_path, Console()).name == "Wan2.1-T2V-1.3B"
+    assert "model: 1.3b, the largest complete one below" in capsys.readouterr().err
+    missing["Wan2.1-T2V-14B"] = []
+    assert models.choose_model(None, tmp_path, Console(quiet=True)).name == "Wan2.1-T2V-14B"
+
+
+def test_published_models_run_at_their_size_length_and_usual_negative_prompt(tmp_path, caplog):
+    usual = tasks.RunDefaults()
+    wide = write_clip(tmp_path / "wide.mp4", num_frames=85, height=36, width=64)
+    tall = write_clip(tmp_path / "tall.mp4", num_frames=3, height=64, width=36)
+
+    def call(reference, **given):
+        return tasks.make_task({"prompt": "a cat", **given}, reference, usual, published=True).call
+
+    assert {"height": 480, "width": 832, "num_frames": 81}.items() <= call(wide).items()
+    assert "the reference has 85 frames: its first 81 are used" in caplog.text
+    assert {"height": 832, "width": 480, "num_frames": 3}.items() <= call(tall).items()
+    assert call(tall)["negative_prompt"] == tasks.NEGATIVE_PROMPT
+    given = call(tall, height=320, negative_prompt="")
+    assert (given["height"], given["negative_prompt"], "width" in given) == (320, "", False)
+
+
+# --- the other commands -------------------------------------------------------------------------------------
+
+
+def test_compare_puts_videos_beside_each_other(clip, tmp_path, capsys):
+    out = tmp_path / "compare.mp4"
+    assert main(["compare", clip, clip, "-o", out, "--height", "32", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == {"output": str(out), "labels": ["ref", "ref (2)"], "frames": 5, "fps": 15.0}
+    assert VideoData(out).shape()[1] >= 64
+    assert main(["compare", clip, clip, "-o", out]) == 2
+    assert main(["compare", clip, "-o", tmp_path / "b.mp4"]) == 2
+    assert "give two or more videos to compare" in capsys.readouterr().err
+    for labels in (["a"], ["a", "a"]):
+        assert main(["compare", clip, clip, "-o", tmp_path / "b.mp4", "--labels", *labels]) == 2
+        assert "--labels must be 2 different texts" in capsys.readouterr().err
+    assert compare.labels_of([clip, clip], ["left", "right"]) == ["left", "right"]
+
+
+def test_inspect_shows_the_motion_without_generating(clip, tiny_checkpoint, tmp_path, capsys):
+    out = tmp_path / "motion"
+    arguments = ["inspect", clip, "--model", tiny_checkpoint, "-o", out]
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert all(Path(file).is_file() and Path(file).parent == out for file in result["files"])
+    assert main(arguments) == 2
+    assert f"output folder {out} has files in it; give another one, or --overwrite" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*arguments[:-1], tmp_path / "file"]) == 2
+    assert "is a file; give the name of a folder" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--sigma", "2"]) == 2
+    assert "sigma must be in (0, 1]" in capsys.readouterr().err
+
+
+def test_evaluate_measures_a_video_against_itself(tmp_path, capsys):
+    pytest.importorskip("cv2")
+    clip = write_clip(tmp_path / "a.mp4", num_frames=4, height=64, width=64)
+    assert main(["evaluate", clip, clip, "--grid", "6", "--tracker", "lk", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["frames_compared"] == 4
+    assert values["motion_fidelity_at_same_place"] == pytest.approx(1)
+    assert main(["evaluate", clip, clip, "--grid", "6", "--tracker", "lk"]) == 0
+    assert re.search(r"^motion fidelity at same place +1\.0000$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_doctor_finds_everything_here_and_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    assert main(["doctor", "--models-dir", tmp_path, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["problems"] == []
+    assert facts["attention_kernels"]["sdpa"] == "usable"
+    assert facts["models"]["nano"].startswith("complete in ")
+    assert facts["models"]["14b"] == "not there; fetch it with: fastvmt download 14b"
+    (tmp_path / "Wan2.1-T2V-1.3B").mkdir()
+    monkeypatch.setattr(doctor, "NEEDED", (*doctor.NEEDED, "no-such-package"))
+    assert main(["doctor", "--models-dir", tmp_path]) == 1
+    said = capsys.readouterr().out
+    assert "package no-such-package is missing: pip install no-such-package" in said
+    assert re.search(r"1\.3b +incomplete in .*config\.json: missing", said)
+
+
+def test_plan_predicts_a_published_run_without_its_weights(tmp_path, capsys):
+    arguments = ["plan", "--model", "1.3b", "--frames", "17", "--steps", "20", "--models-dir", tmp_path]
+    assert main([*arguments, "--vram", "24", "--json", "--motion-guided-steps", "4"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["height"], plan["num_frames"], plan["num_steps"]) == (480, 17, 20)
+    assert 0 < plan["peak"] < 24 * 2**30
+    assert plan["cost"]["sampling_ffe"] == 40
+    assert main([*arguments, "--mode", "No_transfer"]) == 0
+    assert "0 of guidance" in capsys.readouterr().out
+    assert main([*arguments, "--vram", "0.8"]) == 1
+    assert "needs at least" in capsys.readouterr().err
+
+
+def test_plan_takes_a_loaded_model_s_own_numbers(tiny_checkpoint, capsys):
+    arguments = ["plan", "--model", tiny_checkpoint, "--height", "32", "--width", "32", "--frames", "5"]
+    assert main([*arguments, "--preset", "fast", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 25
+
+
+def test_download_tells_what_it_fetches_and_a_failure_is_exit_code_1(tmp_path, monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(download_command, "download", lambda *given: fetched.append(given) or tmp_path)
+    assert main(["download", "all", "--models-dir", tmp_path, "--source", "huggingface"]) == 0
+    assert [given[0].name for given in fetched] == [checkpoint.name for checkpoint in PUBLISHED.values()]
+    assert "config.json: missing" in capsys.readouterr().err
+
+    def fail(*_given):
+        raise DownloadError("Could not fetch it")
+
+    monkeypatch.setattr(download_command, "download", fail)
+    assert main(["download", "14b", "--models-dir", tmp_path]) == 1
+    assert "fastvmt: Could not fetch it" in capsys.readouterr().err
+
+
+def test_decode_makes_the_video_of_latents_that_a_stopped_run_left(
+    transferring, tiny_checkpoint, tmp_path, capsys
+):
+    state = tmp_path / "state"
+
+    def keep(_folder, _output):
+        """The latents stay, as they do when a run ends while it decodes."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "forget", keep)
+        assert main([*transferring, "-q", "--checkpoint-dir", state]) == 0
+    latents = next(state.glob("latents-*.safetensors"))
+    arguments = ["decode", latents, "-o", tmp_path / "decoded.mp4", "--quality", "8"]
+    assert main([*arguments, "--model", tiny_checkpoint, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["frames"] == 5
+    decoded, made = (list(VideoData(tmp_path / name)) for name in ("decoded.mp4", "out.mp4"))
+    assert [frame.tobytes() for frame in decoded] == [frame.tobytes() for frame in made]
+    (tmp_path / "empty").mkdir()
+    arguments[3] = tmp_path / "other.mp4"
+    assert main([*arguments, "--model", tmp_path / "empty"]) == 1
+    assert "the model cannot be loaded: folder" in capsys.readouterr().err
+    shutil.copy(tiny_checkpoint / "models_t5_umt5-xxl-enc-bf16.pth", tmp_path / "empty")
+    assert main([*arguments, "--model", tmp_path / "empty"]) == 1
+    assert f"{tmp_path / 'empty'} holds no VAE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["fastvmt", "tra"], ["transfer"]),
+        (["fastvmt", "transfer", "--samp"], ["--sampler"]),
+        (["fastvmt", "transfer", "--sampler", ""], ["euler", "unipc"]),
+        (["fastvmt", "download", ""], ["1.3b", "14b", "all"]),
+    ],
+)
+def test_bash_completes_commands_options_and_choices(words, expected, capsys, tmp_path):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    quoted = " ".join(f"'{word}'" for word in words)
+    place = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}"
+    code = f"source {script}; {place}; _fastvmt; echo ${{COMPREPLY[@]}}"
+    result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    offered = result.stdout.split()
+    assert [word for word in offered if not word.startswith("-") or expected[0][0] == "-"] == expected
+
+
+def test_other_shells_have_their_scripts(capsys):
+    assert main(["completion", "zsh"]) == 0
+    assert "bashcompinit" in capsys.readouterr().out
+    assert main(["completion", "fish", "--json"]) == 0
+    script = json.loads(capsys.readouterr().out)["script"]
+    assert re.search(r"__fish_seen_subcommand_from transfer' -l sampler -xa 'euler unipc'", script)
+    for command in COMMANDS:
+        assert f"-f -a {command} " in script
+
+
+def test_a_folder_is_checked_by_writing_to_it(tmp_path):
+    check_folder(tmp_path)
+    assert visible(tmp_path) == []

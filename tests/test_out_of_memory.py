@@ -1,0 +1,313 @@
+"""Memory that runs out, stage by stage: what is given up, that no finished step and no tensor is lost, what
+the error says where nothing is left.
+"""
+
+import weakref
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from diffsynth import VideoData, WanVideoPipeline
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines import fallback
+from diffsynth.pipelines.cache_options import CacheOptions
+from diffsynth.pipelines.fallback import (
+    FALLBACKS,
+    HELP,
+    Holder,
+    MemoryFallbacks,
+    MemoryRanOutError,
+    is_out_of_memory,
+    rest_models,
+    smaller_tiles,
+)
+from diffsynth.pipelines.run_state import load_state
+from diffsynth.pipelines.saved_latents import DecodeOptions, decode_saved
+from diffsynth.pipelines.saved_run import STEP
+from diffsynth.testing import write_clip
+
+STEPS = 3
+SMALL = {
+    "height": 32,
+    "width": 48,
+    "num_frames": 5,
+    "num_inference_steps": STEPS,
+    "seed": 1,
+    "progress_bar_cmd": list,
+    "output_type": "latent",
+    "tiled": False,
+    "tile_size": (3, 4),
+    "tile_stride": (2, 3),
+}
+MOTION = MotionGuidance(
+    guided_steps=2, inner_steps=2, interval=1, block=1, window=3, tile=(1, 1), sf=2, checkpoint="none"
+)
+WORDS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint):
+    return WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return VideoData(write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", 9, height=32, width=48))
+
+
+def run(pipe, prompt="a cat", **options):
+    return pipe(prompt, **{**SMALL, **options})
+
+
+@contextmanager
+def failing(module, fails):
+    """Inside this context a module's calls fail where fails(number of the call from 0, inputs) is true."""
+    calls = []
+
+    def hook(_module, inputs):
+        calls.append(1)
+        if fails(len(calls) - 1, inputs):
+            raise torch.cuda.OutOfMemoryError(WORDS)
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_batch_of_two_that_does_not_fit_becomes_two_calls(pipe, caplog):
+    two_calls, one_call = run(pipe, batch_cfg=False), run(pipe, batch_cfg=True)
+    with failing(pipe.dit.blocks[1], lambda _, inputs: len(inputs[0]) == 2):
+        assert torch.equal(run(pipe, batch_cfg=True), two_calls)
+    (warning,) = warnings(caplog)
+    assert warning.startswith(
+        "memory ran out in the stage 'sampling': the prompts run in two calls, batch_cfg=F"
+    )
+    assert WORDS in warning
+    # Later on, steps that are done stay as they are; the two ways round otherwise.
+    with failing(pipe.dit.blocks[1], lambda call, _: call == 2) as calls:
+        moved = run(pipe, batch_cfg=True)
+    assert len(calls) == 3 + 2
+    torch.testing.assert_close(moved, one_call, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_guidance_that_does_not_fit_keeps_less_and_gives_the_same_bits(pipe, clip, caplog, times):
+    whole = run(pipe, input_video=clip, motion=MOTION)
+    losses = pipe.costs[0].losses
+    # Calls 0 and 1: the reference, and the first gradient; after each failure the step begins anew.
+    with failing(pipe.dit.blocks[0], lambda call, _: call in range(1, 2 * times, 2)):
+        assert torch.equal(run(pipe, input_video=clip, motion=MOTION), whole)
+    assert pipe.costs[0].losses == losses
+    said = warnings(caplog)
+    assert ["checkpoint='block'" in said[0], len(said)] == [True, times]
+    assert times == 1 or "checkpoint='offload'" in said[1]
+
+
+def nothing_but_again(_holder, options):
+    return "nothing", options
+
+
+CACHES = {
+    "none": {"sampler": "unipc", "motion": replace(MOTION, recompute_every=2)},
+    "teacache": {"cache": CacheOptions(name="teacache", threshold=1e9, model_id="Wan2.1-T2V-1.3B")},
+    "first_block": {"cache": CacheOptions(name="first_block", threshold=9.0), "batch_cfg": True},
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_the_failed_step_is_done_again_from_the_same_bits(pipe, clip, monkeypatch, kind):
+    for stage in FALLBACKS:
+        monkeypatch.setitem(FALLBACKS, stage, (nothing_but_again,))
+    options = {"input_video": clip, "motion": MOTION, **CACHES[kind]}
+    with failing(pipe.dit.blocks[0], lambda *_: False) as calls:
+        whole = run(pipe, **options)
+    found = pipe.costs[0].losses, pipe.costs[0].gradient_evaluations
+    for failed in range(0, len(calls), 1 if kind == "none" else 3):
+        steps = []
+        with failing(pipe.dit.blocks[0], lambda call, _, failed=failed: call == failed):
+            again = run(pipe, **options, callback_on_step_end=lambda _, step, *__, s=steps: s.append(step))
+        assert torch.equal(again, whole)
+        assert steps == list(range(STEPS)), "finished steps are not done again"
+        assert (pipe.costs[0].losses, pipe.costs[0].gradient_evaluations) == found
+
+
+def test_nothing_of_the_failed_step_is_alive_when_it_is_done_again(pipe):
+    seen, alive = [], []
+
+    def keep(_module, _inputs, output):
+        seen.append(weakref.ref(output))
+
+    def look_and_fail(call, _inputs):
+        # At the failure block 1 is about to work on what block 0 gave; at the retry that must be gone.
+        alive.append(seen[0]() is not None)
+        return call == 0
+
+    handle = pipe.dit.blocks[0].register_forward_hook(keep)
+    with failing(pipe.dit.blocks[1], look_and_fail):
+        run(pipe, batch_cfg=True)
+    handle.remove()
+    assert alive[:2] == [True, False]
+
+
+def test_a_reference_that_does_not_fit_is_encoded_in_tiles(pipe, clip, caplog):
+    tiled = run(pipe, input_video=clip, mode="No_transfer", tiled=True)
+    assert not torch.equal(tiled, run(pipe, input_video=clip, mode="No_transfer"))
+    with failing(pipe.vae.encoder, lambda call, _: call == 1):
+        assert torch.equal(run(pipe, input_video=clip, mode="No_transfer"), tiled)
+    (warning,) = warnings(caplog)
+    assert (
+        "in the stage 'encode video': the VAE runs with tiled=True, tile_size=(3, 4), tile_stride=(2, 3)"
+        in warning
+    )
+
+
+def test_a_decode_that_does_not_fit_takes_tiles_and_then_smaller_ones(pipe, caplog, monkeypatch):
+    monkeypatch.setattr(fallback, "SMALLEST_TILE", 1)
+    halves = run(pipe, output_type="np", tiled=True, tile_size=(1, 2), tile_stride=(1, 1))
+    with failing(pipe.vae.decoder, lambda _, inputs: inputs[0].shape[-1] > 2):
+        assert np.array_equal(run(pipe, output_type="np"), halves)
+    assert ["tile_size=(3, 4)" in w for w in warnings(caplog)] == [True, False]
+    assert "tile_size=(1, 2), tile_stride=(1, 1)" in warnings(caplog)[1]
+
+
+def test_saved_latents_decode_in_smaller_tiles_too(pipe, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(fallback, "SMALLEST_TILE", 2)
+    run(pipe, checkpoint_dir=tmp_path)
+    (path,) = tmp_path.glob("latents-*")
+    with failing(pipe.vae.decoder, lambda _, inputs: inputs[0].shape[-1] > 3):
+        frames = decode_saved(path, pipe.vae, output_type="np")
+    small = decode_saved(path, pipe.vae, tile_size=(2, 3), tile_stride=(1, 1), output_type="np")
+    assert np.array_equal(frames, small)
+    assert "tile_size=(2, 3), tile_stride=(1, 1)" in warnings(caplog)[0]
+
+
+def test_where_nothing_helps_the_error_says_where_how_much_and_what_would(pipe, clip, tmp_path, caplog):
+    whole = run(pipe, input_video=clip, motion=MOTION)
+
+    def from_the_second_step_on(call, _inputs):
+        return call >= 6
+
+    message = (
+        r"memory ran out in the stage 'guidance' \(CUDA out of memory. Tried to allocate 2.00 GiB.*\); cpu "
+        r"has \d+\.\d GiB free; tried: .*checkpoint='block', .*checkpoint='offload'. What helps: motion with"
+    )
+    with (
+        failing(pipe.dit.blocks[0], from_the_second_step_on),
+        pytest.raises(MemoryRanOutError, match=message),
+    ):
+        run(pipe, input_video=clip, motion=MOTION, checkpoint_dir=tmp_path)
+    assert len(warnings(caplog)) == 2
+    _, facts = load_state(tmp_path / STEP)
+    assert (facts["step"], facts["settings"]["checkpoint"]) == (1, "none")
+    assert torch.equal(run(pipe, input_video=clip, motion=MOTION, checkpoint_dir=tmp_path), whole)
+
+
+def test_what_was_given_up_stays_so_in_a_run_that_goes_on(pipe, tmp_path, caplog):
+    def stop(_pipe, step, *_):
+        if step == 2:
+            raise KeyError
+
+    fails = failing(pipe.dit.blocks[1], lambda _, inputs: len(inputs[0]) == 2)
+    with fails, pytest.raises(KeyError):
+        run(pipe, batch_cfg=True, callback_on_step_end=stop, checkpoint_dir=tmp_path)
+    assert len(warnings(caplog)) == 1
+    with failing(pipe.dit.blocks[1], lambda _, inputs: len(inputs[0]) == 2):
+        resumed = run(pipe, batch_cfg=True, checkpoint_dir=tmp_path)
+    assert torch.equal(resumed, run(pipe, batch_cfg=False))
+    assert len(warnings(caplog)) == 1
+
+
+def test_other_errors_are_left_as_they_are(pipe, caplog):
+    def broken(*_):
+        raise RuntimeError("a kernel is broken")
+
+    handle = pipe.dit.blocks[0].register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="a kernel is broken"):
+        run(pipe, batch_cfg=True)
+    handle.remove()
+    assert warnings(caplog) == []
+
+
+def test_real_failures_to_allocate_are_known_as_such():
+    for allocate in (lambda: torch.empty(10**15), lambda: np.empty(10**16)):
+        with pytest.raises((RuntimeError, MemoryError)) as failure:
+            allocate()
+        assert is_out_of_memory(failure.value)
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_models_rest_on_the_cpu_once_and_only_where_there_is_an_accelerator():
+    rested = []
+    residency = SimpleNamespace(offload=False)
+
+    def enable():
+        residency.offload = True
+        rested.append(1)
+
+    accelerator = SimpleNamespace(device=torch.device("meta"), residency=residency, enable_cpu_offload=enable)
+    words, options = rest_models(Holder(vae=None, pipe=accelerator), "options")
+    assert (words, options) == ("each model is on the device during its own stage only", "options")
+    assert rest_models(Holder(vae=None, pipe=accelerator), "options") is None
+    assert rested == [1]
+    cpu = SimpleNamespace(device=torch.device("cpu"), residency=SimpleNamespace(offload=False))
+    assert rest_models(Holder(vae=None, pipe=cpu), "options") is None
+    assert rest_models(Holder(vae=None), "options") is None
+
+
+@pytest.mark.parametrize(
+    ("tiled", "size", "expected"),
+    [
+        (False, (30, 52), ((30, 52), (15, 26))),
+        (True, (30, 52), ((15, 26), (7, 13))),
+        (True, (15, 26), ((8, 13), (3, 6))),
+        (True, (8, 13), ((8, 8), (4, 3))),
+        (True, (8, 8), None),
+        (True, (6, 7), None),
+        (False, (90, 120), ((30, 52), (15, 26))),
+    ],
+)
+def test_tiles_are_halved_down_to_the_smallest(tiled, size, expected):
+    stride = tuple(n // 2 for n in size)
+    options = DecodeOptions(
+        height=480,
+        width=832,
+        num_frames=81,
+        output_type="np",
+        tiled=tiled,
+        tile_size=size,
+        tile_stride=stride,
+    )
+    change = smaller_tiles(Holder(vae=SimpleNamespace(spatial_factor=8)), options)
+    if expected is None:
+        assert change is None
+    else:
+        assert (change[1].tiled, change[1].tile_size, change[1].tile_stride) == (True, *expected)
+
+
+def test_every_stage_has_its_fallbacks_and_its_advice():
+    assert (
+        FALLBACKS.keys() == HELP.keys() == {"encode text", "encode video", "guidance", "sampling", "decode"}
+    )
+
+
+def test_an_attempt_on_cpu_memory_that_fails_names_the_error(pipe):
+    fit = MemoryFallbacks(Holder(vae=pipe.vae), None)
+
+    def attempt(_options):
+        raise MemoryError
+
+    with pytest.raises(
+        MemoryRanOutError, match=r"'encode text' \(MemoryError\); cpu has .*What helps: a text enc"
+    ):
+        fit.run("encode text", attempt)
