@@ -30,9 +30,11 @@ from diffsynth.data.synthetic import (
 from diffsynth.evaluation import metrics
 from diffsynth.evaluation.adherence import check_prompt
 from diffsynth.evaluation.contact_sheet import save_strip
-from diffsynth.evaluation.quality_methods import Method, guidance_cost
+from diffsynth.evaluation.quality_methods import Method
 from diffsynth.evaluation.tracking import track_object
 from diffsynth.pipelines.frames import chunks_to_uint8, video_to_tensor
+from diffsynth.pipelines.model_sizes import sizes_of
+from diffsynth.pipelines.run_cost_model import guidance_cost, guided_share, run_cost
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 logger = logging.getLogger(__name__)
@@ -218,17 +220,35 @@ def _make_video(
             **method.arguments,
         )
         cost = json.loads((Path(folder) / "latency.jsonl").read_text())
-    evaluations, steps = cost["gradient_evaluations"], cost["num_inference_steps"]
-    cfg = method.arguments.get("cfg_scale", pipe.defaults.cfg_scale)
-    work = steps * (1 if cfg == 1 else 2)
-    if method.motion is not None:
-        work += guidance_cost(method.motion, pipe.dit.num_layers, steps, evaluations)
     return frames, {
         "denoising_seconds": cost["time_gen"],
         "guidance_seconds": sum(cost["time_guidance"]),
-        "gradient_evaluations": evaluations,
-        "forward_equivalents": work,
+        "gradient_evaluations": cost["gradient_evaluations"],
+        "forward_equivalents": _full_forwards(pipe, cost["gradient_evaluations"]),
     }
+
+
+def _full_forwards(pipe: WanVideoPipeline, evaluations: int) -> float:
+    """What the denoising of the last call cost, by count."""
+    options, sizes = pipe.options, sizes_of(pipe, None)
+    latents = sizes.latent_shape(options.height, options.width, options.num_frames)
+    counted = run_cost(
+        sizes.dit,
+        latents,
+        num_steps=options.num_inference_steps,
+        motion=options.motion,
+        checkpoint="none",
+        with_negative=options.cfg_scale != 1,
+        cfg_interval=options.cfg_interval,
+        cache=options.cache,
+    )
+    if options.motion is None:
+        return counted.sampling_ffe
+    share = guided_share(sizes.dit, latents, options.motion)
+    steps = options.num_inference_steps
+    return counted.sampling_ffe + guidance_cost(
+        options.motion, pipe.dit.num_layers, steps, evaluations, share=share
+    )
 
 
 def _measure(frames: np.ndarray, pair: Pair, method: Method) -> dict[str, float | str | None]:
