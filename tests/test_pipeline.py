@@ -2,9 +2,9 @@
 
 import contextlib
 import json
-import logging
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,10 @@ from PIL import Image
 from diffsynth import ModelManager, VideoData, WanVideoPipeline
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines import budget
 from diffsynth.pipelines.cache_options import CacheOptions
+from diffsynth.pipelines.plan import NotEnoughMemoryError, plan_run
+from diffsynth.prompters.tokenizer import find_tokenizer
 from diffsynth.testing import write_clip
 
 SMALL = {
@@ -480,8 +483,40 @@ def test_unknown_checkpoints_and_devices_are_refused(tiny_checkpoint, tmp_path, 
             WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cuda")
 
 
-def test_a_number_of_persistent_parameters_is_said_to_have_no_effect_yet(tiny_checkpoint, caplog):
+def test_streamed_models_make_the_same_video_to_the_bit(tiny_checkpoint, clip):
     pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
-    caplog.set_level(logging.WARNING)
-    pipe.enable_vram_management(num_persistent_param_in_dit=1000)
-    assert "num_persistent_param_in_dit=1000 has no effect" in caplog.text
+    motion = MotionGuidance(guided_steps=2, inner_steps=2, interval=1, block=1, window=3, tile=(1, 1), sf=2)
+    whole = latents(pipe, input_video=clip, motion=motion)
+    pipe.enable_vram_management(num_persistent_param_in_dit=0, stream_text_encoder=True)
+    assert pipe.residency.streaming == ("dit", "text_encoder")
+    pipe.prompter = type(pipe.prompter).from_folder(
+        find_tokenizer(tiny_checkpoint), text_len=pipe.dit.text_len
+    )
+    assert torch.equal(latents(pipe, input_video=clip, motion=motion), whole)
+    pipe.enable_vram_management(num_persistent_param_in_dit=None)
+    assert pipe.residency.streaming == ()
+    assert torch.equal(latents(pipe, input_video=clip, motion=motion), whole)
+    with pytest.raises(ValueError, match=r"num_persistent_param_in_dit must be .* at least 0, got -1"):
+        pipe.enable_vram_management(num_persistent_param_in_dit=-1)
+
+
+def test_a_run_is_made_as_its_plan_says(tiny_checkpoint, clip, monkeypatch):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    motion = MotionGuidance(guided_steps=1, inner_steps=1, block=1, window=3, tile=(1, 1), sf=2)
+    given = {"input_video": clip, "motion": motion, "batch_cfg": False}
+    exact, asked = latents(pipe, **given), {}
+
+    def frugal(pipe, **run):
+        asked.update(run)
+        tight = {"offload": True, "num_persistent_param_in_dit": 0, "checkpoint": "block"}
+        return replace(plan_run(pipe, **run), **tight)
+
+    monkeypatch.setattr(budget, "plan_run", frugal)
+    assert torch.equal(latents(pipe, **given, vram_budget_gb=2.0), exact)
+    assert (asked["vram_gb"], asked["num_frames"], asked["with_reference"]) == (2.0, 5, True)
+    assert (pipe.options.motion.checkpoint, pipe.residency.streaming) == ("block", ("dit",))
+    monkeypatch.undo()
+    assert torch.equal(latents(pipe, **given, vram_budget_gb=24), exact)
+    assert (pipe.residency.offload, pipe.residency.streaming) == (False, ())
+    with pytest.raises(NotEnoughMemoryError, match=r"needs at least .* GB .* and vram_gb is 0\.5"):
+        latents(pipe, **given, vram_budget_gb=0.5)

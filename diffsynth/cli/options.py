@@ -39,6 +39,7 @@ CALL_OPTIONS: Mapping[str, tuple[Reader, str]] = MappingProxyType(
         "cfg_interval": (several(number, 2), "FROM,TO: shares of the steps with the negative prompt"),
         "tea_cache_l1_thresh": (number, "TeaCache with this threshold"),
         "tea_cache_model_id": (str, "whose coefficients TeaCache takes"),
+        "vram_budget_gb": (number, "memory of the device that the run may use, GB"),
     }
 )
 CALL_CHOICES = MappingProxyType({"mode": MODES, "sampler": SAMPLERS, "cache": CACHES})

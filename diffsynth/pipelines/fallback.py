@@ -67,6 +67,20 @@ def rest_models(holder: Holder, options: Options) -> Change:
     return "each model is on the device during its own stage only", options
 
 
+def stream_blocks(name: str) -> Fallback:
+    """The blocks of "dit" or "text_encoder" come one by one, each while the one before it computes."""
+
+    def fallback(holder: Holder, options: Options) -> Change:
+        pipe = holder.pipe
+        if pipe is None or pipe.device.type == "cpu" or name in pipe.residency.streaming:
+            return None
+        blocks = pipe.dit.blocks if name == "dit" else pipe.text_encoder.encoder.block
+        pipe.residency.stream(name, blocks)
+        return f"the blocks of the {name} are streamed from CPU memory", options
+
+    return fallback
+
+
 def keep_less_for_the_gradient(_holder: Holder, options: Options) -> Change:
     """Guidance computes activations again in the backward pass, and then keeps its few ones on the CPU."""
     motion: MotionGuidance | None = options.motion
@@ -103,10 +117,10 @@ def smaller_tiles(holder: Holder, options: Options) -> Change:
 
 
 FALLBACKS: Mapping[str, tuple[Fallback, ...]] = {
-    "encode text": (rest_models,),
+    "encode text": (rest_models, stream_blocks("text_encoder")),
     "encode video": (rest_models, smaller_tiles),
-    "guidance": (rest_models, keep_less_for_the_gradient),
-    "sampling": (rest_models, two_calls),
+    "guidance": (rest_models, keep_less_for_the_gradient, stream_blocks("dit")),
+    "sampling": (rest_models, two_calls, stream_blocks("dit")),
     "decode": (rest_models, smaller_tiles),
 }
 HELP = {

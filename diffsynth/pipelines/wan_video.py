@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from diffsynth.configs.defaults import EXACT, RunDefaults, run_defaults, with_preset
 from diffsynth.configs.locate import checkpoint_folder
+from diffsynth.data.frames import checked_int
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
 from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
@@ -31,6 +33,7 @@ from diffsynth.pipelines.arguments import (
     video_length,
     video_size,
 )
+from diffsynth.pipelines.budget import within_budget
 from diffsynth.pipelines.cache_options import choose_run_cache
 from diffsynth.pipelines.compile_blocks import compile_blocks
 from diffsynth.pipelines.denoise_run import Hooks, replaced_by
@@ -40,6 +43,7 @@ from diffsynth.pipelines.generate import generate
 from diffsynth.pipelines.guidance import choose_guidance
 from diffsynth.pipelines.latency import RunCost
 from diffsynth.pipelines.options import GenerationOptions, check_mode
+from diffsynth.pipelines.plan import RunPlan, plan_run
 from diffsynth.pipelines.saved_run import saving_options
 from diffsynth.pipelines.stages import Frames
 from diffsynth.pipelines.step_cache import CacheMaker
@@ -149,18 +153,29 @@ class WanVideoPipeline:
         self.residency.offload = True
         self.residency.rest()
 
-    def enable_vram_management(self, num_persistent_param_in_dit: int | None = None) -> None:
-        """Save accelerator memory: models rest on the CPU and come stage by stage, the DiT as a whole.
+    def enable_vram_management(
+        self, num_persistent_param_in_dit: int | None = None, stream_text_encoder: bool = False
+    ) -> None:
+        """Save accelerator memory: models rest on the CPU and come stage by stage.
 
-        num_persistent_param_in_dit: None, as in the original, keeps the whole DiT on the device while it
-        denoises. A number is accepted but keeps the whole DiT there too, and a warning says so.
+        num_persistent_param_in_dit: None, as in the original, brings the whole DiT while it denoises. A
+        number keeps the first blocks of at most so many parameters on the device and streams the others, each
+        while the one before it computes; results are the same to the bit. stream_text_encoder: the same for
+        the text encoder, with no block kept. Raises ValueError for a number below 0.
         """
-        if num_persistent_param_in_dit is not None:
-            logger.warning(
-                "num_persistent_param_in_dit=%s has no effect: the DiT comes whole",
-                num_persistent_param_in_dit,
-            )
         self.enable_cpu_offload()
+        self.residency.stop_streaming()
+        if num_persistent_param_in_dit is not None:
+            kept = checked_int("num_persistent_param_in_dit", num_persistent_param_in_dit, minimum=0)
+            self.residency.stream("dit", self.dit.blocks, kept)
+        if stream_text_encoder:
+            self.residency.stream("text_encoder", self.text_encoder.encoder.block)
+
+    def plan(self, *, vram_gb: float | None = None, **run: Any) -> RunPlan:
+        """What a run would take, and the fastest settings that fit into vram_gb; see `plan_run`, whose
+        arguments these are. Nothing is changed.
+        """
+        return plan_run(self, vram_gb=vram_gb, **run)
 
     def enable_compile(self, backend: str = "inductor") -> None:
         """Compile the DiT's blocks with torch.compile, each size anew when it first comes; the log says how
@@ -209,6 +224,7 @@ class WanVideoPipeline:
         tea_cache_l1_thresh: float | None = None,
         tea_cache_model_id: str = "",
         batch_cfg: bool | None = None,
+        vram_budget_gb: float | None = None,
         progress_bar_cmd: Callable[[Iterable], Iterable] = tqdm,
         callback_on_step_end: Callable[["WanVideoPipeline", int, Tensor, dict], dict | None] | None = None,
         observer: Observer = unobserved,
@@ -232,6 +248,8 @@ class WanVideoPipeline:
         mode: how motion is transferred: "effi_AMF" (tile attention motion flow; the default with a
             reference), "AMF" (dense), "FlowMotion" (latent prediction) or "No_transfer".
         motion: all numbers of the method; sf: its `sf`, the frames that each is compared with.
+        vram_budget_gb: memory of the device that the run may use, GB of 2**30 bytes. Models are placed, and
+            what guidance keeps is chosen, so that the run fits (see `plan_run`); models stay placed so.
         callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); latents in a dict that it
             returns replace the run's.
         preset: "exact", or one that trades likeness for time: "balanced", "fast", others that the checkpoint
@@ -294,6 +312,8 @@ class WanVideoPipeline:
         )
         if options.motion is not None:
             options.motion.block_for(self.dit.num_layers)
+        if vram_budget_gb is not None:
+            options = within_budget(self, options, vram_budget_gb, with_reference=input_video is not None)
         if test_latency:
             if latency_dir is None:
                 raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")

@@ -1,35 +1,78 @@
-"""Which models are on the compute device while a stage runs."""
+"""Which models, and which of their blocks, are on the compute device while a stage runs."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from diffsynth.vram_management.copies import copies_to
+from diffsynth.vram_management.memory import available_memory
+from diffsynth.vram_management.streaming import BlockStream, resident_blocks, tensors_of
+
+CPU = torch.device("cpu")
 
 
 class Residency:
     """Brings models to the compute device when a stage needs them.
 
     Without offload a model stays there once it came; with offload it rests on the CPU and is on the device
-    only inside `using`. Models come on first use, so that a large one need not fit beside the others.
+    only inside `using`. Models come on first use, so that a large one need not fit beside the others. Of a
+    model that streams, blocks come one by one as they run (see `streaming`).
     """
 
     def __init__(self, models: Mapping[str, nn.Module], device: torch.device) -> None:
         self.models = dict(models)
         self.device = device
         self.offload = False
+        self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}
+
+    @property
+    def streaming(self) -> tuple[str, ...]:
+        """Names of the models whose blocks are streamed."""
+        return tuple(self._streams)
+
+    def stream(self, name: str, blocks: Sequence[nn.Module], num_persistent_params: int = 0) -> None:
+        """From the next stage on, stream these blocks of a model, but the first ones, which stay on the
+        device through their stage: as many as have at most num_persistent_params numbers together.
+
+        Everything is offloaded between stages. Weights are page-locked where an accelerator reads them, so
+        that copies run beside its work, unless they would take more than half of the free CPU memory.
+        """
+        self.rest()
+        self.offload = True
+        self._streams.pop(name, None)
+        streamed = list(blocks)[resident_blocks(blocks, num_persistent_params) :]
+        if not streamed:
+            return
+        if self.device.type == "cuda":
+            page_lock(streamed)
+        self._streams[name] = (BlockStream(streamed, self.device, copies_to(self.device)), streamed)
+
+    def stop_streaming(self) -> None:
+        """From the next stage on, models come whole again."""
+        self._streams.clear()
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
         """Inside this context the named models are on the compute device; also after an exception they go
         back.
         """
+        armed = []
         try:
             for name in names:
-                self.models[name].to(self.device)
+                if name in self._streams:
+                    stream, blocks = self._streams[name]
+                    self._bring_all_but(name, blocks)
+                    armed.append(stream)
+                    stream.arm()
+                else:
+                    self.models[name].to(self.device)
             yield
         finally:
+            for stream in armed:
+                stream.disarm()
             if self.offload:
                 self.rest(*names)
 
@@ -40,3 +83,19 @@ class Residency:
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+    def _bring_all_but(self, name: str, blocks: Sequence[nn.Module]) -> None:
+        staying = {id(tensor) for block in blocks for tensor in tensors_of(block)}
+        for tensor in tensors_of(self.models[name]):
+            if id(tensor) not in staying:
+                tensor.data = tensor.data.to(self.device)
+
+
+def page_lock(blocks: Sequence[nn.Module]) -> None:
+    """Move the blocks' weights to page-locked CPU memory, if they take at most half of what is free."""
+    tensors = [tensor for block in blocks for tensor in tensors_of(block)]
+    if sum(tensor.nbytes for tensor in tensors) > available_memory(CPU) // 2:
+        return
+    for tensor in tensors:
+        if not tensor.data.is_pinned():
+            tensor.data = tensor.data.pin_memory()

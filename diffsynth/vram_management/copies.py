@@ -1,0 +1,75 @@
+"""How weights are copied to the compute device beside its computing; one interface for devices with a copy
+engine, for those without, and for tests with a simulated clock.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Mark = Any  # a point in a device's queue of work; what it is, only the `Copies` that gave it knows
+
+
+class Copies(Protocol):
+    """Copies from CPU memory that run beside the work that the device was given."""
+
+    def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:
+        """Copy each tensor once the work up to `after` is done; the mark is where the copies are."""
+
+    def wait(self, copied: Mark) -> None:
+        """Work that is given from now on begins after these copies."""
+
+    def mark(self) -> Mark:
+        """The end of the work that was given so far."""
+
+    def finish(self) -> None:
+        """Work that is given from now on begins after all copies."""
+
+
+class ImmediateCopies:
+    """On a CPU: a copy is done when `start` returns."""
+
+    def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:  # noqa: ARG002
+        for target, tensor in zip(into, source, strict=True):
+            target.copy_(tensor)
+
+    def wait(self, copied: Mark) -> None:
+        pass
+
+    def mark(self) -> Mark:
+        return None
+
+    def finish(self) -> None:
+        pass
+
+
+class SideStreamCopies:
+    """On a CUDA device: copies on a stream of their own; events order both streams, and nobody waits on the
+    CPU. Source tensors should be page-locked: copies of others stop the caller."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+
+    def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:
+        # Without a mark, everything given so far: the memory may still be in use for something else.
+        self._side.wait_event(self.mark() if after is None else after)
+        with torch.cuda.stream(self._side):
+            for target, tensor in zip(into, source, strict=True):
+                target.copy_(tensor, non_blocking=True)
+            return self._side.record_event()
+
+    def wait(self, copied: Mark) -> None:
+        torch.cuda.current_stream(self._device).wait_event(copied)
+
+    def mark(self) -> Mark:
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def finish(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+
+def copies_to(device: torch.device) -> Copies:
+    """What copies to a device."""
+    return SideStreamCopies(device) if device.type == "cuda" else ImmediateCopies()

@@ -1,0 +1,179 @@
+"""Blocks whose weights come from CPU memory as they are needed, in the forward pass and in the backward pass.
+
+The device holds the weights of two blocks, in two slots. While one block computes, the next one's weights are
+copied into the other slot; in the backward pass the next one is the one before. In a pass a block always
+uses the same slot: what autograd has kept of its weights are views of that slot, and before its backward
+begins the same weights are in the same place again. So gradients need neither checkpoints nor copies.
+
+Weights must be frozen while gradients are taken: none is computed for them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from diffsynth.vram_management.copies import Copies, Mark
+
+LAST_OF_PASS = "queries_keys"  # method of a DiT block that is called instead of it, after which none runs
+
+
+@dataclass(slots=True)
+class Slot:
+    """Room on the device for one block: its tensors, which block is in them, and since when, until when."""
+
+    tensors: list[Tensor]
+    block: int | None = None
+    copied: Mark | None = None
+    used: Mark | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A block in a pass. first_slot: the slot of block 0 in this pass; those after it alternate."""
+
+    block: int
+    first_slot: int
+
+    @property
+    def slot(self) -> int:
+        return (self.block + self.first_slot) % 2
+
+
+class BlockStream:
+    """Streams these blocks, which must be alike, while it is armed; otherwise their weights are on the CPU.
+
+    Passes run the blocks in order from the first, to whichever; passes with gradients may go back from there.
+    Raises ValueError for blocks whose tensors differ in shape or dtype.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copies: Copies) -> None:
+        self._blocks, self._device, self._copies = list(blocks), device, copies
+        self._tensors: list[list[Tensor]] = []
+        self._home: list[list[Tensor]] = []
+        self._slots: list[Slot] = []
+        self._hooks: list[RemovableHandle] = []
+        self._active: Place | None = None
+        self._going_back = False
+        self._first_slot = 0  # of the running pass
+        self._next_first_slot = 0
+
+    def arm(self) -> None:
+        """Make room on the device, and from now on bring each block before it runs."""
+        self._tensors = [tensors_of(block) for block in self._blocks]
+        # The parameters themselves: loading and LoRAs may have replaced what an earlier call has seen.
+        self._home = [[tensor.data for tensor in tensors] for tensors in self._tensors]
+        layouts = {tuple((t.shape, t.dtype) for t in home) for home in self._home}
+        if len(layouts) != 1:
+            raise ValueError("blocks can only be streamed if their tensors have the same shapes and dtypes")
+        self._slots = [Slot([torch.empty_like(t, device=self._device) for t in self._home[0]]) for _ in "ab"]
+        for index, block in enumerate(self._blocks):
+            self._hooks += [
+                block.register_forward_pre_hook(lambda _block, _inputs, i=index: self._before(i)),
+                block.register_forward_hook(lambda _block, _inputs, output, i=index: self._after(i, output)),
+            ]
+            if hasattr(block, LAST_OF_PASS):
+                setattr(block, LAST_OF_PASS, self._brought(index, getattr(block, LAST_OF_PASS)))
+
+    def disarm(self) -> None:
+        """Give the room back; weights are where they were."""
+        for hook in self._hooks:
+            hook.remove()
+        for block in self._blocks:
+            vars(block).pop(LAST_OF_PASS, None)
+        self._leave()
+        self._copies.finish()
+        self._hooks, self._slots, self._tensors, self._home = [], [], [], []
+        self._first_slot = self._next_first_slot = 0
+        self._going_back = False
+
+    def _brought(self, index: int, method: Callable[..., tuple[Tensor, ...]]) -> Callable:
+        """The method with the block's weights brought before it; the last of its pass."""
+
+        def call(*inputs: Any) -> tuple[Tensor, ...]:
+            self._before(index, last=True)
+            output = method(*inputs)
+            self._after(index, *output)
+            return output
+
+        return call
+
+    def _before(self, index: int, last: bool = False) -> None:
+        """A block of a forward pass is next."""
+        if self._going_back and self._active.block == index:
+            return  # a checkpoint that is computed again: its weights are there
+        self._going_back = False
+        if index == 0:
+            self._first_slot = self._next_first_slot
+        here = Place(index, self._first_slot)
+        self._enter(here)
+        if not last and index < len(self._blocks) - 1:
+            self._fetch(Place(index + 1, self._first_slot))
+        elif not torch.is_grad_enabled():
+            # The next pass begins with block 0: into the slot that is free.
+            self._next_first_slot = 1 - here.slot
+            self._fetch(Place(0, self._next_first_slot))
+
+    def _after(self, index: int, *outputs: Tensor) -> None:
+        here = Place(index, self._first_slot)
+        for tensor in outputs:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                # Called when the gradient of the output is there: the block's backward is next.
+                tensor.register_hook(lambda _gradient: self._go_back_to(here))
+
+    @torch.no_grad()
+    def _go_back_to(self, here: Place) -> None:
+        self._going_back = True
+        self._enter(here)
+        if here.block > 0:
+            self._fetch(Place(here.block - 1, here.first_slot))
+        else:
+            self._next_first_slot = here.first_slot
+
+    def _enter(self, here: Place) -> None:
+        """Have the block's parameters be its slot's tensors, with its weights in them."""
+        if self._active == here and self._slots[here.slot].block == here.block:
+            return
+        self._leave()
+        self._fetch(here)
+        slot = self._slots[here.slot]
+        self._copies.wait(slot.copied)
+        for tensor, place in zip(self._tensors[here.block], slot.tensors, strict=True):
+            tensor.data = place
+        self._active = here
+
+    def _leave(self) -> None:
+        """The active block's parameters are those in CPU memory again."""
+        if self._active is None:
+            return
+        self._slots[self._active.slot].used = self._copies.mark()
+        index = self._active.block
+        for tensor, home in zip(self._tensors[index], self._home[index], strict=True):
+            tensor.data = home
+        self._active = None
+
+    @torch.no_grad()
+    def _fetch(self, place: Place) -> None:
+        """Begin to copy a block's weights into its slot, unless they are there."""
+        slot = self._slots[place.slot]
+        if slot.block != place.block:
+            slot.copied = self._copies.start(slot.tensors, self._home[place.block], slot.used)
+            slot.block = place.block
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def resident_blocks(blocks: Sequence[nn.Module], num_params: int) -> int:
+    """How many blocks, from the first, have at most num_params numbers together."""
+    total = 0
+    for count, block in enumerate(blocks):
+        total += sum(tensor.numel() for tensor in block.parameters())
+        if total > num_params:
+            return count
+    return len(blocks)
