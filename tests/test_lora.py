@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from diffsynth import ModelManager
 from diffsynth.models.checkpoint_files import CheckpointError
-from diffsynth.models.fp8 import unpack
+from diffsynth.models.packed_linear import unpack
 
 RANK = 3
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.0", "patch_embedding")

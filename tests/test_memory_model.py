@@ -7,7 +7,7 @@ import torch
 
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.models import checkpointing
-from diffsynth.models.fp8 import pack_block_linears
+from diffsynth.models.packed_linear import pack_block_linears
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -24,7 +24,6 @@ from diffsynth.pipelines.memory_model import (
     text_encoder_bytes,
 )
 from diffsynth.pipelines.model_sizes import (
-    FLOAT8,
     DiTSize,
     TextEncoderSize,
     VAESize,
@@ -267,7 +266,7 @@ def test_sizes_of_published_models_are_those_of_their_files():
         assert sizes.dit.weights.total == 2 * parameters
         assert sizes.text_encoder.weights.total == pytest.approx(11_361_920_418, rel=1e-4)
         assert sizes.vae.weights == pytest.approx(507_609_880, rel=1e-3)
-        packed = published_sizes(name, FLOAT8).dit
+        packed = published_sizes(name, torch.float8_e4m3fn).dit
         assert packed.dtype == BF16
         assert sum(packed.weights.blocks) == sum(sizes.dit.weights.blocks) / 2
         assert packed.widened == 2 * packed.dim * packed.ffn_dim

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diffsynth import ModelManager
 from diffsynth.models.checkpoint_files import CheckpointError
-from diffsynth.models.fp8 import Fp8Linear
+from diffsynth.models.packed_linear import PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.testing import write_checkpoint
 
@@ -122,7 +122,7 @@ def test_every_tensor_gets_the_dtype_asked_for(tiny_checkpoint, dtype):
 def test_float8_stores_block_linears_only_and_computes_in_bfloat16(tiny_checkpoint):
     manager = load(tiny_checkpoint, torch_dtype=torch.float8_e4m3fn)
     dit = manager.fetch_model("wan_video_dit")
-    packed = [name for name, module in dit.named_modules() if isinstance(module, Fp8Linear)]
+    packed = [name for name, module in dit.named_modules() if isinstance(module, PackedLinear)]
     assert len(packed) == 2 * 10
     assert dit.dtype == torch.bfloat16
     assert dit.blocks[0].self_attn.q.weight.element_size() == 1

@@ -284,8 +284,9 @@ def test_storage_types_are_no_computing_types(tiny_checkpoint):
         WanVideoPipeline.from_model_manager(manager, torch_dtype=torch.float8_e4m3fn)
 
 
-def test_a_float8_pipeline_runs_and_stays_near(tiny_checkpoint, pipe):
-    packed = WanVideoPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.float8_e4m3fn, device="cpu")
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
+def test_a_pipeline_in_eight_bits_runs_and_stays_near(tiny_checkpoint, pipe, stored):
+    packed = WanVideoPipeline.from_pretrained(tiny_checkpoint, torch_dtype=stored, device="cpu")
     assert (latents(packed) - latents(pipe)).abs().mean() < 0.2
 
 

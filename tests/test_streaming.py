@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from diffsynth.models.fp8 import pack_block_linears
+from diffsynth.models.packed_linear import pack_block_linears
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.motion import MotionGuidance, guided_step

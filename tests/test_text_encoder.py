@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from diffsynth.models.fp8 import Fp8Linear, pack_block_linears
+from diffsynth.models.packed_linear import PackedLinear, pack_block_linears
 from diffsynth.models.wan_video_text_encoder import (
     WanTextEncoder,
     text_encoder_config_from_shapes,
@@ -177,7 +177,7 @@ def test_a_transformers_checkpoint_gives_what_transformers_gives(tiny):
 def test_linear_layers_packed_in_float8_are_used_as_such(encoder, tiny):
     _, _, g, _ = tiny
     pack_block_linears(encoder)
-    assert sum(isinstance(module, Fp8Linear) for module in encoder.modules()) == 14
+    assert sum(isinstance(module, PackedLinear) for module in encoder.modules()) == 14
     difference = (encoder(g["ids"], g["mask"]) - g["output"]).square().mean().sqrt()
     assert 1e-4 < difference < 0.1  # of outputs of size 1
     assert "blocks.0.ffn.fc2.scale" in encoder.state_dict()

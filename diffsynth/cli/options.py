@@ -14,7 +14,7 @@ from diffsynth.cli.values import Reader, heads, number, or_none, several, whole
 MODES = ("effi_AMF", "AMF", "FlowMotion", "No_transfer")
 SAMPLERS = ("euler", "unipc")
 CACHES = ("teacache", "magcache", "first_block")
-DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]
 ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
 MOTION = "motion_"

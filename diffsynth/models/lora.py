@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, open_weights
-from diffsynth.models.fp8 import Fp8Linear, pack
+from diffsynth.models.packed_linear import PackedLinear, pack
 from diffsynth.models.wan_video_dit_keys import diffusers_module, official_module
 
 logger = logging.getLogger(__name__)
@@ -169,8 +169,8 @@ def merge(
         weight = base[f"{name}.weight"].read().float()
         for lora, layer in changes:
             weight = weight + lora.alpha * layer.weight_delta(lora.default_scale, weight.shape)
-        if isinstance(module, Fp8Linear):
-            packed, scale = pack(weight)
+        if isinstance(module, PackedLinear):
+            packed, scale = pack(weight, module.stored)
             module.weight, module.scale = packed.to(module.weight.device), scale.to(module.scale)
         else:
             module.weight.data = weight.to(module.weight)

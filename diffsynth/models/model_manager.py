@@ -17,13 +17,13 @@ from diffsynth.models.checkpoint_files import (
     is_published_name,
     open_weights,
 )
-from diffsynth.models.fp8 import FP8, pack_block_linears
 from diffsynth.models.lora import Lora, merge, read_lora
 from diffsynth.models.model_kinds import Recognised, check_complete, recognise
+from diffsynth.models.packed_linear import PACKED_DTYPES, pack_block_linears
 
 logger = logging.getLogger(__name__)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, FP8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *PACKED_DTYPES)
 Entry = str | Path | Sequence[str | Path]
 
 
@@ -40,8 +40,8 @@ class LoadedModel:
 class ModelManager:
     """Loads and keeps models.
 
-    torch_dtype: what weights are stored in. `torch.float8_e4m3fn` stores the linear layers of the repeated
-    blocks in float8 and everything else in bfloat16, which is then what they compute in.
+    torch_dtype: what weights are stored in. `torch.float8_e4m3fn` and `torch.int8` store the linear layers of
+    the repeated blocks in eight bits and everything else in bfloat16, which is then what they compute in.
     device: where weights are put. file_path_list: entries to load at once, as for `load_models`.
     """
 
@@ -188,8 +188,8 @@ def _build(found: Recognised, source: str, dtype: torch.dtype, device: torch.dev
     check_complete(model, found.tensors, source)
     model.load_state_dict({key: tensor.read() for key, tensor in found.tensors.items()}, assign=True)
     model.eval().requires_grad_(False)
-    if dtype == FP8:
-        pack_block_linears(model)
+    if dtype in PACKED_DTYPES:
+        pack_block_linears(model, dtype)
         dtype = torch.bfloat16
     return model.to(device=device, dtype=dtype)
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.configs.checkpoints import PUBLISHED
-from diffsynth.models.fp8 import Fp8Linear
+from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
-FLOAT8 = torch.float8_e4m3fn
 # umt5-xxl, the text encoder of every published checkpoint; the defaults of `WanTextEncoder`.
 UMT5_XXL: Mapping[str, int] = {
     "vocab": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24,
@@ -48,7 +47,7 @@ class DiTSize:
     """The arguments of `WanModel` that cost anything, the dtype it computes in, and its weights.
 
     block_parameters: numbers in a block's weights. widened: bytes of the widest matrix once it is taken from
-    float8, 0 for weights that are not stored so.
+    eight bits, 0 for weights that are not stored so.
     """
 
     dim: int
@@ -68,13 +67,13 @@ class DiTSize:
 
     @classmethod
     def of(cls, dit: WanModel, dtype: torch.dtype | None = None) -> "DiTSize":
-        """Of a model as it is; dtype: as if its weights were in another one, or its blocks in float8."""
-        packed = any(isinstance(module, Fp8Linear) for module in dit.blocks.modules())
+        """Of a model as it is; dtype: as if its weights were in another one, or its blocks in eight bits."""
+        packed = any(isinstance(module, PackedLinear) for module in dit.blocks.modules())
         if dtype is None:
             weights = _bytes_of(dit, dit.blocks)
             compute = dit.dtype
         else:
-            packed = dtype == FLOAT8
+            packed = dtype in PACKED_DTYPES
             compute = torch.bfloat16 if packed else dtype
             blocks = tuple(_parameters(block) * (1 if packed else dtype.itemsize) for block in dit.blocks)
             rest = _parameters(dit) - sum(map(_parameters, dit.blocks))
@@ -164,7 +163,7 @@ def published_sizes(
         raise ValueError(f"model must be one of {', '.join(PUBLISHED)} or a pipeline; got {name!r}")
     with torch.device("meta"):
         dit, vae = WanModel(**PUBLISHED[name].dit_kwargs), WanVideoVAE().to(vae_dtype)
-    compute = torch.bfloat16 if torch_dtype == FLOAT8 else torch_dtype
+    compute = torch.bfloat16 if torch_dtype in PACKED_DTYPES else torch_dtype
     t5 = UMT5_XXL
     matrices = 4 * t5["dim"] * t5["dim_attn"] + 3 * t5["dim"] * t5["dim_ffn"]
     small = 2 * t5["dim"] + t5["num_buckets"] * t5["num_heads"]
@@ -185,8 +184,8 @@ def published_sizes(
 def sizes_of(model: "str | ModelSizes | WanVideoPipeline", torch_dtype: torch.dtype | None) -> ModelSizes:
     """Of a published checkpoint by name, of a loaded pipeline, or as given.
 
-    torch_dtype: what the named checkpoint would be loaded in, bfloat16 by default; float8_e4m3fn stores its
-    weights in that. Raises ValueError for an unknown name, and for a dtype with models that have one.
+    torch_dtype: what the named checkpoint would be loaded in, bfloat16 by default; float8_e4m3fn and int8 are
+    for the weights of its blocks. Raises ValueError for an unknown name, and for a dtype with models that have one.
     """
     if isinstance(model, str):
         return published_sizes(model, torch.bfloat16 if torch_dtype is None else torch_dtype)
@@ -206,7 +205,7 @@ def sizes_of(model: "str | ModelSizes | WanVideoPipeline", torch_dtype: torch.dt
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; float8 weights are buffers."""
+    """Parameters and buffers; packed weights are buffers."""
     return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
 
 

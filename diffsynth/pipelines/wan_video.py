@@ -53,7 +53,7 @@ from diffsynth.vram_management import Residency, choose_device
 
 logger = logging.getLogger(__name__)
 
-# What models can compute in; float8 is for storage.
+# What models can compute in; eight bits are for storage.
 WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -126,8 +126,9 @@ class WanVideoPipeline:
         """A pipeline from a checkpoint folder in the official or diffusers layout, "1.3b" or "14b"
         below models/, or "nano", the small model that comes with the package.
 
-        torch_dtype: bfloat16 on an accelerator and float32 on a CPU by default; float8_e4m3fn stores weights
-        in float8. The VAE runs in float32, as the official one, unless vae_dtype says otherwise.
+        torch_dtype: bfloat16 on an accelerator and float32 on a CPU by default; float8_e4m3fn and int8 store
+        the weights of linear layers in eight bits. The VAE runs in float32, as the official one, unless
+        vae_dtype says otherwise.
         """
         folder = checkpoint_folder(path)
         chosen = choose_device(device)

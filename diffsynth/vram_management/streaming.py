@@ -173,7 +173,7 @@ def resident_blocks(blocks: Sequence[nn.Module], num_params: int) -> int:
     """How many blocks, from the first, have at most num_params numbers together."""
     total = 0
     for count, block in enumerate(blocks):
-        total += sum(tensor.numel() for tensor in block.parameters())
+        total += sum(tensor.numel() for tensor in tensors_of(block))
         if total > num_params:
             return count
     return len(blocks)
