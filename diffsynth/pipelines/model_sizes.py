@@ -185,7 +185,8 @@ def sizes_of(model: "str | ModelSizes | WanVideoPipeline", torch_dtype: torch.dt
     """Of a published checkpoint by name, of a loaded pipeline, or as given.
 
     torch_dtype: what the named checkpoint would be loaded in, bfloat16 by default; float8_e4m3fn and int8 are
-    for the weights of its blocks. Raises ValueError for an unknown name, and for a dtype with models that have one.
+    for the weights of its blocks. Raises ValueError for an unknown name, and for a dtype with models that
+    have one.
     """
     if isinstance(model, str):
         return published_sizes(model, torch.bfloat16 if torch_dtype is None else torch_dtype)
