@@ -8,6 +8,7 @@ import torch
 
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MODES, MotionGuidance, NonFiniteGuidanceError, guided_step, optimize_latents
+from diffsynth.motion.amf import _say_if_windows_have_no_course
 from diffsynth.motion.latent_prediction import damp_across, frame_differences
 from diffsynth.motion.optimizer import Evaluation
 
@@ -158,6 +159,7 @@ def test_velocity_across_the_mean_is_damped_over_channels():
 
 def test_no_later_frames_make_the_window_loss_zero_and_the_log_says_so(caplog):
     caplog.set_level(logging.INFO)
+    _say_if_windows_have_no_course.cache_clear()  # another test may have had it said
     latents, inputs = step_inputs(frames=2)
     _, record = guided_step(make_dit(), latents, guidance=MotionGuidance(inner_steps=1, tau=1.01), **inputs)
     assert record.parts[0]["window"] == 0
@@ -190,7 +192,7 @@ BAD = {
     "chunk": (0, "chunk must be"),
     "mode": ("MOFT", "mode must be one of effi_AMF, AMF, FlowMotion; got 'MOFT'"),
     "block": (-1, "block must be"),
-    "checkpoint": ("all", "checkpoint must be one of auto, block, none"),
+    "checkpoint": ("all", "checkpoint must be one of auto, none, block, offload"),
     "heads": ([], "heads must be"),
     "amf_weight": (-1.0, "amf_weight must be"),
     "variant": ("draft", "variant must be one of"),
