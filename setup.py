@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 NANO = Path("models/Wan2.1-T2V-nano")
+EVAL = ["opencv-python-headless>=4.10"]
+UI = ["gradio>=5.0"]
 
 
 class BuildWithNano(build_py):
@@ -42,7 +44,9 @@ setup(
         "modelscope>=1.15",
     ],
     extras_require={
-        "eval": ["opencv-python-headless>=4.10"],
-        "dev": ["opencv-python-headless>=4.10", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8"],
+        "eval": EVAL,
+        "ui": UI,
+        "bench": ["diffusers>=0.33"],
+        "dev": [*EVAL, *UI, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8", "selenium>=4.20"],
     },
 )
