@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffsynth.vram_management.copies import copies_to
 from diffsynth.vram_management.memory import available_memory
@@ -18,8 +18,9 @@ class Residency:
     """Brings models to the compute device when a stage needs them.
 
     Without offload a model stays there once it came; with offload it rests on the CPU and is on the device
-    only inside `using`. Models come on first use, so that a large one need not fit beside the others. Of a
-    model that streams, blocks come one by one as they run (see `streaming`).
+    only inside `using`: copies of its weights come, and go without being copied back, so that weights which
+    are mapped from a file stay mapped. Models come on first use, so that a large one need not fit beside the
+    others. Of a model that streams, blocks come one by one as they run (see `streaming`).
     """
 
     def __init__(self, models: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -27,6 +28,8 @@ class Residency:
         self.device = device
         self.offload = False
         self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}
+        # Of each model that came for a stage: its tensors, and their values on the CPU.
+        self._homes: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @property
     def streaming(self) -> tuple[str, ...]:
@@ -64,11 +67,11 @@ class Residency:
             for name in names:
                 if name in self._streams:
                     stream, blocks = self._streams[name]
-                    self._bring_all_but(name, blocks)
+                    self._bring(name, but=blocks)
                     armed.append(stream)
                     stream.arm()
                 else:
-                    self.models[name].to(self.device)
+                    self._bring(name)
             yield
         finally:
             for stream in armed:
@@ -79,16 +82,29 @@ class Residency:
     def rest(self, *names: str) -> None:
         """Move the named models (all by default) to the CPU and hand their memory back."""
         for name in names or self.models:
+            for tensor, home in self._homes.pop(name, ()):
+                tensor.data = home
             self.models[name].to("cpu")
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _bring_all_but(self, name: str, blocks: Sequence[nn.Module]) -> None:
-        staying = {id(tensor) for block in blocks for tensor in tensors_of(block)}
+    def _bring(self, name: str, but: Sequence[nn.Module] = ()) -> None:
+        """Copy a model's weights to the device, but for those of some blocks."""
+        staying = {id(tensor) for block in but for tensor in tensors_of(block)}
+        homes = self._homes.setdefault(name, []) if self.offload else []
         for tensor in tensors_of(self.models[name]):
-            if id(tensor) not in staying:
-                tensor.data = tensor.data.to(self.device)
+            if id(tensor) in staying:
+                continue
+            home = tensor.data
+            tensor.data = copy_to(self.device, home)
+            if tensor.data_ptr() != home.data_ptr():
+                homes.append((tensor, home))
+
+
+def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor itself if it is there."""
+    return tensor.to(device)
 
 
 def page_lock(blocks: Sequence[nn.Module]) -> None:
