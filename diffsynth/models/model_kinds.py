@@ -87,13 +87,18 @@ class Recognised:
     arguments: dict
 
 
+def kind_of(tensors: Mapping[str, StoredTensor]) -> ModelKind | None:
+    """The kind of model that has tensors of these names."""
+    return next((k for k in KINDS if k.official_mark in tensors or k.diffusers_mark in tensors), None)
+
+
 def recognise(tensors: Mapping[str, StoredTensor], declared: Declared, source: str) -> Recognised:
     """Tell what the tensors of one model are. `source` names their files in messages.
 
     Raises CheckpointError if they are no Wan2.1 model, or if tensors that tell the model's size are missing.
     """
     hint = "; give all shards in one list, or the folder" if "-of-" in source else ""
-    kind = next((k for k in KINDS if k.official_mark in tensors or k.diffusers_mark in tensors), None)
+    kind = kind_of(tensors)
     if kind is None:
         raise CheckpointError(
             f"{source} is not a Wan2.1 DiT, text encoder or VAE: "

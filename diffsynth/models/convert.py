@@ -1,0 +1,105 @@
+"""Rewriting a checkpoint so that its DiT is stored as it is used, and can be mapped from disk.
+
+The published DiTs are stored in float32. Loaded as bfloat16 they are converted in memory: 28 GB for 14B. Once
+converted on disk, the system reads and drops pages of the file as they are needed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, files_of, open_weights
+from diffsynth.models.model_kinds import kind_of
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHARD_BYTES = 5 * 10**9
+_STEM = "diffusion_pytorch_model"
+_DIT = "wan_video_dit"
+
+
+def convert_checkpoint(
+    folder: str | Path,
+    output: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a checkpoint folder in the official layout whose DiT is stored in `dtype`; return its path.
+
+    It loads as the numbers that loading `folder` with this dtype gives. The other files are hard links, or
+    copies where the disk is another. In memory is one shard, of at most shard_bytes or one tensor.
+    Raises ValueError for another dtype, FileExistsError if the output is there, FileNotFoundError and
+    CheckpointError for a folder that does not hold a whole DiT in the official layout.
+    """
+    folder, output = Path(folder), Path(output)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype!r}")
+    if output.exists():
+        raise FileExistsError(f"output {output} is there; name a new folder")
+    dit_files, tensors = _dit_of(folder)
+    unfinished = output.with_name(f".converting-{output.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(
+        folder,
+        unfinished,
+        copy_function=_link,
+        ignore=lambda _parent, names: {n for n in names if n in dit_files or n.startswith(_STEM)},
+    )
+    _write_shards(tensors, unfinished, dtype, shard_bytes)
+    return unfinished.rename(output)
+
+
+def _dit_of(folder: Path) -> tuple[set[str], Mapping[str, StoredTensor]]:
+    """Names of the files of the folder's DiT, and its tensors."""
+    for files in files_of(folder):
+        if files[0].parent == folder:
+            tensors = open_weights(files)
+            kind = kind_of(tensors)
+            if kind is not None and kind.name == _DIT:
+                return {file.name for file in files}, tensors
+    raise CheckpointError(f"{folder} holds no DiT in the official layout")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _write_shards(
+    tensors: Mapping[str, StoredTensor], folder: Path, dtype: torch.dtype, shard_bytes: int
+) -> None:
+    from safetensors.torch import save_file
+
+    parts: list[list[str]] = []
+    for shard in _shards(tensors, dtype, shard_bytes):
+        save_file(shard, folder / f"part-{len(parts)}", metadata={"format": "pt"})
+        parts.append(list(shard))
+    weight_map = {}
+    for index, names in enumerate(parts):
+        numbered = f"-{index + 1:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+        (folder / f"part-{index}").rename(folder / f"{_STEM}{numbered}.safetensors")
+        weight_map |= dict.fromkeys(names, f"{_STEM}{numbered}.safetensors")
+    if len(parts) > 1:
+        total = sum(stored.shape.numel() for stored in tensors.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _shards(
+    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, shard_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    shard, size = {}, 0
+    for name, stored in tensors.items():
+        more = stored.shape.numel() * dtype.itemsize
+        if shard and size + more > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = stored.read().to(dtype).contiguous()
+        size += more
+    yield shard
