@@ -137,11 +137,11 @@ def test_a_damaged_file_is_noticed_without_a_network(tmp_path, name, damage, mes
 def no_network_cases():
     import requests
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from modelscope.hub.errors import HubError, NotExistError
+    from modelscope.hub.errors import FileDownloadError, NotExistError
 
     response = requests.Response()
     return [
-        ("modelscope", HubError("hub is away")),
+        ("modelscope", FileDownloadError("hub is away")),
         ("modelscope", NotExistError("hub is away")),
         ("modelscope", requests.ConnectionError("hub is away")),
         ("modelscope", requests.HTTPError("hub is away", response=response)),
