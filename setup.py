@@ -40,7 +40,7 @@ setup(
         "tokenizers>=0.20",
         "transformers>=4.46",
         "sentencepiece>=0.2",
-        "imageio-ffmpeg>=0.5",
+        "imageio-ffmpeg>=0.6",
         "modelscope>=1.15",
     ],
     extras_require={
