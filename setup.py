@@ -6,7 +6,8 @@ from setuptools.command.build_py import build_py
 
 NANO = Path("models/Wan2.1-T2V-nano")
 EVAL = ["opencv-python-headless>=4.10"]
-UI = ["gradio>=5.0"]
+UI = ["gradio>=6.0"]
+BROWSER = ["selenium>=4.20"]
 
 
 class BuildWithNano(build_py):
@@ -47,6 +48,6 @@ setup(
         "eval": EVAL,
         "ui": UI,
         "bench": ["diffusers>=0.33"],
-        "dev": [*EVAL, *UI, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8", "selenium>=4.20"],
+        "dev": [*EVAL, *UI, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8", *BROWSER],
     },
 )

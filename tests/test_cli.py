@@ -505,6 +505,26 @@ def test_inspect_shows_the_motion_without_generating(clip, tiny_checkpoint, tmp_
     assert "sigma must be in (0, 1]" in capsys.readouterr().err
 
 
+def test_inspect_draws_the_losses_of_a_record(clip, tiny_checkpoint, tmp_path, capsys):
+    run = [
+        "transfer",
+        clip,
+        "--model",
+        tiny_checkpoint,
+        "--prompt",
+        "a cat",
+        "--height",
+        "32",
+        "--width",
+        "32",
+    ]
+    out = tmp_path / "out.mp4"
+    assert main([*run, "--num-inference-steps", "2", "-o", out, "-q"]) == 0
+    assert main(["inspect", f"{out}.json", "-o", tmp_path / "losses"]) == 0
+    assert (tmp_path / "losses" / "losses.png").is_file()
+    assert "the motion loss in 2 guided steps" in capsys.readouterr().out
+
+
 def test_evaluate_measures_a_video_against_itself(tmp_path, capsys):
     pytest.importorskip("cv2")
     clip = write_clip(tmp_path / "a.mp4", num_frames=4, height=64, width=64)

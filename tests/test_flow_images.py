@@ -32,7 +32,7 @@ def test_a_flow_video_shows_the_pairs_of_neighbours(tmp_path):
     amf[4, ..., 0] = 2
     path = save_flow_video(amf, tmp_path / "flow.mp4", sf=3)
     video = VideoData(path)
-    assert (len(video), video.shape()) == (2, (64, 96))
+    assert (len(video), video.shape()) == (2, (256, 384))
     corner = [video[i].getpixel((1, 1)) for i in range(2)]
     assert corner[0][0] > 230
     assert max(corner[0][1:]) < 40
@@ -44,9 +44,9 @@ def test_the_reference_stands_beside_its_flow(tmp_path):
     amf = torch.zeros(6, 4, 6, 2)
     frames = [Image.new("RGB", (120, 80), (0, 0, 200)) for _ in range(9)]
     video = VideoData(save_flow_video(amf, tmp_path / "flow.mp4", sf=3, frames=frames, fps=8))
-    assert (len(video), video.shape(), video.fps) == (9, (64, 192), 8)
+    assert (len(video), video.shape(), video.fps) == (9, (320, 960), 8)
     assert video[4].getpixel((2, 2))[2] > 150
-    assert min(video[4].getpixel((189, 2))) > 240
+    assert min(video[4].getpixel((957, 2))) > 240
 
 
 def test_flows_that_are_none_are_refused(tmp_path):

@@ -8,18 +8,22 @@ from diffsynth.cli.console import Console
 from diffsynth.cli.errors import DONE, UsageError
 from diffsynth.cli.outputs import check_output, publish_plain
 from diffsynth.cli.tasks import DEFAULT_FPS, open_reference
-from diffsynth.evaluation.compare import side_by_side
+from diffsynth.evaluation.compare import video_grid
+from diffsynth.evaluation.motion_pictures import draw_trajectories
+from diffsynth.evaluation.tracking import track_object
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Write the video that shows them all, as long as the shortest."""
+    """Write the video that shows them all."""
     if len(options.videos) < 2:
         raise UsageError("give two or more videos to compare")
     labels = labels_of(options.videos, options.labels)
     check_output(options.output, options.overwrite)
     videos = {label: open_reference(path) for label, path in zip(labels, options.videos, strict=True)}
     fps = options.fps or next(iter(videos.values())).fps or DEFAULT_FPS
-    frames = side_by_side(videos, height=options.height)
+    if options.paths:
+        videos = {label: draw_trajectories(v, [track_object(v).centroids]) for label, v in videos.items()}
+    frames = video_grid(videos, columns=options.columns, height=options.height, until=options.until)
     path = publish_plain(frames, options.output, fps=fps, overwrite=options.overwrite)
     facts = {"output": str(path), "labels": labels, "frames": len(frames), "fps": fps}
     console.say(f"{path}: {len(frames)} frames, {' | '.join(labels)}")

@@ -1,4 +1,4 @@
-"""`fastvmt inspect`: the motion that a reference would transfer, before anything is generated."""
+"""`fastvmt inspect`: the motion that a reference would transfer, or the losses of a run that is done."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -11,13 +11,18 @@ from diffsynth.cli.tasks import DEFAULT_FPS, open_reference, published_size
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.data import VideoData
 from diffsynth.evaluation.flow_images import save_flow_video
+from diffsynth.evaluation.motion_pictures import flow_sheet
+from diffsynth.evaluation.plot import loss_curves
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.arguments import video_length, video_size
+from diffsynth.pipelines.record import read_record
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Write the flow as a video: arrows over the frames, colours beside them."""
+    """Write the flow as a video and a sheet: arrows over the frames, colours beside them."""
+    if options.reference.suffix == ".json":
+        return _draw_losses(options, console)
     output = options.output or Path(f"{options.reference.resolve().stem}-motion")
     _check_empty(output, options.overwrite)
     folder = choose_model(options.model, options.models_dir, console)
@@ -33,9 +38,25 @@ def run(options: Namespace, console: Console) -> int:
     path = save_flow_video(
         flow, output / "motion.mp4", sf=motion.sf, frames=video, fps=video.fps or DEFAULT_FPS
     )
+    sheet = output / "motion.png"
+    flow_sheet(video, flow, sf=motion.sf).save(sheet)
     pairs, rows, cols = flow.shape[:3]
-    console.say(f"{path}: flow of {pairs} pairs of latent frames, {rows}x{cols} tokens")
-    console.result({"files": [str(path)], "pairs": pairs, "token_grid": [rows, cols]})
+    console.say(f"{path}, {sheet}: flow of {pairs} pairs of latent frames, {rows}x{cols} tokens")
+    console.result({"files": [str(path), str(sheet)], "pairs": pairs, "token_grid": [rows, cols]})
+    return DONE
+
+
+def _draw_losses(options: Namespace, console: Console) -> int:
+    """A record's losses as a picture."""
+    record = read_record(options.reference)
+    picture = loss_curves(record.cost["losses"])
+    output = options.output or Path(f"{options.reference.with_suffix('').stem}-losses")
+    _check_empty(output, options.overwrite)
+    output.mkdir(exist_ok=True)
+    path = output / "losses.png"
+    picture.save(path)
+    console.say(f"{path}: the motion loss in {len(record.cost['losses'])} guided steps")
+    console.result({"files": [str(path)]})
     return DONE
 
 

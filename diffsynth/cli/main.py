@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "diffsynth.cli.doctor",
     "batch": "diffsynth.cli.batch",
     "decode": "diffsynth.cli.decode",
+    "ui": "diffsynth.webui.command",
     "completion": "diffsynth.cli.completion",
 }
 

@@ -19,6 +19,7 @@ from diffsynth.configs.download import SOURCES
 
 TRACKERS = ("auto", "lk", "cotracker")
 FLOW_MODES = ("effi_AMF", "AMF")
+ENDS = ("shortest", "longest")
 SHELLS = ("bash", "zsh", "fish")
 _REFERENCE = "a video file, or a folder of images"
 
@@ -41,9 +42,11 @@ exit codes: 0 done, 1 failed, 2 bad arguments (nothing heavy has run), 130 inter
 Beside the video stands its record, fox.mp4.json, with all that the run was; the video holds it, too.""",
     "inspect": """
   fastvmt inspect ref.mp4 -o ref-motion
-  fastvmt inspect ref.mp4 --model 1.3b --mode AMF --sigma 0.5""",
+  fastvmt inspect ref.mp4 --model 1.3b --mode AMF --sigma 0.5
+  fastvmt inspect out.mp4.json                                            the losses of a run""",
     "compare": """
   fastvmt compare ref.mp4 slow.mp4 fast.mp4 -o compare.mp4
+  fastvmt compare ref.mp4 out.mp4 --paths -o paths.mp4
   fastvmt compare ref.mp4 out.mp4 --labels reference result -o compare.mp4 --height 320""",
     "evaluate": """
   fastvmt evaluate out.mp4 ref.mp4
@@ -72,6 +75,10 @@ References are relative to the jobs file, outputs are inside the output folder. 
 where it stopped.""",
     "decode": """
   fastvmt decode .fox.mp4.run/latents-0123456789ab-001.safetensors -o fox.mp4 --model 14b""",
+    "ui": """
+  fastvmt ui
+  fastvmt ui --model 1.3b --offload -o videos
+  fastvmt ui --host 0.0.0.0 --auth studio:secret""",
     "completion": """
   eval "$(fastvmt completion bash)"          in ~/.bashrc; likewise zsh in ~/.zshrc
   fastvmt completion fish > ~/.config/fish/completions/fastvmt.fish""",
@@ -135,6 +142,9 @@ def build_parser() -> Parser:
     doctor.add_argument("--models-dir", default="models", metavar="DIR", help="where models are (models)")
     _add_batch(command("batch", "Make many videos with one load of the model."))
     _add_decode(command("decode", "Make the video of final latents that a run left."))
+    _add_ui(
+        command("ui", "Serve a web page that does all this, on this machine alone unless told otherwise.")
+    )
     completion = command("completion", "Print a script for the shell's tab completion.")
     completion.add_argument("shell", choices=SHELLS)
     return parser
@@ -179,7 +189,7 @@ def _add_transfer(parser: Parser) -> None:
 
 
 def _add_inspect(parser: Parser) -> None:
-    parser.add_argument("reference", type=Path, metavar="REF", help=_REFERENCE)
+    parser.add_argument("reference", type=Path, metavar="REF", help=f"{_REFERENCE}, or a run's record")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the result (REF-motion)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
     parser.add_argument("--height", type=whole, metavar="N", help="pixels; as for transfer")
@@ -194,6 +204,11 @@ def _add_compare(parser: Parser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="video file")
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one for each video; file names")
     parser.add_argument("--height", type=whole, default=256, metavar="N", help="of each video, pixels (256)")
+    parser.add_argument(
+        "--columns", type=whole, metavar="N", help="videos in a row; up to three, else a square"
+    )
+    parser.add_argument("--until", choices=ENDS, default=ENDS[0], help=f"which video ends it ({ENDS[0]})")
+    parser.add_argument("--paths", action="store_true", help="draw the way of each video's largest object")
     parser.add_argument("--fps", type=number, metavar="X", help="frames a second; the first video's")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
@@ -207,6 +222,21 @@ def _add_evaluate(parser: Parser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="CoTracker's weights")
     parser.add_argument("--grid", type=whole, default=40, metavar="N", help="points in a row and column (40)")
     parser.add_argument("--device", default="auto", help="where CLIP and CoTracker run (auto)")
+
+
+def _add_ui(parser: Parser) -> None:
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)"
+    )
+    parser.add_argument("--port", type=whole, default=7860, metavar="N", help="0: a free one (7860)")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these")
+    parser.add_argument(
+        "-o", "--output-dir", default="videos", metavar="DIR", help="for videos, records, references (videos)"
+    )
+    parser.add_argument("--max-upload", type=number, default=200, metavar="MB", help="of a reference (200)")
+    parser.add_argument("--max-frames", type=whole, default=2000, metavar="N", help="of a reference (2000)")
+    parser.add_argument("--max-waiting", type=whole, default=32, metavar="N", help="runs in the queue (32)")
+    add_model_options(parser)
 
 
 def _add_plan(parser: Parser) -> None:

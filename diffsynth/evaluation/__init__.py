@@ -1,11 +1,20 @@
 """Looking at motion, and measuring it."""
 
 from diffsynth.evaluation.adherence import check_prompt
-from diffsynth.evaluation.compare import side_by_side
+from diffsynth.evaluation.compare import side_by_side, video_grid
 from diffsynth.evaluation.contact_sheet import contact_sheet
-from diffsynth.evaluation.flow_images import flow_to_image, save_flow_video
+from diffsynth.evaluation.flow_images import (
+    draw_arrows,
+    flow_to_image,
+    flow_video,
+    flow_wheel,
+    overlay_flow,
+    save_flow_video,
+)
 from diffsynth.evaluation.metrics import flow_error, trajectory_error
 from diffsynth.evaluation.motion_fidelity import motion_fidelity, paired_fidelity
+from diffsynth.evaluation.motion_pictures import compare_motion, draw_trajectories, flow_sheet
+from diffsynth.evaluation.plot import loss_curves
 from diffsynth.evaluation.probe import probe_motion
 from diffsynth.evaluation.probe_report import ProbeResult, suggest
 from diffsynth.evaluation.quality import evaluate, make_pairs
@@ -19,13 +28,21 @@ from diffsynth.evaluation.tracking import track_object
 __all__ = [
     "ProbeResult",
     "check_prompt",
+    "compare_motion",
     "contact_sheet",
+    "draw_arrows",
+    "draw_trajectories",
     "evaluate",
     "flow_error",
+    "flow_sheet",
     "flow_to_image",
+    "flow_video",
+    "flow_wheel",
+    "loss_curves",
     "make_pairs",
     "markdown_table",
     "motion_fidelity",
+    "overlay_flow",
     "paired_fidelity",
     "probe_motion",
     "reference_flow",
@@ -39,4 +56,5 @@ __all__ = [
     "track_object",
     "track_points",
     "trajectory_error",
+    "video_grid",
 ]

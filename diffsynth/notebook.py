@@ -1,0 +1,44 @@
+"""Videos inside a notebook."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from diffsynth.data import VideoData, save_video
+
+if TYPE_CHECKING:
+    import IPython.display
+
+USUAL_FPS = 15.0
+
+
+def display(
+    video: VideoData | Sequence[Image.Image] | np.ndarray | str | Path,
+    fps: float | None = None,
+    width: int | None = 480,
+) -> "IPython.display.Video":
+    """A video as a notebook shows it, inside the notebook's own file: `diffsynth.display(frames)`.
+
+    video: a `VideoData`, PIL images, uint8 [F, H, W, 3], or a path of an mp4. fps: the video's own, else 15.
+    width: in pixels on the page; None for the video's own. Raises ImportError without IPython, and what
+    `save_video` raises for what is no video.
+    """
+    try:
+        from IPython.display import Video
+    except ImportError as error:
+        raise ImportError(
+            "display shows videos in notebooks and needs IPython: pip install ipython"
+        ) from error
+    attributes = "controls loop autoplay muted"
+    if isinstance(video, str | Path):
+        return Video(str(video), embed=True, width=width, html_attributes=attributes)
+    rate = fps or getattr(video, "fps", None) or USUAL_FPS
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_video(video, Path(folder, "video.mp4"), fps=rate, quality=8)
+        return Video(
+            data=path.read_bytes(), embed=True, mimetype="video/mp4", width=width, html_attributes=attributes
+        )

@@ -1,0 +1,258 @@
+"""The page itself: what stands where, and what happens on a click."""
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+from diffsynth.configs.defaults import EXACT
+from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
+from diffsynth.pipelines.options import MODES
+from diffsynth.webui import panel
+from diffsynth.webui.failures import failure_text
+from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, poster
+from diffsynth.webui.jobs import Job, JobCancelledError, JobQueue
+from diffsynth.webui.references import starting_clips
+from diffsynth.webui.requests import Request
+from diffsynth.webui.security import Guard
+from diffsynth.webui.style import CSS
+from diffsynth.webui.uploads import keep_upload
+from diffsynth.webui.workshop import Workshop, make_video, show_motion
+
+logger = logging.getLogger(__name__)
+
+LOOKS_PER_SECOND = 4
+VISITORS = 40  # whose pages are served at a time; their runs wait in one queue
+# Of a `Request`, in the order in which the page has them.
+_FIELDS = (
+    "prompt", "negative_prompt", "preset", "mode", "seed", "denoising_strength", "num_inference_steps",
+    "motion_scale", "height", "width", "num_frames",
+)  # fmt: skip
+# Numbers, since a field for numbers is never empty, that leave the choice to the model or the preset.
+_OWN = {"seed": -1, "num_inference_steps": 0, "height": 0, "width": 0, "num_frames": 0}
+
+
+def import_gradio() -> Any:
+    """gradio, silent and local. Raises ImportError with the command that installs it."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError("the web page needs gradio: pip install 'fastvmt[ui]'") from error
+    return gradio
+
+
+class Page:
+    """The handlers of the page's buttons, over one workshop and one queue."""
+
+    def __init__(self, shop: Workshop, queue: JobQueue) -> None:
+        self.shop, self.queue = shop, queue
+        self.clips = {path.stem: self._shown(path) for path in starting_clips(shop.cache)}
+        self._gradio = import_gradio()
+
+    def pick(self, name: str | None) -> str | None:
+        """A shipped reference."""
+        return str(self.clips[name]) if name in self.clips else None
+
+    def generate(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
+        """Progress of a run until it ends: panel, id of the job, videos, files, gallery."""
+
+        def start() -> Job:
+            request, reference = self._request(uploaded, values)
+            return self.queue.submit(lambda job: make_video(self.shop, request, reference, job))
+
+        yield from self._follow(start, self._show_run, num_shown=4)
+
+    def inspect(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
+        """Progress of reading a reference's motion: panel, id of the job, video of the motion."""
+
+        def start() -> Job:
+            if uploaded is None:
+                raise ValueError("choose or upload a reference video first")
+            request, reference = self._request(uploaded, ("motion", *values[1:]))
+            return self.queue.submit(lambda job: show_motion(self.shop, request, reference, job))
+
+        def show(path: Path) -> tuple[str, str]:
+            return panel.message("Colours and arrows: where it moves, and how far.", "done"), str(path)
+
+        yield from self._follow(start, show, num_shown=1)
+
+    def cancel(self, job_id: str | None) -> str | Any:
+        """Ask the visitor's own run to stop."""
+        if self.queue.cancel(job_id):
+            return panel.message("Stopping after this step.")
+        return self._gradio.skip()
+
+    def gallery(self) -> list[tuple[str, str]]:
+        """Posters and names of past runs."""
+        posters = ((self._poster(run), run.video.name) for run in past_runs(self.shop.output_dir))
+        return [(str(picture), name) for picture, name in posters if picture is not None]
+
+    def open_past(self, name: str) -> tuple:
+        """What the page shows of the run of that name."""
+        try:
+            return self._files_of(find_run(self.shop.output_dir, name))
+        except (ValueError, OSError) as error:
+            return (panel.message(failure_text(error), "error"), *[self._gradio.skip()] * 3)
+
+    def _request(self, uploaded: str | None, values: tuple) -> tuple[Request, Path | None]:
+        given = dict(zip(_FIELDS, values, strict=True))
+        own = {name for name, value in given.items() if value is None or value == _OWN.get(name)}
+        request = Request(**{"prompt": "", **{name: given[name] for name in given.keys() - own}})
+        if request.mode == NO_TRANSFER or uploaded is None:
+            return request, None
+        arrived = Path(os.environ["GRADIO_TEMP_DIR"])
+        return request, keep_upload(uploaded, arrived, self.shop.references, self.shop.limits)
+
+    def _follow(
+        self, start: Callable[[], Job], show: Callable[[Any], tuple], num_shown: int
+    ) -> Iterator[tuple]:
+        """(panel, job id, *the num_shown other things), several times a second until the job ends."""
+        unchanged = [self._gradio.skip()] * num_shown
+        try:
+            job = start()
+            while not job.future.done():
+                ahead = self.queue.ahead(job)
+                yield (panel.running(job.progress, job.state, ahead, job.seconds), job.id, *unchanged)
+                time.sleep(1 / LOOKS_PER_SECOND)
+            error = job.error()
+            said, *shown = (None, *unchanged) if error else show(job.result())
+        except (ValueError, TypeError, RuntimeError, OSError) as problem:
+            error, shown = problem, unchanged
+        if isinstance(error, JobCancelledError | CancelledError):
+            said = panel.message("Cancelled; nothing was written.")
+        elif error is not None:
+            said = panel.message(failure_text(error), "error")
+        yield (said, None, *shown)
+
+    def _show_run(self, run: PastRun) -> tuple:
+        return (*self._files_of(run), self.gallery())
+
+    def _poster(self, run: PastRun) -> Path | None:
+        try:
+            return poster(run, self.shop.cache)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is left out of the gallery: %s", run.video, error)
+            return None
+
+    def _files_of(self, run: PastRun) -> tuple:
+        video = str(self._shown(run.video))
+        return (
+            panel.finished(run),
+            str(compared(run, self.shop.cache)),
+            video,
+            [video, str(self._shown(run.record_file))],
+        )
+
+    def _shown(self, path: Path) -> Path:
+        """A copy that the server may give away: it serves no other folder."""
+        folder = self.shop.cache / str(path.stat().st_mtime_ns)
+        folder.mkdir(exist_ok=True)
+        target = folder / path.name
+        if not target.is_file():
+            shutil.copyfile(path, target)
+        return target
+
+
+def build(page: Page) -> Any:
+    """The gradio Blocks of the page."""
+    gr, shop = import_gradio(), page.shop
+    usual = shop.pipe.defaults
+    with gr.Blocks(title="FastVMT", analytics_enabled=False, fill_width=True) as demo:
+        gr.HTML(f"<h1>FastVMT</h1><p>A video's motion, a prompt's content. Model: {shop.folder.name}</p>")
+        job_id = gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=2):
+                reference = gr.Video(label="Reference", sources=["upload"], height=240, elem_id="reference")
+                clip = gr.Dropdown(
+                    list(page.clips), value=None, label="... or one that comes along", elem_id="clip"
+                )
+                prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+                preset = gr.Radio([EXACT, *usual.presets], value=EXACT, label="Preset", elem_id="preset")
+                with gr.Row():
+                    mode = gr.Dropdown(list(MODES), value=DEFAULT_MODE, label="Mode", elem_id="mode")
+                    seed = gr.Number(-1, precision=0, label="Seed (-1: a new one)", elem_id="seed")
+                with gr.Row():
+                    go = gr.Button("Generate", variant="primary", elem_id="go")
+                    look = gr.Button("Show the motion", elem_id="look")
+                    stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                with gr.Accordion("More (0: the model's own)", open=False):
+                    negative = gr.Textbox(label="Negative prompt", elem_id="negative")
+                    with gr.Row():
+                        strength = gr.Slider(
+                            0.05, 1, value=usual.denoising_strength, label="Denoising strength"
+                        )
+                        scale = gr.Slider(0.1, 4, value=1, label="Strength of the motion")
+                    with gr.Row():
+                        steps, height, width, length = (
+                            gr.Number(0, precision=0, label=name, elem_id=name.lower())
+                            for name in ("Steps", "Height", "Width", "Frames")
+                        )
+            with gr.Column(scale=3):
+                said = gr.HTML(panel.IDLE, elem_id="panel")
+                both = gr.Video(label="Reference | result", interactive=False, loop=True, autoplay=True)
+                with gr.Row():
+                    result = gr.Video(
+                        label="Result", interactive=False, loop=True, autoplay=True, elem_id="result"
+                    )
+                    motion = gr.Video(
+                        label="Motion", interactive=False, loop=True, autoplay=True, elem_id="motion"
+                    )
+                files = gr.File(
+                    label="Video and record", file_count="multiple", interactive=False, elem_id="files"
+                )
+        past = gr.Gallery(
+            page.gallery, label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
+        )
+        asked = [prompt, negative, preset, mode, seed, strength, steps, scale, height, width, length]
+        shown = [both, result, files]
+        clip.input(page.pick, clip, reference, api_name=False)
+        many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
+        go.click(
+            page.generate, [reference, *asked], [said, job_id, *shown, past], api_name="generate", **many
+        )
+        look.click(page.inspect, [reference, *asked], [said, job_id, motion], api_name="inspect", **many)
+        stop.click(page.cancel, job_id, said, api_name="cancel", queue=False)
+
+        def open_past(event: gr.SelectData) -> tuple:
+            return page.open_past(event.value["caption"])
+
+        past.select(open_past, None, [said, *shown], api_name=False)
+    return demo.queue(max_size=4 * VISITORS)
+
+
+def make_app(page: Page, auth: tuple[str, str] | None = None, root_path: str | None = None) -> Guard:
+    """The server's application."""
+    gr = import_gradio()
+    from fastapi import FastAPI
+
+    local = ("ui-sans-serif", "system-ui", "sans-serif")
+    app = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        build(page),
+        path="/",
+        auth=auth,
+        root_path=root_path,
+        allowed_paths=[str(page.shop.cache)],
+        max_file_size=f"{page.shop.limits.megabytes:g}mb",
+        footer_links=[],
+        theme=gr.themes.Soft(font=local, font_mono=("ui-monospace", "monospace")),
+        css=CSS,
+    )
+    return Guard(app)
+
+
+def temporary_folders() -> tuple[tempfile.TemporaryDirectory, Path]:
+    """A folder that is removed at exit, and in it one for what the page shows; uploads arrive beside it."""
+    held = tempfile.TemporaryDirectory(prefix="fastvmt-ui-")
+    uploads, cache = Path(held.name, "uploads").resolve(), Path(held.name, "cache").resolve()
+    uploads.mkdir()
+    cache.mkdir()
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    return held, cache

@@ -1,0 +1,65 @@
+"""`fastvmt ui`: the web page."""
+
+import socket
+from argparse import Namespace
+from pathlib import Path
+
+from diffsynth.cli.console import Console
+from diffsynth.cli.errors import RunFailedError, UsageError
+from diffsynth.cli.models import Setup
+from diffsynth.cli.outputs import check_folder
+from diffsynth.webui.app import Page, import_gradio, make_app, temporary_folders
+from diffsynth.webui.jobs import JobQueue
+from diffsynth.webui.security import is_local, read_auth
+from diffsynth.webui.uploads import UploadLimits
+from diffsynth.webui.workshop import open_workshop
+
+
+def run(options: Namespace, console: Console) -> int:
+    """Serve the page until Ctrl-C."""
+    try:
+        auth = read_auth(options.auth)
+        limits = UploadLimits(megabytes=options.max_upload, frames=options.max_frames)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    import_gradio()
+    import uvicorn
+
+    listening = _listen(options.host, options.port)
+    if not is_local(options.host) and auth is None:
+        console.problem(
+            f"anybody who reaches {options.host} may use this page; --auth USER:PASSWORD asks who"
+        )
+    output_dir = Path(options.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    check_folder(output_dir)
+    held, cache = temporary_folders()
+    queue = JobQueue(options.max_waiting)
+    with held:
+        shop = open_workshop(
+            options.model,
+            options.models_dir,
+            Setup.from_options(options),
+            output_dir=output_dir.resolve(),
+            cache=cache,
+            limits=limits,
+            hashed=not options.no_hash,
+        )
+        app = make_app(Page(shop, queue), auth)
+        address = f"http://{options.host}:{listening.getsockname()[1]}"
+        console.note(f"the page is at {address}; videos go to {output_dir}; Ctrl-C ends")
+        console.result({"address": address, "output_dir": str(output_dir)})
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        try:
+            server.run(sockets=[listening])
+        finally:
+            queue.close()
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises RunFailedError if the port is taken."""
+    try:
+        return socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise RunFailedError(f"cannot listen at {host}:{port}: {error}; --port 0 takes a free one") from error

@@ -1,0 +1,166 @@
+"""One thing at a time: whoever asks, jobs wait in one queue, so that two runs never share the memory.
+
+A job is a function of its `Job`, through which it tells how far it is and learns that it is cancelled.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
+MOST_WAITING = 32
+
+
+class QueueFullError(RuntimeError):
+    """As many jobs wait as may."""
+
+
+class JobCancelledError(RuntimeError):
+    """The job was asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is.
+
+    stage: what it does now. step of steps: denoising steps done. guided of guided_steps: guided ones.
+    losses: the motion loss after each guided step. preview: an animated WebP of what it is to become.
+    """
+
+    stage: str = "start"
+    step: int = 0
+    steps: int = 0
+    guided: int = 0
+    guided_steps: int = 0
+    losses: tuple[float, ...] = ()
+    preview: bytes | None = None
+
+
+class Job:
+    """A piece of work in a queue. id: not to be guessed, so that nobody cancels the job of another."""
+
+    def __init__(self) -> None:
+        self.id = secrets.token_urlsafe(16)
+        self.progress = Progress()
+        self.future: Future = Future()
+        self._started: float | None = None
+        self._ended: float | None = None
+        self._asked_to_stop = threading.Event()
+        self._lock = threading.Lock()
+        self._interrupt: Callable[[], None] | None = None
+
+    @property
+    def state(self) -> str:
+        """WAITING, RUNNING, DONE, FAILED or CANCELLED."""
+        if not self.future.done():
+            return WAITING if self._started is None else RUNNING
+        error = self.error()
+        if error is None:
+            return DONE
+        return CANCELLED if isinstance(error, JobCancelledError | CancelledError) else FAILED
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run, waiting aside."""
+        if self._started is None:
+            return 0.0
+        return (self._ended or time.monotonic()) - self._started
+
+    def error(self) -> BaseException | None:
+        """What ended it; None while it goes on, and after success."""
+        if not self.future.done():
+            return None
+        return CancelledError() if self.future.cancelled() else self.future.exception()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What its work returned; waits for it. Raises what the work raised, TimeoutError after timeout s."""
+        return self.future.result(timeout)
+
+    def report(self, **changes: Any) -> None:
+        """Fields of `Progress` that changed."""
+        self.progress = replace(self.progress, **changes)
+
+    def check(self) -> None:
+        """Raises JobCancelledError once the job is to stop."""
+        if self._asked_to_stop.is_set():
+            raise JobCancelledError("cancelled; no video was written")
+
+    def cancel(self) -> None:
+        """Ask it to stop: at once if it waits, else as soon as its work looks."""
+        self._asked_to_stop.set()
+        if self.future.cancel():
+            return
+        with self._lock:
+            if self._interrupt is not None:
+                self._interrupt()
+
+    @contextmanager
+    def interruptible(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """Inside this context cancelling the job calls interrupt; never after it, when another may run."""
+        with self._lock:
+            self._interrupt = interrupt
+        try:
+            self.check()
+            yield
+        finally:
+            with self._lock:
+                self._interrupt = None
+
+    def run(self, work: Callable[["Job"], Any]) -> Any:
+        """Do the work; for the queue."""
+        self._started = time.monotonic()
+        try:
+            self.check()
+            return work(self)
+        finally:
+            self._ended = time.monotonic()
+
+
+class JobQueue:
+    """Runs jobs one after the other in a thread of its own, in the order in which they came."""
+
+    def __init__(self, most_waiting: int = MOST_WAITING) -> None:
+        self._most_waiting = most_waiting
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fastvmt-ui")
+        self._unfinished: dict[str, Job] = {}
+        self._lock = threading.Lock()
+
+    def submit(self, work: Callable[[Job], Any]) -> Job:
+        """Queue the work. Raises QueueFullError if too many wait already."""
+        job = Job()
+        with self._lock:
+            waiting = max(0, len(self._unfinished) - 1)
+            if waiting >= self._most_waiting:
+                raise QueueFullError(f"{waiting} runs are waiting already; try again when some are done")
+            self._unfinished[job.id] = job
+            job.future = self._worker.submit(job.run, work)
+        job.future.add_done_callback(lambda _future: self._forget(job.id))
+        return job
+
+    def cancel(self, job_id: str | None) -> bool:
+        """Cancel the unfinished job of that id; whether there was one."""
+        job = self._unfinished.get(job_id or "")
+        if job is not None:
+            job.cancel()
+        return job is not None
+
+    def ahead(self, job: Job) -> int:
+        """How many unfinished jobs came before this one."""
+        with self._lock:
+            ids = list(self._unfinished)
+        return ids.index(job.id) if job.id in ids else 0
+
+    def close(self) -> None:
+        """Cancel everything, and return when the worker has stopped."""
+        for job in list(self._unfinished.values()):
+            job.cancel()
+        self._worker.shutdown(cancel_futures=True)
+
+    def _forget(self, job_id: str) -> None:
+        with self._lock, suppress(KeyError):
+            del self._unfinished[job_id]

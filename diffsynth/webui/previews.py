@@ -1,0 +1,77 @@
+"""What latents show, cheaply: a linear map from their channels to colours, fitted to the VAE at hand."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool3d
+
+from diffsynth.data.synthetic import make_clip
+from diffsynth.pipelines.events import RunEvent
+from diffsynth.pipelines.frames import video_to_tensor
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+# Of the clips that the map is fitted to; their colours and places vary.
+_SEEDS, _FRAMES, _SIDE = (1, 2, 3, 4), 9, 128
+SHOWN_SIDE = 192  # pixels, of the shorter side
+MOST_SHOWN = 12  # frames
+PREVIEWS_OF_A_RUN = 10
+_MILLISECONDS = 250  # a latent frame stands for four of the video
+
+
+class Previews:
+    """Previews of runs of one pipeline; the map is fitted when this is built, by encoding a few clips."""
+
+    def __init__(self, pipe: WanVideoPipeline) -> None:
+        self._colours = fit_colours(pipe)
+
+    def of(self, event: RunEvent) -> bytes | None:
+        """An animated WebP of an event's clean latents; None where it is not this step's turn."""
+        every = max(1, event.steps // PREVIEWS_OF_A_RUN)
+        if event.clean is None or event.step % every:
+            return None
+        return animated(latent_frames(event.clean, self._colours))
+
+
+@torch.no_grad()
+def fit_colours(pipe: WanVideoPipeline) -> Tensor:
+    """The linear map of the pipeline's VAE, [C + 1, 3], that best gives the colours, in [-1, 1], of what it
+    encoded; the last row is added.
+    """
+    rows, colours = [], []
+    for seed in _SEEDS:
+        frames = make_clip(seed, num_frames=_FRAMES, height=_SIDE, width=_SIDE).frames
+        video = video_to_tensor([Image.fromarray(frame) for frame in frames], _FRAMES, _SIDE, _SIDE)
+        with pipe.residency.using("vae"):
+            latents = pipe.vae.encode(video, tiled=True).float().cpu()
+        # The first frame is a latent frame of its own, and looks like those that follow it.
+        seen = adaptive_avg_pool3d(video.float().cpu(), latents.shape[2:])
+        rows.append(latents[0].flatten(1).T)
+        colours.append(seen[0].flatten(1).T)
+    known = torch.cat(rows).double()
+    known = torch.cat([known, torch.ones(len(known), 1, dtype=known.dtype)], dim=1)
+    return torch.linalg.lstsq(known, torch.cat(colours).double()).solution.float()
+
+
+def latent_frames(latents: Tensor, colours: Tensor) -> list[Image.Image]:
+    """Small pictures, one a latent frame, of latents [1, C, F, h, w]."""
+    channels = latents[0].detach().float().cpu()
+    pixels = torch.einsum("cfhw,cd->fhwd", channels, colours[:-1]) + colours[-1]
+    bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).nan_to_num().round().to(torch.uint8)
+    return [Image.fromarray(np.ascontiguousarray(frame)) for frame in bytes_.numpy()]
+
+
+def animated(frames: Sequence[Image.Image]) -> bytes:
+    """At most MOST_SHOWN of the frames as an endless WebP."""
+    step = -(-len(frames) // MOST_SHOWN)
+    shorter = min(frames[0].size)
+    size = tuple(round(n * SHOWN_SIDE / shorter) for n in frames[0].size)
+    first, *others = (frame.resize(size, Image.Resampling.BICUBIC) for frame in frames[::step])
+    file = io.BytesIO()
+    first.save(
+        file, "WEBP", save_all=True, append_images=others, duration=_MILLISECONDS * step, loop=0, quality=70
+    )
+    return file.getvalue()

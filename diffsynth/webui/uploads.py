@@ -1,0 +1,152 @@
+"""Reference videos that strangers send: looked at before anything decodes them, and kept under safe names.
+
+A playlist that calls itself mp4 would make ffmpeg read other files; so the content decides what a file is.
+"""
+
+import hashlib
+import os
+import re
+import stat
+import subprocess
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
+# The first bytes of each kind: (offset, bytes).
+_SIGNS: Mapping[str, tuple[tuple[int, bytes], ...]] = MappingProxyType(
+    {
+        ".mp4": ((4, b"ftyp"),),
+        ".mov": ((4, b"moov"), (4, b"mdat"), (4, b"wide"), (4, b"free"), (4, b"skip")),
+        ".mkv": ((0, b"\x1a\x45\xdf\xa3"),),
+        ".avi": ((0, b"RIFF"),),
+        ".gif": ((0, b"GIF8"),),
+    }
+)
+_HEAD = 16  # bytes
+_CHUNK = 1 << 20
+MARK_LENGTH = 12  # of a file's hash, in its name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UploadLimits:
+    """megabytes: of the file. frames: of the video. pixels: of a frame. seconds: for decoding it once."""
+
+    megabytes: float = 200
+    frames: int = 2000
+    pixels: int = 4096 * 2304
+    seconds: float = 30
+
+    def __post_init__(self) -> None:
+        for name in ("megabytes", "frames", "pixels", "seconds"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a number above 0; got {getattr(self, name)!r}")
+
+
+def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLimits) -> Path:
+    """Check an upload and copy it to `kept_in` under a name made of its own and its hash; return the copy.
+
+    folder: where uploads arrive. The same content is kept once. Raises ValueError, with words for the page,
+    for a file outside of the folder, a link, one too large or too long, or what is no video; nothing is left
+    then.
+    """
+    kept_in.mkdir(parents=True, exist_ok=True)
+    temporary = kept_in / f".uploading-{uuid.uuid4().hex}"
+    try:
+        with _open_inside(Path(path), folder) as source:
+            kind = _kind(source)
+            mark = _copy(source, temporary, limits)[:MARK_LENGTH]
+        kept = kept_in / f"{safe_stem(Path(path).stem)}-{mark}{kind}"
+        if kept.is_symlink() or not kept.is_file():
+            _check_decodes(temporary, limits)
+            os.replace(temporary, kept)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return kept
+
+
+def check_upload(path: str | Path, folder: Path, limits: UploadLimits) -> None:
+    """Raises ValueError as `keep_upload` does, and keeps nothing."""
+    with _open_inside(Path(path), folder) as source:
+        _kind(source)
+        _check_size(os.fstat(source.fileno()).st_size, limits)
+        _check_decodes(Path(path), limits)
+
+
+def safe_stem(name: str) -> str:
+    """Letters, digits, dashes and underscores of a name, at most 40; "reference" if none is left."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40].strip("-") or "reference"
+
+
+def _open_inside(path: Path, folder: Path) -> BinaryIO:
+    """The opened file. What is checked is what is read: the name may change meanwhile, the file may not."""
+    folder = folder.resolve()
+    refused = ValueError("the reference is not a file that was uploaded here; upload it again")
+    try:
+        inside = path.is_absolute() and path.resolve(strict=True) == folder / path.relative_to(folder)
+        if not inside:
+            raise refused
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:
+        raise refused from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise refused
+    return os.fdopen(file, "rb")
+
+
+def _kind(source: BinaryIO) -> str:
+    head = source.read(_HEAD)
+    source.seek(0)
+    if not head:
+        raise ValueError("the uploaded file is empty")
+    for kind, signs in _SIGNS.items():
+        if any(head[start : start + len(sign)] == sign for start, sign in signs):
+            return kind
+    raise ValueError(f"the uploaded file is no video of a known kind ({', '.join(SUFFIXES)})")
+
+
+def _copy(source: BinaryIO, target: Path, limits: UploadLimits) -> str:
+    digest, size = hashlib.sha256(), 0
+    with target.open("xb") as file:
+        while chunk := source.read(_CHUNK):
+            size += len(chunk)
+            _check_size(size, limits)
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()
+
+
+def _check_size(size: int, limits: UploadLimits) -> None:
+    if size > limits.megabytes * 2**20:
+        raise ValueError(f"the uploaded file is larger than {limits.megabytes:g} MB, which is the limit here")
+
+
+def _check_decodes(path: Path, limits: UploadLimits) -> None:
+    """Decode the file once, without keeping frames, within the limits."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-max_pixels", str(limits.pixels)]
+    command += ["-i", f"file:{path.absolute()}", "-map", "0:V:0", "-fps_mode", "passthrough"]
+    command += ["-frames:v", str(limits.frames + 1), "-progress", "pipe:1", "-f", "null", "-"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=limits.seconds
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            f"the uploaded video takes longer than {limits.seconds:g} s to decode; send a shorter one"
+        ) from error
+    if b"exceeds specified max pixel count" in done.stderr:
+        raise ValueError(
+            f"the uploaded video's frames have more than {limits.pixels} pixels; send a smaller one"
+        )
+    counts = re.findall(rb"^frame=\s*(\d+)", done.stdout, re.MULTILINE)
+    frames = int(counts[-1]) if counts else 0
+    if frames == 0:
+        raise ValueError("the uploaded file cannot be decoded: it is damaged or no video")
+    if frames > limits.frames:
+        raise ValueError(f"the uploaded video has more than {limits.frames} frames; send a shorter one")

@@ -1,0 +1,151 @@
+"""The web page in a real browser: upload, look at the motion, generate, cancel, look at past runs."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffsynth import VideoData
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+pytest.importorskip("gradio", reason="needs gradio, the extra ui")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 60  # seconds, on a busy machine
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(address, folder of its videos) of a page with the nano model."""
+    folder = tmp_path_factory.mktemp("page")
+    options = ["--model", "nano", "--port", "0", "-o", folder / "videos", "--json"]
+    command = [sys.executable, "-m", "diffsynth.cli.main", "ui", *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        yield json.loads(process.stdout.readline())["address"], folder / "videos"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) in (0, 130)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run")
+    profile = tmp_path_factory.mktemp("profile")
+    for name in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", *quiet):
+        options.add_argument(f"--{name}")
+    options.add_argument(f"--user-data-dir={profile}")
+    options.add_argument("--window-size=1500,1300")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+def until(browser, what):
+    """The first true answer of what(browser)."""
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    wait = WebDriverWait(browser, PATIENCE, 0.2, ignored_exceptions=[StaleElementReferenceException])
+    return wait.until(what)
+
+
+def find(browser, selector):
+    return until(browser, lambda b: next(iter(b.find_elements("css selector", selector)), None))
+
+
+def panel_says(browser, pattern):
+    def text(b):
+        return b.find_element("css selector", "#panel").get_property("innerHTML")
+
+    return until(browser, lambda b: re.search(pattern, text(b)))
+
+
+def fill(browser, selector, text):
+    field = find(browser, selector)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", field)
+    field.clear()
+    field.send_keys(text)
+
+
+def click(browser, selector):
+    button = find(browser, selector)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+    button.click()
+
+
+@pytest.fixture(scope="module")
+def page(server, browser):
+    """The page with a reference uploaded and a prompt written."""
+    address, _folder = server
+    browser.get(address)
+    clip = ROOT / "examples" / "data" / "circle.mp4"
+    find(browser, "#reference input[type=file]").send_keys(str(clip))
+    find(browser, "#reference video")
+    fill(browser, "#prompt textarea", "a blue star on a yellow background")
+    fill(browser, "#seed input", "7")
+    more = browser.find_element("xpath", "//button[contains(., 'More')]")
+    browser.execute_script("arguments[0].click()", more)
+    return browser
+
+
+def test_the_motion_of_an_uploaded_reference_is_shown(page):
+    click(page, "#look")
+    panel_says(page, "where it moves")
+    video = find(page, "#motion video")
+    until(page, lambda _: page.execute_script("return arguments[0].readyState >= 2", video))
+
+
+def test_a_video_is_made_shown_and_written_with_its_record(page, server):
+    fill(page, "#steps input", "4")
+    click(page, "#go")
+    panel_says(page, "fv-stages")
+    panel_says(page, "fv-result")
+    video = find(page, "#result video")
+    until(page, lambda _: page.execute_script("return arguments[0].readyState >= 2", video))
+    (path,) = server[1].glob("*.mp4")
+    record = json.loads(path.with_suffix(".mp4.json").read_text())
+    assert record["prompt"] == "a blue star on a yellow background"
+    assert record["options"]["seed"] == 7
+    with VideoData(path) as made:
+        assert (len(made), made.shape()) == (17, (64, 64))
+    script = "return fetch(arguments[0]).then(r => r.blob()).then(b => b.size)"
+    find(page, "#files a")
+    links = {link.get_attribute("href") for link in page.find_elements("css selector", "#files a")}
+    sizes = {page.execute_script(script, link) for link in links}
+    assert sizes == {file.stat().st_size for file in (path, path.with_suffix(".mp4.json"))}
+
+
+def test_a_run_that_is_cancelled_writes_nothing(page, server):
+    before = set(server[1].iterdir())
+    fill(page, "#steps input", "50")
+    click(page, "#go")
+    panel_says(page, "guided [1-9]")
+    click(page, "#cancel")
+    panel_says(page, "Cancelled; nothing was written")
+    assert set(server[1].iterdir()) == before
+
+
+def test_a_past_run_is_shown_again(page):
+    click(page, "#past button img")
+    panel_says(page, "fv-result")
+
+
+def test_what_is_wrong_is_said_and_nothing_was_wrong_in_the_browser(page):
+    fill(page, "#steps input", "1000")
+    click(page, "#go")
+    panel_says(page, "num_inference_steps must be a whole number from 1 to 200; got 1000")
+    severe = [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [message for message in severe if "favicon" not in message] == []

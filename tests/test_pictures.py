@@ -1,0 +1,177 @@
+"""Pictures show what they say: paths where objects are, arrows where things go, curves as losses fall."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth.cli.main import main
+from diffsynth.data import VideoData, save_video
+from diffsynth.data.synthetic import PLAIN, make_clip
+from diffsynth.evaluation import (
+    compare_motion,
+    draw_arrows,
+    draw_trajectories,
+    flow_sheet,
+    flow_video,
+    flow_wheel,
+    loss_curves,
+    overlay_flow,
+    track_object,
+    video_grid,
+)
+from diffsynth.evaluation.compare import GAP, LABEL_HEIGHT, common_rate
+from diffsynth.evaluation.plot import BLUE, SIZE, Plot
+
+
+def grey(count=1, size=(40, 30), value=120):
+    return [Image.new("RGB", size, (value,) * 3) for _ in range(count)]
+
+
+def moving(rows, cols, count=6):
+    """Flow over the pairs of F = 3, sf = 3 (00 01 02 11 12 22) by so many tokens a step."""
+    flow = torch.zeros(count, 4, 6, 2)
+    flow[[1, 4]] = torch.tensor([float(rows), float(cols)])
+    return flow
+
+
+def changed(before, after):
+    return np.abs(np.asarray(before, int) - np.asarray(after, int)).sum(-1) > 30
+
+
+def test_arrows_point_where_things_go():
+    frame = grey(1, (320, 320))[0]
+    flow = torch.zeros(5, 5, 2)
+    flow[2, 2, 1] = 2  # two tokens to the right of the middle
+    mark = changed(frame, draw_arrows(frame, flow))
+    assert mark[155:165, 170:285].any(axis=0).all()
+    assert not mark[100:140, 200:250].any()
+
+
+def test_what_rests_keeps_its_colours():
+    frame = grey(1, (60, 60))[0]
+    flow = torch.zeros(3, 3, 2)
+    assert np.array_equal(np.asarray(overlay_flow(frame, flow, largest=1.0)), np.asarray(frame))
+    flow[..., 1] = 1.0
+    red = np.asarray(overlay_flow(frame, flow, largest=1.0), int).mean((0, 1))
+    assert red[0] > red[1] + 50
+
+
+def test_the_wheel_is_the_legend_of_the_colours():
+    wheel = flow_wheel(100)
+    right, middle, corner = wheel.getpixel((95, 50)), wheel.getpixel((50, 50)), wheel.getpixel((1, 1))
+    assert right[0] > 180 > right[2]
+    assert min(middle[:3]) > 230
+    assert corner[3] == 0
+
+
+def test_a_flow_video_has_a_picture_for_each_frame():
+    steps = np.zeros((2, 4, 6, 2), np.float32)
+    frames = list(flow_video(grey(9), steps, height=64))
+    assert [len(frames), frames[0].size] == [9, (85, 64)]
+
+
+def test_a_grid_has_rows_and_columns_and_goes_on_to_the_longest():
+    videos = {
+        name: grey(count, value=value) for name, count, value in (("a", 2, 10), ("b", 5, 90), ("c", 3, 200))
+    }
+    frames = video_grid(videos, columns=2, height=30, until="longest")
+    assert len(frames) == 5
+    assert frames[0].size == (2 * 40 + GAP, 2 * (LABEL_HEIGHT + 30 + GAP) - GAP)
+    assert frames[4].getpixel((20, LABEL_HEIGHT + 15)) == (10, 10, 10)
+    assert frames[4].getpixel((20, 2 * LABEL_HEIGHT + GAP + 45)) == (200, 200, 200)
+    assert len(video_grid(videos)) == 2
+
+
+def test_videos_of_different_speeds_play_at_theirs(tmp_path):
+    slow = VideoData(
+        save_video([np.full((32, 32, 3), 60 * t, np.uint8) for t in range(4)], tmp_path / "a.mp4", fps=5)
+    )
+    fast = VideoData(
+        save_video([np.full((32, 32, 3), 25 * t, np.uint8) for t in range(8)], tmp_path / "b.mp4", fps=10)
+    )
+    assert common_rate({"a": slow, "b": fast}) == 10
+    frames = video_grid({"a": slow, "b": fast}, height=32, fps=10)
+    assert len(frames) == 8
+    levels = [frame.getpixel((16, LABEL_HEIGHT + 16))[0] for frame in frames]
+    assert levels == pytest.approx([0, 0, 60, 60, 120, 120, 180, 180], abs=6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"until": "end"}, "until must be one of shortest, longest; got 'end'"),
+        ({"fps": 0}, "fps must be a number above 0; got 0"),
+        ({"columns": 0}, "columns must be"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        video_grid({"a": grey()}, **options)
+
+
+def test_the_path_of_an_object_is_drawn_where_it_was():
+    clip = make_clip(3, options=PLAIN, trajectory="line", num_frames=9, height=64, width=64)
+    track = track_object(clip.frames)
+    drawn = draw_trajectories(clip.frames, {"star": track.centroids})
+    factor = drawn[0].width / 64
+    large = [np.asarray(Image.fromarray(clip.frames[8]).resize(drawn[8].size, Image.Resampling.BICUBIC))]
+    mark = changed(large[0], drawn[8])
+    for row, col in track.centroids:
+        y, x = int(row * factor), int(col * factor)
+        assert mark[max(y - 8, 0) : y + 8, max(x - 8, 0) : x + 8].any()
+    with pytest.raises(ValueError, match=r"path '0' must be \[9, 2\], finite; got \[4, 2\]"):
+        draw_trajectories(clip.frames, [np.zeros((4, 2))])
+
+
+def test_flows_of_two_videos_share_a_scale():
+    """The slower one's colours are the paler ones."""
+    videos = {"slow": grey(9, (60, 40)), "fast": grey(9, (60, 40))}
+    frames = compare_motion(videos, {"slow": moving(0, 0.6), "fast": moving(0, 3)}, sf=3, height=160)
+    assert len(frames) == 9
+    picture = np.asarray(frames[0], int)[LABEL_HEIGHT + 5 : LABEL_HEIGHT + 60]
+    half = picture.shape[1] // 2
+    redness = [part[..., 0].mean() - part[..., 2].mean() for part in (picture[:, :half], picture[:, half:])]
+    assert redness[1] > 2 * redness[0] > 0
+    with pytest.raises(ValueError, match="same names"):
+        compare_motion(videos, {"slow": moving(0, 1)}, sf=3)
+
+
+def test_a_sheet_has_each_step_with_its_flow():
+    sheet = flow_sheet(grey(9, (60, 40)), moving(0, 2), sf=3)
+    assert sheet.size == (2 * (240 + 6), 22 + 2 * (160 + 6))
+    below = np.asarray(sheet)[22 + 166 + 10, 20]
+    assert below[0] > 200 > below[2]
+
+
+def test_curves_stand_where_the_numbers_are():
+    plot = Plot((0.0, 10.0), (0.0, 1.0), "x", "y")
+    plot.curve([(0.0, 0.0), (10.0, 1.0)], BLUE)
+    blue = np.abs(np.asarray(plot.picture, int) - BLUE).sum(-1) < 40
+    rows, cols = np.nonzero(blue)
+    assert np.corrcoef(rows, cols)[0, 1] < -0.99
+    assert cols.max() - cols.min() > 0.85 * SIZE[0]
+    with pytest.raises(ValueError, match="an axis must go from a number to a higher one; got 1 to 1"):
+        Plot((1, 1), (0, 1), "x", "y")
+
+
+def test_losses_are_drawn_and_none_are_refused():
+    assert loss_curves([[100.0, 50.0], [80.0, 20.0]]).size == SIZE
+    for nothing in ([], [[0.0]]):
+        with pytest.raises(ValueError, match="losses must hold numbers above 0"):
+            loss_curves(nothing)
+
+
+def test_the_command_draws_paths_in_a_grid(tmp_path):
+    for index, path in enumerate("abcd"):
+        save_video(
+            make_clip(index, options=PLAIN, num_frames=5, height=32, width=32).frames,
+            tmp_path / f"{path}.mp4",
+        )
+    names = [tmp_path / f"{path}.mp4" for path in "abcd"]
+    assert (
+        main(["compare", *names, "--paths", "--columns", "2", "--height", "64", "-o", tmp_path / "out.mp4"])
+        == 0
+    )
+    with VideoData(tmp_path / "out.mp4") as video:
+        assert (len(video), video.shape()) == (5, (2 * (LABEL_HEIGHT + 64 + GAP) - GAP, 2 * 64 + GAP))

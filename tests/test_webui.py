@@ -1,0 +1,382 @@
+"""What the web page does behind its buttons, without a browser and without gradio."""
+
+import base64
+import json
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+
+from diffsynth.cli.models import Setup
+from diffsynth.cli.outputs import publish
+from diffsynth.data import VideoData
+from diffsynth.pipelines.events import RunEvent
+from diffsynth.testing import write_checkpoint, write_clip
+from diffsynth.webui import panel
+from diffsynth.webui.failures import failure_text
+from diffsynth.webui.gallery import compared, find_run, past_runs, poster
+from diffsynth.webui.jobs import CANCELLED, DONE, FAILED, Job, JobCancelledError, JobQueue, QueueFullError
+from diffsynth.webui.jobs import Progress as JobProgress
+from diffsynth.webui.previews import fit_colours, latent_frames
+from diffsynth.webui.references import starting_clips
+from diffsynth.webui.requests import LONGEST_PROMPT, Request
+from diffsynth.webui.security import Guard, is_local, read_auth
+from diffsynth.webui.uploads import UploadLimits, keep_upload, safe_stem
+from diffsynth.webui.workshop import make_video, open_workshop, show_motion
+
+SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 5, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shop")
+    cache = folder / "cache"
+    cache.mkdir()
+    return open_workshop(
+        str(write_checkpoint(folder / "tiny")),
+        "models",
+        Setup(device="cpu"),
+        output_dir=folder / "videos",
+        cache=cache,
+        limits=UploadLimits(),
+        hashed=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clips") / "ref.mp4", num_frames=5, height=32, width=32)
+
+
+@pytest.fixture
+def queue():
+    queue = JobQueue(most_waiting=3)
+    yield queue
+    queue.close()
+
+
+# Runs.
+
+
+def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(shop, clip, tmp_path):
+    run = make_video(shop, Request(prompt="a cat", **SMALL), clip, Job())
+    assert json.loads(run.record_file.read_text())["prompt"] == "a cat"
+    with VideoData(run.video) as video:
+        assert (len(video), video.shape()) == (5, (32, 32))
+    assert past_runs(shop.output_dir)[0].video == run.video
+    assert find_run(shop.output_dir, run.video.name).record.options["seed"] == 3
+    assert poster(run, tmp_path).stat().st_size > 0
+    with VideoData(compared(run, tmp_path)) as both:
+        assert both.shape()[1] > 1.9 * 320
+    assert "a cat" in panel.finished(run)
+    assert "seed 3" in panel.finished(run)
+
+
+def test_a_second_run_of_the_same_kind_takes_a_name_of_its_own(shop, clip):
+    first, second = (make_video(shop, Request(prompt="a cat", **SMALL), clip, Job()) for _ in range(2))
+    assert first.video != second.video
+    with VideoData(first.video) as one, VideoData(second.video) as other:
+        assert [frame.tobytes() for frame in one] == [frame.tobytes() for frame in other]
+
+
+def test_a_cancelled_run_writes_nothing(shop, clip):
+    before, job = set(shop.output_dir.iterdir()), Job()
+    job.cancel()
+    with pytest.raises(JobCancelledError, match="no video was written"):
+        make_video(shop, Request(prompt="a cat", **SMALL), clip, job)
+    assert set(shop.output_dir.iterdir()) == before
+
+
+def test_a_run_tells_its_stages_losses_and_previews(shop, clip):
+    seen = []
+
+    class Listening(Job):
+        def report(self, **changes):
+            super().report(**changes)
+            seen.append(self.progress)
+
+    make_video(shop, Request(prompt="a cat", **SMALL), clip, Listening())
+    assert {"encode text", "encode video", "guidance", "sampling", "decode", "write"} <= {
+        p.stage for p in seen
+    }
+    assert seen[-1].step == 2
+    assert len(seen[-1].losses) == 2
+    assert base64.b64encode(seen[-1].preview).decode() in panel.running(seen[-1], "running", 0, 1.0)
+
+
+def test_the_motion_of_a_reference_is_made_once(shop, clip):
+    request = Request(prompt="motion", **SMALL)
+    path = show_motion(shop, request, clip, Job())
+    made = path.stat().st_mtime_ns
+    assert show_motion(shop, request, clip, Job()) == path
+    assert path.stat().st_mtime_ns == made
+
+
+def test_previews_give_the_colours_of_what_was_encoded(shop):
+    colours = fit_colours(shop.pipe)
+    assert colours.shape == (shop.pipe.vae.z_dim + 1, 3)
+    latents = torch.zeros(1, shop.pipe.vae.z_dim, 2, 4, 6)
+    frames = latent_frames(latents, torch.cat([colours[:-1] * 0, torch.tensor([[1.0, 0.0, -1.0]])]))
+    assert [frame.size for frame in frames] == [(6, 4)] * 2
+    assert frames[0].getpixel((0, 0)) == (255, 128, 0)
+    event = RunEvent(stage="sampling", step=1, steps=2, clean=torch.full_like(latents, torch.nan))
+    assert shop.previews.of(event) is not None
+
+
+# What is asked for.
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("prompt", " ", "prompt is empty"),
+        ("prompt", "a" * (LONGEST_PROMPT + 1), "prompt is longer than 4000 characters"),
+        ("prompt", 3, "prompt must be text; got 3"),
+        ("mode", "MOFT", "mode must be one of .*; got 'MOFT'"),
+        ("seed", 1.5, "seed must be a whole number from 0 to"),
+        ("height", 10**9, "height must be a whole number from 16 to 2160; got 1000000000"),
+        ("num_frames", float("nan"), "num_frames must be a whole number from 1 to 481; got nan"),
+        ("denoising_strength", True, "denoising_strength must be a number from 0.05 to 1; got True"),
+    ],
+)
+def test_requests_out_of_range_are_named(field, value, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Request(**{"prompt": "a cat", field: value})
+
+
+# One thing at a time.
+
+
+def test_jobs_run_one_after_the_other_in_their_order(queue):
+    order, running = [], threading.Semaphore(1)
+
+    def work(index):
+        assert running.acquire(blocking=False)
+        order.append(index)
+        running.release()
+        return index
+
+    jobs = [queue.submit(lambda _job, i=i: work(i)) for i in range(4)]
+    assert [job.result(10) for job in jobs] == order == [0, 1, 2, 3]
+    assert {job.state for job in jobs} == {DONE}
+
+
+def test_more_than_may_wait_are_refused(queue):
+    go_on = threading.Event()
+    jobs = [queue.submit(lambda _job: go_on.wait(10)) for _ in range(4)]
+    with pytest.raises(QueueFullError, match="3 runs are waiting already; try again"):
+        queue.submit(lambda _job: None)
+    assert queue.ahead(jobs[3]) == 3
+    go_on.set()
+    jobs[3].result(10)
+    assert queue.submit(lambda _job: 5).result(10) == 5
+
+
+def test_waiting_and_running_jobs_can_be_cancelled_and_the_next_one_runs(queue):
+    def work(job):
+        while True:
+            job.check()
+            time.sleep(0.01)
+
+    first, second = queue.submit(work), queue.submit(work)
+    third = queue.submit(lambda _job: "done")
+    assert queue.cancel(second.id)
+    assert queue.cancel(first.id)
+    assert not queue.cancel("somebody else's")
+    with pytest.raises(JobCancelledError):
+        first.result(10)
+    with pytest.raises((CancelledError, JobCancelledError)):
+        second.result(10)
+    assert third.result(10) == "done"
+    assert [first.state, second.state] == [CANCELLED, CANCELLED]
+
+
+def test_a_job_that_fails_does_not_stop_the_queue(queue):
+    bad = queue.submit(lambda _job: 1 / 0)
+    assert queue.submit(lambda _job: 1).result(10) == 1
+    assert bad.state == FAILED
+    assert "division by zero" in failure_text(bad.error())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("prompt is empty"), "prompt is empty"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "Memory ran out. Choose a smaller size"),
+        (OSError(28, "No space left on device"), "The disk is full"),
+        (KeyError("x"), "The run failed: 'x'"),
+    ],
+)
+def test_failures_are_told_in_words(error, said):
+    assert said in failure_text(error)
+
+
+def test_what_is_told_is_no_html_of_visitors():
+    assert "<b>" not in panel.message("<b>bold</b>", "error")
+    waiting = panel.running(JobProgress(stage="<script>"), "running", 0, 0.0)
+    assert "<script>" not in waiting
+    assert "2 runs come first" in panel.running(JobProgress(), "waiting", 2, 0.0)
+
+
+# Uploads.
+
+
+@pytest.fixture
+def places(tmp_path):
+    (tmp_path / "uploads").mkdir()
+    return tmp_path / "uploads", tmp_path / "kept"
+
+
+def keep(path, places, **limits):
+    return keep_upload(path, *places, UploadLimits(**limits))
+
+
+def test_an_upload_is_kept_once_under_a_safe_name(clip, places):
+    names = ["../../etc/passwd.mp4", "a b;c.mp4"]
+    kept = set()
+    for name in names:
+        arrived = places[0] / name.replace("/", "_")
+        arrived.write_bytes(clip.read_bytes())
+        kept |= {keep(arrived, places), keep(arrived, places)}
+    assert len(kept) == 2
+    assert all(path.parent == places[1] and path.read_bytes() == clip.read_bytes() for path in kept)
+    assert safe_stem("../..") == "reference"
+    assert sorted(places[1].iterdir()) == sorted(kept)
+
+
+def outside(_places, clip):
+    return clip
+
+
+def climbing(places, clip):
+    (places[0].parent / "secret.mp4").write_bytes(clip.read_bytes())
+    return places[0] / ".." / "secret.mp4"
+
+
+def a_link(places, clip):
+    (places[0] / "link.mp4").symlink_to(clip)
+    return places[0] / "link.mp4"
+
+
+def through_a_linked_folder(places, clip):
+    (places[0] / "folder").symlink_to(clip.parent)
+    return places[0] / "folder" / clip.name
+
+
+def a_folder(places, _clip):
+    (places[0] / "folder.mp4").mkdir()
+    return places[0] / "folder.mp4"
+
+
+def nothing(places, _clip):
+    return places[0] / "missing.mp4"
+
+
+@pytest.mark.parametrize("make", [outside, climbing, a_link, through_a_linked_folder, a_folder, nothing])
+def test_only_files_that_were_uploaded_are_taken(clip, places, make):
+    with pytest.raises(ValueError, match="not a file that was uploaded here"):
+        keep(make(places, clip), places)
+    assert not list(places[1].iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"#EXTM3U\nfile:///etc/passwd\n", "no video of a known kind"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "no video of a known kind"),
+        (b"\0\0\0\x20ftypisom" + bytes(200), "cannot be decoded"),
+        (b"GIF89a" + bytes(100), "cannot be decoded"),
+    ],
+)
+def test_what_is_no_video_is_refused(places, content, message):
+    path = places[0] / "clip.mp4"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        keep(path, places)
+    assert not list(places[1].iterdir())
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"megabytes": 0.001}, "larger than 0.001 MB"),
+        ({"frames": 4}, "more than 4 frames"),
+        ({"pixels": 100}, "more than 100 pixels"),
+    ],
+)
+def test_uploads_over_a_limit_are_refused(clip, places, limits, message):
+    path = places[0] / "clip.mp4"
+    path.write_bytes(clip.read_bytes())
+    with pytest.raises(ValueError, match=message):
+        keep(path, places, **limits)
+    assert not list(places[1].iterdir())
+
+
+def test_past_runs_are_neither_links_nor_foreign_files(shop, clip, tmp_path):
+    run = make_video(shop, Request(prompt="a cat", **SMALL), clip, Job())
+    (tmp_path / "other.mp4.json").symlink_to(run.record_file)
+    (tmp_path / "other.mp4").symlink_to(run.video)
+    (tmp_path / "broken.mp4.json").write_text("{")
+    assert past_runs(tmp_path) == []
+    for name in ("other.mp4", "../videos/" + run.video.name, "missing.mp4", str(run.video)):
+        with pytest.raises(ValueError, match="there is no past run"):
+            find_run(tmp_path, name)
+    publish(
+        list(VideoData(clip)),
+        tmp_path / "mine.mp4",
+        run.record,
+        fps=8,
+        quality=8,
+        overwrite=True,
+    )
+    assert [run.video.name for run in past_runs(tmp_path)] == ["mine.mp4"]
+
+
+def test_without_a_clone_there_are_clips_to_begin_with(tmp_path):
+    clips = starting_clips(tmp_path, examples=tmp_path / "none")
+    assert [path.stem for path in clips] == ["bounce", "circle", "zigzag"]
+    assert len(VideoData(clips[0])) == 17
+
+
+# The server.
+
+
+def asked(path):
+    """(status, headers, whether the app behind was asked) of a request."""
+    import asyncio
+
+    sent, reached = [], []
+
+    async def app(scope, _receive, send):
+        reached.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Guard(app)({"type": "http", "path": path}, None, send))
+    return sent[0]["status"], dict(sent[0]["headers"]), bool(reached)
+
+
+def test_the_server_fetches_nothing_for_visitors_and_keeps_browsers_here():
+    for path in (
+        "/gradio_api/proxy=http://10.0.0.1/",
+        "/gradio_api/file=https%3A//example.org/x",
+        "/file=HTTP://a",
+    ):
+        assert asked(path)[::2] == (403, False)
+    status, headers, reached = asked("/gradio_api/info")
+    assert (status, reached) == (200, True)
+    assert b"default-src 'self'" in headers[b"content-security-policy"]
+
+
+def test_hosts_and_passwords_are_read():
+    assert [is_local(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "example.org")] == [
+        True, True, True, False, False,
+    ]  # fmt: skip
+    assert read_auth("me:a:b") == ("me", "a:b")
+    with pytest.raises(ValueError, match="auth must be USER:PASSWORD"):
+        read_auth("me:")

@@ -1,0 +1,112 @@
+"""The page's server under many visitors at once, over its own protocol."""
+
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from diffsynth.cli.models import Setup
+from diffsynth.testing import write_checkpoint, write_clip
+from diffsynth.webui.jobs import JobQueue
+from diffsynth.webui.uploads import UploadLimits
+
+pytest.importorskip("gradio", reason="needs gradio, the extra ui")
+gradio_client = pytest.importorskip("gradio_client", reason="needs gradio, the extra ui")
+
+MOST_WAITING = 6
+VISITORS, REQUESTS = 4, 20
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(address, its workshop) of a page with a tiny model."""
+    import uvicorn
+
+    from diffsynth.webui.app import Page, make_app, temporary_folders
+    from diffsynth.webui.workshop import open_workshop
+
+    folder = tmp_path_factory.mktemp("server")
+    held, cache = temporary_folders()
+    shop = open_workshop(
+        str(write_checkpoint(folder / "tiny")),
+        "models",
+        Setup(device="cpu"),
+        output_dir=folder / "videos",
+        cache=cache,
+        limits=UploadLimits(megabytes=1),
+        hashed=False,
+    )
+    queue = JobQueue(MOST_WAITING)
+    config = uvicorn.Config(make_app(Page(shop, queue)), port=0, log_level="error")
+    uvicorn_server = uvicorn.Server(config)
+    thread = threading.Thread(target=uvicorn_server.run, daemon=True)
+    thread.start()
+    while not uvicorn_server.started:
+        time.sleep(0.05)
+    port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}", shop
+    uvicorn_server.should_exit = True
+    thread.join(20)
+    queue.close()
+    held.cleanup()
+
+
+def request_of(client, clip, prompt, steps=2):
+    video = gradio_client.handle_file(str(clip))
+    return client.submit(
+        video, prompt, "", "exact", "effi_AMF", 3, 0.75, steps, 1, 32, 32, 5, api_name="/generate"
+    )
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clips") / "ref.mp4", num_frames=5, height=32, width=32)
+
+
+def test_many_requests_of_several_visitors_are_served_or_refused_clearly(server, clip):
+    address, shop = server
+
+    def visit(number):
+        client = gradio_client.Client(address, verbose=False)
+        jobs = [request_of(client, clip, f"cat {number} {i}") for i in range(REQUESTS // VISITORS)]
+        return [job.result(120)[0] for job in jobs]
+
+    with ThreadPoolExecutor(VISITORS) as visitors:
+        said = [text for texts in visitors.map(visit, range(VISITORS)) for text in texts]
+    made = [text for text in said if "fv-result" in text]
+    refused = [text for text in said if f"{MOST_WAITING} runs are waiting already" in text]
+    assert len(made) + len(refused) == REQUESTS
+    assert len(made) > MOST_WAITING
+    assert len(list(shop.output_dir.glob("*.mp4"))) == len(made)
+
+
+def test_the_server_goes_on_after_a_cancelled_and_a_failed_run(server, clip):
+    address, shop = server
+    client = gradio_client.Client(address, verbose=False)
+    before = len(list(shop.output_dir.glob("*.mp4")))
+    running = request_of(client, clip, "a cat", steps=200)
+    while not any("guided" in str(output[0]) for output in running.outputs()):
+        time.sleep(0.05)
+    client.predict(api_name="/cancel")
+    assert "Cancelled; nothing was written" in running.result(60)[0]
+    assert "prompt is empty" in request_of(client, clip, " ").result(60)[0]
+    assert "fv-result" in request_of(client, clip, "a cat").result(60)[0]
+    assert len(list(shop.output_dir.glob("*.mp4"))) == before + 1
+
+
+def status(address, path):
+    try:
+        return urllib.request.urlopen(address + path, timeout=20).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_files_of_other_folders_are_not_served(server, clip):
+    address, shop = server
+    assert status(address, "/") == 200
+    for path in (clip, "/etc/passwd", shop.folder / "config.json", f"{shop.cache}/../../passwd"):
+        assert status(address, f"/gradio_api/file={path}") in (403, 404)
+    assert status(address, "/gradio_api/proxy=http://127.0.0.1:1/") == 403
