@@ -7,6 +7,7 @@ checkpoint costs its header, and a tensor that is used as stored is never copied
 import json
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ _WRAPPERS = ("model_state", "state_dict", "model")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 # Where the diffusers layout keeps its weights.
 _COMPONENTS = ("transformer", "text_encoder", "vae")
+# What reading bytes that are no pickle, or half of one, ends in.
+_DAMAGE = (
+    RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, OverflowError,
+    AssertionError, struct.error,
+)  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -88,7 +94,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{file} holds more than tensors, or is no torch file; only plain tensor files are loaded"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{file} is truncated or not a torch file ({error}); fetch it again") from error
     while isinstance(content, dict) and len(content) == 1 and next(iter(content)) in _WRAPPERS:
         content = next(iter(content.values()))
