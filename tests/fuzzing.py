@@ -214,6 +214,7 @@ def make_targets(folder: Path, record: dict) -> list[Target]:
         Target("jobs, CSV", text | lines, "jobs.csv", jobs),
         Target("prompt", text, "prompt.txt", prompt, 2),
         Target("video", damaged(clip), "clip.mp4", video, 2),
+        Target("video, GIF", damaged(pictures.pop("GIF")), "clip.gif", video),
         *(Target(f"picture, {k}", damaged(p), f"{k}/1.{k.lower()}", picture) for k, p in pictures.items()),
     ]
 

@@ -150,6 +150,10 @@ class ModelManager:
         merge(dit.model, dit.tensors, self.loras, {name for lora in leaving for name in lora.layers})
 
 
+# Heads, or tokens of a text; more would take memory that no model needs.
+MOST_DECLARED = 100_000
+
+
 def check_dtype(dtype: torch.dtype, allowed: Sequence[torch.dtype] = DTYPES) -> torch.dtype:
     """Return dtype. Raises ValueError, naming the allowed ones, for any other."""
     if dtype not in allowed:
@@ -169,9 +173,10 @@ def _declared(folder: Path) -> dict:
     if not isinstance(declared, dict):
         raise CheckpointError(f"{config} does not hold a JSON object")
     for name in ("num_heads", "num_attention_heads", "text_len"):
-        if name in declared and (not isinstance(declared[name], int) or declared[name] < 1):
+        value = declared.get(name, 1)
+        if not isinstance(value, int) or not 1 <= value <= MOST_DECLARED:
             raise CheckpointError(
-                f"{config}: {name} must be a whole number above 0; it is {declared[name]!r}"
+                f"{config}: {name} must be a whole number from 1 to {MOST_DECLARED}; it is {value!r}"
             )
     return declared
 

@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 # Of a text-to-video run with a published checkpoint.
 PUBLISHED_SIZE = (480, 832)
 PUBLISHED_LENGTH = 81
+LONGEST_PROMPT = 100_000  # characters; models read 512 tokens
 
 
 def given_or(default: Any, *given: Any) -> Any:
@@ -71,10 +72,15 @@ def round_size(name: str, pixels: int, multiple: int) -> int:
 
 
 def prompt_list(name: str, given: object) -> list[str]:
-    """One prompt or several as a list. Raises TypeError if it is not text, ValueError if it is empty."""
+    """One prompt or several as a list. Raises TypeError if it is not text, ValueError if there is none or one
+    is longer than LONGEST_PROMPT.
+    """
     prompts = [given] if isinstance(given, str) else given
     if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"{name} must be a str or a list of str; got {given!r}")
     if not prompts:
         raise ValueError(f"{name} must be at least one prompt; got {given!r}")
+    longest = max(map(len, prompts))
+    if longest > LONGEST_PROMPT:
+        raise ValueError(f"{name} must have at most {LONGEST_PROMPT} characters; got {longest}")
     return list(prompts)
