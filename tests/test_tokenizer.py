@@ -164,7 +164,9 @@ def test_the_written_tokenizer_has_the_ids_of_umt5(written):
 
 
 def test_the_written_tokenizer_says_how_many_ids_it_has(tmp_path):
-    for asked, there in ((46, 46), (100, 100), (10_000, 175)):
-        assert write_tokenizer(tmp_path, asked) == there == load_tokenizer(tmp_path).vocab_size
+    # As many as its texts give, if more are asked for: 175, or 185 with tokenizers before 0.23.
+    for asked, there in ((46, {46}), (100, {100}), (10_000, {175, 185})):
+        assert write_tokenizer(tmp_path, asked) == load_tokenizer(tmp_path).vocab_size
+        assert load_tokenizer(tmp_path).vocab_size in there
     with pytest.raises(ValueError, match="vocab_size must be at least 46; got 45"):
         write_tokenizer(tmp_path, 45)

@@ -119,7 +119,9 @@ def test_bfloat16_stays_within_its_known_distance_from_float32(golden):
     assert half.dtype == torch.bfloat16
     assert latents.dtype == pixels.dtype == torch.float32
     assert 1e-4 < (latents - expected["latents"]).abs().max() < 0.07
-    assert 1e-4 < (pixels - expected["decoded_unclamped"].clamp(-1, 1)).abs().max() < 0.32
+    assert (
+        1e-4 < (pixels - expected["decoded_unclamped"].clamp(-1, 1)).abs().max() < 0.36
+    )  # 0.31 to 0.34 by build
 
 
 # Streaming
