@@ -17,8 +17,8 @@ from typing import Any
 
 SECTION = "fastvmt"
 EXACT = "exact"
-# For the sizes of the published checkpoints. Counted in full DiT forwards at 480x832x81 they cost 0.3 and
-# 0.13 of the published procedure.
+# For the sizes of the published checkpoints. Counted in full DiT forwards at 480x832x81 they cost 0.24
+# and 0.12 of the published procedure.
 PUBLISHED_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "balanced": {

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from diffsynth.configs.defaults import EXACT, with_preset
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.pipelines.run_cost_model import guidance_cost
@@ -68,8 +69,8 @@ def standard_methods(pipe: WanVideoPipeline, height: int = 64, width: int = 64) 
 def methods_from(path: str | Path, pipe: WanVideoPipeline) -> list[Method]:
     """Variants to compare, from a JSON file: name -> {"mode": ..., "motion": {...}, arguments of the call}.
 
-    motion: fields of MotionGuidance that differ from what the checkpoint uses in that mode. Raises ValueError
-    for a file that is not such JSON and for unknown fields.
+    motion: fields of MotionGuidance that differ from what the checkpoint uses in that mode, or in the preset
+    that the variant names. Raises ValueError for a file that is not such JSON and for unknown fields.
     """
     variants = json.loads(Path(path).read_text())
     if not isinstance(variants, dict) or not all(isinstance(item, dict) for item in variants.values()):
@@ -78,7 +79,8 @@ def methods_from(path: str | Path, pipe: WanVideoPipeline) -> list[Method]:
     for name, given in variants.items():
         arguments = dict(given)
         mode, changes = arguments.pop("mode", DEFAULT_MODE), arguments.pop("motion", {})
-        numbers = {**pipe.defaults.motion.get(mode, {}), **changes}
+        usual = with_preset(pipe.defaults, arguments.get("preset", EXACT))
+        numbers = {**usual.motion.get(mode, {}), **changes}
         methods.append(guided(name, MotionGuidance.for_mode(mode, numbers), **arguments))
     return methods
 

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     for script, options in (
-        ("train_vae.py", ["--device", args.device]),
+        ("train_vae.py", ["--device", args.device, "--decoder_steps", "1500"]),
         ("train_dit.py", ["--device", args.device]),
         ("package.py", ["--output", args.output]),
     ):
