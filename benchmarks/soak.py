@@ -48,14 +48,20 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
+    if args.runs < 20:
+        parser.error("--runs must be at least 20")
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_checkpoint(folder / "tiny") if args.model_dir == "tiny" else args.model_dir
         seen = soak(model, args.runs, folder, num_inference_steps=args.steps, num_frames=9)
-    third, last = seen[min(2, len(seen) - 1)], seen[-1]
-    print(f"{args.runs} runs: {third[0]:.0f} MB after the third, {last[0]:.0f} MB after the last")
-    print(f"growth {100 * (last[0] / third[0] - 1):+.1f} %; open handles {third[1]}, then {last[1]}")
+    # What is in use at the moment varies by some MB; the least of ten runs is what stays.
+    early, late = (min(memory for memory, _handles in part) for part in (seen[3:13], seen[-10:]))
+    print(" ".join(f"{memory:.0f}" for memory, _handles in seen), "MB")
+    print(
+        f"{args.runs} runs: {early:.0f} MB after the third, {late:.0f} MB at the end, {100 * (late / early - 1):+.1f} %"
+    )
+    print(f"open handles {seen[3][1]}, then {seen[-1][1]}")
 
 
 if __name__ == "__main__":

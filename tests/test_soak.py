@@ -15,6 +15,8 @@ def test_memory_and_handles_stay_as_they_are(tmp_path):
     from soak import soak
 
     model = write_checkpoint(tmp_path / "tiny")
-    seen = soak(model, 12, tmp_path, num_inference_steps=2, num_frames=9)
+    seen = soak(model, 15, tmp_path, num_inference_steps=2, num_frames=9)
     assert len({handles for _memory, handles in seen[2:]}) == 1
-    assert seen[-1][0] < 1.03 * seen[3][0]
+    # What is in use at the moment varies; the least of some runs is what stays.
+    early, late = (min(memory for memory, _handles in part) for part in (seen[3:9], seen[9:]))
+    assert late < 1.02 * early
