@@ -58,9 +58,8 @@ def main() -> None:
     # What is in use at the moment varies by some MB; the least of ten runs is what stays.
     early, late = (min(memory for memory, _handles in part) for part in (seen[3:13], seen[-10:]))
     print(" ".join(f"{memory:.0f}" for memory, _handles in seen), "MB")
-    print(
-        f"{args.runs} runs: {early:.0f} MB after the third, {late:.0f} MB at the end, {100 * (late / early - 1):+.1f} %"
-    )
+    growth = f"{100 * (late / early - 1):+.1f} %"
+    print(f"{args.runs} runs: {early:.0f} MB after the third, {late:.0f} MB at the end, {growth}")
     print(f"open handles {seen[3][1]}, then {seen[-1][1]}")
 
 

@@ -30,9 +30,7 @@ def main() -> None:
     pages = video_grid(videos, columns=3, height=HEIGHT)
     palette = pages[len(pages) // 2].quantize(96, dither=Image.Dither.NONE)
     first, *others = (page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages)
-    first.save(
-        HERE / "transfer.gif", save_all=True, append_images=others, duration=90, loop=0, optimize=True
-    )
+    first.save(HERE / "transfer.gif", save_all=True, append_images=others, duration=90, loop=0, optimize=True)
 
 
 if __name__ == "__main__":

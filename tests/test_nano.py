@@ -21,7 +21,7 @@ from diffsynth.motion import MotionGuidance
 ROOT = Path(__file__).parent.parent
 # What the model measured when it was packaged, less what few clips and pairs vary by.
 LEAST_PSNR = 27.0
-MARGIN = 0.25
+MARGIN = 0.35
 
 
 @pytest.fixture(scope="module")

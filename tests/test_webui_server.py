@@ -97,6 +97,20 @@ def test_the_server_goes_on_after_a_cancelled_and_a_failed_run(server, clip):
     assert len(list(shop.output_dir.glob("*.mp4"))) == before + 1
 
 
+def test_the_motion_is_shown_whatever_the_mode(server, clip):
+    address, _shop = server
+    client = gradio_client.Client(address, verbose=False)
+    video = gradio_client.handle_file(str(clip))
+    for mode in ("AMF", "No_transfer"):
+        said, shown = client.predict(
+            video, "", "", "exact", mode, 3, 0.75, 2, 1, 32, 32, 5, api_name="/inspect"
+        )
+        assert "where it moves" in said
+        assert shown["video"].endswith(".mp4") if isinstance(shown, dict) else shown.endswith(".mp4")
+    said, _shown = client.predict(None, "", "", "exact", "AMF", 3, 0.75, 2, 1, 0, 0, 0, api_name="/inspect")
+    assert "choose or upload a reference video first" in said
+
+
 def status(address, path):
     try:
         return urllib.request.urlopen(address + path, timeout=20).status

@@ -64,7 +64,9 @@ class Page:
         """Progress of a run until it ends: panel, id of the job, videos, files, gallery."""
 
         def start() -> Job:
-            request, reference = self._request(uploaded, values)
+            request = self._request(values)
+            alone = uploaded is None or request.mode == NO_TRANSFER
+            reference = None if alone else self._kept(uploaded)
             return self.queue.submit(lambda job: make_video(self.shop, request, reference, job))
 
         yield from self._follow(start, self._show_run, num_shown=4)
@@ -75,7 +77,8 @@ class Page:
         def start() -> Job:
             if uploaded is None:
                 raise ValueError("choose or upload a reference video first")
-            request, reference = self._request(uploaded, ("motion", *values[1:]))
+            # Its motion does not depend on what the prompt says.
+            request, reference = self._request(("motion", *values[1:])), self._kept(uploaded)
             return self.queue.submit(lambda job: show_motion(self.shop, request, reference, job))
 
         def show(path: Path) -> tuple[str, str]:
@@ -101,14 +104,14 @@ class Page:
         except (ValueError, OSError) as error:
             return (panel.message(failure_text(error), "error"), *[self._gradio.skip()] * 3)
 
-    def _request(self, uploaded: str | None, values: tuple) -> tuple[Request, Path | None]:
+    def _request(self, values: tuple) -> Request:
         given = dict(zip(_FIELDS, values, strict=True))
         own = {name for name, value in given.items() if value is None or value == _OWN.get(name)}
-        request = Request(**{"prompt": "", **{name: given[name] for name in given.keys() - own}})
-        if request.mode == NO_TRANSFER or uploaded is None:
-            return request, None
+        return Request(**{"prompt": "", **{name: given[name] for name in given.keys() - own}})
+
+    def _kept(self, uploaded: str) -> Path:
         arrived = Path(os.environ["GRADIO_TEMP_DIR"])
-        return request, keep_upload(uploaded, arrived, self.shop.references, self.shop.limits)
+        return keep_upload(uploaded, arrived, self.shop.references, self.shop.limits)
 
     def _follow(
         self, start: Callable[[], Job], show: Callable[[Any], tuple], num_shown: int
