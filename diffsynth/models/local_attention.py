@@ -111,8 +111,8 @@ class TilePlan:
     places: Tensor
 
 
-@torch.compiler.disable  # made once, in Python
 @lru_cache(maxsize=8)
+@torch.compiler.disable  # made once, in Python
 @torch.inference_mode(False)  # a kept plan must also serve calls with gradients
 def tile_plan(grid: Grid, window: Window, device: torch.device) -> TilePlan:
     """Cut the grid into tiles, grouped by the shape of what they see. An axis seen whole is not cut."""
@@ -195,8 +195,8 @@ class BlockPlan:
     mask: "BlockMask"
 
 
-@torch.compiler.disable  # made once, in Python
 @lru_cache(maxsize=8)
+@torch.compiler.disable  # made once, in Python
 @torch.inference_mode(False)
 def block_plan(grid: Grid, window: Window, device: torch.device) -> BlockPlan:
     """Order tokens so that blocks of them are compact, and list the blocks of keys that each one sees.
