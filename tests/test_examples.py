@@ -85,8 +85,8 @@ def test_the_motion_of_a_reference_can_be_looked_at(tiny_checkpoint, tmp_path):
     result = run("inspect_motion.py", clip, *size, "--output", tmp_path / "motion.mp4")
     assert result.returncode == 0, result.stderr
     video = VideoData(tmp_path / "motion.mp4")
-    # The frames and the flow, side by side at 16 pixels a token.
-    assert (len(video), video.shape()) == (6, (32, 2 * 48))
+    # The frames and the flow, side by side; small frames are enlarged until arrows can be seen.
+    assert (len(video), video.shape()) == (6, (256, 2 * 384))
 
 
 def test_the_python_in_the_readme_runs_as_printed(tiny_checkpoint, tmp_path):
