@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from diffsynth import VideoData, WanVideoPipeline, __version__
+from diffsynth import ModelManager, VideoData, WanVideoPipeline, __version__
 from diffsynth.cli.main import main
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines import fingerprint
@@ -306,3 +308,34 @@ def test_a_folder_of_images_has_a_hash_of_names_and_contents(tmp_path):
     assert before == sha256_of_video(tmp_path)
     (tmp_path / "0.png").rename(tmp_path / "2.png")
     assert sha256_of_video(tmp_path) != before
+
+
+def test_a_lora_is_in_the_record_and_in_the_repetition(run_folder, record, tiny_checkpoint, tmp_path, capsys):
+    """A LoRA changes the video, its file and strength are recorded, and a changed file is refused."""
+    layer = "diffusion_model.blocks.0.ffn.0"
+    dit = ModelManager(device="cpu")
+    dit.load_models([tiny_checkpoint])
+    rows, columns = dit.fetch_model("wan_video_dit").blocks[0].ffn[0].weight.shape
+    generator = torch.Generator().manual_seed(0)
+    lora = tmp_path / "style=soft.safetensors"
+    parts = {
+        f"{layer}.lora_A.weight": torch.randn(4, columns, generator=generator),
+        f"{layer}.lora_B.weight": torch.randn(rows, 4, generator=generator),
+    }
+    save_file(parts, lora)
+    seed = ["--seed", record.options["seed"]]
+    made = ["transfer", run_folder / "ref.mp4", *RUN, *seed, "--model", tiny_checkpoint]
+    assert main([*made, "--lora", f"{lora}=0.5", "-o", tmp_path / "out.mp4", "-q"]) == 0
+    new = read_record(tmp_path / "out.mp4")
+    assert new.model["setup"]["loras"] == {str(lora): 0.5}
+    assert new.model["files"][str(lora)]["bytes"] == lora.stat().st_size
+    assert new.video["frames_sha256"] != record.video["frames_sha256"]
+
+    capsys.readouterr()
+    assert main(["transfer", "--from", tmp_path / "out.mp4", "-o", tmp_path / "again.mp4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["same_frames"] is True
+    save_file({key: 2 * value for key, value in parts.items()}, lora)
+    assert main(["transfer", "--from", tmp_path / "out.mp4", "-o", tmp_path / "third.mp4"]) == 2
+    assert f"model file {lora} is not the recorded one" in capsys.readouterr().err
+    assert main([*made, "--lora", tmp_path / "none.safetensors", "-o", tmp_path / "fourth.mp4"]) == 2
+    assert "none.safetensors does not exist" in capsys.readouterr().err

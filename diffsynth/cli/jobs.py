@@ -60,7 +60,7 @@ def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[J
 
 
 def job_hash(job: Job, reference: Mapping[str, Any] | None, model: Mapping[str, Any]) -> str:
-    """What tells a job from others: its options, its reference's content, the model's files and types.
+    """What tells a job from others: its options, its reference's content, the model's files, LoRAs and types.
 
     Not where it runs: a batch may go on elsewhere, or with other settings for memory.
     """
@@ -70,6 +70,8 @@ def job_hash(job: Job, reference: Mapping[str, Any] | None, model: Mapping[str, 
         "model": {name: file["bytes"] for name, file in model["files"].items()},
         "types": [model["setup"][name] for name in ("dtype", "vae_dtype")],
     }
+    if model["setup"].get("loras"):  # not named otherwise, so that jobs without them keep their hash
+        facts["loras"] = model["setup"]["loras"]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

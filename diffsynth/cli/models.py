@@ -23,7 +23,8 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 class Setup:
     """How a model is loaded and run; None for the pipeline's own choice. Goes into the record.
 
-    persistent: parameters of the DiT that stay on the device while its other blocks stream.
+    persistent: parameters of the DiT that stay on the device while its other blocks stream. loras: files that
+    are merged into the DiT, each with its strength.
     """
 
     device: str | None = None
@@ -33,6 +34,7 @@ class Setup:
     compile: bool | None = None
     offload: bool | None = None
     persistent: int | None = None
+    loras: Mapping[str, float] | None = None
 
     @classmethod
     def from_options(cls, options: Namespace, recorded: Mapping[str, Any] | None = None) -> "Setup":
@@ -42,6 +44,7 @@ class Setup:
         if unknown:
             raise ValueError(f"the record's setup has {', '.join(sorted(unknown))}, which is unknown here")
         given = {name: getattr(options, name) for name in cls.__dataclass_fields__}
+        given["loras"] = dict(options.loras) if options.loras else None
         return cls(**{name: before.get(name) if value is None else value for name, value in given.items()})
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +84,9 @@ def load_pipeline(folder: Path, setup: Setup) -> WanVideoPipeline:
     dtypes = {"torch_dtype": setup.dtype, "vae_dtype": setup.vae_dtype}
     chosen = {name: getattr(torch, dtype) for name, dtype in dtypes.items() if dtype is not None}
     try:
-        pipe = WanVideoPipeline.from_pretrained(folder, device=setup.device or "auto", **chosen)
+        pipe = WanVideoPipeline.from_pretrained(
+            folder, device=setup.device or "auto", loras=setup.loras, **chosen
+        )
     except (CheckpointError, FileNotFoundError) as error:
         raise RunFailedError(f"the model cannot be loaded: {error}") from error
     if setup.persistent is not None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from diffsynth.cli.values import Reader, heads, number, or_none, several, whole
+from diffsynth.cli.values import Reader, heads, lora, number, or_none, several, whole
 
 MODES = ("effi_AMF", "AMF", "FlowMotion", "No_transfer")
 SAMPLERS = ("euler", "unipc")
@@ -171,6 +171,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", help="auto, cpu, cuda, cuda:1, ... (auto)")
     model.add_argument("--dtype", choices=DTYPES, help="of the weights; float32 on a CPU, else bfloat16")
     model.add_argument("--vae-dtype", choices=WIDE_DTYPES, help="of the VAE (float32)")
+    model.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        type=lora,
+        metavar="FILE[=X]",
+        help="merge a LoRA into the DiT at strength X (1); may be given several times",
+    )
     model.add_argument("--attention", choices=ATTENTION, help="attention kernel; the best there is")
     model.add_argument("--compile", action="store_true", default=None, help="compile the DiT's blocks")
     model.add_argument(

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 Reader = Callable[[str], object]
 
@@ -36,6 +37,16 @@ def or_none(read: Reader) -> Reader:
 def heads(text: str) -> str | tuple[int, ...]:
     """The name of a reading of heads, or indices with commas between."""
     return tuple(whole(part) for part in text.split(",")) if text[:1].isdigit() else text
+
+
+def lora(text: str) -> tuple[str, float]:
+    """A LoRA's file and strength, "style.safetensors=0.8"; without one it is 1. Paths become absolute."""
+    file, _, strength = text.rpartition("=")
+    if not file or Path(text).is_file():
+        file, strength = text, "1"
+    if not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"the LoRA {file} does not exist")
+    return str(Path(file).resolve()), number(strength)
 
 
 def as_text(value: object) -> str:

@@ -183,14 +183,17 @@ def describe_reference(path: Path, num_frames: int, fps: float | None) -> dict[s
 
 
 def describe_model(folder: Path, setup: Mapping[str, Any], hashed: bool = True) -> dict[str, Any]:
-    """Folder, files and setup of a checkpoint: the `model` of a record; without hashes unless hashed."""
+    """Folder, files and setup of a checkpoint: the `model` of a record; without hashes unless hashed.
+
+    The files of its LoRAs (`loras` of the setup, path to strength) are among them, by their whole paths.
+    """
     folder = folder.resolve()
-    files = checkpoint_files(folder)
+    files = [*checkpoint_files(folder), *map(Path, setup.get("loras") or ())]
     hashes: Mapping[Path, str | None] = sha256_of_files(files) if hashed else dict.fromkeys(files)
-    described = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": hashes[file]}
-        for file in files
-    }
+    described = {}
+    for file in files:
+        name = file.relative_to(folder) if file.is_relative_to(folder) else file
+        described[name.as_posix()] = {"bytes": file.stat().st_size, "sha256": hashes[file]}
     return {"folder": str(folder), "files": described, "setup": dict(setup)}
 
 

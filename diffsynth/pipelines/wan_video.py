@@ -7,7 +7,7 @@ the maths is in the rooms that this file calls.
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +122,22 @@ class WanVideoPipeline:
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device = "auto",
         vae_dtype: torch.dtype = torch.float32,
+        loras: Mapping[str | Path, float] | None = None,
     ) -> "WanVideoPipeline":
         """A pipeline from a checkpoint folder in the official or diffusers layout, "1.3b" or "14b"
         below models/, or "nano", the small model that comes with the package.
 
         torch_dtype: bfloat16 on an accelerator and float32 on a CPU by default; float8_e4m3fn and int8 store
         the weights of linear layers in eight bits. The VAE runs in float32, as the official one, unless
-        vae_dtype says otherwise.
+        vae_dtype says otherwise. loras: files to merge into the DiT, each with its strength.
+
+        Raises FileNotFoundError for files that are not there, CheckpointError for damaged or other ones.
         """
         folder = checkpoint_folder(path)
+        loras = {} if loras is None else loras
+        for file in loras:
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"LoRA {file} does not exist")
         chosen = choose_device(device)
         if torch_dtype is None:
             torch_dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
@@ -143,6 +150,8 @@ class WanVideoPipeline:
             raise FileNotFoundError(
                 f"{folder} lacks the weights of {', '.join(sorted(missing))}; {DOWNLOAD_HINT}"
             )
+        for file, strength in loras.items():
+            manager.load_lora(file, strength)
         return cls.from_model_manager(manager, device=chosen)
 
     def __repr__(self) -> str:
