@@ -114,6 +114,21 @@ def test_an_adapter_config_beside_the_file_gives_its_scale(manager, tmp_path):
     torch.testing.assert_close(weights(manager)["blocks.1.ffn.0"], before["blocks.1.ffn.0"] + 2 * up @ down)
 
 
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_the_scale_that_diffusers_writes_into_the_header_is_used(manager, tmp_path, prefix):
+    before, (low_rank, _) = weights(manager), pairs(manager)
+    down, up = low_rank["blocks.1.ffn.0"]
+    tensors = {"blocks.1.ffn.0.lora_A.weight": down, "blocks.1.ffn.0.lora_B.weight": up}
+    path, config = tmp_path / "lora.safetensors", {f"{prefix}r": RANK, f"{prefix}lora_alpha": 6}
+    save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
+    manager.load_lora(path)
+    torch.testing.assert_close(weights(manager)["blocks.1.ffn.0"], before["blocks.1.ffn.0"] + 2 * up @ down)
+    for damaged in ('{"r": 0, "lora_alpha": 6}', '{"r": 3, "lora_alpha": NaN}', "[1]", "[" * 100_000):
+        save_file(tensors, path, {"lora_adapter_metadata": damaged})
+        with pytest.raises(CheckpointError, match=r"the header of .*lora_alpha and r"):
+            manager.load_lora(path)
+
+
 def test_full_differences_of_weight_and_bias_are_added(manager, tmp_path):
     dit = manager.fetch_model("wan_video_dit")
     norm, linear = dit.blocks[0].norm3.weight.clone(), dit.blocks[0].ffn[2].bias.clone()

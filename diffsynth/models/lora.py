@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, open_weights
@@ -23,6 +24,7 @@ from diffsynth.models.wan_video_dit_keys import diffusers_module, official_modul
 
 logger = logging.getLogger(__name__)
 
+_DIFFUSERS_CONFIG = "lora_adapter_metadata"
 _PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.")
 _PART = re.compile(
     r"(?P<module>.+?)\.(?:"
@@ -143,16 +145,33 @@ def _check_sizes(path: Path, layer: LoraLayer, module: nn.Module) -> None:
 
 
 def _default_scale(path: Path) -> float:
-    """alpha / rank of PEFT's adapter_config.json beside the file; 1 without one."""
-    config = path.parent / "adapter_config.json"
-    if not config.is_file():
-        return 1.0
+    """alpha / rank, as diffusers writes it into the file's header and PEFT into adapter_config.json beside
+    it; 1 where neither names them.
+    """
+    source, text = f"the header of {path}", _header(path).get(_DIFFUSERS_CONFIG)
+    if text is None:
+        source = config = path.parent / "adapter_config.json"
+        if not config.is_file():
+            return 1.0
+        text = config.read_bytes()
     try:
-        declared = json.loads(config.read_text())
+        # In the header of a pipeline's LoRA the names begin with the model's, "transformer.r".
+        declared = {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
         rank = declared["r"] ** 0.5 if declared.get("use_rslora") else declared["r"]
-        return declared["lora_alpha"] / rank
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{config} is no adapter config with lora_alpha and r ({error!r})") from error
+        scale = declared["lora_alpha"] / rank
+        if not math.isfinite(scale):
+            raise ValueError(f"alpha / rank is {scale}")
+        return scale
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} is no adapter config with lora_alpha and r ({error!r})") from error
+
+
+def _header(path: Path) -> Mapping[str, str]:
+    """The texts in a safetensors file's header; none in other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def merge(
