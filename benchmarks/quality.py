@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model_dir", default="nano")
+    parser.add_argument("--lora", type=Path, help="file to merge into the DiT")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=2)
@@ -68,11 +69,16 @@ def chosen_methods(known: list[Method], names: str) -> list[Method]:
     return [by_name[name] for name in wanted]
 
 
-def start_worker(model_dir: str, device: str, videos: Path) -> None:
+def load_pipeline(args: argparse.Namespace) -> WanVideoPipeline:
+    loras = None if args.lora is None else {args.lora: 1.0}
+    return WanVideoPipeline.from_pretrained(args.model_dir, device=args.device, loras=loras)
+
+
+def start_worker(args: argparse.Namespace) -> None:
     """One thread a worker: they would only fight over the cores."""
     torch.set_num_threads(1)
-    _worker["pipe"] = WanVideoPipeline.from_pretrained(model_dir, device=device)
-    _worker["videos"] = videos
+    _worker["pipe"] = load_pipeline(args)
+    _worker["videos"] = args.output_dir / "videos"
 
 
 def run_job(job: Job) -> Row:
@@ -81,13 +87,12 @@ def run_job(job: Job) -> Row:
 
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> Iterator[Row]:
     """Rows as they come; one worker is this process itself, as an accelerator wants it."""
-    setup = (args.model_dir, args.device, args.output_dir / "videos")
     if args.workers == 1:
-        start_worker(*setup)
+        start_worker(args)
         yield from map(run_job, jobs)
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, spawn, start_worker, setup) as pool:
+    with ProcessPoolExecutor(args.workers, spawn, start_worker, (args,)) as pool:
         for future in as_completed([pool.submit(run_job, job) for job in jobs]):
             yield future.result()
 
@@ -146,7 +151,7 @@ def write_sheet(args: argparse.Namespace, pairs: list) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    pipe = WanVideoPipeline.from_pretrained(args.model_dir, device=args.device)
+    pipe = load_pipeline(args)
     usual = pipe.defaults
     height, width = usual.height or 64, usual.width or 64
     known = standard_methods(pipe, height, width)

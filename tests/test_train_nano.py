@@ -42,6 +42,22 @@ def test_what_was_trained_is_a_checkpoint_of_under_20_mb_that_makes_videos(train
     assert frames.shape == (5, 64, 64, 3)
 
 
+def test_a_few_step_lora_is_distilled_from_what_was_trained(trained):
+    lora = trained / "few_steps.safetensors"
+    options = ["--steps", 2, "--batch", 2, "--clips", 4, "--workers", 1]
+    run("distil_steps.py", "--run", trained, "--output", lora, *options)
+    plain = WanVideoPipeline.from_pretrained(trained / "model", device="cpu")
+    pipe = WanVideoPipeline.from_pretrained(trained / "model", device="cpu", loras={lora: 1.0})
+    for (name, before), after in zip(
+        plain.dit.blocks.named_modules(), pipe.dit.blocks.modules(), strict=True
+    ):
+        if isinstance(before, torch.nn.Linear):
+            assert (before.weight != after.weight).any(), name
+    assert torch.equal(plain.dit.head.head.weight, pipe.dit.head.head.weight)
+    frames = pipe("a red circle", num_inference_steps=2, cfg_scale=1.0, num_frames=5, output_type="np")
+    assert frames.shape == (5, 64, 64, 3)
+
+
 def test_more_steps_train_on_from_where_the_last_run_ended(trained):
     lines = [json.loads(line) for line in (trained / "vae.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4
