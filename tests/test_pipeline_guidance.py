@@ -108,6 +108,27 @@ def test_only_the_first_guided_steps_are_guided_and_cost_is_counted(pipe, clip, 
     assert line["time_gen"] > sum(line["time_guidance"]) > 0
 
 
+def test_learning_rates_fade_over_the_guided_steps(pipe, clip, monkeypatch):
+    """How far each guided step moves the latents falls with them; the first is as without."""
+    moves = {}
+
+    def spy(dit, latents, **options):
+        moved, record = guided_step(dit, latents, **options)
+        moves[options["guidance"].fade].append((options["guidance"].lr, (moved - latents).abs().mean()))
+        return moved, record
+
+    monkeypatch.setattr("diffsynth.pipelines.guidance.guided_step", spy)
+    numbers = {"guided_steps": 2, "inner_steps": 1, "interval": 1, "update": "gradient", "lr": (0.2, 0.1)}
+    for fade in (1.0, 0.0):
+        moves[fade] = []
+        pipe("a cat", input_video=clip, motion=MotionGuidance(fade=fade, **numbers), **QUICK)
+    (first, length), (second, shorter) = moves[0.0]
+    assert (first, second) == ((0.2, 0.1), (0.1, 0.05))
+    assert length == moves[1.0][0][1]
+    assert [lr for lr, _ in moves[1.0]] == [(0.2, 0.1)] * 2
+    assert 0.3 < shorter / length < 0.7
+
+
 def test_a_guided_step_at_published_depth_runs_fourteen_blocks_a_gradient():
     torch.manual_seed(0)
     dit = WanModel(

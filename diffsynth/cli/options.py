@@ -86,6 +86,7 @@ MOTION_OPTIONS: Mapping[str, tuple[Reader, str]] = MappingProxyType(
         "reuse_above": (or_none(number), "reuse only above this cosine of gradients; none: always"),
         "update": (str, "adamw or gradient"),
         "lr": (several(number, 2), "FIRST,END learning rate"),
+        "fade": (number, "factor on lr at the end of the guided steps, from 1 at the first (1)"),
         "weight_decay": (number, "a step's, times lr"),
         "recompute_every": (whole, "every so many guided steps compute gradients"),
         "recompute_below": (or_none(number), "and the next one below this cosine; none: never"),

@@ -55,6 +55,8 @@ class MotionGuidance:
         "repeat" as published, "falling" or "extrapolate" (see `GradientReuse`). reuse_above: only while the
         last two fresh gradients have at least this cosine; None, as published, always. update: "adamw" as
         published, or "gradient", plain descent. lr: (first, end) learning rate, linear, the end not reached.
+        fade: what it is multiplied by at the end of the guided steps, linear from 1 at the first, the end not
+        reached; below 1, early steps place what moves and late ones leave its looks to the prompt.
         weight_decay: a step's, times lr. recompute_every: each such guided step computes gradients, from the
         first; those between repeat its gradients and do not run the DiT. recompute_below: so does the next
         one, while the first gradients of the last two that did have a cosine below it (see
@@ -90,6 +92,7 @@ class MotionGuidance:
     reuse_above: float | None = None
     update: str = "adamw"
     lr: tuple[float, float] = (0.003, 0.002)
+    fade: float = 1.0
     weight_decay: float = 0.01
     recompute_every: int = 1
     recompute_below: float | None = None
@@ -133,7 +136,7 @@ class MotionGuidance:
         _check_range("pair_weights", self.pair_weights, zero=True)
         for name in (
             "amf_weight", "window_weight", "intra_weight", "prediction_weight", "difference_weight",
-            "prediction_cfg", "across_velocity", "weight_decay",
+            "prediction_cfg", "across_velocity", "fade", "weight_decay",
         ):  # fmt: skip
             _check_number(name, getattr(self, name), zero=True)
 
@@ -175,6 +178,11 @@ class MotionGuidance:
         """
         declared = run_defaults(checkpoint_folder(checkpoint)).motion.get(mode, NO_CHANGES)
         return cls.for_mode(mode, {**declared, **changes})
+
+    def faded(self, step: int) -> "MotionGuidance":
+        """The numbers of a guided step, from 0: the learning rates times its share of `fade`."""
+        factor = 1 - (1 - self.fade) * step / max(self.guided_steps, 1)
+        return replace(self, lr=(factor * self.lr[0], factor * self.lr[1]))
 
     def flow_options(self) -> dict:
         """What both kinds of flow take."""

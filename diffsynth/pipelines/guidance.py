@@ -97,7 +97,7 @@ def make_guide(
                 timestep=timestep,
                 context=context,
                 null_context=null_context,
-                guidance=guidance,
+                guidance=guidance.faded(index),
                 start=(start, scheduler.sigmas[0].item()),
                 interrupted=interrupted,
                 memory=memory,
