@@ -33,7 +33,8 @@ CAPTION_DROP = 0.1
 IMAGES_AMONG_CLIPS = 8  # of the second stage, batches of frames, which teach shapes fastest
 # Batches of the other clips are cut, in turn, to so many latent frames: short ones teach moving shapes at a
 # fraction of the cost. The VAE is causal, so the first latents of a clip are those of its first frames.
-CLIP_FRAMES = (2, 5, 2, 3)
+LONGEST = 5
+CLIP_FRAMES = (2, LONGEST, 2, 3)
 AVERAGE = 0.998
 
 
@@ -101,7 +102,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16000)
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--image_steps", type=int, default=1700)
-    parser.add_argument("--video_steps", type=int, default=10500)
+    parser.add_argument("--video_steps", type=int, default=16300)
+    parser.add_argument("--whole_clip_steps", type=int, default=0, help="last steps, with uncut clips")
     parser.add_argument("--image_batch", type=int, default=64)
     parser.add_argument("--video_batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -146,8 +148,9 @@ def main() -> None:
         torch.manual_seed(args.seed * 1_000_003 + step)
         rng = np.random.default_rng((args.seed, step))
         frames_only = step < args.image_steps or step % IMAGES_AMONG_CLIPS == 0
-        frames = 1 if frames_only else CLIP_FRAMES[step % len(CLIP_FRAMES)]
-        data, count = images if frames_only else clips, args.video_batch * CLIP_FRAMES[1] // frames
+        uncut = step >= total - args.whole_clip_steps
+        frames = 1 if frames_only else LONGEST if uncut else CLIP_FRAMES[step % len(CLIP_FRAMES)]
+        data, count = images if frames_only else clips, args.video_batch * LONGEST // frames
         if frames_only:
             count = args.image_batch
         set_rate(optimisers, rate_at(step, total, warm_up=50, falling=0.4))
