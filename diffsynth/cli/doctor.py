@@ -24,6 +24,7 @@ EXTRA = {
     "modelscope": "fastvmt download",
     "huggingface-hub": "fastvmt download --source huggingface",
     "opencv-python-headless": "fastvmt evaluate",
+    "gradio": "fastvmt ui",
 }
 GIB = 2**30
 
