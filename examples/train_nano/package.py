@@ -20,7 +20,7 @@ from diffsynth.models.wan_video_vae import WanVideoVAE
 
 USUAL = {
     "num_inference_steps": 25,
-    "cfg_scale": 4.0,
+    "cfg_scale": 5.5,
     "sigma_shift": 3.0,
     "denoising_strength": 1.0,
     "height": 64,
