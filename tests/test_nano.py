@@ -14,14 +14,16 @@ from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.locate import checkpoint_folder
 from diffsynth.data.synthetic import SceneOptions, make_clip
 from diffsynth.evaluation.quality import evaluate, make_pairs
-from diffsynth.evaluation.quality_methods import standard_methods
+from diffsynth.evaluation.quality_methods import methods_from, standard_methods
 from diffsynth.evaluation.quality_report import summarise
 from diffsynth.motion import MotionGuidance
 
 ROOT = Path(__file__).parent.parent
+FEW_STEPS = ROOT / "benchmarks" / "variants" / "few_steps.json"
 # What the model measured when it was packaged, less what few clips and pairs vary by.
 LEAST_PSNR = 27.0
 MARGIN = 0.35
+FEW_STEPS_MARGIN = 0.45
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,17 @@ def test_motion_is_transferred_by_a_margin(nano, tmp_path):
     summary = summarise(rows)
     assert summary["effi_AMF"].ratios["trajectory_error"].value < MARGIN
     assert summary["effi_AMF"].means["background_right"].value >= 0.75
+
+
+def test_the_eight_step_lora_transfers_motion_without_a_negative_prompt(tmp_path):
+    lora = checkpoint_folder("nano") / "loras" / "eight_steps.safetensors"
+    pipe = WanVideoPipeline.from_pretrained("nano", device="cpu", loras={lora: 1.0})
+    names = ("8 steps: no transfer", "8 steps: 4 gradients in 8")
+    methods = [method for method in methods_from(FEW_STEPS, pipe) if method.name in names]
+    rows = evaluate(pipe, make_pairs(4, "test"), methods, seeds=[0], rows_path=tmp_path / "rows.jsonl")
+    guided = summarise(rows, "8 steps: no transfer")["8 steps: 4 gradients in 8"]
+    assert guided.ratios["trajectory_error"].value < FEW_STEPS_MARGIN
+    assert guided.means["background_right"].value >= 0.75
 
 
 def test_it_comes_with_an_installed_package(tmp_path):

@@ -96,7 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, default=Path("results/train_nano"))
     parser.add_argument("--output", type=Path, default=Path("results/few_steps.safetensors"))
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--clips", type=int, default=6000)
     parser.add_argument("--lr", type=float, default=1e-3)
