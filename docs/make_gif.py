@@ -13,8 +13,8 @@ from diffsynth.evaluation import video_grid
 HERE = Path(__file__).parent
 CLIPS = HERE.parent / "examples" / "data"
 RUNS = {
-    "bounce": ("a blue star on a yellow background", 1),
-    "circle": ("a red star on a white background", 3),
+    "bounce": ("a blue star on a yellow background", 2),
+    "circle": ("a red triangle on a white background", 1),
 }
 HEIGHT = 150  # pixels, of each video
 
