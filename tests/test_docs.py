@@ -24,7 +24,7 @@ def blocks(page, language):
 
 
 def commands(page):
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", "").splitlines()]
     return [line for line in lines if line.startswith("fastvmt ")]
 
 
