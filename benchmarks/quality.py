@@ -30,8 +30,7 @@ from diffsynth.evaluation.quality import (
     strip_name,
 )
 from diffsynth.evaluation.quality_methods import VIDEO_TO_VIDEO, Method, methods_from, standard_methods
-from diffsynth.evaluation.quality_report import as_json, best_method, markdown_table, summarise
-from diffsynth.evaluation.scatter import pareto_picture
+from diffsynth.evaluation.quality_report import as_json, best_method, cost_picture, markdown_table, summarise
 from diffsynth.pipelines.guidance import NO_TRANSFER
 
 _worker: dict[str, object] = {}
@@ -98,7 +97,7 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> Iterator[Row]:
 
 
 def report(rows: list[Row], output_dir: Path) -> str:
-    """Write table.md and summary.json; returns the table over all pairs."""
+    """Write table.md, summary.json and pareto.png; returns the table over all pairs."""
     groups = {
         "All references": rows,
         "References of trained shapes and paths": [row for row in rows if not row.held_out],
@@ -117,15 +116,7 @@ def report(rows: list[Row], output_dir: Path) -> str:
             table = markdown_table(against, best, ("trajectory_error",))
             texts[-1] += f"\nAgainst {best}, the best video-to-video:\n\n{table}"
             summaries[title][best] = as_json(against)
-    points = {
-        name: (summary.means["forward_equivalents"].value, summary.means["trajectory_error"])
-        for name, summary in summarise(rows).items()
-        if {"forward_equivalents", "trajectory_error"} <= summary.means.keys()
-    }
-    if points:
-        picture = pareto_picture(
-            points, "denoising with its guidance, in full forwards of the DiT", "path error, px"
-        )
+    if picture := cost_picture(summarise(rows)):
         picture.save(output_dir / "pareto.png")
     (output_dir / "table.md").write_text("\n".join(texts))
     (output_dir / "summary.json").write_text(json.dumps(summaries, indent=1))

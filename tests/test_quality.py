@@ -31,7 +31,13 @@ from diffsynth.evaluation.quality_methods import (
     released_for,
     standard_methods,
 )
-from diffsynth.evaluation.quality_report import as_json, best_method, markdown_table, summarise
+from diffsynth.evaluation.quality_report import (
+    as_json,
+    best_method,
+    cost_picture,
+    markdown_table,
+    summarise,
+)
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.run_cost_model import guidance_cost
 
@@ -243,6 +249,13 @@ def test_one_pair_has_no_interval_in_table_and_json():
     summary = summarise([row("AMF", 0, 0, 4.0)])
     assert "| AMF | 1 |  | 4.00 |" in markdown_table(summary)
     assert as_json(summary)["AMF"]["means"]["trajectory_error"] == {"value": 4.0, "low": None, "high": None}
+
+
+def test_the_picture_of_cost_has_the_methods_whose_cost_is_known():
+    both = [row("AMF", 0, 0, 4.0, forward_equivalents=206.0), row("floor", 0, 0, 9.0)]
+    alone = cost_picture(summarise(both[:1]))
+    assert cost_picture(summarise(both)).tobytes() == alone.tobytes()
+    assert cost_picture(summarise(both[1:])) is None
 
 
 def test_a_strip_keeps_every_pixel(pair, tmp_path):

@@ -4,7 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from PIL import Image
+
 from diffsynth.evaluation.quality import Row
+from diffsynth.evaluation.scatter import pareto_picture
 from diffsynth.evaluation.statistics import Interval, mean_interval, ratio_interval
 from diffsynth.pipelines.guidance import NO_TRANSFER
 
@@ -127,6 +130,17 @@ def _cell(interval: Interval | None, digits: int) -> str:
         return ""
     value, low, high = (f"{number:.{digits}f}" for number in (interval.value, interval.low, interval.high))
     return value if math.isnan(interval.low) or low == high else f"{value} [{low}, {high}]"
+
+
+def cost_picture(summaries: dict[str, MethodSummary]) -> Image.Image | None:
+    """Path error against FFE, a point a method; None if no method has both numbers."""
+    points = {
+        name: (summary.means["forward_equivalents"].value, summary.means["trajectory_error"])
+        for name, summary in summaries.items()
+        if {"forward_equivalents", "trajectory_error"} <= summary.means.keys()
+    }
+    labels = "denoising with its guidance, in full forwards of the DiT", "path error, px"
+    return pareto_picture(points, *labels) if points else None
 
 
 def as_json(summaries: dict[str, MethodSummary]) -> dict[str, dict]:
