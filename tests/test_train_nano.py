@@ -1,6 +1,7 @@
 """The training of the nano model, from nothing to a checkpoint that the pipeline loads, at its smallest."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ SCRIPTS = Path(__file__).parent.parent / "examples" / "train_nano"
 
 def run(script, *options):
     command = [sys.executable, SCRIPTS / script, *map(str, options)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,13 @@ def test_what_was_trained_is_a_checkpoint_of_under_20_mb_that_makes_videos(train
         "A red circle, on a blue background!", num_inference_steps=1, num_frames=5, output_type="np"
     )
     assert frames.shape == (5, 64, 64, 3)
+
+
+def test_reconstruction_is_measured_as_in_training(trained):
+    logged = [json.loads(line) for line in (trained / "vae.jsonl").read_text().splitlines()][-1]["psnr"]
+    *_, seen_by_vae = run("reconstruction.py", "--model_dir", trained / "model", "--clips", 1).splitlines()
+    numbers = re.fullmatch(r"1 clips as the VAE sees them: mean (.+) dB, all pixels (.+) dB", seen_by_vae)
+    assert [float(number) for number in numbers.groups()] == pytest.approx([logged] * 2, abs=0.1)
 
 
 def test_a_few_step_lora_is_distilled_from_what_was_trained(trained):

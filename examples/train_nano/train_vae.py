@@ -86,12 +86,17 @@ def batch_for(step: int, total: int, clips: np.ndarray, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_psnr(vae: WanVideoVAE, count: int) -> float:
-    """PSNR in dB of whole held-out clips, over 8-bit pixels."""
-    frames, _ = make_clips(VAE_HELD_OUT, 0, count, SCENES, workers=1)
+def held_out_errors(vae: WanVideoVAE, count: int, scenes: SceneOptions = SCENES) -> Tensor:
+    """Mean squared error [count] of each whole held-out clip, over pixels from 0 to 1."""
+    frames, _ = make_clips(VAE_HELD_OUT, 0, count, scenes, workers=1)
     video = to_model(frames).to(vae.device)
     again = torch.cat([vae.decode(vae.encode(clip)) for clip in video.split(4)])
-    return -10 * ((again - video) / 2).square().mean().log10().item()
+    return ((again - video) / 2).square().mean((1, 2, 3, 4))
+
+
+def psnr(errors: Tensor) -> Tensor:
+    """Decibels of mean squared errors over pixels from 0 to 1."""
+    return -10 * errors.log10()
 
 
 def main() -> None:
@@ -144,7 +149,7 @@ def main() -> None:
         if (step + 1) % 10 == 0:
             log.write(step=step + 1, loss=loss.item(), **parts)
         if (step + 1) % 200 == 0 or step + 1 in (args.steps, total):
-            log.write(step=step + 1, psnr=held_out_psnr(vae, args.held_out))
+            log.write(step=step + 1, psnr=psnr(held_out_errors(vae, args.held_out).mean()).item())
             saved = [optimiser.state_dict() for optimiser in optimisers]
             save_state(
                 args.run / "vae.state", {"model": vae.state_dict(), "optimisers": saved, "step": step + 1}
