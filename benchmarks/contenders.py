@@ -8,12 +8,12 @@ import released_guidance
 import torch
 from torch import Tensor, nn
 
+from diffsynth.caches.choose import choose_cache
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.defaults import RunDefaults, with_preset
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_keys import official_key
 from diffsynth.motion import MotionGuidance, guided_step
-from diffsynth.pipelines.cache_options import choose_cache
 
 SIGMA = 0.9
 # The released procedure's numbers; other sizes have the same depth, for the same share of blocks.

@@ -28,7 +28,7 @@ from scaling import scaling_rows
 from torch import Tensor
 from tqdm import tqdm
 
-from diffsynth.motion.guidance import CHECKPOINTS
+from diffsynth.configs.guidance import CHECKPOINTS
 from diffsynth.vram_management import choose_device, synchronize
 
 # Suite: model size, frames of video, repeats.

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from diffsynth.data import VideoData, save_frames, save_video
+    from diffsynth.data.notebook import display
     from diffsynth.models.model_manager import ModelManager
     from diffsynth.motion import MotionGuidance
-    from diffsynth.notebook import display
-    from diffsynth.pipelines.fallback import MemoryRanOutError
-    from diffsynth.pipelines.saved_latents import decode_saved
-    from diffsynth.pipelines.saved_run import clear_checkpoints
-    from diffsynth.pipelines.stop_signals import RunInterrupted
+    from diffsynth.pipelines.decode import decode_saved
     from diffsynth.pipelines.wan_video import WanVideoPipeline
+    from diffsynth.planning.ladder import MemoryRanOutError
+    from diffsynth.runs.checkpoint import clear_checkpoints
+    from diffsynth.runs.signals import RunInterrupted
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,15 +33,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "MemoryRanOutError": "diffsynth.pipelines.fallback",
+    "MemoryRanOutError": "diffsynth.planning.ladder",
     "ModelManager": "diffsynth.models.model_manager",
     "MotionGuidance": "diffsynth.motion",
-    "RunInterrupted": "diffsynth.pipelines.stop_signals",
+    "RunInterrupted": "diffsynth.runs.signals",
     "VideoData": "diffsynth.data",
     "WanVideoPipeline": "diffsynth.pipelines.wan_video",
-    "clear_checkpoints": "diffsynth.pipelines.saved_run",
-    "decode_saved": "diffsynth.pipelines.saved_latents",
-    "display": "diffsynth.notebook",
+    "clear_checkpoints": "diffsynth.runs.checkpoint",
+    "decode_saved": "diffsynth.pipelines.decode",
+    "display": "diffsynth.data.notebook",
     "save_frames": "diffsynth.data",
     "save_video": "diffsynth.data",
 }

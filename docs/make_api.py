@@ -10,15 +10,15 @@ from pathlib import Path
 
 import diffsynth
 from diffsynth import evaluation
+from diffsynth.caches.choose import CacheOptions
+from diffsynth.caches.mag_calibration import calibrate_magcache
 from diffsynth.configs.defaults import RunDefaults
+from diffsynth.configs.options import RunOptions
 from diffsynth.data.synthetic import SyntheticClip, make_clip
 from diffsynth.models.attention import use_attention
 from diffsynth.models.convert import convert_checkpoint
-from diffsynth.pipelines.cache_options import CacheOptions
 from diffsynth.pipelines.events import RunEvent
-from diffsynth.pipelines.mag_calibration import calibrate_magcache
-from diffsynth.pipelines.options import GenerationOptions
-from diffsynth.pipelines.plan import RunPlan
+from diffsynth.planning.plan import RunPlan
 
 HERE = Path(__file__).parent
 INTRO = """# API
@@ -28,7 +28,7 @@ H rows, W columns. Pictures and videos are PIL images of mode RGB unless said ot
 """
 SECTIONS: dict[str, list[object]] = {
     "diffsynth": [getattr(diffsynth, name) for name in diffsynth.__all__],
-    "Options and results of a run": [GenerationOptions, CacheOptions, RunDefaults, RunEvent, RunPlan],
+    "Options and results of a run": [RunOptions, CacheOptions, RunDefaults, RunEvent, RunPlan],
     "diffsynth.evaluation": [getattr(evaluation, name) for name in evaluation.__all__],
     "Elsewhere": [make_clip, SyntheticClip, use_attention, convert_checkpoint, calibrate_magcache],
 }

@@ -17,7 +17,7 @@ from diffsynth.evaluation.drawing import INK, PAPER, Sketch, draw_arrow, over, t
 from diffsynth.evaluation.plot import BLUE, GREEN, RED, Plot, loss_curves
 from diffsynth.motion import MotionGuidance, frame_pairs
 from diffsynth.motion.coarse import noise_scale
-from diffsynth.pipelines.record import read_record
+from diffsynth.runs.record import read_record
 from diffsynth.schedulers.flow_match import flow_match_sigmas
 
 HERE = Path(__file__).parent

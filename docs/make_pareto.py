@@ -6,8 +6,8 @@ python docs/make_pareto.py docs/quality_cost.png results/quality/rows.jsonl resu
 import argparse
 from pathlib import Path
 
-from diffsynth.evaluation.quality import read_rows
-from diffsynth.evaluation.quality_report import cost_picture, summarise
+from benchmarks.quality.pairs import read_rows
+from benchmarks.quality.report import cost_picture, summarise
 
 
 def main() -> None:

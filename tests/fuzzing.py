@@ -25,10 +25,10 @@ from diffsynth.cli.jobs import read_jobs
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.models.convert import convert_checkpoint
 from diffsynth.models.lora import read_lora
-from diffsynth.pipelines.record import read_record
-from diffsynth.pipelines.run_state import load_state, save_state
 from diffsynth.prompters.tokenizer import load_tokenizer
 from diffsynth.prompters.wan_prompter import clean_prompt
+from diffsynth.runs.record import read_record
+from diffsynth.runs.state import load_state, save_state
 from diffsynth.testing import write_checkpoint, write_clip
 
 SECONDS = 10

@@ -5,9 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffsynth.data.shapes import signed_distance
-from diffsynth.data.synthetic import COLOURS, HELD_OUT_SHAPES, PLAIN, SHAPES, make_clip
-from diffsynth.evaluation.adherence import (
+from benchmarks.quality.adherence import (
     Adherence,
     bilinear,
     check_prompt,
@@ -15,6 +13,8 @@ from diffsynth.evaluation.adherence import (
     shape_of,
     shape_scores,
 )
+from diffsynth.data.shapes import signed_distance
+from diffsynth.data.synthetic import COLOURS, HELD_OUT_SHAPES, PLAIN, SHAPES, make_clip
 from diffsynth.evaluation.tracking import track_object
 
 NUM_CLIPS = 102

@@ -9,7 +9,7 @@ import pytest
 from diffsynth import VideoData
 from diffsynth.cli import batch, tasks
 from diffsynth.cli.main import main
-from diffsynth.pipelines.record import read_record, record_path
+from diffsynth.runs.record import read_record, record_path
 from diffsynth.testing import write_clip
 
 

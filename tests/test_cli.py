@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from diffsynth import VideoData, WanVideoPipeline, __version__
+from diffsynth.caches.choose import CACHES
 from diffsynth.cli import compare, doctor, inspect_motion, models, options, outputs, parser, tasks, transfer
 from diffsynth.cli import download as download_command
 from diffsynth.cli.console import Console
@@ -22,14 +23,13 @@ from diffsynth.cli.main import COMMANDS, main
 from diffsynth.cli.outputs import check_folder, reserve_name
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.download import DownloadError
+from diffsynth.configs.options import MODES
 from diffsynth.evaluation.trackers import METHODS
 from diffsynth.models.attention import BACKENDS
 from diffsynth.models.model_manager import DTYPES
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.cache_options import CACHES
-from diffsynth.pipelines.options import MODES
-from diffsynth.pipelines.record import read_record, record_path
 from diffsynth.pipelines.wan_video import WIDE_DTYPES
+from diffsynth.runs.record import read_record, record_path
 from diffsynth.schedulers import SAMPLERS
 from diffsynth.testing import write_clip
 

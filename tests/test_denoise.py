@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
+from diffsynth.models.compile_blocks import compile_blocks, plain_blocks
 from diffsynth.models.wan_video_dit import WanModel
-from diffsynth.pipelines.compile_blocks import compile_blocks, plain_blocks
 from diffsynth.pipelines.denoise import denoise, dit_velocity, guided_velocity, steps_with_cfg
 from diffsynth.schedulers import make_scheduler
 

@@ -5,6 +5,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from diffsynth.caches.choose import CacheOptions
+from diffsynth.caches.rules import run_blocks_cached
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.models import checkpointing
 from diffsynth.models.packed_linear import pack_block_linears
@@ -12,8 +14,8 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.motion import MotionGuidance, guided_step
-from diffsynth.pipelines.cache_options import CacheOptions
-from diffsynth.pipelines.memory_model import (
+from diffsynth.planning.activations import choose_checkpoint
+from diffsynth.planning.memory import (
     MemorySettings,
     Video,
     decode_bytes,
@@ -23,7 +25,8 @@ from diffsynth.pipelines.memory_model import (
     sampling_pass_bytes,
     text_encoder_bytes,
 )
-from diffsynth.pipelines.model_sizes import (
+from diffsynth.planning.meter import MemoryMeter, default_dtype, fake_device
+from diffsynth.planning.sizes import (
     DiTSize,
     TextEncoderSize,
     VAESize,
@@ -31,10 +34,7 @@ from diffsynth.pipelines.model_sizes import (
     published_sizes,
     sizes_of,
 )
-from diffsynth.pipelines.step_cache import run_blocks_cached
-from diffsynth.testing_memory import MemoryMeter, default_dtype, fake_device
 from diffsynth.vram_management import activations
-from diffsynth.vram_management.activations import choose_checkpoint
 
 FULL = (21, 60, 104)  # latents of 81 frames of 480x832
 BF16, FP32 = torch.bfloat16, torch.float32

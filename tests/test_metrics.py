@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffsynth.data.synthetic import PLAIN, make_clip
-from diffsynth.evaluation.metrics import (
+from benchmarks.quality.metrics import (
     displacement_error,
     flow_error,
     relative_trajectory_error,
@@ -15,7 +14,8 @@ from diffsynth.evaluation.metrics import (
     trajectory_error,
     velocity_cosine,
 )
-from diffsynth.evaluation.statistics import mean_interval, ratio_interval
+from benchmarks.quality.statistics import mean_interval, ratio_interval
+from diffsynth.data.synthetic import PLAIN, make_clip
 from diffsynth.evaluation.tracking import Track, track_object
 
 PATH = np.stack([np.arange(9.0) * 3, np.full(9, 10.0)], axis=-1)

@@ -133,7 +133,9 @@ def test_latent_prediction_takes_no_gradient_through_the_dit():
     """z0 = x - sigma v with v constant; a step of Adam moves each element by lr against its sign."""
     latents, inputs = step_inputs()
     dit = make_dit()
-    guidance = MotionGuidance.latent_prediction(inner_steps=1, prediction_cfg=1.0, difference_weight=0.0)
+    guidance = MotionGuidance.for_mode(
+        "FlowMotion", dict(inner_steps=1, prediction_cfg=1.0, difference_weight=0.0)
+    )
     moved, record = guided_step(dit, latents, guidance=guidance, **inputs)
     t = torch.tensor([900.0])
     with torch.no_grad():

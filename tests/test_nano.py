@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.quality.methods import methods_from, standard_methods
+from benchmarks.quality.pairs import evaluate, make_pairs
+from benchmarks.quality.report import summarise
 from diffsynth import WanVideoPipeline
+from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import run_defaults
-from diffsynth.configs.locate import checkpoint_folder
 from diffsynth.data.synthetic import SceneOptions, make_clip
-from diffsynth.evaluation.quality import evaluate, make_pairs
-from diffsynth.evaluation.quality_methods import methods_from, standard_methods
-from diffsynth.evaluation.quality_report import summarise
 from diffsynth.motion import MotionGuidance
 
 ROOT = Path(__file__).parent.parent

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from diffsynth import VideoData, WanVideoPipeline
+from diffsynth.caches.choose import CacheOptions
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines import fallback
-from diffsynth.pipelines.cache_options import CacheOptions
-from diffsynth.pipelines.fallback import (
+from diffsynth.pipelines.decode import DecodeOptions, decode_saved
+from diffsynth.planning.ladder import (
     FALLBACKS,
     HELP,
     Holder,
@@ -25,9 +26,8 @@ from diffsynth.pipelines.fallback import (
     rest_models,
     smaller_tiles,
 )
-from diffsynth.pipelines.run_state import load_state
-from diffsynth.pipelines.saved_latents import DecodeOptions, decode_saved
-from diffsynth.pipelines.saved_run import STEP
+from diffsynth.runs.checkpoint import STEP
+from diffsynth.runs.state import load_state
 from diffsynth.testing import write_clip
 
 STEPS = 3

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from diffsynth import ModelManager, VideoData, WanVideoPipeline
+from diffsynth.caches.choose import CacheOptions
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines import budget
-from diffsynth.pipelines.cache_options import CacheOptions
-from diffsynth.pipelines.plan import NotEnoughMemoryError, plan_run
+from diffsynth.planning.plan import NotEnoughMemoryError, plan_run
 from diffsynth.prompters.tokenizer import find_tokenizer
 from diffsynth.testing import write_clip
 from diffsynth.vram_management import residency

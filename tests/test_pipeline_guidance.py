@@ -13,7 +13,7 @@ from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance, NonFiniteGuidanceError, guided_step, make_descriptor
 from diffsynth.motion.descriptors import StepInputs
-from diffsynth.pipelines.latency import RunCost, measured
+from diffsynth.runs.cost import RunCost, measured
 from diffsynth.testing import write_clip
 
 MODES = ("effi_AMF", "AMF", "FlowMotion")

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from diffsynth import WanVideoPipeline
+from diffsynth.caches.choose import CacheOptions, choose_cache
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.cache_options import CacheOptions, choose_cache
-from diffsynth.pipelines.model_sizes import DiTSize, published_sizes
-from diffsynth.pipelines.plan import GB, RESERVED, NotEnoughMemoryError, plan_run
-from diffsynth.pipelines.run_cost_model import (
+from diffsynth.planning.cost import (
     computed_steps,
     forward_flops,
     guidance_cost,
@@ -21,6 +19,8 @@ from diffsynth.pipelines.run_cost_model import (
     guided_share,
     run_cost,
 )
+from diffsynth.planning.plan import GB, RESERVED, NotEnoughMemoryError, plan_run
+from diffsynth.planning.sizes import DiTSize, published_sizes
 
 FULL = (21, 60, 104)
 MOTION = MotionGuidance()
@@ -90,12 +90,12 @@ def test_guidance_at_the_published_size_costs_so_many_forwards(changes, small, l
 
 def test_flow_motion_costs_seven_full_forwards_a_guided_step():
     dit = published_sizes("1.3b").dit
-    motion = MotionGuidance.latent_prediction()
+    motion = MotionGuidance.for_mode("FlowMotion")
     counted = run_cost(dit, FULL, num_steps=50, motion=motion)
     assert counted.guidance_ffe == 70
     assert counted.flops == 170 * forward_flops(dit, FULL)
     assert guided_share(dit, FULL, motion) == 1
-    assert guidance_cost(MotionGuidance.latent_prediction(prediction_cfg=1.0), 30, 50) == 40
+    assert guidance_cost(MotionGuidance.for_mode("FlowMotion", dict(prediction_cfg=1.0)), 30, 50) == 40
 
 
 def test_sampling_counts_the_prompts_that_run():

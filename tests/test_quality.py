@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffsynth import WanVideoPipeline
-from diffsynth.configs.defaults import RunDefaults
-from diffsynth.data.synthetic import COLOURS, HELD_OUT_SHAPES, HELD_OUT_TRAJECTORIES, SHAPES, TRAJECTORIES
-from diffsynth.evaluation.contact_sheet import contact_sheet, load_strip, save_strip
-from diffsynth.evaluation.quality import (
+from benchmarks.quality.contact_sheet import contact_sheet, load_strip, save_strip
+from benchmarks.quality.methods import (
+    Method,
+    at_equal_cost,
+    guided,
+    released_for,
+    standard_methods,
+)
+from benchmarks.quality.pairs import (
     Row,
     append_row,
     evaluate,
@@ -24,22 +28,18 @@ from diffsynth.evaluation.quality import (
     run_pair,
     strip_name,
 )
-from diffsynth.evaluation.quality_methods import (
-    Method,
-    at_equal_cost,
-    guided,
-    released_for,
-    standard_methods,
-)
-from diffsynth.evaluation.quality_report import (
+from benchmarks.quality.report import (
     as_json,
     best_method,
     cost_picture,
     markdown_table,
     summarise,
 )
+from diffsynth import WanVideoPipeline
+from diffsynth.configs.defaults import RunDefaults
+from diffsynth.data.synthetic import COLOURS, HELD_OUT_SHAPES, HELD_OUT_TRAJECTORIES, SHAPES, TRAJECTORIES
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.run_cost_model import guidance_cost
+from diffsynth.planning.cost import guidance_cost
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "quality.py"
 QUICK = RunDefaults(
@@ -118,7 +118,7 @@ def test_the_standard_methods_are_named_and_take_the_checkpoints_numbers(methods
     ]  # fmt: skip
     assert methods["effi_AMF"].motion == MotionGuidance(guided_steps=1, inner_steps=2, interval=2)
     assert methods["AMF"].motion == replace(methods["effi_AMF"].motion, mode="AMF")
-    assert methods["FlowMotion"].motion == MotionGuidance.latent_prediction()
+    assert methods["FlowMotion"].motion == MotionGuidance.for_mode("FlowMotion")
     assert methods["No_transfer"].motion is None
 
 
@@ -133,7 +133,7 @@ def test_costs_are_counted_in_forwards():
     assert guidance_cost(flow, 6, 25) == pytest.approx(12 * (1 + 3 * 4) * 4 / 6)
     assert guidance_cost(flow, 6, 5) == pytest.approx(5 * (1 + 3 * 4) * 4 / 6)
     assert guidance_cost(flow, 6, 25, gradient_evaluations=20) == pytest.approx((12 + 60) * 4 / 6)
-    prediction = MotionGuidance.latent_prediction(guided_steps=10)
+    prediction = MotionGuidance.for_mode("FlowMotion", dict(guided_steps=10))
     assert guidance_cost(prediction, 30, 50) == 10 * (1 + 3 * 2)
     equal = at_equal_cost(prediction, flow, 6, 25)
     assert (equal.guided_steps, equal.inner_steps) == (12, 4)

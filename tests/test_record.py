@@ -12,19 +12,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth import ModelManager, VideoData, WanVideoPipeline, __version__
+from diffsynth.caches.choose import CacheOptions
 from diffsynth.cli.main import main
-from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines import fingerprint
-from diffsynth.pipelines.cache_options import CacheOptions
-from diffsynth.pipelines.fingerprint import (
+from diffsynth.configs.options import RunOptions
+from diffsynth.data.files import (
     checkpoint_files,
     remembered_hashes_file,
     sha256_of_files,
     sha256_of_frames,
     sha256_of_video,
 )
-from diffsynth.pipelines.options import GenerationOptions
-from diffsynth.pipelines.record import (
+from diffsynth.motion import MotionGuidance
+from diffsynth.pipelines import fingerprint
+from diffsynth.runs.record import (
     LARGEST_METADATA,
     RunRecord,
     describe_model,
@@ -79,7 +79,7 @@ def changed(record, tmp_path, **changes):
 
 def test_the_record_holds_everything_that_made_the_video(run_folder, record, tiny_checkpoint):
     assert record.prompt == RUN[1]
-    assert set(record.options) == {field.name for field in fields(GenerationOptions)}
+    assert set(record.options) == {field.name for field in fields(RunOptions)}
     assert set(record.options["motion"]) == {field.name for field in fields(MotionGuidance)}
     assert record.options["motion"]["lr"] == [0.1, 0.05]
     assert record.options["num_inference_steps"] == 3

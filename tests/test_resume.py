@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from diffsynth import VideoData, WanVideoPipeline
+from diffsynth.caches.choose import CacheOptions
+from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines import run_state
-from diffsynth.pipelines.cache_options import CacheOptions
-from diffsynth.pipelines.mag_ratios import MagRatios
-from diffsynth.pipelines.run_identity import weights_fingerprint
-from diffsynth.pipelines.run_state import load_state, save_state
-from diffsynth.pipelines.saved_latents import decode_saved, read_latents_facts
-from diffsynth.pipelines.saved_run import INPUTS, STEP, clear_checkpoints, locked
-from diffsynth.pipelines.stop_signals import RunInterrupted
+from diffsynth.pipelines.decode import decode_saved, read_latents_facts
+from diffsynth.runs.checkpoint import INPUTS, STEP, clear_checkpoints, locked
+from diffsynth.runs.identity import weights_fingerprint
+from diffsynth.runs.signals import RunInterrupted
+from diffsynth.runs.state import load_state, save_state
 from diffsynth.testing import write_clip
 
 STEPS = 4
@@ -88,7 +88,7 @@ VARIANTS = {
         "batch_cfg": True,
     },
     "latent prediction": {
-        "motion": MotionGuidance.latent_prediction(guided_steps=3, inner_steps=1, block=None, sf=2)
+        "motion": MotionGuidance.for_mode("FlowMotion", dict(guided_steps=3, inner_steps=1, block=None, sf=2))
     },
 }
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from diffsynth import WanVideoPipeline
+from diffsynth.caches.choose import choose_cache
 from diffsynth.configs.defaults import PUBLISHED_PRESETS, RunDefaults, run_defaults, with_preset
 from diffsynth.motion import MODES, MotionGuidance
-from diffsynth.pipelines.cache_options import choose_cache
 from diffsynth.testing import write_checkpoint
 
 SECTION = {
@@ -39,7 +39,7 @@ def test_for_checkpoint_reads_what_the_checkpoint_declares(checkpoint):
     assert MotionGuidance.for_checkpoint(checkpoint, tau=2.0).tau == 2.0
     assert MotionGuidance.for_checkpoint(checkpoint, mode="AMF") == MotionGuidance(mode="AMF")
     flow_motion = MotionGuidance.for_checkpoint(checkpoint, mode="FlowMotion")
-    assert flow_motion == MotionGuidance.latent_prediction()
+    assert flow_motion == MotionGuidance.for_mode("FlowMotion")
 
 
 def test_a_call_takes_what_the_checkpoint_declares(checkpoint):

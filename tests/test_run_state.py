@@ -6,14 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffsynth.caches.choose import CacheOptions
+from diffsynth.caches.mag_calibration import _Series
+from diffsynth.caches.rules import Probe, RunRules
+from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.motion import GradientMemory, MotionGuidance
 from diffsynth.pipelines import run_state
-from diffsynth.pipelines.cache_options import CacheOptions
-from diffsynth.pipelines.mag_calibration import _Series
-from diffsynth.pipelines.mag_ratios import MagRatios
-from diffsynth.pipelines.run_identity import differences
-from diffsynth.pipelines.run_state import load_state, save_state
-from diffsynth.pipelines.step_cache import Probe, RunRules
+from diffsynth.runs.identity import differences
+from diffsynth.runs.state import load_state, save_state
 from diffsynth.schedulers import make_scheduler
 
 STEPS = 4

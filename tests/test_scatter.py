@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diffsynth.evaluation.scatter import pareto_front, pareto_picture
-from diffsynth.evaluation.statistics import Interval
+from benchmarks.quality.scatter import pareto_front, pareto_picture
+from benchmarks.quality.statistics import Interval
 
 
 def test_the_front_is_what_nothing_beats():

@@ -5,17 +5,17 @@ import json
 import pytest
 import torch
 
+from diffsynth.caches.choose import CACHES, CacheOptions, choose_cache
+from diffsynth.caches.first_block_cache import FirstBlockCache
+from diffsynth.caches.mag_cache import MagCache
+from diffsynth.caches.mag_calibration import calibrate_magcache, load_ratios, save_ratios
+from diffsynth.caches.rules import KeptResidual, run_blocks_cached
+from diffsynth.configs.cache_tables import MAG_CACHE_MODELS, MagRatios
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.cache_options import CACHES, CacheOptions, choose_cache
 from diffsynth.pipelines.denoise import denoise, guided_velocity
-from diffsynth.pipelines.first_block_cache import FirstBlockCache
 from diffsynth.pipelines.guidance import make_guide
-from diffsynth.pipelines.latency import RunCost
-from diffsynth.pipelines.mag_cache import MagCache
-from diffsynth.pipelines.mag_calibration import calibrate_magcache, load_ratios, save_ratios
-from diffsynth.pipelines.mag_ratios import MAG_CACHE_MODELS, MagRatios
-from diffsynth.pipelines.step_cache import KeptResidual, run_blocks_cached
+from diffsynth.runs.cost import RunCost
 from diffsynth.schedulers import FlowMatchScheduler
 
 STEPS = 8

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffsynth.pipelines.tea_cache import TEA_CACHE_MODELS, TeaCache, tea_cache_model_id
+from diffsynth.caches.tea_cache import TEA_CACHE_MODELS, TeaCache, tea_cache_model_id
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.2])

@@ -20,7 +20,8 @@ from diffsynth.cli.outputs import check_folder, check_output
 from diffsynth.cli.saving import saving_arguments
 from diffsynth.cli.tasks import Task, make_task, run_options, run_task, summary
 from diffsynth.configs.defaults import RunDefaults, run_defaults
-from diffsynth.pipelines.record import (
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.runs.record import (
     RunRecord,
     describe_model,
     differences,
@@ -28,7 +29,6 @@ from diffsynth.pipelines.record import (
     record_path,
     write_record,
 )
-from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 logger = logging.getLogger(__name__)
 

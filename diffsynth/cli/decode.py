@@ -13,7 +13,7 @@ from diffsynth.cli.tasks import DEFAULT_FPS
 from diffsynth.models.checkpoint_files import CheckpointError, files_of
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.saved_latents import decode_saved, read_latents_facts
+from diffsynth.pipelines.decode import decode_saved, read_latents_facts
 from diffsynth.vram_management import choose_device
 
 VAE = "wan_video_vae"

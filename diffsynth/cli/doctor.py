@@ -12,9 +12,8 @@ from typing import Any
 from diffsynth import __version__
 from diffsynth.cli.console import Console
 from diffsynth.cli.errors import DONE, FAILED
-from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.checkpoints import PUBLISHED, checkpoint_folder
 from diffsynth.configs.download import missing_files
-from diffsynth.configs.locate import checkpoint_folder
 
 NEEDED = ("torch", "numpy", "pillow", "einops", "safetensors", "tqdm", "ftfy", "tokenizers", "imageio-ffmpeg")
 # What they add, where they are not needed by every run.
@@ -73,7 +72,7 @@ def _device() -> dict[str, dict[str, Any]]:
     import torch
 
     from diffsynth.models.attention import BACKENDS
-    from diffsynth.pipelines.record import describe_device
+    from diffsynth.runs.record import describe_device
     from diffsynth.vram_management import available_memory, choose_device, device_memory
 
     device = choose_device("auto")

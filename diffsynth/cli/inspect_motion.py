@@ -16,7 +16,7 @@ from diffsynth.evaluation.plot import loss_curves
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.arguments import video_length, video_size
-from diffsynth.pipelines.record import read_record
+from diffsynth.runs.record import read_record
 
 
 def run(options: Namespace, console: Console) -> int:

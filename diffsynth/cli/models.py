@@ -11,9 +11,8 @@ import torch
 
 from diffsynth.cli.console import Console
 from diffsynth.cli.errors import RunFailedError
-from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.checkpoints import PUBLISHED, checkpoint_folder
 from diffsynth.configs.download import missing_files
-from diffsynth.configs.locate import checkpoint_folder
 from diffsynth.models.attention import use_attention
 from diffsynth.models.checkpoint_files import CheckpointError
 from diffsynth.pipelines.wan_video import WanVideoPipeline

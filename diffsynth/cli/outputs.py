@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffsynth.cli.errors import UsageError
 from diffsynth.data.writer import VIDEO_SUFFIXES, save_video
-from diffsynth.pipelines.record import RunRecord, read_record, record_path, save_with_metadata, write_record
+from diffsynth.runs.record import RunRecord, read_record, record_path, save_with_metadata, write_record
 
 
 def check_folder(folder: Path) -> None:

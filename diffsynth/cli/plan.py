@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import torch
 
+from diffsynth.caches.choose import choose_run_cache
 from diffsynth.cli.console import Console
 from diffsynth.cli.errors import DONE, RunFailedError
 from diffsynth.cli.models import Setup, choose_model, load_pipeline
@@ -12,9 +13,8 @@ from diffsynth.cli.tasks import motion_of
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.defaults import EXACT, RunDefaults, with_preset
 from diffsynth.pipelines.arguments import PUBLISHED_LENGTH, PUBLISHED_SIZE, given_or
-from diffsynth.pipelines.cache_options import choose_run_cache
-from diffsynth.pipelines.model_sizes import ModelSizes, sizes_of
-from diffsynth.pipelines.plan import NotEnoughMemoryError, plan_run
+from diffsynth.planning.plan import NotEnoughMemoryError, plan_run
+from diffsynth.planning.sizes import ModelSizes, sizes_of
 
 
 def run(options: Namespace, console: Console) -> int:

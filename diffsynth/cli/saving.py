@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.cli.errors import UsageError
-from diffsynth.pipelines.saved_run import LOCK, clear_checkpoints
+from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
 
 
 def saving_arguments(options: Namespace, output: Path | None) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from diffsynth.data import VideoData
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.arguments import PUBLISHED_LENGTH, PUBLISHED_SIZE, video_length
 from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
-from diffsynth.pipelines.record import RunRecord, describe_reference, make_record
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.runs.record import RunRecord, describe_reference, make_record
 
 logger = logging.getLogger(__name__)
 

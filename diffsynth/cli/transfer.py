@@ -14,7 +14,7 @@ from diffsynth.cli.outputs import check_folder, check_output
 from diffsynth.cli.saving import saving_arguments
 from diffsynth.cli.tasks import Task, make_task, open_reference, run_options, run_task, summary
 from diffsynth.configs.defaults import run_defaults
-from diffsynth.pipelines.record import (
+from diffsynth.runs.record import (
     RunRecord,
     describe_model,
     describe_reference,

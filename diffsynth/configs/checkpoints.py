@@ -1,8 +1,29 @@
-"""The published Wan2.1 text-to-video checkpoints: where they are and what inference needs."""
+"""The published Wan2.1 checkpoints: where they are, which files inference needs, and how they are run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
+
+# Options with which the published text-to-video checkpoints are run unless the caller says otherwise.
+PUBLISHED_DEFAULTS: Mapping[str, object] = MappingProxyType(
+    {
+        "height": 480,
+        "width": 832,
+        "num_frames": 81,
+        "fps": 15.0,
+        "negative_prompt": (
+            "oversaturated, overexposed, static, blurred details, subtitles, painting, still picture, grey, "
+            "worst quality, low quality, JPEG artifacts, ugly, deformed, extra fingers, badly drawn hands, "
+            "badly drawn face, fused fingers, motionless, cluttered background, three legs, "
+            "crowd in the background, walking backwards"
+        ),
+    }
+)
+# The model that comes with the package: beside it in a clone, inside it when installed from a wheel.
+EMBEDDED = "Wan2.1-T2V-nano"
+_PACKAGE = Path(__file__).resolve().parent.parent
+_EMBEDDED_IN = (_PACKAGE / "embedded", _PACKAGE.parent / "models")
 
 _T5_AND_VAE = {
     "models_t5_umt5-xxl-enc-bf16.pth": 11_361_920_418,
@@ -92,3 +113,41 @@ PUBLISHED: Mapping[str, PublishedCheckpoint] = MappingProxyType(
         ),
     }
 )
+
+
+def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
+    """Return the folder of a checkpoint.
+
+    Args:
+        name: an existing folder, a published name ("1.3b", "14b"), or "nano", the embedded model.
+        root: the folder below which published checkpoints are looked for.
+
+    Raises:
+        FileNotFoundError: there is no such folder; the message says how to fetch it.
+    """
+    if name == "nano":
+        return _embedded_folder()
+    key = next(
+        (key for key, known in PUBLISHED.items() if str(name) == key or Path(name).name == known.folder), None
+    )
+    folder = Path(root) / PUBLISHED[name].folder if name in PUBLISHED else Path(name)
+    if folder.is_dir():
+        return folder
+    if key is None:
+        names = ", ".join(["nano", *PUBLISHED])
+        raise FileNotFoundError(f"{name} is neither a checkpoint folder nor one of the names {names}")
+    raise FileNotFoundError(
+        f"{folder} does not exist; fetch it by: "
+        f"python examples/download_model.py --model {key} --output_dir {folder.parent}"
+    )
+
+
+def _embedded_folder() -> Path:
+    candidates = [parent / EMBEDDED for parent in _EMBEDDED_IN]
+    found = next((folder for folder in candidates if folder.is_dir()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"the embedded model is missing: neither {' nor '.join(map(str, candidates))} is there; "
+            "install the package again"
+        )
+    return found

@@ -1,7 +1,6 @@
-"""What a checkpoint says about how to run it, beyond the sizes of its tensors.
+"""What a checkpoint says about how it is run: options, numbers of motion, presets.
 
-The published Wan2.1 checkpoints say nothing, so the published numbers hold. A model of another size may need
-others; its config.json then has a section, for example
+A published checkpoint has `PUBLISHED_DEFAULTS`. Any checkpoint may declare its own in its config.json:
 
     "fastvmt": {"num_inference_steps": 25, "height": 64, "width": 64, "num_frames": 17,
                 "motion": {"effi_AMF": {"block": 4, "tau": 4.0}},
@@ -10,16 +9,21 @@ others; its config.json then has a section, for example
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
+from diffsynth.configs.fields import options_of
+from diffsynth.configs.options import FileOptions, RunOptions, Shorthands, call_options
+
 SECTION = "fastvmt"
 EXACT = "exact"
+Numbers = Mapping[str, Mapping[str, Any]]
 # For the sizes of the published checkpoints. Counted in full DiT forwards at 480x832x81 they cost 0.24
 # and 0.12 of the published procedure.
-PUBLISHED_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+PUBLISHED_PRESETS: Numbers = MappingProxyType(
     {
         "balanced": {
             "cache": "magcache",
@@ -41,66 +45,87 @@ PUBLISHED_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunDefaults:
-    """Arguments of the pipeline's call where the caller gives none; defaults: the released FastVMT code.
+    """What a run takes where the caller gives nothing.
 
-    height, width, num_frames: None takes the reference's. A checkpoint that names them was made for them.
-    motion: mode -> fields of `MotionGuidance` that differ from the mode's published numbers.
-    sampler, cache, cache_threshold, cfg_interval: as in the call. mag_ratios: what MagCache decides by, as
-    `calibrate_magcache` measures it. presets: name -> any of these fields but `presets` (see `with_preset`).
+    Attributes:
+        options: options of the call, fps and negative_prompt, where they differ from the published method.
+        motion: mode -> fields of `MotionGuidance` that differ from the mode's published numbers.
+        mag_ratios: what MagCache decides by, as `calibrate_magcache` measures it.
+        presets: name -> options and motion that the preset changes (see `with_preset`).
     """
 
-    num_inference_steps: int = 50
-    denoising_strength: float = 0.75
-    cfg_scale: float = 5.8
-    sigma_shift: float = 7.0
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    motion: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    sampler: str = "euler"
-    cache: str | None = None
-    cache_threshold: float | None = None
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    motion: Numbers = field(default_factory=dict)
     mag_ratios: Mapping[str, Sequence[float]] | None = None
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: dict(PUBLISHED_PRESETS))
+    presets: Numbers = field(default_factory=lambda: dict(PUBLISHED_PRESETS))
 
+    def __getitem__(self, name: str) -> Any:
+        """Return the default of an option: the declared one, else the published method's, else None."""
+        stated = {**call_options(), **options_of(FileOptions)}
+        return self.options.get(name, stated[name][1] if name in stated else None)
 
-def with_preset(usual: RunDefaults, preset: str) -> RunDefaults:
-    """The defaults of a preset: "exact" leaves them as they are, the others trade likeness for time.
+    def with_preset(self, preset: str) -> "RunDefaults":
+        """Return the defaults of a preset; "exact" leaves them as they are.
 
-    Fields that the preset names replace those of `usual`; of `motion`, the fields of a mode. Raises
-    ValueError, with the names there are, for another one.
-    """
-    if preset == EXACT:
-        return usual
-    if preset not in usual.presets:
-        raise ValueError(f"preset must be one of {', '.join((EXACT, *usual.presets))}; got {preset!r}")
-    changes = dict(usual.presets[preset])
-    motion = {mode: dict(numbers) for mode, numbers in usual.motion.items()}
-    for mode, numbers in changes.pop("motion", {}).items():
-        motion[mode] = {**motion.get(mode, {}), **numbers}
-    return replace(usual, **changes, motion=motion)
+        Raises:
+            ValueError: an unknown preset; the known ones are listed.
+        """
+        if preset == EXACT:
+            return self
+        if preset not in self.presets:
+            raise ValueError(f"preset must be one of {', '.join((EXACT, *self.presets))}; got {preset!r:.80}")
+        changes = dict(self.presets[preset])
+        motion = {mode: dict(numbers) for mode, numbers in self.motion.items()}
+        for mode, numbers in changes.pop("motion", {}).items():
+            motion[mode] = {**motion.get(mode, {}), **numbers}
+        return replace(self, options={**self.options, **changes}, motion=motion)
 
 
 def run_defaults(folder: Path) -> RunDefaults:
-    """The defaults of the checkpoint in a folder. Raises ValueError for a section that cannot be read."""
-    config = folder / "config.json"
+    """Return the defaults of the checkpoint in a folder.
+
+    Raises:
+        ValueError: config.json declares what cannot be read; the message names the file and the entry.
+    """
+    path = folder / "config.json"
     try:
-        declared = json.loads(config.read_text()) if config.is_file() else {}
+        config = json.loads(path.read_text()) if path.is_file() else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is not valid JSON ({error})") from error
-    section = declared.get(SECTION, {}) if isinstance(declared, dict) else {}
-    known = {item.name for item in fields(RunDefaults)}
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    section = config.get(SECTION, {}) if isinstance(config, dict) else {}
+    declarable = _declarable()
+    known = {*declarable, "motion", "mag_ratios", "presets"}
     if not isinstance(section, dict) or not section.keys() <= known:
-        raise ValueError(f"{config}: {SECTION!r} may hold {', '.join(sorted(known))}; it holds {section!r}")
+        raise ValueError(
+            f"{path}: {SECTION!r} may hold {', '.join(sorted(known))}; it holds {section!r:.200}"
+        )
     presets = section.get("presets", {})
-    if not _maps_to_maps(presets) or not all(preset.keys() < known for preset in presets.values()):
-        raise ValueError(f"{config}: {SECTION!r}: presets must map names to other fields; it is {presets!r}")
-    for place, fields_of in {SECTION: section, **presets}.items():
-        motion = fields_of.get("motion", {})
-        if not _maps_to_maps(motion):
-            raise ValueError(f"{config}: {place!r}: motion must map modes to their numbers; it is {motion!r}")
-    return RunDefaults(**section)
+    if not _maps_to_maps(presets) or not all(
+        preset.keys() <= {*declarable, "motion"} for preset in presets.values()
+    ):
+        raise ValueError(f"{path}: {SECTION!r}: presets must map names to other fields; it is {presets!r}")
+    for name, entry in {SECTION: section, **presets}.items():
+        if not _maps_to_maps(entry.get("motion", {})):
+            raise ValueError(
+                f"{path}: {name!r}: motion must map modes to their numbers; it is {entry['motion']!r}"
+            )
+    options = {name: section[name] for name in declarable if name in section}
+    if is_published(folder):
+        options = {**PUBLISHED_DEFAULTS, **options}
+    others = {name: section[name] for name in ("motion", "mag_ratios", "presets") if name in section}
+    return RunDefaults(options=options, **others)
+
+
+def is_published(folder: Path) -> bool:
+    """Return whether a folder is named like a published checkpoint."""
+    return folder.resolve().name in {checkpoint.folder for checkpoint in PUBLISHED.values()}
+
+
+def _declarable() -> list[str]:
+    """The options that a checkpoint or preset may declare."""
+    shorthands = {*options_of(Shorthands)} - {"cache_threshold"}
+    run = {*options_of(RunOptions)} - {"motion", "seed", "output_type", "rand_device"}
+    return sorted({*run, "cache_threshold", "fps", "negative_prompt"} - shorthands)
 
 
 def _maps_to_maps(given: object) -> bool:

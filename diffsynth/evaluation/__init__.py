@@ -1,8 +1,12 @@
 """Looking at motion, and measuring it."""
 
-from diffsynth.evaluation.adherence import check_prompt
+from benchmarks.quality.adherence import check_prompt
+from benchmarks.quality.contact_sheet import contact_sheet
+from benchmarks.quality.methods import standard_methods
+from benchmarks.quality.metrics import flow_error, trajectory_error
+from benchmarks.quality.pairs import evaluate, make_pairs
+from benchmarks.quality.report import markdown_table, summarise
 from diffsynth.evaluation.compare import side_by_side, video_grid
-from diffsynth.evaluation.contact_sheet import contact_sheet
 from diffsynth.evaluation.flow_images import (
     draw_arrows,
     flow_to_image,
@@ -11,15 +15,11 @@ from diffsynth.evaluation.flow_images import (
     overlay_flow,
     save_flow_video,
 )
-from diffsynth.evaluation.metrics import flow_error, trajectory_error
 from diffsynth.evaluation.motion_fidelity import motion_fidelity, paired_fidelity
 from diffsynth.evaluation.motion_pictures import compare_motion, draw_trajectories, flow_sheet
 from diffsynth.evaluation.plot import loss_curves
 from diffsynth.evaluation.probe import probe_motion
 from diffsynth.evaluation.probe_report import ProbeResult, suggest
-from diffsynth.evaluation.quality import evaluate, make_pairs
-from diffsynth.evaluation.quality_methods import standard_methods
-from diffsynth.evaluation.quality_report import markdown_table, summarise
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.evaluation.text_similarity import temporal_consistency_clip, text_similarity
 from diffsynth.evaluation.trackers import track_points

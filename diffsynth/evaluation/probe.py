@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from diffsynth.data.synthetic import SceneOptions, SyntheticClip, make_clip
+from diffsynth.data.tensors import video_to_tensor
 from diffsynth.evaluation.probe_report import HEAD_MEANS, ProbeResult
 from diffsynth.evaluation.probe_truth import TrueFlow, agreement, moments_by_distance, true_flow
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion.flow import check_tau, token_positions
 from diffsynth.motion.heads import precise
 from diffsynth.pipelines.arguments import round_size
-from diffsynth.pipelines.frames import video_to_tensor
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 SIGMAS = (0.95, 0.85, 0.7, 0.5, 0.3)

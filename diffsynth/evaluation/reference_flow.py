@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from diffsynth.data.tensors import Video, frame_size, video_to_tensor
 from diffsynth.motion import MotionGuidance, make_descriptor
 from diffsynth.motion.descriptors import StepInputs
 from diffsynth.pipelines.arguments import round_size
-from diffsynth.pipelines.frames import Video, frame_size, video_to_tensor
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 

@@ -21,13 +21,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from diffsynth.configs.fields import check_value
+from diffsynth.configs.guidance import ATTENTION_WINDOW, Window
 from diffsynth.models.attention import attention
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Grid = tuple[int, int, int]
-Window = tuple[int, int, int]
 Kernel = Callable[..., Tensor]
 
 LEAST_TILE = (1, 8, 8)  # smaller ones copy more keys, larger ones compute more products that are masked
@@ -37,19 +38,6 @@ FLEX_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLEX_LEAST_WIDTH = 16  # of a head
 
 
-def check_attention_window(window: Window) -> None:
-    """Raises ValueError unless window is three whole numbers of at least 0."""
-    if not isinstance(window, tuple | list) or len(window) != 3 or not all(map(_is_reach, window)):
-        raise ValueError(
-            "attention_window must be (frames, rows, columns) to each side, whole numbers of at least 0; "
-            f"got {window!r}"
-        )
-
-
-def _is_reach(given: object) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and given >= 0
-
-
 def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Window) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the keys near each query; all [B, S, N, D], differentiable.
 
@@ -57,8 +45,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
     grid this is `attention`. Masks and indices are made once per grid and window.
     Raises ValueError on a window that is not allowed or a grid of another number of tokens.
     """
-    check_attention_window(window)
-    grid, window = tuple(grid), tuple(window)
+    grid, window = tuple(grid), check_value("attention_window", ATTENTION_WINDOW, window)
     frames, rows, cols = grid
     if q.shape[1] != frames * rows * cols or k.shape != q.shape:
         raise ValueError(

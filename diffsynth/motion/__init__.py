@@ -4,8 +4,8 @@ Read heads -> flow -> tile_flow -> losses -> amf -> optimizer -> guided_step for
 paper; `guidance` has its numbers, `released` what the released code does differently.
 """
 
+from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.motion.flow import attention_motion_flow, frame_pairs
-from diffsynth.motion.guidance import MODES, MotionGuidance
 from diffsynth.motion.guided_step import guided_step, make_descriptor
 from diffsynth.motion.heads import reduce_heads
 from diffsynth.motion.optimizer import NonFiniteGuidanceError, OptimizationRecord, optimize_latents
@@ -13,7 +13,6 @@ from diffsynth.motion.reuse import GradientMemory
 from diffsynth.motion.tile_flow import TileFlow, tile_motion_flow
 
 __all__ = [
-    "MODES",
     "GradientMemory",
     "MotionGuidance",
     "NonFiniteGuidanceError",

@@ -10,15 +10,15 @@ from math import prod
 
 from torch import Tensor
 
+from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion.descriptors import Loss, StepInputs
 from diffsynth.motion.flow import Pairs, attention_motion_flow, frame_pairs
-from diffsynth.motion.guidance import MotionGuidance
 from diffsynth.motion.heads import reduce_heads
 from diffsynth.motion.losses import amf_loss, pair_weights
 from diffsynth.motion.released import ReleasedFlow, released_tile_flow
 from diffsynth.motion.tile_flow import TileFlow, tile_motion_flow
-from diffsynth.vram_management.activations import choose_checkpoint
+from diffsynth.planning.activations import choose_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,14 @@ class TileAMF:
         g = self.guidance
         windows = None if reference is None else reference.windows
         described = tile_motion_flow(
-            *features, window=g.window, tile=g.tile, windows=windows, **g.flow_options()
+            *features,
+            sf=g.sf,
+            window=g.window,
+            tile=g.tile,
+            tau=g.tau,
+            windows=windows,
+            heads=g.heads,
+            chunk=g.chunk,
         )
         if reference is None and g.window_weight > 0:
             _say_if_windows_have_no_course(described.pairs[-1][0] + 1, g.sf)
@@ -113,11 +120,15 @@ class DenseAMF:
 
     def describe(self, features: Features, reference: DenseFlow | None = None) -> DenseFlow:  # noqa: ARG002
         pairs = frame_pairs(len(features[0]), self.guidance.sf)
-        return DenseFlow(flow=attention_motion_flow(*features, **self.guidance.flow_options()), pairs=pairs)
+        return DenseFlow(flow=_dense(features, self.guidance), pairs=pairs)
 
     def loss(self, descriptor: DenseFlow, reference: DenseFlow) -> Loss:
         amf = _amf(descriptor, reference, self.guidance)
         return Loss(self.guidance.amf_weight * amf, {"amf": amf.detach()})
+
+
+def _dense(features: Features, g: MotionGuidance) -> Tensor:
+    return attention_motion_flow(*features, sf=g.sf, tau=g.tau, heads=g.heads, chunk=g.chunk)
 
 
 def _amf(

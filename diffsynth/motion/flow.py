@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffsynth.motion.heads import Heads, reduce_heads
+from diffsynth.configs.fields import check_value
+from diffsynth.configs.guidance import TAU, Heads
+from diffsynth.motion.heads import reduce_heads
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -165,17 +167,11 @@ def attention_motion_flow(
     reference). Raises ValueError on arguments that do not fit.
     """
     q, k = reduce_heads(q, k, heads)
-    check_tau(tau)
+    check_value("tau", TAU, tau)
     pairs = frame_pairs(len(q), sf) if pairs is None else pairs
     if any(not 0 <= frame < len(q) for pair in pairs for frame in pair):
         raise ValueError(f"pairs must name frames 0..{len(q) - 1}; got {pairs}")
     return _hard_flow(q, k, pairs) if hard else dense_flow(q, k, pairs, tau, chunk)
-
-
-def check_tau(tau: float) -> None:
-    """Raises ValueError unless tau is a finite number above 0."""
-    if not 0 < tau < float("inf"):
-        raise ValueError(f"tau must be a finite number above 0; got {tau!r}")
 
 
 @torch.no_grad()

@@ -9,29 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffsynth.configs.fields import load
+from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.models.wan_video_dit import WanModel
-from diffsynth.motion.amf import DenseAMF, ReleasedTileAMF, TileAMF
 from diffsynth.motion.coarse import coarsen, noise_scale
 from diffsynth.motion.descriptors import MotionDescriptor, StepInputs
-from diffsynth.motion.guidance import MotionGuidance
 from diffsynth.motion.heads import precise
-from diffsynth.motion.latent_prediction import LatentPrediction
 from diffsynth.motion.optimizer import Evaluation, OptimizationRecord, optimize_latents
 from diffsynth.motion.reuse import GradientMemory
 
 logger = logging.getLogger(__name__)
 
-DESCRIPTORS: dict[str, Callable[[MotionGuidance], MotionDescriptor]] = {
-    "effi_AMF": TileAMF,
-    "AMF": DenseAMF,
-    "FlowMotion": LatentPrediction,
-}
-
 
 def make_descriptor(guidance: MotionGuidance) -> MotionDescriptor:
-    """The descriptor of guidance.mode, and of its variant."""
-    make = ReleasedTileAMF if guidance.variant == "released" else DESCRIPTORS[guidance.mode]
-    return make(guidance)
+    """Return the descriptor of the guidance's mode and variant."""
+    make = guidance.descriptor
+    return (load(make) if isinstance(make, str) else make)(guidance)
 
 
 @contextmanager

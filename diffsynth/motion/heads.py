@@ -5,32 +5,16 @@ q . k / sqrt(width) of whatever features come out of here. Paper section 3 says 
 has two readings, and the released code has a third of its own.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-HEAD_READINGS = ("mean_qk", "mean_logits", "token_groups")
-
-Heads = str | Sequence[int]
+from diffsynth.configs.fields import check_value
+from diffsynth.configs.guidance import HEADS, Heads
 
 
 def precise(x: Tensor) -> Tensor:
     """float32, or float64 if it is: sums over many tokens must not be taken in half precision."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def check_heads(heads: Heads) -> None:
-    """Raises ValueError unless `heads` names a reading or lists one or more different head indices."""
-    if isinstance(heads, str):
-        good = heads in HEAD_READINGS
-    else:
-        whole = all(isinstance(head, int) and not isinstance(head, bool) and head >= 0 for head in heads)
-        good = whole and 0 < len(heads) == len(set(heads))
-    if not good:
-        raise ValueError(
-            f"heads must be one of {', '.join(HEAD_READINGS)} or different head indices; got {heads!r}"
-        )
 
 
 def reduce_heads(q: Tensor, k: Tensor, heads: Heads = "mean_qk") -> tuple[Tensor, Tensor]:
@@ -46,7 +30,7 @@ def reduce_heads(q: Tensor, k: Tensor, heads: Heads = "mean_qk") -> tuple[Tensor
         raise ValueError(
             f"q and k must both be [F, H, W, d] or [F, H, W, n, d]; got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    check_heads(heads)
+    heads = check_value("heads", HEADS, heads)
     q, k = precise(q), precise(k)
     if q.ndim == 4:
         return q, k

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.motion.descriptors import Loss, StepInputs
-from diffsynth.motion.guidance import MotionGuidance
 
 
 @dataclass(frozen=True, slots=True)

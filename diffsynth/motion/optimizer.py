@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffsynth.motion.guidance import MotionGuidance
+from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.motion.heads import precise
 from diffsynth.motion.reuse import GradientMemory, GradientReuse
 

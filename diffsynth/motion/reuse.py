@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from diffsynth.motion.guidance import MotionGuidance
+from diffsynth.configs.guidance import MotionGuidance
 
 
 class GradientReuse:

@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffsynth.configs.fields import check_value
+from diffsynth.configs.guidance import SEARCH_WINDOW, TAU, TILE, Heads
 from diffsynth.motion.flow import (
     Pairs,
-    check_tau,
     dense_flow,
     expected_positions,
     expected_values,
     frame_pairs,
     token_positions,
 )  # fmt: skip
-from diffsynth.motion.heads import Heads, reduce_heads
+from diffsynth.motion.heads import reduce_heads
 from diffsynth.motion.losses import mean_change, window_means
 
 
@@ -59,9 +60,9 @@ def tile_motion_flow(
     Raises ValueError on arguments that do not fit.
     """
     q, k = reduce_heads(q, k, heads)
-    check_tau(tau)
-    check_window(window)
-    check_tile(tile)
+    check_value("tau", TAU, tau)
+    check_value("window", SEARCH_WINDOW, window)
+    check_value("tile", TILE, tile)
     grid = tuple(q.shape[1:3])
     sides = (min(window, grid[0]), min(window, grid[1]))
     pairs = frame_pairs(len(q), sf)
@@ -147,18 +148,6 @@ def pair_order(wanted: Pairs, given: Pairs) -> list[int]:
     """Where each wanted pair stands among the given ones."""
     place = {pair: index for index, pair in enumerate(given)}
     return [place[pair] for pair in wanted]
-
-
-def check_window(window: int) -> None:
-    """Raises ValueError unless window is an odd whole number."""
-    if not isinstance(window, int) or window < 1 or window % 2 == 0:
-        raise ValueError(f"window must be an odd whole number of tokens; got {window!r}")
-
-
-def check_tile(tile: tuple[int, int]) -> None:
-    """Raises ValueError unless tile is two whole numbers of at least 1."""
-    if len(tile) != 2 or not all(isinstance(side, int) and side >= 1 for side in tile):
-        raise ValueError(f"tile must be (rows, columns), whole numbers of at least 1; got {tile!r}")
 
 
 def _count(grid: tuple[int, int], tile: tuple[int, int]) -> int:

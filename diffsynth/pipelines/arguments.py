@@ -6,7 +6,7 @@ from typing import Any
 
 from diffsynth.configs.defaults import RunDefaults
 from diffsynth.data.frames import checked_int
-from diffsynth.pipelines.frames import Video, frame_size
+from diffsynth.data.tensors import Video, frame_size
 
 logger = logging.getLogger(__name__)
 

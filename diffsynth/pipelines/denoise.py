@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffsynth.caches.rules import CacheMaker, StepCache, run_blocks_cached
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_layers import SLICE_TOKENS
-from diffsynth.pipelines.step_cache import CacheMaker, StepCache, run_blocks_cached
 from diffsynth.vram_management import device_memory
 
 # Of (step, latents [1, C, F, h, w], timestep).

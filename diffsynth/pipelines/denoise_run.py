@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from diffsynth.pipelines.contexts import Contexts
+from diffsynth.caches.rules import RunRules
+from diffsynth.configs.options import RunOptions
 from diffsynth.pipelines.denoise import (
     Velocity,
     batch_of_two_fits,
@@ -18,12 +19,11 @@ from diffsynth.pipelines.denoise import (
     replaced_latents,
 )
 from diffsynth.pipelines.events import Observer, RunEvent
-from diffsynth.pipelines.fallback import MemoryFallbacks, settings_of, with_settings
 from diffsynth.pipelines.guidance import gradient_memory, make_guide
-from diffsynth.pipelines.latency import RunCost, measured
-from diffsynth.pipelines.options import GenerationOptions
-from diffsynth.pipelines.run_state import RunInputs, StepState, joined, part
-from diffsynth.pipelines.step_cache import RunRules
+from diffsynth.planning.ladder import MemoryFallbacks, settings_of, with_settings
+from diffsynth.runs.contexts import Contexts
+from diffsynth.runs.cost import RunCost, measured
+from diffsynth.runs.state import RunInputs, StepState, joined, part
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def denoise_latents(
         reached.state = state
         step_done(state)
 
-    def attempt(options: GenerationOptions) -> Tensor:
+    def attempt(options: RunOptions) -> Tensor:
         # What a failed attempt took is part of the cost; what it found in its last step is not.
         found = at_start if reached.state is None else reached.state.cost
         cost.restore({**found, "time_gen": cost.time_gen, "dit_block_calls": cost.dit_block_calls})
@@ -109,7 +109,7 @@ def _make_solvers(
     pipe: "WanVideoPipeline",
     context: Contexts,
     inputs: RunInputs,
-    options: GenerationOptions,
+    options: RunOptions,
     cost: RunCost,
     observer: Observer,
 ) -> _Solvers:
@@ -153,7 +153,7 @@ def _make_solvers(
 def _denoise_on(
     pipe: "WanVideoPipeline",
     solvers: _Solvers,
-    options: GenerationOptions,
+    options: RunOptions,
     cost: RunCost,
     reached: _Reached,
     keep: Callable[[StepState], None],

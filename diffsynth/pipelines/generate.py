@@ -6,18 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffsynth.configs.options import RunOptions
+from diffsynth.data.tensors import Video
+from diffsynth.pipelines.decode import latents_facts
 from diffsynth.pipelines.denoise_run import Hooks, denoise_latents
 from diffsynth.pipelines.events import stage
-from diffsynth.pipelines.fallback import Holder, MemoryFallbacks
-from diffsynth.pipelines.frames import Video
-from diffsynth.pipelines.latency import RunCost
-from diffsynth.pipelines.options import GenerationOptions
-from diffsynth.pipelines.run_identity import run_identity
-from diffsynth.pipelines.run_state import RunInputs
-from diffsynth.pipelines.saved_latents import latents_facts
-from diffsynth.pipelines.saved_run import NoStore, RunStore, SavedRun, Saving, locked
 from diffsynth.pipelines.stages import Frames, decode_latents, encode_prompts, encode_video, make_noise
-from diffsynth.pipelines.stop_signals import stoppable
+from diffsynth.planning.ladder import Holder, MemoryFallbacks
+from diffsynth.runs.checkpoint import NoStore, RunStore, SavedRun, Saving, locked
+from diffsynth.runs.cost import RunCost
+from diffsynth.runs.identity import run_identity
+from diffsynth.runs.signals import stoppable
+from diffsynth.runs.state import RunInputs
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -28,7 +28,7 @@ def generate(
     prompts: list[str],
     negatives: list[str],
     video: Video | None,
-    options: GenerationOptions,
+    options: RunOptions,
     *,
     saving: Saving | None,
     latency_dir: str | Path | None,
@@ -82,7 +82,7 @@ def _store(
     prompts: list[str],
     negatives: list[str],
     video: Video | None,
-    options: GenerationOptions,
+    options: RunOptions,
     saving: Saving | None,
 ) -> Iterator[RunStore]:
     """Where the run is saved to; whatever ends it, its last finished step is kept."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory, MotionGuidance, NonFiniteGuidanceError, guided_step
 from diffsynth.pipelines.events import Observer, RunEvent, unobserved
-from diffsynth.pipelines.latency import RunCost
+from diffsynth.runs.cost import RunCost
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
 from diffsynth.vram_management import synchronize
 

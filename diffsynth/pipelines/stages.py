@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffsynth.configs.options import RunOptions
+from diffsynth.data.tensors import Video, chunks_to_uint8, video_to_tensor
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.contexts import Contexts, contexts_of, texts_to_encode
-from diffsynth.pipelines.frames import Video, chunks_to_uint8, video_to_tensor
-from diffsynth.pipelines.options import GenerationOptions
+from diffsynth.runs.contexts import Contexts, contexts_of, texts_to_encode
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -20,7 +20,7 @@ Frames = list[Image.Image] | np.ndarray | Tensor
 
 
 def encode_prompts(
-    pipe: "WanVideoPipeline", prompts: list[str], negatives: list[str], options: GenerationOptions
+    pipe: "WanVideoPipeline", prompts: list[str], negatives: list[str], options: RunOptions
 ) -> list[Contexts]:
     """The text embeddings of each prompt's run, on the device; only those that the run reads."""
     texts = texts_to_encode(prompts, negatives, options.cfg_scale != 1, options.motion is not None)
@@ -33,14 +33,14 @@ def encode_prompts(
     return contexts_of(texts, rows.to(pipe.device))
 
 
-def encode_video(pipe: "WanVideoPipeline", video: Video, options: GenerationOptions) -> Tensor:
+def encode_video(pipe: "WanVideoPipeline", video: Video, options: RunOptions) -> Tensor:
     """The reference as latents [1, C, F, h, w]."""
     pixels = video_to_tensor(video, options.num_frames, options.height, options.width)
     with pipe.residency.using("vae"):
         return pipe.vae.encode(pixels, **_tiling(options))
 
 
-def make_noise(pipe: "WanVideoPipeline", options: GenerationOptions) -> Tensor:
+def make_noise(pipe: "WanVideoPipeline", options: RunOptions) -> Tensor:
     """Float32 noise [1, C, F, h, w] from the seed, drawn on rand_device: devices can start alike."""
     frames = -(-(options.num_frames - 1) // pipe.vae.temporal_factor) + 1
     rows, cols = (side // pipe.vae.spatial_factor for side in (options.height, options.width))
@@ -49,7 +49,7 @@ def make_noise(pipe: "WanVideoPipeline", options: GenerationOptions) -> Tensor:
 
 
 class DecodingOptions(Protocol):
-    """What decoding reads of `GenerationOptions`."""
+    """What decoding reads of `RunOptions`."""
 
     num_frames: int
     output_type: str
@@ -58,7 +58,7 @@ class DecodingOptions(Protocol):
     tile_stride: tuple[int, int]
 
 
-def decode_latents(pipe: "WanVideoPipeline", latents: Tensor, options: GenerationOptions) -> Frames:
+def decode_latents(pipe: "WanVideoPipeline", latents: Tensor, options: RunOptions) -> Frames:
     """Clean latents as a video of options.output_type. Raises RuntimeError if they are not all finite."""
     if not latents.isfinite().all():
         raise RuntimeError(

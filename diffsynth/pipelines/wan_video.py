@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffsynth.caches.choose import choose_run_cache
+from diffsynth.caches.rules import CacheMaker
+from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import EXACT, RunDefaults, run_defaults, with_preset
-from diffsynth.configs.locate import checkpoint_folder
+from diffsynth.configs.options import RunOptions, check_mode
 from diffsynth.data.frames import checked_int
+from diffsynth.data.tensors import Video
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
+from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
@@ -33,22 +38,17 @@ from diffsynth.pipelines.arguments import (
     video_length,
     video_size,
 )
-from diffsynth.pipelines.budget import within_budget
-from diffsynth.pipelines.cache_options import choose_run_cache
-from diffsynth.pipelines.compile_blocks import compile_blocks
 from diffsynth.pipelines.denoise_run import Hooks, replaced_by
 from diffsynth.pipelines.events import Observer, unobserved
-from diffsynth.pipelines.frames import Video
 from diffsynth.pipelines.generate import generate
 from diffsynth.pipelines.guidance import choose_guidance
-from diffsynth.pipelines.latency import RunCost
-from diffsynth.pipelines.options import GenerationOptions, check_mode
-from diffsynth.pipelines.plan import RunPlan, plan_run
-from diffsynth.pipelines.saved_run import saving_options
 from diffsynth.pipelines.stages import Frames
-from diffsynth.pipelines.step_cache import CacheMaker
+from diffsynth.planning.budget import within_budget
+from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import find_tokenizer
+from diffsynth.runs.checkpoint import saving_options
+from diffsynth.runs.cost import RunCost
 from diffsynth.vram_management import Residency, choose_device
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class WanVideoPipeline:
         models = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
         self.residency = Residency(models, self.device)
         self.costs: list[RunCost] = []  # of the last call, one a prompt
-        self.options: GenerationOptions | None = None  # of the last call, as resolved
+        self.options: RunOptions | None = None  # of the last call, as resolved
         self._interrupted = threading.Event()
 
     @classmethod
@@ -277,7 +277,7 @@ class WanVideoPipeline:
             a finished one. An unfinished one that differs in an argument (callbacks aside), the reference or
             the weights is refused; resume=False discards it. SIGINT and SIGTERM raise `RunInterrupted`, a
             KeyboardInterrupt.
-        Other arguments: see `GenerationOptions`.
+        Other arguments: see `RunOptions`.
 
         Returns one video, or a list of them for a list of prompts: "pil" a list of images; "np" uint8
         [T, H, W, 3]; "pt" float32 [1, 3, T, H, W] in [-1, 1]; "latent" float32 [1, C, F, h, w].
@@ -291,7 +291,7 @@ class WanVideoPipeline:
         height, width = video_size(height, width, usual, input_video)
         total_frames = video_length(num_frames, usual, input_video)
         num_inference_steps = given_or(usual.num_inference_steps, num_inference_steps)
-        options = GenerationOptions(
+        options = RunOptions(
             height=round_size("height", height, self._pixels_per_token(1)),
             width=round_size("width", width, self._pixels_per_token(2)),
             num_frames=total_frames,

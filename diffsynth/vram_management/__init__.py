@@ -1,6 +1,6 @@
 """Where weights live while a pipeline runs, and what memory there is."""
 
-from diffsynth.vram_management.activations import activation_bytes, should_checkpoint
+from diffsynth.planning.activations import activation_bytes, should_checkpoint
 from diffsynth.vram_management.memory import (
     available_memory,
     choose_device,

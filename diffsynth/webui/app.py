@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.defaults import EXACT
+from diffsynth.configs.options import MODES
 from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
-from diffsynth.pipelines.options import MODES
 from diffsynth.webui import panel
 from diffsynth.webui.failures import failure_text
 from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, poster

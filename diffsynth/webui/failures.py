@@ -3,7 +3,7 @@
 import errno
 import logging
 
-from diffsynth.pipelines.fallback import MemoryRanOutError, is_out_of_memory
+from diffsynth.planning.ladder import MemoryRanOutError, is_out_of_memory
 from diffsynth.webui.jobs import QueueFullError
 
 logger = logging.getLogger(__name__)

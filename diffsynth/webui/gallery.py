@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 
 from diffsynth.data import VideoData, save_video
+from diffsynth.data.files import sha256_of_video
 from diffsynth.evaluation.compare import side_by_side
-from diffsynth.pipelines.fingerprint import sha256_of_video
-from diffsynth.pipelines.record import RunRecord, read_record, record_path
+from diffsynth.runs.record import RunRecord, read_record, record_path
 
 LARGEST_RECORD = 2_000_000  # bytes
 MOST_SHOWN = 24

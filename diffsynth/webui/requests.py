@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from diffsynth.configs.defaults import EXACT
+from diffsynth.configs.options import MODES
 from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
-from diffsynth.pipelines.options import MODES
 
 LONGEST_PROMPT = 4000  # characters
 # name -> (least, most): what one visitor may ask of a machine that others share.

@@ -18,8 +18,8 @@ from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.arguments import video_length, video_size
 from diffsynth.pipelines.events import RunEvent
 from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
-from diffsynth.pipelines.record import describe_model, make_record, record_path
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.runs.record import describe_model, make_record, record_path
 from diffsynth.webui.gallery import PastRun
 from diffsynth.webui.jobs import Job
 from diffsynth.webui.previews import Previews

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsynth.pipelines.mag_ratios import PROMPTS, MagRatios
-from diffsynth.pipelines.step_cache import Probe
+from diffsynth.caches.rules import Probe
+from diffsynth.configs.cache_tables import PROMPTS, MagRatios
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from diffsynth.configs.defaults import EXACT, with_preset
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
-from diffsynth.pipelines.run_cost_model import guidance_cost
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.planning.cost import guidance_cost
 
 VIDEO_TO_VIDEO = {f"video-to-video {strength}": strength for strength in (0.7, 0.8, 0.9)}
 

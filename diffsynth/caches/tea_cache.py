@@ -7,61 +7,12 @@ TeaCache: Liu et al. 2024, arXiv 2411.19108.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffsynth.pipelines.step_cache import KeptResidual, Probe, check_threshold
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TeaCacheModel:
-    """What TeaCache knows of one model.
-
-    coefficients: polynomial of the relative change of e0, fourth power first.
-    thresholds: the range that the authors advise, from careful to fast.
-    source: where the numbers come from.
-    """
-
-    coefficients: tuple[float, float, float, float, float]
-    thresholds: tuple[float, float]
-    source: str = "TeaCache4Wan2.1, the set fitted with e0 as the input (use_ret_steps)"
-
-
-TEA_CACHE_MODELS = {
-    "Wan2.1-T2V-1.3B": TeaCacheModel(
-        coefficients=(-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
-        thresholds=(0.05, 0.08),
-    ),
-    "Wan2.1-T2V-14B": TeaCacheModel(
-        coefficients=(-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
-        thresholds=(0.14, 0.2),
-    ),
-    "Wan2.1-I2V-14B-480P": TeaCacheModel(
-        coefficients=(2.57151496e5, -3.54229917e4, 1.40286849e3, -1.35890334e1, 1.32517977e-1),
-        thresholds=(0.13, 0.26),
-    ),
-    "Wan2.1-I2V-14B-720P": TeaCacheModel(
-        coefficients=(8.10705460e3, 2.13393892e3, -3.72934672e2, 1.66203073e1, -4.17769401e-2),
-        thresholds=(0.18, 0.3),
-    ),
-}
-
-_MODEL_OF_DIT_DIM = {1536: "Wan2.1-T2V-1.3B", 5120: "Wan2.1-T2V-14B"}
-
-
-def tea_cache_model_id(dim: int) -> str:
-    """Return the model id for a text-to-video DiT of width `dim`.
-
-    Raises:
-        ValueError: no coefficients were published for that width.
-    """
-    if dim not in _MODEL_OF_DIT_DIM:
-        raise ValueError(
-            f"No TeaCache coefficients are known for a DiT of width {dim}; "
-            f"pass tea_cache_model_id, one of: {', '.join(TEA_CACHE_MODELS)}"
-        )
-    return _MODEL_OF_DIT_DIM[dim]
+from diffsynth.caches.rules import KeptResidual, Probe, check_threshold
+from diffsynth.configs.cache_tables import TEA_CACHE_MODELS
+from diffsynth.configs.caches import CacheOptions
 
 
 class TeaCache(KeptResidual):
@@ -100,6 +51,11 @@ class TeaCache(KeptResidual):
         self._coefficients = TEA_CACHE_MODELS[model_id].coefficients
         self._step = 0
         self._previous: Tensor | None = None
+
+    @classmethod
+    def from_options(cls, options: CacheOptions, prompt: str, steps: range, num_steps: int) -> "TeaCache":  # noqa: ARG003
+        """Return the rule of a run's options; see `caches.choose.make_rule`."""
+        return cls(len(steps), options.threshold, options.model_id)
 
     def should_compute(self, e0: Tensor) -> bool:
         """Return True if the blocks must run at this step, False if `residual` may stand for them.

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from diffsynth.data.frames import checked_int
-from diffsynth.pipelines.contexts import Contexts
-from diffsynth.pipelines.run_identity import differences, identity_key
-from diffsynth.pipelines.run_state import PARTIAL, RunInputs, StepState, joined, load_state, part, save_state
+from diffsynth.runs.contexts import Contexts
+from diffsynth.runs.identity import differences, identity_key
+from diffsynth.runs.state import PARTIAL, RunInputs, StepState, joined, load_state, part, save_state
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from diffsynth.caches.rules import CacheMaker
 from diffsynth.data.frames import checked_int
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.memory_model import MemorySettings, StageMemory, Video, predict_stages
-from diffsynth.pipelines.model_sizes import ModelSizes, sizes_of
-from diffsynth.pipelines.run_cost_model import RunCount, run_cost
-from diffsynth.pipelines.step_cache import CacheMaker
+from diffsynth.planning.cost import RunCount, run_cost
+from diffsynth.planning.memory import MemorySettings, StageMemory, Video, predict_stages
+from diffsynth.planning.sizes import ModelSizes, sizes_of
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from diffsynth.pipelines.step_cache import KeptResidual, Probe, check_threshold
-
-FIRST_BLOCK_THRESHOLD = 0.05  # the default of diffusers
+from diffsynth.caches.rules import KeptResidual, Probe, check_threshold
+from diffsynth.configs.caches import CacheOptions
 
 
 class FirstBlockCache(KeptResidual):
@@ -31,11 +30,22 @@ class FirstBlockCache(KeptResidual):
 
     probe_blocks = 1
 
-    def __init__(self, threshold: float = FIRST_BLOCK_THRESHOLD) -> None:
+    def __init__(self, threshold: float) -> None:
         super().__init__()
         self.threshold = check_threshold("The first-block threshold", threshold)
         self.relative_change: float | None = None
         self._reference: Tensor | None = None
+
+    @classmethod
+    def from_options(
+        cls,
+        options: CacheOptions,
+        prompt: str,  # noqa: ARG003
+        steps: range,  # noqa: ARG003
+        num_steps: int,  # noqa: ARG003
+    ) -> "FirstBlockCache":
+        """Return the rule of a run's options; see `caches.choose.make_rule`."""
+        return cls(options.threshold)
 
     def should_compute(self, residual: Tensor) -> bool:
         """Return True if the other blocks must run, given what the first one added [1, S, D]."""

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from diffsynth.configs.options import RunOptions
 from diffsynth.data import VideoData
+from diffsynth.data.tensors import Video
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.fallback import Holder, MemoryFallbacks
-from diffsynth.pipelines.frames import Video
-from diffsynth.pipelines.latency import RunCost
-from diffsynth.pipelines.options import GenerationOptions
-from diffsynth.pipelines.run_identity import weights_fingerprint
-from diffsynth.pipelines.run_state import load_state
 from diffsynth.pipelines.stages import Frames, decode_frames
+from diffsynth.planning.ladder import Holder, MemoryFallbacks
+from diffsynth.runs.cost import RunCost
+from diffsynth.runs.identity import weights_fingerprint
+from diffsynth.runs.state import load_state
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -28,7 +28,7 @@ KIND = "final latents"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeOptions:
-    """How latents become a video: the fields of `GenerationOptions` of these names."""
+    """How latents become a video: the fields of `RunOptions` of these names."""
 
     height: int
     width: int
@@ -40,7 +40,7 @@ class DecodeOptions:
 
 
 def latents_facts(
-    pipe: "WanVideoPipeline", options: GenerationOptions, video: Video | None, cost: RunCost
+    pipe: "WanVideoPipeline", options: RunOptions, video: Video | None, cost: RunCost
 ) -> dict[str, object]:
     """What is saved beside final latents: all that decoding them needs to know, and what they cost.
 

@@ -20,21 +20,21 @@ import torch
 from PIL import Image
 
 import diffsynth
-from diffsynth.data.writer import save_video
-from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.cache_options import CacheOptions
-from diffsynth.pipelines.fingerprint import (
+from diffsynth.caches.choose import CacheOptions
+from diffsynth.configs.cache_tables import MagRatios
+from diffsynth.configs.options import RunOptions
+from diffsynth.data.files import (
     checkpoint_files,
     sha256_of_files,
     sha256_of_frames,
     sha256_of_video,
 )
+from diffsynth.data.writer import save_video
+from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.guidance import NO_TRANSFER
-from diffsynth.pipelines.latency import RunCost
-from diffsynth.pipelines.mag_ratios import MagRatios
-from diffsynth.pipelines.model_sizes import sizes_of
-from diffsynth.pipelines.options import GenerationOptions
-from diffsynth.pipelines.run_cost_model import run_cost
+from diffsynth.planning.cost import run_cost
+from diffsynth.planning.sizes import sizes_of
+from diffsynth.runs.cost import RunCost
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -60,7 +60,7 @@ _NEEDED = {
 class RunRecord:
     """What made a video.
 
-    prompt, negative_prompt, preset: of the call. options: fields of `GenerationOptions`, as resolved, seed
+    prompt, negative_prompt, preset: of the call. options: fields of `RunOptions`, as resolved, seed
     and motion among them. reference: path, sha256, frames, fps; None without one. model: folder, files with
     bytes and sha256 (None if not hashed), and `setup`, how it was loaded. video: frames, height, width, fps,
     quality and the hash of the frames before encoding. versions, device: where it ran. cost: fields of
@@ -110,7 +110,7 @@ class RunRecord:
 
         Raises ValueError for options that the record should not have, or numbers that are not allowed.
         """
-        known = {field.name for field in fields(GenerationOptions)}
+        known = {field.name for field in fields(RunOptions)}
         if self.options.keys() != known:
             raise ValueError(f"the record's options differ: {', '.join(sorted(self.options.keys() ^ known))}")
         given = {name: _as_tuple(v) for name, v in self.options.items() if name not in _NOT_OF_THE_CALL}
@@ -146,7 +146,7 @@ def make_record(
 
     reference: from `describe_reference`; model: from `describe_model`.
     """
-    options: GenerationOptions = pipe.options
+    options: RunOptions = pipe.options
     cost: RunCost = pipe.costs[-1]
     return RunRecord(
         prompt=prompt,
@@ -287,7 +287,7 @@ def _metadata_comment(path: Path) -> str:
     return "" if match is None else re.sub(r"\\(.)", r"\1", match[1])
 
 
-def _counted_ffe(pipe: "WanVideoPipeline", options: GenerationOptions) -> dict[str, float]:
+def _counted_ffe(pipe: "WanVideoPipeline", options: RunOptions) -> dict[str, float]:
     sizes = sizes_of(pipe, None)
     count = run_cost(
         sizes.dit,
@@ -301,7 +301,7 @@ def _counted_ffe(pipe: "WanVideoPipeline", options: GenerationOptions) -> dict[s
     return {"sampling_ffe": count.sampling_ffe, "guidance_ffe": count.guidance_ffe}
 
 
-def _options_to_json(options: GenerationOptions) -> dict[str, Any]:
+def _options_to_json(options: RunOptions) -> dict[str, Any]:
     values = {field.name: getattr(options, field.name) for field in fields(options)}
     cache = options.cache
     described = asdict(cache) if isinstance(cache, CacheOptions) else cache and {"name": repr(cache)}

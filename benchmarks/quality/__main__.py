@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from diffsynth import WanVideoPipeline
-from diffsynth.evaluation.contact_sheet import contact_sheet, load_strip
-from diffsynth.evaluation.quality import (
+from benchmarks.quality.contact_sheet import contact_sheet, load_strip
+from benchmarks.quality.methods import VIDEO_TO_VIDEO, Method, methods_from, standard_methods
+from benchmarks.quality.pairs import (
     SPLITS,
     Job,
     Row,
@@ -29,8 +29,8 @@ from diffsynth.evaluation.quality import (
     run_pair,
     strip_name,
 )
-from diffsynth.evaluation.quality_methods import VIDEO_TO_VIDEO, Method, methods_from, standard_methods
-from diffsynth.evaluation.quality_report import as_json, best_method, cost_picture, markdown_table, summarise
+from benchmarks.quality.report import as_json, best_method, cost_picture, markdown_table, summarise
+from diffsynth import WanVideoPipeline
 from diffsynth.pipelines.guidance import NO_TRANSFER
 
 _worker: dict[str, object] = {}

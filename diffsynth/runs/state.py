@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsynth.pipelines.contexts import Contexts
+from diffsynth.runs.contexts import Contexts
 
 FORMAT = 1
 PARTIAL = ".saving-"  # how the names of files begin that are still being written

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
+from diffsynth.configs.guidance import CHECKPOINTS
 from diffsynth.motion import MotionGuidance
-from diffsynth.motion.guidance import CHECKPOINTS
 from diffsynth.vram_management import available_memory, device_memory
 
 if TYPE_CHECKING:
+    from diffsynth.configs.options import RunOptions
     from diffsynth.models.wan_video_vae import WanVideoVAE
-    from diffsynth.pipelines.options import GenerationOptions
     from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class MemoryRanOutError(RuntimeError):
 
 
 class Options(Protocol):
-    """What decoding needs; denoising needs `GenerationOptions`."""
+    """What decoding needs; denoising needs `RunOptions`."""
 
     height: int
     width: int
@@ -132,13 +132,13 @@ HELP = {
 }
 
 
-def settings_of(options: "GenerationOptions") -> dict[str, object]:
+def settings_of(options: "RunOptions") -> dict[str, object]:
     """The options that fallbacks may change, as JSON holds them."""
     checkpoint = None if options.motion is None else options.motion.checkpoint
     return {**{name: getattr(options, name) for name in CHANGEABLE}, "checkpoint": checkpoint}
 
 
-def with_settings(options: "GenerationOptions", settings: Mapping[str, object]) -> "GenerationOptions":
+def with_settings(options: "RunOptions", settings: Mapping[str, object]) -> "RunOptions":
     """Options with those of `settings_of` put back."""
     motion = options.motion and replace(options.motion, checkpoint=settings["checkpoint"])
     return replace(options, motion=motion, **{name: settings[name] for name in CHANGEABLE})

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from diffsynth.pipelines.frames import Video, video_to_tensor
-from diffsynth.pipelines.options import GenerationOptions
+from diffsynth.configs.options import RunOptions
+from diffsynth.data.tensors import Video, video_to_tensor
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -27,7 +27,7 @@ def run_identity(
     prompts: Sequence[str],
     negatives: Sequence[str],
     video: Video | None,
-    options: GenerationOptions,
+    options: RunOptions,
 ) -> dict[str, str]:
     """Every argument that the result depends on, the reference's frames and the weights, as short texts.
 

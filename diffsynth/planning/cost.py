@@ -16,13 +16,13 @@ from math import prod
 
 import torch
 
+from diffsynth.caches.mag_cache import MagCache
+from diffsynth.caches.rules import CacheMaker
 from diffsynth.models.local_attention import BLOCK, Window, block_plan
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.denoise import steps_with_cfg
-from diffsynth.pipelines.mag_cache import MagCache
-from diffsynth.pipelines.memory_model import Shape, num_tokens, token_grid
-from diffsynth.pipelines.model_sizes import DiTSize
-from diffsynth.pipelines.step_cache import CacheMaker
+from diffsynth.planning.memory import Shape, num_tokens, token_grid
+from diffsynth.planning.sizes import DiTSize
 
 ATTENTION_BACKWARD = 2.5  # of the forward: five products for two
 RECOMPUTING = ("block", "offload")

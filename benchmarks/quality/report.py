@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from diffsynth.evaluation.quality import Row
-from diffsynth.evaluation.scatter import pareto_picture
-from diffsynth.evaluation.statistics import Interval, mean_interval, ratio_interval
+from benchmarks.quality.pairs import Row
+from benchmarks.quality.scatter import pareto_picture
+from benchmarks.quality.statistics import Interval, mean_interval, ratio_interval
 from diffsynth.pipelines.guidance import NO_TRANSFER
 
 # Name in a Row -> (heading, digits).

@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.quality.adherence import check_prompt
+from benchmarks.quality.contact_sheet import save_strip
+from benchmarks.quality.methods import Method
 from diffsynth.data.synthetic import (
     COLOURS,
     HELD_OUT_SHAPES,
@@ -27,15 +30,12 @@ from diffsynth.data.synthetic import (
     SyntheticClip,
     make_clip,
 )
+from diffsynth.data.tensors import chunks_to_uint8, video_to_tensor
 from diffsynth.evaluation import metrics
-from diffsynth.evaluation.adherence import check_prompt
-from diffsynth.evaluation.contact_sheet import save_strip
-from diffsynth.evaluation.quality_methods import Method
 from diffsynth.evaluation.tracking import track_object
-from diffsynth.pipelines.frames import chunks_to_uint8, video_to_tensor
-from diffsynth.pipelines.model_sizes import sizes_of
-from diffsynth.pipelines.run_cost_model import guidance_cost, guided_share, run_cost
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.planning.cost import guidance_cost, guided_share, run_cost
+from diffsynth.planning.sizes import sizes_of
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffsynth.evaluation.statistics import Interval
+from benchmarks.quality.statistics import Interval
 
 SIZE = (900, 560)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 30, 20, 60  # margins in pixels

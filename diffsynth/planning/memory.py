@@ -10,17 +10,17 @@ Axes: F latent frames, h/w latent rows/columns, S tokens; w bytes of a number in
 from dataclasses import dataclass
 from math import prod
 
+from diffsynth.caches.rules import CacheMaker
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, NUM_PAST
 from diffsynth.motion import MotionGuidance
 from diffsynth.motion.flow import frame_pairs
-from diffsynth.pipelines.model_sizes import DiTSize, ModelSizes, TextEncoderSize, VAESize
-from diffsynth.pipelines.step_cache import CacheMaker
-from diffsynth.vram_management.activations import (
+from diffsynth.planning.activations import (
     STREAM,
     activation_bytes,
     block_gradient_bytes,
     forward_bytes,
 )
+from diffsynth.planning.sizes import DiTSize, ModelSizes, TextEncoderSize, VAESize
 
 Shape = tuple[int, int, int]  # F, h, w
 INDEX = 8  # bytes of an index

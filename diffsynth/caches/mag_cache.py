@@ -8,8 +8,9 @@ MagCache: Ma et al. 2025, arXiv 2506.09045.
 
 from collections.abc import Mapping
 
+from diffsynth.caches.rules import KeptResidual, Probe, check_threshold
+from diffsynth.configs.caches import CacheOptions
 from diffsynth.data.frames import checked_int
-from diffsynth.pipelines.step_cache import KeptResidual, Probe, check_threshold
 
 
 class MagCache(KeptResidual):
@@ -52,6 +53,18 @@ class MagCache(KeptResidual):
         self._step = first_step
         # The residual that is to be reused comes from the first call, and is as large as itself.
         self._first_choice = max(first_step + 1, int(len(ratios) * retention))
+
+    @classmethod
+    def from_options(cls, options: CacheOptions, prompt: str, steps: range, num_steps: int) -> "MagCache":
+        """Return the rule of a run's options; see `caches.choose.make_rule`."""
+        ratios = options.ratios.for_steps(num_steps).of(prompt)
+        return cls(
+            ratios,
+            options.threshold,
+            max_skip=options.max_skip,
+            retention=options.retention,
+            first_step=steps.start,
+        )
 
     def should_compute(self) -> bool:
         """Return True if the blocks must run at this step, False if `residual` may stand for them.

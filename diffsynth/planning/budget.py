@@ -4,8 +4,8 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from diffsynth.pipelines.options import GenerationOptions
-from diffsynth.pipelines.plan import plan_run
+from diffsynth.configs.options import RunOptions
+from diffsynth.planning.plan import plan_run
 
 if TYPE_CHECKING:
     from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 
 
 def within_budget(
-    pipe: "WanVideoPipeline", options: GenerationOptions, vram_gb: float, *, with_reference: bool
-) -> GenerationOptions:
+    pipe: "WanVideoPipeline", options: RunOptions, vram_gb: float, *, with_reference: bool
+) -> RunOptions:
     """The options as planned for vram_gb, and the pipeline's models placed likewise.
 
     What was asked for by name (a checkpoint other than "auto", batch_cfg, tiled) stays. Raises

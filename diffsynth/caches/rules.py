@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from diffsynth.models.wan_video_dit import DiTState, WanModel
-from diffsynth.pipelines.run_state import joined, part
 
 
 class Probe(NamedTuple):
@@ -53,13 +52,6 @@ class StepCache(Protocol):
         """Go on from a `state`: decisions and residuals are the same."""
 
 
-class CacheMaker(Protocol):
-    """What makes the rules of a run."""
-
-    def make(self, prompt: str, steps: range, num_steps: int) -> StepCache:
-        """A new rule for one prompt, "positive" or "negative", run at these of the run's num_steps steps."""
-
-
 class KeptResidual:
     """The residual that a rule keeps: float32 [1, S, D], 201 MB for 81 frames of 480x832 at width 1536."""
 
@@ -84,33 +76,6 @@ class KeptResidual:
     def restore(self, state: Mapping[str, object]) -> None:
         """Go on from a `state`."""
         self._residual = state["residual"]
-
-
-class RunRules:
-    """Makes the rules of a run and keeps hold of them, so that a run that stopped can go on with them."""
-
-    def __init__(self, maker: CacheMaker) -> None:
-        self._maker = maker
-        self._rules: dict[str, StepCache] = {}
-
-    def make(self, prompt: str, steps: range, num_steps: int) -> StepCache:
-        """As `CacheMaker`. Raises TypeError for a rule that cannot tell its state."""
-        rule = self._maker.make(prompt, steps, num_steps)
-        if not hasattr(rule, "state") or not hasattr(rule, "restore"):
-            raise TypeError(
-                f"a rule of cache needs state() and restore(state); {type(rule).__name__} lacks them"
-            )
-        self._rules[prompt] = rule
-        return rule
-
-    def state(self) -> dict[str, object]:
-        """The states of all rules."""
-        return joined({prompt: rule.state() for prompt, rule in self._rules.items()})
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from a `state`."""
-        for prompt, rule in self._rules.items():
-            rule.restore(part(state, prompt))
 
 
 def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache]) -> Tensor:

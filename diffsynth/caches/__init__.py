@@ -1,0 +1,1 @@
+"""Step caches: denoising steps that reuse the work of an earlier one."""

@@ -1,0 +1,243 @@
+"""How an option is stated, once: a dataclass field that carries the kind of its values and its help.
+
+A kind says which values are allowed, how text becomes one, and how both are described to a user. Command
+line, page, batch files, records and the tables of the documentation are made from these fields.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from importlib import import_module
+from numbers import Integral, Real
+from typing import Any, Protocol
+
+OPTION = "option"  # key of an `Option` in the metadata of a dataclass field
+_COUNTS = {2: "two", 3: "three"}
+
+
+class Kind(Protocol):
+    """The values that an option may take; str(kind) describes them, as in "must be {kind}"."""
+
+    metavar: str
+
+    def read(self, text: str) -> Any:
+        """Return the value that a text stands for. Raises ValueError if it stands for none."""
+
+    def check(self, value: Any) -> Any:
+        """Return an allowed value in its own type. Raises ValueError for one that is not allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Whole numbers, numpy's among them."""
+
+    least: int = 1
+    most: int | None = None
+    odd: bool = False
+    metavar: str = "N"
+
+    def __str__(self) -> str:
+        bounds = f"of at least {self.least}" if self.most is None else f"from {self.least} to {self.most}"
+        return f"{'an odd' if self.odd else 'a'} whole number {bounds}"
+
+    def read(self, text: str) -> int:
+        return self.check(int(text))
+
+    def check(self, value: Any) -> int:
+        good = isinstance(value, Integral) and not isinstance(value, bool) and value >= self.least
+        if not good or (self.most is not None and value > self.most) or (self.odd and value % 2 == 0):
+            raise ValueError
+        return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """Finite numbers. above: a bound that is not itself allowed; least and most are."""
+
+    above: float | None = None
+    least: float | None = None
+    most: float | None = None
+    metavar: str = "X"
+
+    def __str__(self) -> str:
+        bounds = {"above": self.above, "at least": self.least, "at most": self.most}
+        told = [f"{name} {bound:g}" for name, bound in bounds.items() if bound is not None]
+        return " ".join(["a finite number", ", ".join(told)]).strip()
+
+    def read(self, text: str) -> float:
+        return self.check(float(text))
+
+    def check(self, value: Any) -> float:
+        good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or (self.above is not None and value <= self.above):
+            raise ValueError
+        if (self.least is not None and value < self.least) or (self.most is not None and value > self.most):
+            raise ValueError
+        return value if isinstance(value, int | float) else float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text of at most `longest` characters."""
+
+    longest: int = 1000
+    metavar: str = "TEXT"
+
+    def __str__(self) -> str:
+        return f"text of at most {self.longest} characters"
+
+    def read(self, text: str) -> str:
+        return self.check(text)
+
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str) or len(value) > self.longest:
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of some names. known: names, or a registry whose keys they are, also those that join it later."""
+
+    known: Collection[str]
+    metavar: str = "NAME"
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.known)}"
+
+    def read(self, text: str) -> str:
+        return self.check(text)
+
+    def check(self, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.known:
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """True or False."""
+
+    metavar: str = "ON"
+
+    def __str__(self) -> str:
+        return "True or False"
+
+    def read(self, text: str) -> bool:
+        words = {"true": True, "yes": True, "on": True, "1": True}
+        words |= {"false": False, "no": False, "off": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError
+        return words[text.lower()]
+
+    def check(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """A fixed number of values of one kind. names: what each of them is."""
+
+    kind: Kind
+    names: Sequence[str]
+
+    @property
+    def metavar(self) -> str:
+        return ",".join(name.upper() for name in self.names)
+
+    def __str__(self) -> str:
+        return f"{_COUNTS[len(self.names)]} values ({', '.join(self.names)}), each {self.kind}"
+
+    def read(self, text: str) -> tuple[Any, ...]:
+        return self.check([self.kind.read(part) for part in text.replace("x", ",").split(",")])
+
+    def check(self, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(self.names):
+            raise ValueError
+        return tuple(self.kind.check(part) for part in value)
+
+
+@dataclass(frozen=True, slots=True)
+class OrNone:
+    """Values of a kind, or None. none: what None stands for."""
+
+    kind: Kind
+    none: str = ""
+
+    @property
+    def metavar(self) -> str:
+        return self.kind.metavar
+
+    def __str__(self) -> str:
+        return f"None or {self.kind}"
+
+    def read(self, text: str) -> Any:
+        return None if text.lower() == "none" else self.kind.read(text)
+
+    def check(self, value: Any) -> Any:
+        return None if value is None else self.kind.check(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """What a field says of its option.
+
+    Attributes:
+        kind: the values that it may take.
+        help: what it is, with its unit; part of a sentence.
+        short: a shorter name on the command line.
+    """
+
+    kind: Kind
+    help: str
+    short: str | None = None
+
+
+def option(kind: Kind, text: str, *, default: Any, short: str | None = None) -> Any:
+    """Return a dataclass field for an option of this kind, with its help text and default."""
+    return field(default=default, metadata={OPTION: Option(kind=kind, help=text, short=short)})
+
+
+def options_of(owner: type) -> dict[str, tuple[Option, Any]]:
+    """Return the options of a dataclass with their defaults, by name and in order."""
+    stated: Sequence[Field[Any]] = fields(owner)
+    return {item.name: (item.metadata[OPTION], item.default) for item in stated if OPTION in item.metadata}
+
+
+def check_value(name: str, kind: Kind, value: Any) -> Any:
+    """Return a value in its own type. Raises ValueError that names it and says what is allowed."""
+    try:
+        return kind.check(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} must be {kind}; got {value!r:.80}") from error
+
+
+def read_value(name: str, kind: Kind, text: str) -> Any:
+    """Return the value that a text stands for. Raises ValueError that names it and says what is allowed."""
+    try:
+        return kind.read(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be {kind}; got {text!r:.80}") from error
+
+
+def check_options(owner: Any) -> None:
+    """Replace each option of a frozen dataclass by its checked value; for `__post_init__`.
+
+    Raises ValueError, naming it, for a value that is not allowed.
+    """
+    for name, (stated, _default) in options_of(type(owner)).items():
+        object.__setattr__(owner, name, check_value(name, stated.kind, getattr(owner, name)))
+
+
+def load(path: str) -> Any:
+    """Return what "package.module:name" names; registries name their implementations so, to load on use."""
+    module, name = path.split(":")
+    return getattr(import_module(module), name)
+
+
+def only_known(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """Raises ValueError if a mapping names something that is not known."""
+    if unknown := sorted(given.keys() - set(known)):
+        raise ValueError(f"{what} has no field {', '.join(unknown)}")

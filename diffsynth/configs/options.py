@@ -1,0 +1,303 @@
+"""Every option of a run, stated once: its kind, bounds, unit, help and default.
+
+`RunOptions` is the truth that a run goes by. `Shorthands` are arguments of the call that set some of it;
+`resolve` turns both into `RunOptions`. Adding an option means a field here and the code that reads it.
+"""
+
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol, TypedDict
+
+from diffsynth.configs.caches import CACHES, CacheOptions
+from diffsynth.configs.descriptors import DESCRIPTORS, NO_TRANSFER
+from diffsynth.configs.fields import (
+    Choice,
+    Number,
+    Option,
+    OrNone,
+    Several,
+    Switch,
+    Text,
+    Whole,
+    check_options,
+    only_known,
+    option,
+    options_of,
+)
+from diffsynth.configs.guidance import MotionGuidance
+
+# The samplers of `diffsynth.schedulers`.
+SAMPLERS: dict[str, str] = {
+    "euler": "diffsynth.schedulers.flow_match:FlowMatchScheduler",
+    "unipc": "diffsynth.schedulers.unipc:UniPCScheduler",
+}
+# Every mode, also of a descriptor that is registered later; the one without transfer is the last.
+MODES: Mapping[str, object] = ChainMap({NO_TRANSFER: None}, DESCRIPTORS)
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
+WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
+ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
+_ROWS_COLUMNS = ("rows", "columns")
+
+
+class CacheMaker(Protocol):
+    """A step cache made elsewhere; see `caches.rules`."""
+
+    make: Callable[[str, range, int], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKind:
+    """A step cache: its name on a command line, else `CacheOptions` or an object with `make`."""
+
+    metavar: str = "NAME"
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(CACHES)}, CacheOptions or an object with make(prompt, steps, num_steps)"
+
+    def read(self, text: str) -> str:
+        return Choice(CACHES).check(text)
+
+    def check(self, value: Any) -> Any:
+        if value is None or isinstance(value, CacheOptions) or hasattr(value, "make"):
+            return value
+        return Choice(CACHES).check(value)
+
+
+@dataclass(frozen=True, slots=True)
+class MotionKind:
+    """The numbers of motion transfer; on a command line each has an option of its own."""
+
+    metavar: str = "NUMBERS"
+
+    def __str__(self) -> str:
+        return "a MotionGuidance or None"
+
+    def read(self, text: str) -> MotionGuidance:
+        raise ValueError(text)
+
+    def check(self, value: Any) -> MotionGuidance | None:
+        if value is not None and not isinstance(value, MotionGuidance):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """What a run does, apart from prompts, reference and callbacks.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names the option.
+    """
+
+    height: int = option(Whole(1), "pixels", default=480)
+    width: int = option(Whole(1), "pixels", default=832)
+    num_frames: int = option(Whole(1), "frames of the output, any count", default=81, short="frames")
+    num_inference_steps: int = option(Whole(1), "denoising steps", default=50, short="steps")
+    denoising_strength: float = option(
+        Number(above=0, most=1), "how far the reference is noised", default=0.75, short="strength"
+    )
+    cfg_scale: float = option(
+        Number(), "classifier-free guidance, v_neg + cfg_scale * (v_pos - v_neg); 1: without", default=5.8
+    )
+    sigma_shift: float = option(Number(above=0, most=1000), "shift of the noise schedule", default=7.0)
+    seed: int = option(Whole(-(2**63), 2**64 - 1), "seed of the noise; drawn if not given", default=0)
+    rand_device: str = option(Text(), "device on which the noise is drawn", default="cpu")
+    tiled: bool = option(Switch(), "encode and decode in spatial tiles, which saves memory", default=True)
+    tile_size: tuple[int, int] = option(
+        Several(Whole(1), _ROWS_COLUMNS), "side of a VAE tile, in latent units", default=(30, 52)
+    )
+    tile_stride: tuple[int, int] = option(
+        Several(Whole(1), _ROWS_COLUMNS), "from VAE tile to VAE tile, in latent units", default=(15, 26)
+    )
+    sampler: str = option(Choice(SAMPLERS), "the solver of the noise schedule", default="euler")
+    motion: MotionGuidance | None = option(MotionKind(), "what is transferred and how", default=None)
+    cache: CacheOptions | CacheMaker | None = option(
+        CacheKind(), "steps that reuse the work of an earlier one", default=None
+    )
+    cfg_interval: tuple[float, float] = option(
+        Several(Number(least=0, most=1), ("from", "to")),
+        "shares of the steps in which the negative prompt runs",
+        default=(0.0, 1.0),
+    )
+    batch_cfg: bool | None = option(
+        OrNone(Switch(), "by the memory at hand"), "both prompts in one call of the DiT", default=None
+    )
+    output_type: str = option(Choice(OUTPUT_TYPES), "what a call returns", default="pil")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.cfg_interval[0] > self.cfg_interval[1]:
+            raise ValueError(f"cfg_interval must be (from, to) with from <= to; got {self.cfg_interval!r}")
+        if any(stride > size for stride, size in zip(self.tile_stride, self.tile_size, strict=True)):
+            raise ValueError(
+                "tile_stride must not exceed tile_size, or gaps are left; "
+                f"got {self.tile_stride} > {self.tile_size}"
+            )
+
+    @property
+    def mode(self) -> str:
+        return NO_TRANSFER if self.motion is None else self.motion.mode
+
+    @property
+    def guided_by_cfg(self) -> range:
+        """The steps in which classifier-free guidance is on; the bounds are rounded to whole steps."""
+        first, end = (round(share * self.num_inference_steps) for share in self.cfg_interval)
+        return range(first, end) if self.cfg_scale != 1 else range(0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what JSON can hold of the options; a cache made elsewhere is told by its repr."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["motion"] = self.motion and asdict(self.motion)
+        cache = self.cache
+        if cache is not None:
+            values["cache"] = asdict(cache) if isinstance(cache, CacheOptions) else {"name": repr(cache)}
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "RunOptions":
+        """Return the options that `to_json` told; those it does not name have their defaults.
+
+        Raises:
+            ValueError: an unknown option, or a value that is not allowed.
+        """
+        only_known(values, [item.name for item in fields(cls)], "options")
+        motion, cache = values.get("motion"), values.get("cache")
+        for name, value in {"motion": motion, "cache": cache}.items():
+            if value is not None and not isinstance(value, Mapping):
+                raise ValueError(f"options: {name} must be an object or null; got {value!r:.80}")
+        return cls(
+            **{
+                **values,
+                "motion": None if motion is None else MotionGuidance.for_mode(motion.get("mode", ""), motion),
+                "cache": None if cache is None else CacheOptions.from_json(cache),
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shorthands:
+    """Arguments of the call that set options of the run; None: not given."""
+
+    preset: str = option(
+        Text(), "a set of defaults: exact, balanced, fast or the model's own", default="exact"
+    )
+    mode: str | None = option(OrNone(Choice(MODES)), "how motion is transferred", default=None)
+    sf: int | None = option(
+        OrNone(Whole(2)), "frames that each latent frame is compared with, as in motion", default=None
+    )
+    motion_scale: float | None = option(
+        OrNone(Number(above=0)),
+        "factor on the learning rates: above 1 follows the motion more closely, 0.5 half as strongly",
+        default=None,
+    )
+    cache_threshold: float | None = option(
+        OrNone(Number(least=0)), "threshold of the cache, instead of the published one", default=None
+    )
+    tea_cache_l1_thresh: float | None = option(
+        OrNone(Number(least=0)), "TeaCache with this threshold", default=None
+    )
+    tea_cache_model_id: str = option(Text(), "whose coefficients TeaCache takes", default="")
+    vram_budget_gb: float | None = option(
+        OrNone(Number(above=0)), "memory of the device that the run may use, GB of 2**30 bytes", default=None
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+class CallOptions(TypedDict, total=False):
+    """The types of all arguments of the call that `RunOptions` and `Shorthands` state, for type checkers."""
+
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    num_inference_steps: int | None
+    denoising_strength: float | None
+    cfg_scale: float | None
+    sigma_shift: float | None
+    seed: int | None
+    rand_device: str | None
+    tiled: bool | None
+    tile_size: tuple[int, int] | None
+    tile_stride: tuple[int, int] | None
+    sampler: str | None
+    motion: MotionGuidance | Mapping[str, Any] | None
+    cache: str | CacheOptions | CacheMaker | None
+    cfg_interval: tuple[float, float] | None
+    batch_cfg: bool | None
+    preset: str | None
+    mode: str | None
+    sf: int | None
+    motion_scale: float | None
+    cache_threshold: float | None
+    tea_cache_l1_thresh: float | None
+    tea_cache_model_id: str | None
+    vram_budget_gb: float | None
+
+
+def call_options() -> dict[str, tuple[Option, Any]]:
+    """Return all options of the call with their defaults, by name."""
+    return {**options_of(Shorthands), **options_of(RunOptions)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileOptions:
+    """How frames become a video file. Raises ValueError, naming the option, for what is not allowed."""
+
+    fps: float | None = option(
+        OrNone(Number(above=0), "the reference's, else the model's"), "frames a second", default=None
+    )
+    quality: float = option(Number(least=0, most=10), "0 (small file) to 10 (best)", default=8.0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadOptions:
+    """How a model is loaded and run; None for the pipeline's own choice. It goes into the record.
+
+    Attributes:
+        loras: files that are merged into the DiT, each with its strength.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names the option.
+    """
+
+    device: str | None = option(OrNone(Text()), "auto, cpu, cuda, cuda:1, ...", default=None)
+    dtype: str | None = option(
+        OrNone(Choice(DTYPES)), "type of the weights; float32 on a CPU, else bfloat16", default=None
+    )
+    vae_dtype: str | None = option(OrNone(Choice(WIDE_DTYPES)), "type of the VAE (float32)", default=None)
+    attention: str | None = option(
+        OrNone(Choice(ATTENTION)), "attention kernel; by default the best one that is installed", default=None
+    )
+    compile: bool | None = option(OrNone(Switch()), "compile the DiT's blocks", default=None)
+    offload: bool | None = option(
+        OrNone(Switch()), "models rest on the CPU between their stages", default=None
+    )
+    persistent: int | None = option(
+        OrNone(Whole(0)),
+        "stream the DiT's blocks from the CPU but for this many parameters, which stay on the device",
+        default=None,
+    )
+    loras: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavingOptions:
+    """How the state of a long run is kept. Raises ValueError, naming the option, for what is not allowed."""
+
+    checkpoint_every: int = option(Whole(1), "steps from save to save", default=5)
+    checkpoint_minutes: float = option(Number(above=0), "or minutes, whichever comes first", default=2.0)
+    resume: bool = option(
+        Switch(), "go on with an unfinished run that is there; otherwise it is discarded", default=True
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)

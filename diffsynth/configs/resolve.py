@@ -1,0 +1,250 @@
+"""The one place that decides what a run does, for the call, the command, the page and batch files alike.
+
+Order of precedence: what the caller gives, the preset, the checkpoint's defaults, the reference, the
+published method.
+"""
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffsynth.configs.caches import CACHES, choose_cache
+from diffsynth.configs.checkpoints import checkpoint_folder
+from diffsynth.configs.defaults import RunDefaults, run_defaults
+from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
+from diffsynth.configs.fields import OrNone, Whole, check_value, options_of
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import RunOptions, Shorthands, call_options
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PROMPT = 100_000  # characters; models read 512 tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceFacts:
+    """What resolving needs of a reference video: its frames, and their height and width in pixels."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What resolving needs of a model: width and blocks of the DiT, pixels (rows, columns) of a token."""
+
+    dim: int
+    num_layers: int
+    pixels_per_token: tuple[int, int]
+
+
+def resolve(
+    given: Mapping[str, Any],
+    defaults: RunDefaults,
+    reference: ReferenceFacts | None,
+    model: ModelFacts | None = None,
+) -> RunOptions:
+    """Return the options of a run.
+
+    Args:
+        given: arguments of the call by name, as `RunOptions` and `Shorthands` state them; None counts as not
+            given. motion may also be a mapping of fields of `MotionGuidance`.
+        defaults: the checkpoint's.
+        reference: the reference video; None without one.
+        model: None to check everything that can be known before the model is loaded.
+
+    Raises:
+        TypeError: an unknown argument.
+        ValueError: a value that is not allowed, or arguments that contradict one another.
+    """
+    for name in given:
+        if name not in call_options():
+            raise TypeError(f"the call got an unexpected keyword argument {name!r}")
+    given = {name: value for name, value in given.items() if value is not None}
+    short = Shorthands(**{name: given.pop(name) for name in options_of(Shorthands) if name in given})
+    defaults = defaults.with_preset(short.preset)
+    options: dict[str, Any] = {name: defaults[name] for name in options_of(RunOptions)} | given
+    options["height"], options["width"] = _size(given, defaults, reference, model)
+    options["num_frames"] = _length(given, defaults, reference)
+    options["denoising_strength"] = _strength(given, defaults, reference)
+    options["seed"] = given.get("seed", secrets.randbelow(2**32))
+    options["motion"] = None
+    options["cache"] = _cache(given.get("cache"), short, defaults, model)
+    run = RunOptions(**options)
+    return replace(
+        run, motion=_motion(given.get("motion"), short, defaults, reference and run.num_frames, run, model)
+    )
+
+
+def resolve_prompts(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, defaults: RunDefaults
+) -> list[tuple[str, str]]:
+    """Return (prompt, negative prompt) of each video that a call makes.
+
+    Raises:
+        TypeError: one is not text or a list of texts.
+        ValueError: there is none, one is too long, or the lists have different lengths.
+    """
+    prompts = _texts("prompt", prompt)
+    if negative_prompt is None:
+        negative_prompt = defaults["negative_prompt"] or ""
+    negatives = _texts("negative_prompt", negative_prompt)
+    if isinstance(negative_prompt, str):
+        negatives = negatives * len(prompts)
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts")
+    return list(zip(prompts, negatives, strict=True))
+
+
+def motion_for(checkpoint: str | Path, mode: str = DEFAULT_MODE, **changes: Any) -> MotionGuidance:
+    """Return the numbers of a mode that suit a checkpoint: those that it declares, else the published.
+
+    Args:
+        checkpoint: a folder, or a name as for `from_pretrained`.
+        mode: a key of `DESCRIPTORS`.
+        changes: fields to set otherwise.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: a number that is not allowed.
+    """
+    declared = run_defaults(checkpoint_folder(checkpoint)).motion.get(mode, {})
+    return MotionGuidance.for_mode(mode, {**declared, **changes})
+
+
+def _size(
+    given: Mapping[str, Any],
+    defaults: RunDefaults,
+    reference: ReferenceFacts | None,
+    model: ModelFacts | None,
+) -> tuple[int, int]:
+    """Height and width in pixels; the declared size is turned for an upright reference."""
+    declared = defaults.options.get("height"), defaults.options.get("width")
+    if None in declared:
+        declared = (
+            (reference.height, reference.width) if reference else (defaults["height"], defaults["width"])
+        )
+    upright = reference is not None and reference.height > reference.width
+    if upright and declared[0] < declared[1] and not {"height", "width"} & given.keys():
+        declared = declared[::-1]
+    kind = Whole(1)
+    sides = []
+    for axis, name in enumerate(("height", "width")):
+        pixels = check_value(name, kind, given.get(name, declared[axis]))
+        multiple = 1 if model is None else model.pixels_per_token[axis]
+        rounded = -(-pixels // multiple) * multiple
+        if rounded != pixels:
+            logger.warning("%s %d is not a multiple of %d: rounded up to %d", name, pixels, multiple, rounded)
+        sides.append(rounded)
+    return sides[0], sides[1]
+
+
+def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: ReferenceFacts | None) -> int:
+    """Frames: as many as are asked for, else the declared number, at most the reference's."""
+    if reference is None:
+        return given.get("num_frames", defaults["num_frames"])
+    available = reference.num_frames
+    if "num_frames" in given:
+        asked = check_value("num_frames", Whole(1), given["num_frames"])
+        if asked > available:
+            raise ValueError(f"num_frames is {asked}, but input_video has {available} frames")
+        return asked
+    length = min(available, defaults.options.get("num_frames", available))
+    if length < available:
+        logger.warning("the reference has %d frames: its first %d are used", available, length)
+    return length
+
+
+def _strength(given: Mapping[str, Any], defaults: RunDefaults, reference: ReferenceFacts | None) -> Any:
+    """denoising_strength; without a reference a run starts from noise."""
+    asked = given.get("denoising_strength")
+    if reference is not None:
+        return defaults["denoising_strength"] if asked is None else asked
+    if isinstance(asked, int | float) and 0 < asked < 1:
+        logger.warning("denoising_strength=%s has no effect without input_video: starting from noise", asked)
+        return 1.0
+    return 1.0 if asked is None else asked
+
+
+def _motion(
+    motion: MotionGuidance | Mapping[str, Any] | None,
+    short: Shorthands,
+    defaults: RunDefaults,
+    num_frames: int | None,
+    num_steps: int,
+) -> MotionGuidance | None:
+    """The guidance that motion, mode, sf and motion_scale ask for together; None for no transfer."""
+    mode = short.mode
+    if mode is None and not isinstance(motion, MotionGuidance):
+        mode = NO_TRANSFER if num_frames is None and not motion else DEFAULT_MODE
+        logger.info("no mode is named: %s", mode)
+    if mode == NO_TRANSFER:
+        if motion or short.sf is not None or short.motion_scale is not None:
+            logger.warning("motion, sf and motion_scale have no effect in mode %s", NO_TRANSFER)
+        return None
+    if not isinstance(motion, MotionGuidance):
+        numbers = {**defaults.motion.get(mode, {}), **(motion or {})}
+        motion = MotionGuidance.for_mode(mode, numbers)
+    changes = {"mode": mode, "sf": short.sf}
+    motion = replace(motion, **{name: value for name, value in changes.items() if value is not None})
+    if short.motion_scale is not None:
+        motion = motion.scaled(short.motion_scale)
+    if num_frames is None:
+        raise ValueError(f"mode {motion.mode!r} transfers motion and needs input_video; none is given")
+    if num_frames < 2:
+        raise ValueError(f"mode {motion.mode!r} needs 2 frames or more of input_video; it has 1")
+    if motion.guided_steps > num_steps:
+        logger.warning("guided_steps=%d: the run has only %d steps", motion.guided_steps, num_steps)
+        motion = replace(motion, guided_steps=num_steps)
+    return motion
+
+
+def _cache(asked: Any, short: Shorthands, defaults: RunDefaults, model: ModelFacts | None) -> Any:
+    """The step cache that cache, cache_threshold and TeaCache's own arguments ask for together."""
+    threshold, tea_threshold = short.cache_threshold, short.tea_cache_l1_thresh
+    if tea_threshold is not None:
+        if asked not in (None, "teacache") or threshold is not None:
+            raise ValueError(
+                f"tea_cache_l1_thresh={tea_threshold!r} is TeaCache's threshold; it contradicts "
+                f"cache={asked!r}, cache_threshold={threshold!r}"
+            )
+        asked, threshold = "teacache", tea_threshold
+    if asked is None and threshold is not None:
+        raise ValueError(f"cache_threshold={threshold!r} needs cache, one of {', '.join(CACHES)}")
+    if asked is not None and not isinstance(asked, str):
+        if threshold is not None:
+            raise ValueError(
+                f"cache_threshold={threshold!r} goes with a cache's name; got cache={asked!r:.80}"
+            )
+        return asked
+    declared = asked is None
+    name = check_value(
+        "cache", OrNone(call_options()["cache"][0].kind), defaults["cache"] if declared else asked
+    )
+    if name is None or model is None:
+        return None
+    if declared:
+        threshold = defaults["cache_threshold"]
+    try:
+        return choose_cache(name, threshold, model.dim, defaults.mag_ratios, short.tea_cache_model_id)
+    except ValueError as error:
+        if not declared:
+            raise
+        logger.warning("no step cache: %s", error)
+        return None
+
+
+def _texts(name: str, given: object) -> list[str]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a str or a list of str; got {given!r:.80}")
+    if not texts:
+        raise ValueError(f"{name} must be at least one prompt; got {given!r}")
+    longest = max(map(len, texts))
+    if longest > LONGEST_PROMPT:
+        raise ValueError(f"{name} must have at most {LONGEST_PROMPT} characters; got {longest}")
+    return list(texts)

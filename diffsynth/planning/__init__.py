@@ -1,0 +1,1 @@
+"""What a run takes, and which settings fit into the memory at hand."""
