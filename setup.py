@@ -41,6 +41,7 @@ setup(
         "tokenizers>=0.22",
         "transformers>=4.56",
         "sentencepiece>=0.2",
+        "filelock>=3.12",
         "imageio-ffmpeg>=0.6",
         "modelscope>=1.15",
     ],

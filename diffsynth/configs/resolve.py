@@ -75,9 +75,17 @@ def resolve(
     options["motion"] = None
     options["cache"] = _cache(given.get("cache"), short, defaults, model)
     run = RunOptions(**options)
-    return replace(
-        run, motion=_motion(given.get("motion"), short, defaults, reference and run.num_frames, run, model)
-    )
+    num_frames = None if reference is None else run.num_frames
+    motion = _motion(given.get("motion"), short, defaults, num_frames, run.num_inference_steps)
+    if motion is not None and model is not None:
+        motion.block_for(model.num_layers)
+    return replace(run, motion=motion)
+
+
+def planned_reference(given: Mapping[str, Any], defaults: RunDefaults) -> ReferenceFacts:
+    """Return the reference of a run that is planned before there is one: of the output's size and length."""
+    sides = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
+    return ReferenceFacts(**sides)
 
 
 def resolve_prompts(

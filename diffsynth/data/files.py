@@ -1,59 +1,67 @@
-"""SHA-256 of files and frames: a run's record tells by it whether what it was made from is still the same.
-
-Hashes of large files are remembered by size and time of change in a small file in the user's cache folder.
-"""
+"""Files that appear whole, locks, and hashes of what was read."""
 
 import hashlib
-import json
 import logging
 import os
-import time
 import uuid
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
-
-from diffsynth.models.checkpoint_files import files_of
 
 logger = logging.getLogger(__name__)
 
+PARTIAL = ".writing-"  # how the names of files begin that are still being written
 CHUNK = 1 << 22  # bytes
-# A file that changed so lately may change again within the clock's resolution; its hash is not remembered.
-SETTLED_AFTER = 2.0  # seconds
-_TOKENIZER_FILES = ("*.json", "spiece.model")
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that decide what it computes: weights, configs, tokenizer; sorted."""
-    weights = {file for group in files_of(folder) for file in group}
-    others = {file for pattern in _TOKENIZER_FILES for file in folder.rglob(pattern)}
-    hidden = {file for file in others if any(part.startswith(".") for part in file.relative_to(folder).parts)}
-    return sorted(weights | (others - hidden))
+class FileInUseError(ValueError):
+    """Another process holds a lock."""
 
 
-def sha256_of_files(files: Iterable[Path]) -> dict[Path, str]:
-    """The hash of each file, remembered ones without reading them. Raises OSError for an unreadable file."""
-    remembered = _load_remembered()
-    known = dict(remembered)
-    hashes = {}
-    for file in files:
-        place, facts = str(file.resolve()), file.stat()
-        state = [facts.st_size, facts.st_mtime_ns]
-        if known.get(place, {}).get("state") != state:
-            known[place] = {"state": state, "sha256": _sha256(file)}
-        hashes[file] = known[place]["sha256"]
-        if time.time() - facts.st_mtime < SETTLED_AFTER:
-            del known[place]
-    if known != remembered:
-        _store_remembered(known)
-    return hashes
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A context with a hidden name beside `path` to write to, which takes the place of `path` at its end.
+
+    After a kill, a crash or a full disk the old or the new content is there; an error leaves no trace.
+    """
+    temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        _sync(path.parent)
+
+
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock file until the context or the process ends.
+
+    Raises:
+        FileInUseError: another process holds it; with this message. File systems without locks are not
+            guarded.
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileInUseError(message) from error
+    except (OSError, NotImplementedError) as error:
+        logger.info("%s is not guarded against a second process: %s", path.parent, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sha256_of_video(path: Path) -> str:
-    """The hash of a video file, or of a folder's images: of their names and contents, in order of name."""
+    """Return the hash of a video file, or of a folder's images: of names and contents, in order of name."""
     if path.is_file():
         return _sha256(path)
     digest = hashlib.sha256()
@@ -63,7 +71,7 @@ def sha256_of_video(path: Path) -> str:
 
 
 def sha256_of_frames(frames: Sequence[Image.Image]) -> str:
-    """The hash of the pixels of frames and their sizes."""
+    """Return the hash of the pixels of frames and their sizes."""
     digest = hashlib.sha256()
     for frame in frames:
         pixels = np.ascontiguousarray(frame.convert("RGB"))
@@ -80,28 +88,10 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def remembered_hashes_file() -> Path:
-    """Where hashes are remembered: fastvmt/sha256.json in XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvmt" / "sha256.json"
-
-
-def _load_remembered() -> dict[str, dict]:
+def _sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        known = json.loads(remembered_hashes_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    good = isinstance(known, dict) and all(isinstance(entry, dict) for entry in known.values())
-    return {place: entry for place, entry in known.items() if "sha256" in entry} if good else {}
-
-
-def _store_remembered(known: dict[str, dict]) -> None:
-    file = remembered_hashes_file()
-    temporary = file.with_name(f".{uuid.uuid4().hex}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({place: known[place] for place in known if Path(place).exists()}))
-        temporary.replace(file)
-    except OSError as error:
-        logger.info("hashes are not remembered: %s", error)
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -6,19 +6,16 @@ loss = amf_weight * amf + window_weight * window      (paper section 3.3; `losse
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 
 from torch import Tensor
 
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion.descriptors import Loss, StepInputs
 from diffsynth.motion.flow import Pairs, attention_motion_flow, frame_pairs
 from diffsynth.motion.heads import reduce_heads
 from diffsynth.motion.losses import amf_loss, pair_weights
 from diffsynth.motion.released import ReleasedFlow, released_tile_flow
 from diffsynth.motion.tile_flow import TileFlow, tile_motion_flow
-from diffsynth.planning.activations import choose_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -30,27 +27,16 @@ def attention_features(
 ) -> Features:
     """Queries and keys [F, H, W, n, d] of the block that `guidance` reads, for latents [1, C, F, h, w]."""
     block = guidance.block_for(inputs.dit.num_layers)
-    kept = kept_activations(guidance, inputs.dit, latents, block)
     q, k = inputs.dit.features(
         latents,
         inputs.timestep,
         context,
         block=block,
-        checkpoint_blocks=kept != "none",
-        offload_inputs=kept == "offload",
+        checkpoint_blocks=guidance.checkpoint in ("block", "offload"),
+        offload_inputs=guidance.checkpoint == "offload",
         attention_window=guidance.attention_window,
     )
     return q[0], k[0]
-
-
-def kept_activations(guidance: MotionGuidance, dit: WanModel, latents: Tensor, block: int) -> str:
-    """What the gradient through `block` blocks keeps: guidance.checkpoint, or what fits if that is "auto"."""
-    if guidance.checkpoint != "auto":
-        return guidance.checkpoint
-    if not latents.requires_grad:
-        return "none"
-    num_tokens = latents[0, 0].numel() // prod(dit.patch_size)
-    return choose_checkpoint(dit, num_tokens, block, latents.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffsynth.configs.fields import check_value
+from diffsynth.configs.guidance import SEARCH_WINDOW, TILE
 from diffsynth.motion.flow import Pairs, dense_flow, expected_values, frame_pairs, token_positions
 from diffsynth.motion.losses import mean_change
-from diffsynth.motion.tile_flow import centre_positions, check_tile, check_window, pair_order, to_tiles
+from diffsynth.motion.tile_flow import centre_positions, pair_order, to_tiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +36,8 @@ def released_tile_flow(
 
     Raises ValueError on grids on which the released code cannot run.
     """
-    check_window(window)
-    check_tile(tile)
+    check_value("window", SEARCH_WINDOW, window)
+    check_value("tile", TILE, tile)
     grid = tuple(q.shape[1:3])
     if any(side % step or side <= window // 2 for side, step in zip(grid, tile, strict=True)):
         raise ValueError(

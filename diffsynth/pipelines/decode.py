@@ -1,66 +1,87 @@
-"""Final latents in a file, and their video made later, on this machine or another one."""
+"""Latents to frames: at the end of a run, or later from a file of final latents."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from diffsynth.configs.options import RunOptions
-from diffsynth.data import VideoData
-from diffsynth.data.tensors import Video
+from diffsynth.data.tensors import chunks_to_uint8
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.stages import Frames, decode_frames
-from diffsynth.planning.ladder import Holder, MemoryFallbacks
+from diffsynth.pipelines.components import Components
+from diffsynth.planning.ladder import Ladder, out_of_memory
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import weights_fingerprint
 from diffsynth.runs.state import load_state
 
-if TYPE_CHECKING:
-    from diffsynth.pipelines.wan_video import WanVideoPipeline
-
 logger = logging.getLogger(__name__)
 
+Frames = list[Image.Image] | np.ndarray | Tensor
 KIND = "final latents"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeOptions:
-    """How latents become a video: the fields of `RunOptions` of these names."""
-
-    height: int
-    width: int
-    num_frames: int
-    output_type: str
-    tiled: bool
-    tile_size: tuple[int, int]
-    tile_stride: tuple[int, int]
+def tiling(options: RunOptions) -> dict[str, Any]:
+    """Return the arguments of the VAE that tile it."""
+    return {"tiled": options.tiled, "tile_size": options.tile_size, "tile_stride": options.tile_stride}
 
 
-def latents_facts(
-    pipe: "WanVideoPipeline", options: RunOptions, video: Video | None, cost: RunCost
-) -> dict[str, object]:
-    """What is saved beside final latents: all that decoding them needs to know, and what they cost.
+def decode_latents(models: Components, latents: Tensor, options: RunOptions) -> Frames:
+    """Decode clean latents [1, C, F, h, w] to a video of options.output_type.
 
-    fps is the reference's, None where it does not say.
+    Raises:
+        RuntimeError: they are not all finite.
+    """
+    if not latents.isfinite().all():
+        raise RuntimeError(
+            f"denoising gave values that are not finite (DiT in {models.dit.dtype}); no video is made"
+        )
+    if options.output_type == "latent":
+        return latents
+    with models.residency.using("vae"):
+        return decode_frames(models.vae, latents, options)
+
+
+def decode_frames(vae: WanVideoVAE, latents: Tensor, options: RunOptions) -> Frames:
+    """Decode finite latents [1, C, F, h, w] to a video of options.output_type: "pil", "np" or "pt"."""
+    if options.output_type == "pt":
+        return vae.decode(latents, num_frames=options.num_frames, **tiling(options))
+    if options.tiled:
+        video = vae.decode(latents, num_frames=options.num_frames, **tiling(options))
+        chunks: Iterable[Tensor] = video.split(vae.temporal_factor, dim=2)
+    else:
+        chunks = vae.decode_chunks(latents)
+    frames = chunks_to_uint8(chunks, options.num_frames)
+    return frames if options.output_type == "np" else [Image.fromarray(frame) for frame in frames]
+
+
+def latents_facts(vae: WanVideoVAE, options: RunOptions, fps: float | None, cost: RunCost) -> dict[str, Any]:
+    """Return what is saved beside final latents: all that decoding needs to know, and what they cost.
+
+    Args:
+        fps: of the reference; None where it does not say.
     """
     return {
         "kind": KIND,
         "num_frames": options.num_frames,
         "height": options.height,
         "width": options.width,
-        "fps": video.fps if isinstance(video, VideoData) else None,
-        "vae": weights_fingerprint(pipe.vae),
+        "fps": fps,
+        "vae": weights_fingerprint(vae),
         "cost": cost.state(),
     }
 
 
-def read_latents_facts(path: str | Path) -> dict[str, object]:
-    """What a file of final latents says of its video: num_frames, height, width, fps, vae and cost.
+def read_latents_facts(path: str | Path) -> Mapping[str, Any]:
+    """Return what a file of final latents says of its video: num_frames, height, width, fps, vae and cost.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged or of another kind.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or of another kind.
     """
     return _read(path)[1]
 
@@ -68,24 +89,31 @@ def read_latents_facts(path: str | Path) -> dict[str, object]:
 @torch.no_grad()
 def decode_saved(
     path: str | Path,
-    vae_or_pipe: "WanVideoVAE | WanVideoPipeline",
+    vae_or_pipe: Any,
     tiled: bool = True,
     *,
     tile_size: tuple[int, int] = (30, 52),
     tile_stride: tuple[int, int] = (15, 26),
     output_type: str = "pil",
 ) -> Frames:
-    """The video of final latents that a run saved in its checkpoint_dir.
+    """Decode final latents that a run saved in its checkpoint_dir. Where memory runs out, tiles get smaller.
 
-    Where memory runs out, tiles get smaller, with a warning. output_type: "pil", "np" or "pt", as in the
-    pipeline's call. Raises FileNotFoundError, or ValueError for a file that is damaged or of another kind and
-    for a VAE that the latents do not fit; another VAE of the right sizes costs a warning.
+    Args:
+        path: the file.
+        vae_or_pipe: a `WanVideoVAE`, or a pipeline whose VAE is used.
+        tiled: decode in spatial tiles of tile_size and tile_stride, (rows, columns) in latent units.
+        output_type: "pil", "np" or "pt", as in the pipeline's call.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or of another kind, or the VAE does not fit; another VAE of the right sizes
+            costs a warning.
     """
     if output_type not in ("pil", "np", "pt"):
         raise ValueError(f"output_type must be one of pil, np, pt; got {output_type!r}")
     latents, facts = _read(path)
-    pipe = None if isinstance(vae_or_pipe, WanVideoVAE) else vae_or_pipe
-    vae = vae_or_pipe if pipe is None else pipe.vae
+    models = None if isinstance(vae_or_pipe, WanVideoVAE) else vae_or_pipe.models
+    vae = vae_or_pipe if models is None else models.vae
     pixels = tuple(n * vae.spatial_factor for n in latents.shape[3:])
     if latents.shape[1] != vae.z_dim or pixels != (facts["height"], facts["width"]):
         raise ValueError(
@@ -94,24 +122,25 @@ def decode_saved(
         )
     if weights_fingerprint(vae) != facts["vae"]:
         logger.warning("%s was made with a VAE of other weights or another type", path)
-    options = DecodeOptions(
+    options = RunOptions(
         **{name: facts[name] for name in ("height", "width", "num_frames")},
         output_type=output_type,
         tiled=tiled,
-        tile_size=tuple(tile_size),
-        tile_stride=tuple(tile_stride),
+        tile_size=tile_size,
+        tile_stride=tile_stride,
     )
+    ladder = Ladder(None if models is None else models.residency, vae)
+    while True:
+        try:
+            if models is None:
+                return decode_frames(vae, latents, options)
+            return decode_latents(models, latents, options)
+        except (RuntimeError, MemoryError) as error:
+            problem = out_of_memory(error)
+        options = ladder.next("decode", options, problem)
 
-    def attempt(options: DecodeOptions) -> Frames:
-        if pipe is None:
-            return decode_frames(vae, latents, options)
-        with pipe.residency.using("vae"):
-            return decode_frames(vae, latents, options)
 
-    return MemoryFallbacks(Holder(vae=vae, pipe=pipe), options).run("decode", attempt)
-
-
-def _read(path: str | Path) -> tuple[torch.Tensor, Mapping[str, object]]:
+def _read(path: str | Path) -> tuple[Tensor, Mapping[str, Any]]:
     state, facts = load_state(Path(path))
     if facts.get("kind") != KIND:
         raise ValueError(f"{path} holds no final latents, but another part of a run")

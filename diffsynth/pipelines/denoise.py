@@ -1,35 +1,109 @@
-"""The denoising loop as plain functions: velocity with classifier-free guidance, then step by step to clean
-latents.
+"""The denoising loop: a generator of steps, and the velocity and guidance that it steps with.
+
+Axes: C channels, F latent frames, h/w latent rows and columns, L text tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffsynth.caches.rules import CacheMaker, StepCache, run_blocks_cached
+from diffsynth.caches.rules import StepCache, run_blocks_cached
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import RunOptions
 from diffsynth.models.wan_video_dit import WanModel
-from diffsynth.models.wan_video_dit_layers import SLICE_TOKENS
-from diffsynth.vram_management import device_memory
+from diffsynth.motion import GradientMemory, NonFiniteGuidanceError, guided_step
+from diffsynth.runs.cost import RunCost
+from diffsynth.runs.state import PromptEmbeddings, RunInputs
+from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
+from diffsynth.vram_management import synchronize
 
-# Of (step, latents [1, C, F, h, w], timestep).
-Velocity = Callable[[int, Tensor, Tensor], Tensor]
+Scheduler = FlowMatchScheduler | UniPCScheduler
+Velocity = Callable[[int, Tensor, Tensor], Tensor]  # of (step, latents [1, C, F, h, w], timestep)
+# Of (step, latents, timestep) -> the latents that the step begins with, and the losses on the way.
+Guide = Callable[[int, Tensor, Tensor], tuple[Tensor, tuple[float, ...]]]
 
 
-class Scheduler(Protocol):
-    """What the loop needs of a scheduler; see `diffsynth.schedulers`."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Where the loop has come.
 
-    timesteps: Tensor
+    Attributes:
+        index: the step, from 0.
+        num_steps: of the run.
+        timestep: of the step, on the scale of 0 to 1000.
+        latents: [1, C, F, h, w]; not to be changed in place.
+        clean: where the step's velocity leads if it is followed to the end. None: the step has been guided,
+            and its velocity is still to come.
+        losses: of the fresh gradients of a guided step.
+        interrupted: the loop was asked to stop during the step, so that it is none to go on from.
+    """
 
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Tensor: ...
+    index: int
+    num_steps: int
+    timestep: Tensor
+    latents: Tensor
+    clean: Tensor | None = None
+    losses: tuple[float, ...] = ()
+    interrupted: bool = False
+
+
+def denoise(
+    latents: Tensor,
+    scheduler: Scheduler,
+    velocity: Velocity,
+    guide: Guide | None = None,
+    *,
+    guided_steps: int = 0,
+    first: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Generator[Step, Tensor | None, None]:
+    """Take noised latents through the timesteps of a scheduler.
+
+    Yields once after each step, and in a guided step once before that, when its guidance is done. Latents
+    that are sent back after a step replace the run's.
+
+    Args:
+        latents: [1, C, F, h, w], those before step `first`.
+        scheduler: whose timesteps are set.
+        velocity: what the DiT predicts.
+        guide: moves the latents before each of the first guided_steps steps.
+        guided_steps: how many steps are guided.
+        first: the step to begin with, from 0.
+        stop: asked before each step; once it returns True, no further step begins.
+    """
+    num_steps = len(scheduler.timesteps)
+    for index in range(first, num_steps):
+        if stop():
+            return
+        timestep, losses = scheduler.timesteps[index], ()
+        if guide is not None and index < guided_steps:
+            latents, losses = guide(index, latents, timestep)
+            yield Step(index=index, num_steps=num_steps, timestep=timestep, latents=latents, losses=losses)
+        interrupted = stop()
+        v = velocity(index, latents, timestep)
+        clean, latents = latents - v * (timestep / 1000), scheduler.step(v, timestep, latents)
+        replaced = yield Step(
+            index=index,
+            num_steps=num_steps,
+            timestep=timestep,
+            latents=latents,
+            clean=clean,
+            losses=losses,
+            interrupted=interrupted,
+        )
+        latents = latents if replaced is None else replaced
 
 
 def dit_velocity(
     dit: WanModel, x: Tensor, timestep: Tensor, context: Tensor, caches: Sequence[StepCache] = ()
 ) -> Tensor:
-    """One DiT call for latents x [B, C, F, h, w] at one timestep; with a cache for each of the B samples its
-    blocks may be skipped.
+    """Call the DiT once, for latents x [B, C, F, h, w] at one timestep.
+
+    Args:
+        caches: one for each of the B samples, whose blocks may then be skipped.
     """
     # Without non_blocking, a copy from the CPU waits until the device has done all its work.
     timestep = timestep.to(x.device, non_blocking=True).expand(x.shape[0])
@@ -39,45 +113,22 @@ def dit_velocity(
     return dit.unembed(run_blocks_cached(dit, state, caches), state)
 
 
-def steps_with_cfg(interval: tuple[float, float], num_steps: int) -> range:
-    """The steps of a run in which classifier-free guidance is on.
-
-    interval: (from, to) as shares of the run's steps, (0, 1) for all; the bounds are rounded to whole steps
-    and the upper one is not included. Raises ValueError unless 0 <= from <= to <= 1.
-    """
-    numbers = isinstance(interval, tuple | list) and [
-        isinstance(n, int | float) and not isinstance(n, bool) for n in interval
-    ]
-    if numbers != [True, True] or not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"cfg_interval must be (from, to) with 0 <= from <= to <= 1; got {interval!r}")
-    return range(round(interval[0] * num_steps), round(interval[1] * num_steps))
-
-
-def guided_velocity(
-    dit: WanModel,
-    positive: Tensor,
-    negative: Tensor | None,
-    cfg_scale: float,
-    *,
-    num_steps: int,
-    batch: bool,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
-    cache: CacheMaker | None = None,
+def cfg_velocity(
+    dit: WanModel, prompt: PromptEmbeddings, options: RunOptions, rules: Mapping[str, StepCache]
 ) -> Velocity:
-    """The velocity v_neg + cfg_scale * (v_pos - v_neg) as a function of (step, latents, timestep).
+    """Return the velocity v_neg + cfg_scale * (v_pos - v_neg) as a function of (step, latents, timestep).
 
-    positive, negative: text embeddings [1, L, text_dim]; negative None runs the positive one alone.
-    num_steps: of the run. batch: one DiT call with both, else two. cfg_interval: see `steps_with_cfg`; in
-    the other steps the positive prompt runs alone. cache: makes one rule for each prompt, of the steps that
-    it runs in; the rules decide alike whether the prompts share a call or not.
+    In steps outside of cfg_interval the positive prompt runs alone. Rules decide alike whether the prompts
+    share a call (options.batch_cfg) or not.
+
+    Args:
+        rules: the step cache's rule of each prompt, "positive" and "negative"; empty for none.
     """
-    guided = steps_with_cfg(cfg_interval, num_steps) if negative is not None else range(0)
-    pos_cache: list[StepCache] = []
-    neg_cache: list[StepCache] = []
-    if cache is not None:
-        pos_cache = [cache.make("positive", range(num_steps), num_steps)]
-        neg_cache = [cache.make("negative", guided, num_steps)] if guided else []
-    both = torch.cat([positive, negative]) if guided and batch else None
+    positive, negative = prompt.positive, prompt.negative
+    guided = options.guided_by_cfg if negative is not None else range(0)
+    pos_cache = [rules["positive"]] if "positive" in rules else []
+    neg_cache = [rules["negative"]] if "negative" in rules else []
+    both = torch.cat([positive, negative]) if guided and options.batch_cfg else None
 
     def velocity(step: int, x: Tensor, t: Tensor) -> Tensor:
         if step not in guided:
@@ -88,65 +139,54 @@ def guided_velocity(
         else:
             v_pos = dit_velocity(dit, x, t, positive, pos_cache)
             v_neg = dit_velocity(dit, x, t, negative, neg_cache)
-        return v_neg + cfg_scale * (v_pos - v_neg)
+        return v_neg + options.cfg_scale * (v_pos - v_neg)
 
     return velocity
 
 
-def denoise(
-    latents: Tensor,
+def motion_guide(
+    dit: WanModel,
+    prompt: PromptEmbeddings,
+    inputs: RunInputs,
+    guidance: MotionGuidance,
     scheduler: Scheduler,
-    velocity: Velocity,
+    start: Tensor,
+    cost: RunCost,
     *,
-    guide: Callable[[int, Tensor, Tensor], Tensor] | None,
-    progress: Callable[[Iterable], Iterable],
-    on_step_end: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-    interrupted: Callable[[], bool],
-    first_step: int = 0,
-    step_done: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Take noised latents [1, C, F, h, w] through all timesteps of the scheduler.
+    memory: GradientMemory | None,
+    stop: Callable[[], bool],
+) -> Guide:
+    """Return the guide that moves latents towards the motion of the reference.
 
-    guide(index, timestep, latents) may move the latents before a step, and after it on_step_end(index,
-    timestep, latents, clean), where clean is what the step's velocity leads to when followed to the end. Once
-    interrupted() is true no further step is begun. first_step: of a run that goes on, whose latents are those
-    after first_step steps. step_done(steps, latents): told of each step that took its full course.
+    Args:
+        inputs: of the run; with a reference.
+        start: the run's first latents [1, C, F, h, w].
+        cost: gets the seconds, losses and gradient evaluations of each guided step.
+        memory: of the run, if its guided steps may repeat gradients of earlier ones.
+        stop: ends a guided step early.
     """
-    for index, timestep in enumerate(progress(scheduler.timesteps[first_step:]), first_step):
-        if interrupted():
-            break
-        if guide is not None:
-            latents = guide(index, timestep, latents)
-        # An interrupt ends guidance half-way: such a step is not one to go on from.
-        cut_short = interrupted()
-        v = velocity(index, latents, timestep)
-        clean = latents - v * (timestep / 1000)
-        latents = on_step_end(index, timestep, scheduler.step(v, timestep, latents), clean)
-        if step_done is not None and not cut_short:
-            step_done(index + 1, latents)
-    return latents
 
+    def guide(index: int, latents: Tensor, timestep: Tensor) -> tuple[Tensor, tuple[float, ...]]:
+        started = time.perf_counter()
+        try:
+            moved, record = guided_step(
+                dit,
+                latents,
+                reference=inputs.reference,
+                noise=inputs.noise,
+                sigma=scheduler.sigmas[index].item(),
+                timestep=timestep,
+                context=prompt.positive,
+                null_context=prompt.null,
+                guidance=guidance.faded(index),
+                start=(start, scheduler.sigmas[0].item()),
+                interrupted=stop,
+                memory=memory,
+            )
+        except NonFiniteGuidanceError as error:
+            raise NonFiniteGuidanceError(f"denoising step {index}: {error}", error.latents) from error
+        synchronize(latents.device)
+        cost.add_guidance(time.perf_counter() - started, record)
+        return moved, record.losses
 
-def replaced_latents(returned: object, latents: Tensor) -> Tensor:
-    """The latents in what a callback returned. Raises TypeError or ValueError if they cannot replace the
-    run's.
-    """
-    if not isinstance(returned, dict) or not isinstance(returned.get("latents"), Tensor):
-        raise TypeError(f"callback_on_step_end must return None or a dict with latents; got {returned!r:.80}")
-    if returned["latents"].shape != latents.shape:
-        shapes = f"{tuple(returned['latents'].shape)} for {tuple(latents.shape)}"
-        raise ValueError(f"callback_on_step_end returned latents of another shape: {shapes}")
-    return returned["latents"]
-
-
-def batch_of_two_fits(dit: WanModel, num_tokens: int, device: torch.device) -> bool:
-    """Whether both prompts should share a DiT call: on an accelerator that holds the activations of two.
-
-    Judged by the device's total memory, not by what is free, so that one machine always decides, and rounds,
-    alike. On a CPU a batch gains nothing.
-    """
-    # A slice of the feed-forward's hidden layer, before and after its activation, and about eight tensors of
-    # the model's width.
-    per_sample = (min(num_tokens, SLICE_TOKENS) * 2 * dit.ffn_dim + num_tokens * 8 * dit.dim) * 4
-    weights = sum(t.numel() * t.element_size() for t in dit.state_dict().values())
-    return weights + 2 * per_sample < 0.7 * device_memory(device)
+    return guide

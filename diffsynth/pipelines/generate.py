@@ -1,117 +1,357 @@
-"""A generation from its checked arguments to frames: stage after stage, saved as it goes on if asked to."""
+"""A generation from resolved options to frames: encode, sample, decode.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+`generate` goes through the stages for each prompt and `sample` through the denoising steps. Where memory runs
+out, a stage is done again one rung down the ladder of settings, denoising from its last finished step.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from diffsynth.caches.choose import make_rule
 from diffsynth.configs.options import RunOptions
-from diffsynth.data.tensors import Video
-from diffsynth.pipelines.decode import latents_facts
-from diffsynth.pipelines.denoise_run import Hooks, denoise_latents
-from diffsynth.pipelines.events import stage
-from diffsynth.pipelines.stages import Frames, decode_latents, encode_prompts, encode_video, make_noise
-from diffsynth.planning.ladder import Holder, MemoryFallbacks
-from diffsynth.runs.checkpoint import NoStore, RunStore, SavedRun, Saving, locked
-from diffsynth.runs.cost import RunCost
-from diffsynth.runs.identity import run_identity
-from diffsynth.runs.signals import stoppable
-from diffsynth.runs.state import RunInputs
+from diffsynth.motion import GradientMemory
+from diffsynth.pipelines.components import Components
+from diffsynth.pipelines.decode import Frames, decode_latents, latents_facts, tiling
+from diffsynth.pipelines.denoise import Step, cfg_velocity, denoise, motion_guide
+from diffsynth.planning.ladder import Ladder, out_of_memory, settings_of, with_settings
+from diffsynth.runs.checkpoint import SavedRun
+from diffsynth.runs.cost import RunCost, measured
+from diffsynth.runs.state import PromptEmbeddings, RunInputs, StepState, joined, part
+from diffsynth.schedulers import make_scheduler
 
-if TYPE_CHECKING:
-    from diffsynth.pipelines.wan_video import WanVideoPipeline
+# In the order of a run; guidance and sampling alternate.
+STAGES = ("encode text", "encode video", "guidance", "sampling", "decode")
+T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEvent:
+    """Something happened in a run: a stage began, or one of its steps is done.
+
+    Attributes:
+        stage: one of STAGES.
+        step: steps done so far; 0 where a stage begins.
+        steps: of the stage; 0 where it begins.
+        losses: of the fresh gradients of a guided step.
+        latents: the run's own [1, C, F, h, w] after the step, not to be changed in place.
+        clean: what the run would end in if it went straight on from there, for a preview; None if unknown.
+    """
+
+    stage: str
+    step: int = 0
+    steps: int = 0
+    losses: tuple[float, ...] = ()
+    latents: Tensor | None = None
+    clean: Tensor | None = None
+
+
+Observer = Callable[[RunEvent], None]
+# Told of each yield of the loop; latents that it returns after a whole step replace the run's.
+StepConsumer = Callable[[Step], Tensor | None]
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedVideo:
+    """One video and what it was made by.
+
+    Attributes:
+        frames: of the type that options.output_type names.
+        prompt: what the video should show; negative_prompt: what it should not.
+        options: the options in force at the end; memory that ran out may have changed some.
+        cost: what it took.
+    """
+
+    frames: Frames
+    prompt: str
+    negative_prompt: str
+    options: RunOptions
+    cost: RunCost
+
+
+@torch.no_grad()
 def generate(
-    pipe: "WanVideoPipeline",
-    prompts: list[str],
-    negatives: list[str],
-    video: Video | None,
+    models: Components,
+    prompts: Sequence[tuple[str, str]],
+    pixels: Tensor | None,
     options: RunOptions,
+    ladder: Ladder,
     *,
-    saving: Saving | None,
-    latency_dir: str | Path | None,
-    hooks: Hooks,
-) -> list[Frames]:
-    """A video for each prompt; `pipe.costs` gets what each took. See `WanVideoPipeline.__call__`."""
-    fit = MemoryFallbacks(Holder(vae=pipe.vae, pipe=pipe), options)
-    videos: list[Frames] = []
-    with _store(pipe, prompts, negatives, video, options, saving) as store:
-        inputs = store.inputs()
-        if inputs is None:
-            inputs = _encode(pipe, prompts, negatives, video, fit, hooks)
-            store.keep_inputs(inputs)
-        for index in range(len(prompts)):
-            cost = RunCost(
-                options.seed, options.mode, options.num_inference_steps, stage_seconds=dict(inputs.seconds)
+    on_step: StepConsumer,
+    observer: Observer,
+    progress: Progress,
+    stop: Callable[[], bool],
+    saved: SavedRun | None = None,
+    fps: float | None = None,
+) -> list[GeneratedVideo]:
+    """Make a video for each prompt; fewer if stop() becomes True.
+
+    Args:
+        models: of the pipeline.
+        prompts: (prompt, negative prompt) of each video.
+        pixels: the reference [1, 3, T, H, W] in [-1, 1]; None without one.
+        options: as resolved; the ladder decides the rest.
+        ladder: settings for when memory runs out.
+        on_step: consumes what the denoising loop yields.
+        observer: told of stages.
+        progress: wraps the range of denoising steps, as tqdm does.
+        stop: asked before each step.
+        saved: where the run is saved as it proceeds, and continued from.
+        fps: of the reference, for the file of final latents.
+    """
+    inputs = None if saved is None else saved.inputs
+    if inputs is None:
+        inputs, options = encode(models, prompts, pixels, options, ladder, observer)
+        if saved is not None:
+            saved.keep_inputs(inputs)
+    videos: list[GeneratedVideo] = []
+    whole = True
+    for index, (prompt, negative_prompt) in enumerate(prompts):
+        cost = RunCost(
+            options.seed, options.mode, options.num_inference_steps, stage_seconds=dict(inputs.seconds)
+        )
+        latents = None if saved is None else saved.finished(index, cost)
+        if latents is None:
+            latents, options, whole = sample(
+                models,
+                index,
+                inputs,
+                options,
+                ladder,
+                cost,
+                on_step=on_step,
+                progress=progress,
+                stop=stop,
+                saved=saved,
             )
-            pipe.costs.append(cost)
-            saved = store.finished(index)
-            if saved is not None:
-                latents, finished = saved[0], True
-                cost.restore(saved[1])
-            else:
-                latents, finished = denoise_latents(
-                    pipe,
-                    inputs.contexts[index],
-                    inputs,
-                    fit,
-                    cost,
-                    begun=store.begun(index),
-                    step_done=store.step_done,
-                    hooks=hooks,
-                )
-                if finished:
-                    store.keep_latents(index, latents, latents_facts(pipe, options, video, cost))
-                if latency_dir is not None:
-                    cost.append_to(latency_dir)
-            with stage("decode", hooks.observer, cost.stage_seconds):
-                videos.append(fit.run("decode", partial(decode_latents, pipe, latents)))
-            if pipe.interrupted():
-                break
-        if finished and len(videos) == len(prompts):
-            store.done()
-    pipe.options = fit.options
+            if saved is not None and whole:
+                saved.keep_latents(index, latents, latents_facts(models.vae, options, fps, cost))
+        with stage("decode", observer, cost.stage_seconds):
+            frames, options = with_ladder("decode", partial(decode_latents, models, latents), options, ladder)
+        videos.append(
+            GeneratedVideo(
+                frames=frames, prompt=prompt, negative_prompt=negative_prompt, options=options, cost=cost
+            )
+        )
+        if stop():
+            break
+    if saved is not None and whole and len(videos) == len(prompts):
+        saved.done()
     return videos
 
 
-@contextmanager
-def _store(
-    pipe: "WanVideoPipeline",
-    prompts: list[str],
-    negatives: list[str],
-    video: Video | None,
+def encode(
+    models: Components,
+    prompts: Sequence[tuple[str, str]],
+    pixels: Tensor | None,
     options: RunOptions,
-    saving: Saving | None,
-) -> Iterator[RunStore]:
-    """Where the run is saved to; whatever ends it, its last finished step is kept."""
-    if saving is None:
-        yield NoStore()
-        return
-    with locked(saving.folder), stoppable(saving.folder, pipe.interrupt):
-        identity = run_identity(pipe, prompts, negatives, video, options)
-        run = SavedRun(saving, identity, options.seed, pipe.device)
-        try:
-            yield run
-        finally:
-            run.keep_latest()
+    ladder: Ladder,
+    observer: Observer,
+) -> tuple[RunInputs, RunOptions]:
+    """Encode the texts that the run reads and the reference, and draw the noise.
 
-
-def _encode(
-    pipe: "WanVideoPipeline",
-    prompts: list[str],
-    negatives: list[str],
-    video: Video | None,
-    fit: MemoryFallbacks,
-    hooks: Hooks,
-) -> RunInputs:
+    Returns:
+        What denoising starts from, and the options in force afterwards.
+    """
+    texts = {"positive": [prompt for prompt, _ in prompts]}
+    if options.cfg_scale != 1:
+        texts["negative"] = [negative_prompt for _, negative_prompt in prompts]
+    if options.motion is not None:
+        texts["null"] = [""] * len(prompts)
     seconds: dict[str, float] = {}
-    with stage("encode text", hooks.observer, seconds):
-        contexts = fit.run("encode text", partial(encode_prompts, pipe, prompts, negatives))
+
+    def encode_texts(_options: RunOptions) -> list[PromptEmbeddings]:
+        flat = [text for group in texts.values() for text in group]
+        cached = models.prompter.cached(flat, models.text_encoder)
+        with nullcontext() if cached else models.residency.using("text_encoder"):
+            rows = models.prompter.encode_prompt(flat, models.text_encoder).to(models.device)
+        groups = [group.split(1) for group in rows.split(len(prompts))]
+        return [PromptEmbeddings(**dict(zip(texts, row, strict=True))) for row in zip(*groups, strict=True)]
+
+    def encode_video(options: RunOptions) -> Tensor:
+        with models.residency.using("vae"):
+            return models.vae.encode(pixels, **tiling(options))
+
+    with stage("encode text", observer, seconds):
+        embeddings, options = with_ladder("encode text", encode_texts, options, ladder)
     reference = None
-    if video is not None:
-        with stage("encode video", hooks.observer, seconds):
-            reference = fit.run("encode video", partial(encode_video, pipe, video))
-    noise = make_noise(pipe, fit.options)
-    return RunInputs(contexts=contexts, noise=noise, reference=reference, seconds=seconds)
+    if pixels is not None:
+        with stage("encode video", observer, seconds):
+            reference, options = with_ladder("encode video", encode_video, options, ladder)
+    noise = draw_noise(models, options)
+    return RunInputs(prompts=embeddings, noise=noise, reference=reference, seconds=seconds), options
+
+
+def draw_noise(models: Components, options: RunOptions) -> Tensor:
+    """Return float32 noise [1, C, F, h, w] from the seed, drawn on rand_device so that devices start alike.
+
+    Raises:
+        ValueError: rand_device draws no numbers here.
+    """
+    frames = -(-(options.num_frames - 1) // models.vae.temporal_factor) + 1
+    rows, cols = (side // models.vae.spatial_factor for side in (options.height, options.width))
+    shape = (1, models.dit.in_dim, frames, rows, cols)
+    return torch.randn(shape, generator=noise_generator(options), device=options.rand_device).to(
+        models.device
+    )
+
+
+def noise_generator(options: RunOptions) -> torch.Generator:
+    """Return a new random generator of the run's noise. Raises ValueError if rand_device has none."""
+    try:
+        return torch.Generator(options.rand_device).manual_seed(options.seed)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"rand_device is {options.rand_device!r}, which draws no numbers here ({error})"
+        ) from error
+
+
+def sample(
+    models: Components,
+    index: int,
+    inputs: RunInputs,
+    options: RunOptions,
+    ladder: Ladder,
+    cost: RunCost,
+    *,
+    on_step: StepConsumer,
+    progress: Progress,
+    stop: Callable[[], bool],
+    saved: SavedRun | None,
+) -> tuple[Tensor, RunOptions, bool]:
+    """Take one prompt from noise, or the noised reference, to clean latents.
+
+    Where memory runs out, denoising continues after the last finished step, one rung down the ladder.
+
+    Args:
+        index: of the prompt.
+        cost: gets what it takes.
+        saved: told of each finished step; an unfinished run in it is continued.
+
+    Returns:
+        Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
+    """
+    last = None if saved is None else saved.begun(index)
+    if last is not None:
+        cost.restore(last.cost)
+        options = with_settings(options, last.settings)
+    guided_steps = 0 if options.motion is None else options.motion.guided_steps
+    at_start = cost.state()
+    bar = iter(progress(range(0 if last is None else last.step, options.num_inference_steps)))
+    next(bar, None)
+    while True:
+        # What a failed attempt took is part of the cost; what it found in its last step is not.
+        found = at_start if last is None else last.cost
+        cost.restore({**found, "time_gen": cost.time_gen, "dit_block_calls": cost.dit_block_calls})
+        failing = "sampling"
+        try:
+            with models.residency.using("dit"), measured(cost, models.dit, models.device) as seconds:
+                latents, steps, parts = begin_denoising(models, index, inputs, options, cost, stop, last)
+                with suppress(StopIteration):
+                    failing = "guidance" if (0 if last is None else last.step) < guided_steps else "sampling"
+                    step = next(steps)
+                    while True:
+                        replaced = on_step(step)
+                        latents = step.latents if replaced is None else replaced
+                        if step.clean is not None and not step.interrupted:
+                            last = StepState(
+                                step=step.index + 1,
+                                latents=latents,
+                                parts=joined({name: part.state() for name, part in parts.items()}),
+                                cost={**cost.state(), "time_gen": seconds()},
+                                settings=settings_of(options),
+                            )
+                            if saved is not None:
+                                saved.step_done(last)
+                            next(bar, None)
+                        guided_next = step.clean is not None and step.index + 1 < guided_steps
+                        failing = "guidance" if guided_next else "sampling"
+                        step = steps.send(replaced)
+            return latents, options, last is not None and last.step == options.num_inference_steps
+        except (RuntimeError, MemoryError) as error:
+            problem = out_of_memory(error)
+        # Outside of the except block nothing holds the failed attempt's frames and their tensors any more.
+        options = ladder.next(failing, options, problem)
+
+
+def begin_denoising(
+    models: Components,
+    index: int,
+    inputs: RunInputs,
+    options: RunOptions,
+    cost: RunCost,
+    stop: Callable[[], bool],
+    last: StepState | None,
+) -> tuple[Tensor, Generator[Step, Tensor | None, None], dict[str, Any]]:
+    """Put the denoising of one prompt together, at its start or after its last finished step.
+
+    Returns:
+        The latents [1, C, F, h, w] that it begins with, its steps, and, by name, the parts that remember
+        earlier steps: scheduler, gradient memory, and the step cache's rule of each prompt.
+    """
+    prompt, motion, num_steps = inputs.prompts[index], options.motion, options.num_inference_steps
+    scheduler = make_scheduler(options.sampler, options.sigma_shift)
+    scheduler.set_timesteps(num_steps, options.denoising_strength)
+    start = inputs.noise
+    if inputs.reference is not None:
+        start = scheduler.add_noise(inputs.reference, inputs.noise, scheduler.timesteps[0])
+    rules = {}
+    if options.cache is not None:
+        prompts = {"positive": range(num_steps), "negative": options.guided_by_cfg}
+        rules = {name: make_rule(options.cache, name, run, num_steps) for name, run in prompts.items() if run}
+    memory = GradientMemory(motion) if motion is not None and motion.recompute_every > 1 else None
+    parts: dict[str, Any] = {"scheduler": scheduler, **({"memory": memory} if memory else {})}
+    parts |= {f"rules.{name}": rule for name, rule in rules.items()}
+    if last is not None:
+        for name, remembering in parts.items():
+            remembering.restore(part(last.parts, name))
+    guide = None
+    if motion is not None:
+        guide = motion_guide(
+            models.dit, prompt, inputs, motion, scheduler, start, cost, memory=memory, stop=stop
+        )
+    latents = start if last is None else last.latents
+    steps = denoise(
+        latents,
+        scheduler,
+        cfg_velocity(models.dit, prompt, options, rules),
+        guide,
+        guided_steps=0 if motion is None else motion.guided_steps,
+        first=0 if last is None else last.step,
+        stop=stop,
+    )
+    return latents, steps, parts
+
+
+def with_ladder(
+    stage_name: str, attempt: Callable[[RunOptions], T], options: RunOptions, ladder: Ladder
+) -> tuple[T, RunOptions]:
+    """Attempt a stage, and again one rung down the ladder where memory runs out.
+
+    Returns:
+        The stage's result, and the options in force afterwards.
+    """
+    while True:
+        try:
+            return attempt(options), options
+        except (RuntimeError, MemoryError) as error:
+            problem = out_of_memory(error)
+        options = ladder.next(stage_name, options, problem)
+
+
+@contextmanager
+def stage(name: str, observer: Observer, seconds: dict[str, float]) -> Iterator[None]:
+    """Tell that a stage begins, and note the seconds that it took."""
+    observer(RunEvent(stage=name))
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = time.perf_counter() - started

@@ -1,64 +1,68 @@
-"""WanVideoPipeline: from a prompt and a reference video to frames.
-
-Orchestration only: prompts are encoded, the reference is encoded, latents are noised, denoised and decoded;
-the maths is in the rooms that this file calls.
-"""
+"""WanVideoPipeline: from a prompt and a reference video to frames."""
 
 import logging
-import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffsynth.caches.choose import choose_run_cache
-from diffsynth.caches.rules import CacheMaker
 from diffsynth.configs.checkpoints import checkpoint_folder
-from diffsynth.configs.defaults import EXACT, RunDefaults, run_defaults, with_preset
-from diffsynth.configs.options import RunOptions, check_mode
+from diffsynth.configs.defaults import RunDefaults, run_defaults
+from diffsynth.configs.options import CallOptions, RunOptions, SavingOptions
+from diffsynth.configs.resolve import ReferenceFacts, planned_reference, resolve, resolve_prompts
+from diffsynth.data import VideoData
 from diffsynth.data.frames import checked_int
-from diffsynth.data.tensors import Video
+from diffsynth.data.tensors import Video, frame_size, video_to_tensor
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
 from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.arguments import (
-    given_or,
-    negative_prompts,
-    prompt_list,
-    round_size,
-    starting_strength,
-    video_length,
-    video_size,
+from diffsynth.pipelines.components import Components
+from diffsynth.pipelines.decode import Frames
+from diffsynth.pipelines.denoise import Step
+from diffsynth.pipelines.generate import (
+    GeneratedVideo,
+    Observer,
+    RunEvent,
+    StepConsumer,
+    generate,
+    noise_generator,
 )
-from diffsynth.pipelines.denoise_run import Hooks, replaced_by
-from diffsynth.pipelines.events import Observer, unobserved
-from diffsynth.pipelines.generate import generate
-from diffsynth.pipelines.guidance import choose_guidance
-from diffsynth.pipelines.stages import Frames
-from diffsynth.planning.budget import within_budget
+from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
+from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import find_tokenizer
-from diffsynth.runs.checkpoint import saving_options
+from diffsynth.runs.checkpoint import SavedRun, prepare_folder, run_lock, saved_seed
 from diffsynth.runs.cost import RunCost
+from diffsynth.runs.identity import run_identity
+from diffsynth.runs.signals import stoppable
 from diffsynth.vram_management import Residency, choose_device
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger(__name__)
 
 # What models can compute in; eight bits are for storage.
 WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Callback = Callable[["WanVideoPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 class WanVideoPipeline:
-    """Text-to-video and video-to-video with Wan2.1. Build it by `from_pretrained` or `from_model_manager`."""
+    """Text-to-video and video-to-video with Wan2.1. Build it by `from_pretrained` or `from_model_manager`.
+
+    Attributes:
+        models: DiT, text encoder, VAE and prompter, and where they are.
+        defaults: what the checkpoint declares for arguments that a call does not name.
+    """
 
     def __init__(
         self,
@@ -69,23 +73,14 @@ class WanVideoPipeline:
         device: str | torch.device = "auto",
         defaults: RunDefaults | None = None,
     ) -> None:
-        if dit.has_image_input or dit.in_dim != vae.z_dim:
-            raise ValueError(
-                f"this pipeline takes a text-to-video DiT of {vae.z_dim} input channels; got one with "
-                f"in_dim={dit.in_dim}, has_image_input={dit.has_image_input}"
-            )
-        if dit.text_dim != text_encoder.dim:
-            raise ValueError(
-                f"the DiT takes text of width {dit.text_dim}, the text encoder gives {text_encoder.dim}"
-            )
-        self.dit, self.text_encoder, self.vae, self.prompter = dit, text_encoder, vae, prompter
-        self.defaults = RunDefaults() if defaults is None else defaults
-        self.device = choose_device(device)
         models = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
-        self.residency = Residency(models, self.device)
-        self.costs: list[RunCost] = []  # of the last call, one a prompt
-        self.options: RunOptions | None = None  # of the last call, as resolved
+        residency = Residency(models, choose_device(device))
+        self.models = Components(**models, prompter=prompter, residency=residency)
+        self.dit, self.text_encoder, self.vae, self.prompter = dit, text_encoder, vae, prompter
+        self.residency, self.device = residency, residency.device
+        self.defaults = RunDefaults() if defaults is None else defaults
         self._interrupted = threading.Event()
+        self._videos: list[GeneratedVideo] = []
 
     @classmethod
     def from_model_manager(
@@ -95,12 +90,16 @@ class WanVideoPipeline:
         device: str | torch.device | None = None,
         tokenizer_path: str | Path | None = None,
     ) -> "WanVideoPipeline":
-        """A pipeline over the DiT, text encoder and VAE of a manager.
+        """Return a pipeline over the DiT, text encoder and VAE of a manager.
 
-        torch_dtype: what DiT and text encoder compute in (as loaded by default); the VAE stays as loaded.
-        device: the manager's by default. tokenizer_path: a folder; by default it is looked for beside the
-        text encoder's weights. Raises ValueError if a model is missing or they do not belong together,
-        FileNotFoundError without a tokenizer.
+        Args:
+            torch_dtype: what DiT and text encoder compute in, as loaded by default; the VAE stays as loaded.
+            device: the manager's by default.
+            tokenizer_path: a folder; by default it is looked for beside the text encoder's weights.
+
+        Raises:
+            ValueError: a model is missing, or they do not belong together.
+            FileNotFoundError: there is no tokenizer.
         """
         dit, text, vae = (
             model_manager.find(name) for name in ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
@@ -124,14 +123,20 @@ class WanVideoPipeline:
         vae_dtype: torch.dtype = torch.float32,
         loras: Mapping[str | Path, float] | None = None,
     ) -> "WanVideoPipeline":
-        """A pipeline from a checkpoint folder in the official or diffusers layout, "1.3b" or "14b"
-        below models/, or "nano", the small model that comes with the package.
+        """Return a pipeline over a checkpoint.
 
-        torch_dtype: bfloat16 on an accelerator and float32 on a CPU by default; float8_e4m3fn and int8 store
-        the weights of linear layers in eight bits. The VAE runs in float32, as the official one, unless
-        vae_dtype says otherwise. loras: files to merge into the DiT, each with its strength.
+        Args:
+            path: a folder in the official or diffusers layout, "1.3b" or "14b" below models/, or "nano", the
+                small model that comes with the package.
+            torch_dtype: bfloat16 on an accelerator and float32 on a CPU by default; float8_e4m3fn and int8
+                store the weights of linear layers in eight bits.
+            device: "auto", "cpu", "cuda", "cuda:1", ...
+            vae_dtype: what the VAE runs in; float32 by default, as the official one.
+            loras: files to merge into the DiT, each with its strength.
 
-        Raises FileNotFoundError for files that are not there, CheckpointError for damaged or other ones.
+        Raises:
+            FileNotFoundError: a file is missing.
+            CheckpointError: a file is damaged or of another kind.
         """
         folder = checkpoint_folder(path)
         loras = {} if loras is None else loras
@@ -166,12 +171,16 @@ class WanVideoPipeline:
     def enable_vram_management(
         self, num_persistent_param_in_dit: int | None = None, stream_text_encoder: bool = False
     ) -> None:
-        """Save accelerator memory: models rest on the CPU and come stage by stage.
+        """Save accelerator memory: models rest on the CPU and come stage by stage. Results are the same.
 
-        num_persistent_param_in_dit: None, as in the original, brings the whole DiT while it denoises. A
-        number keeps the first blocks of at most so many parameters on the device and streams the others, each
-        while the one before it computes; results are the same to the bit. stream_text_encoder: the same for
-        the text encoder, with no block kept. Raises ValueError for a number below 0.
+        Args:
+            num_persistent_param_in_dit: None, as in the original, brings the whole DiT while it denoises. A
+                number keeps the first blocks of at most so many parameters on the device and streams the
+                others, each while the one before it computes.
+            stream_text_encoder: streams the blocks of the text encoder.
+
+        Raises:
+            ValueError: a number below 0.
         """
         self.enable_cpu_offload()
         self.residency.stop_streaming()
@@ -181,15 +190,29 @@ class WanVideoPipeline:
         if stream_text_encoder:
             self.residency.stream("text_encoder", self.text_encoder.encoder.block)
 
-    def plan(self, *, vram_gb: float | None = None, **run: Any) -> RunPlan:
-        """What a run would take, and the fastest settings that fit into vram_gb; see `plan_run`, whose
-        arguments these are. Nothing is changed.
+    def plan(
+        self, *, vram_gb: float | None = None, with_reference: bool = True, **options: "Unpack[CallOptions]"
+    ) -> RunPlan:
+        """Return what a run would take, and the fastest settings that fit. Nothing is changed.
+
+        Args:
+            vram_gb: all the memory of the device that may be used, in GB of 2**30 bytes; None for no limit.
+            with_reference: whether a reference is given, of the size and length of the output.
+            options: as in the call.
+
+        Raises:
+            NotEnoughMemoryError: no settings fit.
         """
-        return plan_run(self, vram_gb=vram_gb, **run)
+        facts = planned_reference(options, self.defaults) if with_reference else None
+        resolved = resolve(options, self.defaults, facts, self.models.facts())
+        sizes = ModelSizes.of(self.residency.models)
+        return plan_run(sizes, resolved, vram_gb=vram_gb, with_reference=with_reference)
 
     def enable_compile(self, backend: str = "inductor") -> None:
-        """Compile the DiT's blocks with torch.compile, each size anew when it first comes; the log says how
-        long that took. Compiled code may round otherwise. Raises ValueError for an unknown backend.
+        """Compile the DiT's blocks with torch.compile, once for each size. Compiled code may round otherwise.
+
+        Raises:
+            ValueError: an unknown backend.
         """
         compile_blocks(self.dit, backend)
 
@@ -201,152 +224,199 @@ class WanVideoPipeline:
         self._interrupted.set()
 
     def interrupted(self) -> bool:
-        """Whether the running call was asked to stop."""
+        """Return whether the running call was asked to stop."""
         return self._interrupted.is_set()
 
-    @torch.no_grad()
+    @property
+    def costs(self) -> list[RunCost]:
+        """What the videos of the last finished call cost, in their order."""
+        return [video.cost for video in self._videos]
+
     def __call__(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = None,
+        input_video: Video | None = None,
+        **arguments: Any,
+    ) -> Frames | list[Frames]:
+        """Generate a video for each prompt; see `run` for the arguments.
+
+        Returns:
+            One video, or a list of them for a list of prompts, by output_type: "pil" a list of images; "np"
+            uint8 [T, H, W, 3]; "pt" float32 [1, 3, T, H, W] in [-1, 1]; "latent" float32 [1, C, F, h, w].
+        """
+        self._videos = self.run(prompt, negative_prompt, input_video, **arguments)
+        frames = [video.frames for video in self._videos]
+        return frames[0] if isinstance(prompt, str) else frames
+
+    def run(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
         input_video: Video | None = None,
         *,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        num_inference_steps: int | None = None,
-        denoising_strength: float | None = None,
-        cfg_scale: float | None = None,
-        sigma_shift: float | None = None,
-        seed: int | None = None,
-        rand_device: str = "cpu",
-        tiled: bool = True,
-        tile_size: tuple[int, int] = (30, 52),
-        tile_stride: tuple[int, int] = (15, 26),
-        sampler: str | None = None,
-        mode: str | None = None,
-        sf: int | None = None,
-        motion: MotionGuidance | None = None,
-        preset: str = EXACT,
-        cache: str | CacheMaker | None = None,
-        cache_threshold: float | None = None,
-        cfg_interval: tuple[float, float] | None = None,
-        tea_cache_l1_thresh: float | None = None,
-        tea_cache_model_id: str = "",
-        batch_cfg: bool | None = None,
-        vram_budget_gb: float | None = None,
-        progress_bar_cmd: Callable[[Iterable], Iterable] = tqdm,
-        callback_on_step_end: Callable[["WanVideoPipeline", int, Tensor, dict], dict | None] | None = None,
-        observer: Observer = unobserved,
-        output_type: str = "pil",
+        progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] = tqdm,
+        callback_on_step_end: Callback | None = None,
+        observer: Observer | None = None,
         test_latency: bool = False,
         latency_dir: str | Path | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 5,
         checkpoint_minutes: float = 2.0,
         resume: bool = True,
-    ) -> Frames | list[Frames]:
-        """Generate a video for each prompt.
+        **options: "Unpack[CallOptions]",
+    ) -> list[GeneratedVideo]:
+        """Generate a video for each prompt, as the call does, and return what each was made by as well.
 
-        input_video: the reference; frames of another size are centre-cropped and resized.
-        height, width: pixels, rounded up to a multiple of 16; the reference's by default, else 480 x 832.
-        num_frames: any count; the reference's by default, else 81. The reference's first frames are used.
-        num_inference_steps, denoising_strength, cfg_scale, sigma_shift: 50, 0.75, 5.8 and 7 by default, as
-            published; without a reference a run starts from pure noise. A checkpoint of other sizes may
-            declare other defaults, sizes and numbers of motion among them: `pipe.defaults`.
-        seed: drawn and logged if None; each prompt of a list starts from the same noise.
-        mode: how motion is transferred: "effi_AMF" (tile attention motion flow; the default with a
-            reference), "AMF" (dense), "FlowMotion" (latent prediction) or "No_transfer".
-        motion: all numbers of the method; sf: its `sf`, the frames that each is compared with.
-        vram_budget_gb: memory of the device that the run may use, GB of 2**30 bytes. Models are placed, and
-            what guidance keeps is chosen, so that the run fits (see `plan_run`); models stay placed so.
-        callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); latents in a dict that it
-            returns replace the run's.
-        preset: "exact", or one that trades likeness for time: "balanced", "fast", others that the checkpoint
-            declares. It sets defaults; what is given here goes first.
-        cache: steps that reuse an earlier one's work: "teacache", "magcache", "first_block", with their
-            published numbers and cache_threshold, or `CacheOptions`. tea_cache_l1_thresh: as
-            cache="teacache" with that threshold.
-        cfg_interval: (from, to), shares of the steps in which the negative prompt runs.
-        observer: called with a `RunEvent` when a stage begins and after each of its steps.
-        test_latency: append what each run cost, a JSON line, to latency_dir/latency.jsonl; `pipe.costs` has
-            it, too.
-        checkpoint_dir: folder in which the run is saved every checkpoint_every steps or checkpoint_minutes,
-            whatever comes first, when it is interrupted or fails, and before frames are decoded (see
-            `decode_saved`). The same call goes on with an unfinished run, to the same bits, and only decodes
-            a finished one. An unfinished one that differs in an argument (callbacks aside), the reference or
-            the weights is refused; resume=False discards it. SIGINT and SIGTERM raise `RunInterrupted`, a
-            KeyboardInterrupt.
-        Other arguments: see `RunOptions`.
+        Options that are not given, or None, are the preset's, else the checkpoint's (`defaults`), else the
+        reference's, else the published method's.
 
-        Returns one video, or a list of them for a list of prompts: "pil" a list of images; "np" uint8
-        [T, H, W, 3]; "pt" float32 [1, 3, T, H, W] in [-1, 1]; "latent" float32 [1, C, F, h, w].
-        Raises ValueError or TypeError, naming the argument, before any model runs.
+        Args:
+            prompt: what the video should show; several for several videos from the same noise.
+            negative_prompt: what it should not show; the checkpoint's by default.
+            input_video: the reference; frames of another size are centre-cropped and resized. Its first
+                num_frames frames are used.
+            progress_bar_cmd: wraps the denoising steps, as tqdm does.
+            callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); latents in a dict that
+                it returns replace the run's.
+            observer: called with a `RunEvent` when a stage begins and after each of its steps.
+            test_latency: append what each video cost, a JSON line, to latency_dir/latency.jsonl.
+            latency_dir: for test_latency.
+            checkpoint_dir: folder in which the run is saved every checkpoint_every steps or
+                checkpoint_minutes, when it is interrupted or fails, and before frames are decoded (see
+                `decode_saved`). The same call continues an unfinished run with the same results, and only
+                decodes a finished one. SIGINT and SIGTERM raise `RunInterrupted`, a KeyboardInterrupt.
+            checkpoint_every: steps from save to save.
+            checkpoint_minutes: or minutes, whichever comes first.
+            resume: continue an unfinished run; False discards it.
+            options: `RunOptions` and `Shorthands` state them; docs/api.md lists them.
+
+        Raises:
+            ValueError, TypeError: an argument that is not allowed, before any model runs; also an unfinished
+                run in checkpoint_dir that differs in an argument, the reference or the weights.
         """
-        prompts = prompt_list("prompt", prompt)
-        negatives = negative_prompts(negative_prompt, len(prompts))
-        check_mode(mode)
-        usual = with_preset(self.defaults, preset)
-        saving = saving_options(checkpoint_dir, checkpoint_every, checkpoint_minutes, resume)
-        height, width = video_size(height, width, usual, input_video)
-        total_frames = video_length(num_frames, usual, input_video)
-        num_inference_steps = given_or(usual.num_inference_steps, num_inference_steps)
-        options = RunOptions(
-            height=round_size("height", height, self._pixels_per_token(1)),
-            width=round_size("width", width, self._pixels_per_token(2)),
-            num_frames=total_frames,
-            num_inference_steps=num_inference_steps,
-            denoising_strength=starting_strength(denoising_strength, usual, input_video),
-            cfg_scale=given_or(usual.cfg_scale, cfg_scale),
-            sigma_shift=given_or(usual.sigma_shift, sigma_shift),
-            seed=given_or(secrets.randbelow(2**32), saving and saving.seed(), seed),
-            rand_device=rand_device,
-            tiled=tiled,
-            tile_size=tile_size,
-            tile_stride=tile_stride,
-            sampler=given_or(usual.sampler, sampler),
-            motion=choose_guidance(
-                mode,
-                motion,
-                sf,
-                None if input_video is None else total_frames,
-                num_inference_steps,
-                usual.motion,
-            ),
-            cache=choose_run_cache(
-                usual, self.dit.dim, cache, cache_threshold, tea_cache_l1_thresh, tea_cache_model_id
-            ),
-            cfg_interval=given_or(usual.cfg_interval, cfg_interval),
-            batch_cfg=batch_cfg,
-            output_type=output_type,
+        prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
+        saving = SavingOptions(
+            checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
         )
-        if options.motion is not None:
-            options.motion.block_for(self.dit.num_layers)
-        if vram_budget_gb is not None:
-            options = within_budget(self, options, vram_budget_gb, with_reference=input_video is not None)
-        if test_latency:
-            if latency_dir is None:
-                raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
-            Path(latency_dir).mkdir(parents=True, exist_ok=True)
-        logger.info("generating %d video(s): %s", len(prompts), options)
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+        if folder is not None:
+            prepare_folder(folder)
+            if resume and options.get("seed") is None:
+                options["seed"] = saved_seed(folder)
+        reference = None if input_video is None else reference_facts(input_video)
+        run = resolve(options, self.defaults, reference, self.models.facts())
+        noise_generator(run)
+        if test_latency and latency_dir is None:
+            raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
+        ladder = Ladder(self.residency, self.vae)
+        run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=reference is not None)
+        logger.info("generating %d video(s): %s", len(prompts), run)
         self._interrupted.clear()
-        self.options = options
-        self.costs = []
-        videos = generate(
-            self,
-            prompts,
-            negatives,
-            input_video,
-            options,
-            saving=saving,
-            latency_dir=latency_dir if test_latency else None,
-            hooks=Hooks(
-                progress=progress_bar_cmd,
-                on_step_end=replaced_by(callback_on_step_end, self),
-                observer=observer,
-            ),
+        pixels = (
+            None
+            if input_video is None
+            else video_to_tensor(input_video, run.num_frames, run.height, run.width)
         )
-        return videos[0] if isinstance(prompt, str) else videos
+        with self._saved(folder, saving, prompts, pixels, run) as saved:
+            videos = generate(
+                self.models,
+                prompts,
+                pixels,
+                run,
+                ladder,
+                on_step=self._step_consumer(callback_on_step_end, observer or _unobserved, run),
+                observer=observer or _unobserved,
+                progress=progress_bar_cmd,
+                stop=self.interrupted,
+                saved=saved,
+                fps=input_video.fps if isinstance(input_video, VideoData) else None,
+            )
+        if test_latency:
+            for video in videos:
+                video.cost.append_to(latency_dir)
+        return videos
 
-    def _pixels_per_token(self, axis: int) -> int:
-        return self.vae.spatial_factor * self.dit.patch_size[axis]
+    @contextmanager
+    def _saved(
+        self,
+        folder: Path | None,
+        saving: SavingOptions,
+        prompts: Sequence[tuple[str, str]],
+        pixels: Tensor | None,
+        run: RunOptions,
+    ) -> Iterator[SavedRun | None]:
+        """A context in which a run is saved to a folder; whatever ends it, its last finished step is kept."""
+        if folder is None:
+            yield None
+            return
+        with run_lock(folder), stoppable(folder, self.interrupt):
+            identity = run_identity(self.residency.models, prompts, pixels, run)
+            saved = SavedRun(folder, saving, identity, run.seed, self.device)
+            try:
+                yield saved
+            finally:
+                saved.keep_latest()
+
+    def _step_consumer(self, callback: Callback | None, observer: Observer, run: RunOptions) -> StepConsumer:
+        """Return what tells the callback and the observer of each step."""
+
+        def on_step(step: Step) -> Tensor | None:
+            if step.clean is None:
+                guided_steps = run.motion.guided_steps if run.motion else 0
+                observer(
+                    RunEvent(
+                        stage="guidance",
+                        step=step.index + 1,
+                        steps=guided_steps,
+                        losses=step.losses,
+                        latents=step.latents,
+                    )
+                )
+                return None
+            replaced = None
+            if callback is not None:
+                returned = callback(self, step.index, step.timestep, {"latents": step.latents})
+                replaced = None if returned is None else replaced_latents(returned, step.latents)
+            latents = step.latents if replaced is None else replaced
+            observer(
+                RunEvent(
+                    stage="sampling",
+                    step=step.index + 1,
+                    steps=step.num_steps,
+                    latents=latents,
+                    clean=step.clean,
+                )
+            )
+            return replaced
+
+        return on_step
+
+
+def reference_facts(video: Video) -> ReferenceFacts:
+    """Return number and size of the frames of a reference video.
+
+    Raises:
+        TypeError: it is no VideoData, images or uint8 array.
+        ValueError: it has no frames.
+    """
+    height, width = frame_size(video)
+    return ReferenceFacts(num_frames=len(video), height=height, width=width)
+
+
+def replaced_latents(returned: object, latents: Tensor) -> Tensor:
+    """Return the latents in what a callback returned.
+
+    Raises:
+        TypeError, ValueError: they cannot replace the run's.
+    """
+    if not isinstance(returned, dict) or not isinstance(returned.get("latents"), Tensor):
+        raise TypeError(f"callback_on_step_end must return None or a dict with latents; got {returned!r:.80}")
+    if returned["latents"].shape != latents.shape:
+        shapes = f"{tuple(returned['latents'].shape)} for {tuple(latents.shape)}"
+        raise ValueError(f"callback_on_step_end returned latents of another shape: {shapes}")
+    return returned["latents"]
+
+
+def _unobserved(_event: RunEvent) -> None:
+    """Observe nothing."""

@@ -16,11 +16,11 @@ from math import prod
 
 import torch
 
+from diffsynth.caches.choose import make_rule
 from diffsynth.caches.mag_cache import MagCache
-from diffsynth.caches.rules import CacheMaker
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import CacheMaker
 from diffsynth.models.local_attention import BLOCK, Window, block_plan
-from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.denoise import steps_with_cfg
 from diffsynth.planning.memory import Shape, num_tokens, token_grid
 from diffsynth.planning.sizes import DiTSize
 
@@ -60,7 +60,7 @@ def run_cost(
     their steps count: an upper bound.
     """
     full, skipped = forward_flops(dit, latents), embedding_flops(dit, latents)
-    guided = steps_with_cfg(cfg_interval, num_steps) if with_negative else range(0)
+    guided = range(*(round(n * num_steps) for n in cfg_interval)) if with_negative else range(0)
     computed = computed_steps(cache, "positive", range(num_steps), num_steps)
     computed += computed_steps(cache, "negative", guided, num_steps)
     flops = computed * full + (num_steps + len(guided) - computed) * skipped
@@ -82,7 +82,7 @@ def computed_steps(cache: CacheMaker | None, prompt: str, steps: range, num_step
     """Of a prompt's steps, those in which the blocks run: by the ratios of MagCache, else all."""
     if cache is None or not steps:
         return len(steps)
-    rule = cache.make(prompt, steps, num_steps)
+    rule = make_rule(cache, prompt, steps, num_steps)
     return sum(rule.should_compute() for _ in steps) if isinstance(rule, MagCache) else len(steps)
 
 

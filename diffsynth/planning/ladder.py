@@ -7,23 +7,18 @@ less to hold; what was changed stays changed for the rest of the run.
 import gc
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from dataclasses import replace
 
 import torch
 
-from diffsynth.configs.guidance import CHECKPOINTS
-from diffsynth.motion import MotionGuidance
-from diffsynth.vram_management import available_memory, device_memory
-
-if TYPE_CHECKING:
-    from diffsynth.configs.options import RunOptions
-    from diffsynth.models.wan_video_vae import WanVideoVAE
-    from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.configs.options import RunOptions
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.planning.plan import plan_run
+from diffsynth.planning.sizes import ModelSizes
+from diffsynth.vram_management import Residency, available_memory, device_memory
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 # Tiles of the VAE are not made smaller than this, in latent units: their borders would show.
 SMALLEST_TILE = 8
 CHANGEABLE = ("batch_cfg", "tiled", "tile_size", "tile_stride")
@@ -35,56 +30,39 @@ class MemoryRanOutError(RuntimeError):
     """Memory ran out in a stage that has nothing left to give up."""
 
 
-class Options(Protocol):
-    """What decoding needs; denoising needs `RunOptions`."""
-
-    height: int
-    width: int
-    tiled: bool
-    tile_size: tuple[int, int]
-    tile_stride: tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Holder:
-    """What can be changed beside options: a whole pipeline, or a VAE alone."""
-
-    vae: "WanVideoVAE"
-    pipe: "WanVideoPipeline | None" = None
-
-
 # What is changed, in words, with the options from then on; None if nothing can be changed in this way.
-Change = tuple[str, Options] | None
-Fallback = Callable[[Holder, Options], Change]
+Change = tuple[str, RunOptions] | None
+Fallback = Callable[["Ladder", RunOptions], Change]
 
 
-def rest_models(holder: Holder, options: Options) -> Change:
+def rest_models(ladder: "Ladder", options: RunOptions) -> Change:
     """Models that the stage does not use leave the accelerator."""
-    pipe = holder.pipe
-    if pipe is None or pipe.device.type == "cpu" or pipe.residency.offload:
+    residency = ladder.residency
+    if residency is None or residency.device.type == "cpu" or residency.offload:
         return None
-    pipe.enable_cpu_offload()
+    residency.offload = True
+    residency.rest()
     return "each model is on the device during its own stage only", options
 
 
 def stream_blocks(name: str) -> Fallback:
     """The blocks of "dit" or "text_encoder" come one by one, each while the one before it computes."""
 
-    def fallback(holder: Holder, options: Options) -> Change:
-        pipe = holder.pipe
-        if pipe is None or pipe.device.type == "cpu" or name in pipe.residency.streaming:
+    def fallback(ladder: "Ladder", options: RunOptions) -> Change:
+        residency = ladder.residency
+        if residency is None or residency.device.type == "cpu" or name in residency.streaming:
             return None
-        blocks = pipe.dit.blocks if name == "dit" else pipe.text_encoder.encoder.block
-        pipe.residency.stream(name, blocks)
+        model = residency.models[name]
+        residency.stream(name, model.blocks if name == "dit" else model.encoder.block)
         return f"the blocks of the {name} are streamed from CPU memory", options
 
     return fallback
 
 
-def keep_less_for_the_gradient(_holder: Holder, options: Options) -> Change:
+def keep_less_for_the_gradient(_ladder: "Ladder", options: RunOptions) -> Change:
     """Guidance computes activations again in the backward pass, and then keeps its few ones on the CPU."""
-    motion: MotionGuidance | None = options.motion
-    order = [name for name in ("block", "offload") if name in CHECKPOINTS]
+    motion = options.motion
+    order = ["block", "offload"]
     following = order[order.index(motion.checkpoint) + 1 :] if motion.checkpoint in order else order
     if not following:
         return None
@@ -93,16 +71,16 @@ def keep_less_for_the_gradient(_holder: Holder, options: Options) -> Change:
     )
 
 
-def two_calls(_holder: Holder, options: Options) -> Change:
+def two_calls(_ladder: "Ladder", options: RunOptions) -> Change:
     """Both prompts in a DiT call of their own; rounds a little otherwise than one call with both."""
     if not options.batch_cfg or options.cfg_scale == 1:
         return None
     return "the prompts run in two calls, batch_cfg=False", replace(options, batch_cfg=False)
 
 
-def smaller_tiles(holder: Holder, options: Options) -> Change:
+def smaller_tiles(ladder: "Ladder", options: RunOptions) -> Change:
     """The VAE sees the picture in tiles, then in tiles of half the side."""
-    factor = holder.vae.spatial_factor
+    factor = ladder.vae.spatial_factor
     picture = (options.height // factor, options.width // factor)
     size = tuple(min(pair) for pair in zip(options.tile_size, picture, strict=True))
     if options.tiled or size == picture:
@@ -132,66 +110,94 @@ HELP = {
 }
 
 
-def settings_of(options: "RunOptions") -> dict[str, object]:
-    """The options that fallbacks may change, as JSON holds them."""
+def settings_of(options: RunOptions) -> dict[str, object]:
+    """Return the options that may change when memory runs out, as JSON holds them."""
     checkpoint = None if options.motion is None else options.motion.checkpoint
     return {**{name: getattr(options, name) for name in CHANGEABLE}, "checkpoint": checkpoint}
 
 
-def with_settings(options: "RunOptions", settings: Mapping[str, object]) -> "RunOptions":
-    """Options with those of `settings_of` put back."""
+def with_settings(options: RunOptions, settings: Mapping[str, object]) -> RunOptions:
+    """Return options with those of `settings_of` put back."""
     motion = options.motion and replace(options.motion, checkpoint=settings["checkpoint"])
     return replace(options, motion=motion, **{name: settings[name] for name in CHANGEABLE})
 
 
-class MemoryFallbacks:
-    """Runs stages, and again with less where memory runs out.
+class Ladder:
+    """The settings of a run, from the fastest to the most frugal.
 
-    options: those in force; they start as given and change with each fallback.
+    Args:
+        residency: where the models of a pipeline are; None for a VAE alone.
+        vae: the VAE.
     """
 
-    def __init__(self, holder: Holder, options: Options) -> None:
-        self._holder, self.options = holder, options
+    def __init__(self, residency: Residency | None, vae: WanVideoVAE) -> None:
+        self.residency, self.vae = residency, vae
         self._given_up: list[str] = []
 
-    def run(self, stage: str | Callable[[], str], attempt: Callable[[Options], T]) -> T:
-        """attempt(options), as often as there is something to give up; each change is one warning.
+    def begin(self, options: RunOptions, vram_gb: float | None, *, with_reference: bool) -> RunOptions:
+        """Return the options of a run with all settings decided, and have models where they say.
 
-        stage: a key of FALLBACKS, asked for after a failure if it is a function. Raises MemoryRanOutError,
-        with what there is and what helps, if nothing is left.
+        Args:
+            options: as resolved.
+            vram_gb: memory of the device that the run may use, GB of 2**30 bytes; None for what there is.
+            with_reference: whether a video is encoded.
+
+        Raises:
+            NotEnoughMemoryError: no settings fit into vram_gb.
         """
-        while True:
-            try:
-                return attempt(self.options)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            # Out of the except block nothing holds the failed attempt's frames and their tensors any more.
-            gc.collect()
-            torch.cuda.empty_cache()
-            self._give_up(stage if isinstance(stage, str) else stage(), said)
+        if vram_gb is not None:
+            plan = plan_run(
+                ModelSizes.of(self.residency.models),
+                options,
+                vram_gb=vram_gb,
+                with_reference=with_reference,
+            )
+            logger.info("planned for %s GB:\n%s", vram_gb, plan)
+            plan.place(self.residency)
+            motion = options.motion and replace(options.motion, checkpoint=plan.checkpoint)
+            options = replace(options, motion=motion, batch_cfg=plan.batch_cfg)
+        if options.batch_cfg is None:
+            options = replace(options, batch_cfg=False)
+        return options
 
-    def _give_up(self, stage: str, said: str) -> None:
+    def next(self, stage: str, options: RunOptions, problem: str) -> RunOptions:
+        """Return the options of the next rung for a stage, after one warning; models are placed accordingly.
+
+        Args:
+            stage: a key of FALLBACKS.
+            options: those with which memory ran out.
+            problem: from `out_of_memory`.
+
+        Raises:
+            MemoryRanOutError: no rung is left; the message says what there is and what helps.
+        """
+        gc.collect()
+        torch.cuda.empty_cache()
         for fallback in FALLBACKS[stage]:
-            change = fallback(self._holder, self.options)
+            change = fallback(self, options)
             if change is not None:
-                words, self.options = change
+                words, options = change
                 self._given_up.append(words)
-                logger.warning("memory ran out in the stage %r: %s from now on (%s)", stage, words, said)
-                return
-        raise MemoryRanOutError(self._why(stage, said))
-
-    def _why(self, stage: str, said: str) -> str:
-        device = self._holder.vae.device if self._holder.pipe is None else self._holder.pipe.device
+                logger.warning("memory ran out in the stage %r: %s from now on (%s)", stage, words, problem)
+                return options
+        device = self.vae.device if self.residency is None else self.residency.device
         total, free = (n / 2**30 for n in (device_memory(device), available_memory(device)))
-        there = f"{device} has {f'{total:.1f} GiB, ' if total else ''}{free:.1f} GiB free"
+        memory = f"{device} has {f'{total:.1f} GiB, ' if total else ''}{free:.1f} GiB free"
         tried = f"; tried: {', '.join(self._given_up)}" if self._given_up else ""
-        return f"memory ran out in the stage {stage!r} ({said}); {there}{tried}. What helps: {HELP[stage]}"
+        raise MemoryRanOutError(
+            f"memory ran out in the stage {stage!r} ({problem}); {memory}{tried}. What helps: {HELP[stage]}"
+        )
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Return the first line of an error that says that memory ran out. Raises any other error itself."""
+    if not is_out_of_memory(error):
+        raise error
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had, on an accelerator or on the CPU."""
+    """Return whether an exception says that memory could not be had, on an accelerator or on the CPU."""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)

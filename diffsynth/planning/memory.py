@@ -10,9 +10,10 @@ Axes: F latent frames, h/w latent rows/columns, S tokens; w bytes of a number in
 from dataclasses import dataclass
 from math import prod
 
-from diffsynth.caches.rules import CacheMaker
+from diffsynth.caches.choose import make_rule
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import CacheMaker
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, NUM_PAST
-from diffsynth.motion import MotionGuidance
 from diffsynth.motion.flow import frame_pairs
 from diffsynth.planning.activations import (
     STREAM,
@@ -180,7 +181,7 @@ def sampling_pass_bytes(
     residuals = 0
     if cache is not None:
         # A cache that watches the first block keeps what that added, too, now and when all ran.
-        residuals = num_prompts * (1 if cache.make("positive", range(1), 1).probe_blocks == 0 else 3)
+        residuals = num_prompts * (1 if make_rule(cache, "positive", range(1), 1).probe_blocks == 0 else 3)
     kept = residuals * tokens * dit.dim * STREAM
     return _run_bytes(dit, latents) + forward_bytes(dit, tokens, batch) + kept
 

@@ -15,19 +15,13 @@ blocks compute for longer than they take to come.
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
-import torch
-
-from diffsynth.caches.rules import CacheMaker
-from diffsynth.data.frames import checked_int
-from diffsynth.motion import MotionGuidance
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import CacheMaker, RunOptions
 from diffsynth.planning.cost import RunCount, run_cost
 from diffsynth.planning.memory import MemorySettings, StageMemory, Video, predict_stages
-from diffsynth.planning.sizes import ModelSizes, sizes_of
-
-if TYPE_CHECKING:
-    from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.planning.sizes import ModelSizes
+from diffsynth.vram_management import Residency
 
 GB = 2**30  # as cards are sold
 # Of the budget, for what is not a tensor: the device's context, work space of kernels, gaps between tensors.
@@ -130,6 +124,20 @@ class RunPlan:
         """Predicted bytes of tensors at the run's peak."""
         return self.peak_stage.total
 
+    def place(self, residency: Residency) -> None:
+        """Have the models of a pipeline where the plan says."""
+        if not self.offload:
+            residency.stop_streaming()
+            residency.offload = False
+            return
+        residency.offload = True
+        residency.rest()
+        residency.stop_streaming()
+        if self.num_persistent_param_in_dit is not None:
+            residency.stream("dit", residency.models["dit"].blocks, self.num_persistent_param_in_dit)
+        if self.stream_text_encoder:
+            residency.stream("text_encoder", residency.models["text_encoder"].encoder.block)
+
     def settings(self) -> dict[str, object]:
         """What was chosen, by name."""
         names = (
@@ -165,50 +173,36 @@ class RunPlan:
 
 
 def plan_run(
-    model: "str | ModelSizes | WanVideoPipeline",
-    *,
-    height: int = 480,
-    width: int = 832,
-    num_frames: int = 81,
-    num_steps: int = 50,
-    motion: MotionGuidance | None = None,
-    vram_gb: float | None = None,
-    cfg_scale: float = 5.8,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
-    cache: CacheMaker | None = None,
-    with_reference: bool | None = None,
-    batch_cfg: bool | None = None,
-    tiled: bool | None = None,
-    tile_size: tuple[int, int] = (30, 52),
-    torch_dtype: torch.dtype | None = None,
+    sizes: ModelSizes, options: RunOptions, *, vram_gb: float | None, with_reference: bool
 ) -> RunPlan:
-    """The fastest settings of a run that fit into vram_gb, in the order above; without it, the fastest.
+    """Return the fastest settings of a run that fit into vram_gb, in the order above.
 
-    model: "1.3b", "14b" (no weights needed), or a pipeline. motion: None for no transfer; a checkpoint other
-    than "auto" is obeyed, and so are batch_cfg and tiled that are not None. vram_gb: all the memory of the
-    device that may be used, in GB of 2**30 bytes. with_reference: whether a video is encoded; by default if
-    motion is transferred. torch_dtype: of a model by name (see `sizes_of`). Weights keep their dtype.
-    Raises ValueError for sizes that are not allowed and NotEnoughMemoryError if nothing fits.
+    A checkpoint other than "auto" is obeyed, and so is a batch_cfg that is not None. Weights keep their
+    dtype.
+
+    Args:
+        sizes: of the models.
+        options: of the run, as resolved.
+        vram_gb: all the memory of the device that may be used, in GB of 2**30 bytes; None for no limit.
+        with_reference: whether a video is encoded.
+
+    Raises:
+        NotEnoughMemoryError: no settings fit.
     """
-    sizes = {
-        name: checked_int(name, given)
-        for name, given in (
-            ("height", height), ("width", width), ("num_frames", num_frames), ("num_steps", num_steps)
-        )
-    }  # fmt: skip
-    if vram_gb is not None and not (isinstance(vram_gb, int | float) and 0 < vram_gb < float("inf")):
-        raise ValueError(f"vram_gb must be a number of GB above 0, or None; got {vram_gb!r}")
     request = RunRequest(
-        sizes=sizes_of(model, torch_dtype),
-        **sizes,
-        motion=motion,
-        with_reference=motion is not None if with_reference is None else with_reference,
-        with_negative=cfg_scale != 1,
-        cfg_interval=cfg_interval,
-        cache=cache,
-        batch_cfg=batch_cfg,
-        tiled=tiled,
-        tile_size=tile_size,
+        sizes=sizes,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+        num_steps=options.num_inference_steps,
+        motion=options.motion,
+        with_reference=with_reference,
+        with_negative=options.cfg_scale != 1,
+        cfg_interval=options.cfg_interval,
+        cache=options.cache,
+        batch_cfg=options.batch_cfg,
+        tiled=options.tiled,
+        tile_size=options.tile_size,
     )
     budget = None if vram_gb is None else int(vram_gb * GB)
     usable = float("inf") if budget is None else budget - RESERVED

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,6 @@ from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
-
-if TYPE_CHECKING:
-    from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 # umt5-xxl, the text encoder of every published checkpoint; the defaults of `WanTextEncoder`.
 UMT5_XXL: Mapping[str, int] = {
@@ -140,6 +136,20 @@ class ModelSizes:
     text_encoder: TextEncoderSize
     vae: VAESize
 
+    @classmethod
+    def of(cls, models: Mapping[str, nn.Module]) -> "ModelSizes":
+        """Return the sizes of loaded models: "dit", "text_encoder" and "vae"."""
+        dit, text_encoder = models["dit"], models["text_encoder"]
+        encoder = text_encoder.encoder
+        return cls(
+            name=f"DiT of width {dit.dim}, {dit.num_layers} blocks",
+            dit=DiTSize.of(dit),
+            text_encoder=TextEncoderSize(
+                num_heads=encoder.config.num_heads, weights=_bytes_of(text_encoder, encoder.block)
+            ),
+            vae=VAESize.of(models["vae"]),
+        )
+
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a video in pixels; sides are rounded up to whole tokens."""
         frames = -(-(num_frames - 1) // 2 ** sum(self.vae.temporal)) + 1
@@ -178,30 +188,6 @@ def published_sizes(
             ),
         ),
         vae=VAESize.of(vae),
-    )
-
-
-def sizes_of(model: "str | ModelSizes | WanVideoPipeline", torch_dtype: torch.dtype | None) -> ModelSizes:
-    """Of a published checkpoint by name, of a loaded pipeline, or as given.
-
-    torch_dtype: what the named checkpoint would be loaded in, bfloat16 by default; float8_e4m3fn and int8 are
-    for the weights of its blocks. Raises ValueError for an unknown name, and for a dtype with models that
-    have one.
-    """
-    if isinstance(model, str):
-        return published_sizes(model, torch.bfloat16 if torch_dtype is None else torch_dtype)
-    if torch_dtype is not None:
-        raise ValueError(f"torch_dtype={torch_dtype} is for models by name; these have theirs")
-    if isinstance(model, ModelSizes):
-        return model
-    encoder = model.text_encoder.encoder
-    return ModelSizes(
-        name=f"DiT of width {model.dit.dim}, {model.dit.num_layers} blocks",
-        dit=DiTSize.of(model.dit),
-        text_encoder=TextEncoderSize(
-            num_heads=encoder.config.num_heads, weights=_bytes_of(model.text_encoder, encoder.block)
-        ),
-        vae=VAESize.of(model.vae),
     )
 
 

@@ -1,10 +1,9 @@
-"""What a run cost: seconds, DiT block calls, gradient evaluations, peak memory; kept as one JSON line a
-run.
-"""
+"""What a run cost: seconds, DiT block calls, gradient evaluations, peak memory."""
 
 import json
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,17 +11,22 @@ from pathlib import Path
 import torch
 
 from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.motion import OptimizationRecord
 from diffsynth.vram_management import peak_memory, reset_peak_memory, synchronize
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class RunCost:
-    """Cost of one denoising run. Field names `seed`, `time_guidance` and `time_gen` are those of the
-    released code.
+    """Cost of one denoising run; `seed`, `time_guidance` and `time_gen` are named as in the released code.
 
-    time_guidance: seconds of each guided step's guidance; losses: of its fresh gradients. stage_seconds: of
-    the stages before and after. time_gen: seconds of the whole denoising, guidance
-    included. peak_memory: bytes allocated on an accelerator, or the process's largest resident size on a CPU.
+    Attributes:
+        time_guidance: seconds of each guided step's guidance.
+        time_gen: seconds of the whole denoising, guidance included.
+        peak_memory: bytes allocated on an accelerator, or the process's largest resident size on a CPU.
+        losses: of the fresh gradients of each guided step.
+        stage_seconds: of the stages before and after denoising, by name.
     """
 
     seed: int
@@ -36,18 +40,26 @@ class RunCost:
     losses: list[tuple[float, ...]] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
+    def add_guidance(self, seconds: float, record: OptimizationRecord) -> None:
+        """Count a guided step and log its losses."""
+        self.time_guidance.append(seconds)
+        self.gradient_evaluations += record.gradient_evaluations
+        self.losses.append(record.losses)
+        losses = " -> ".join(f"{loss:.4g}" for loss in record.losses) or "gradients of an earlier step"
+        logger.info("guided step %d: loss %s", len(self.time_guidance), losses)
+
     def state(self) -> dict[str, object]:
-        """All fields, as plain numbers and text that later steps do not change."""
+        """Return all fields, as plain numbers and text that later steps do not change."""
         return asdict(self)
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on counting from a `state`, also one that went through JSON."""
+        """Continue counting from a `state`, also one that went through JSON."""
         for item in fields(self):
             setattr(self, item.name, state[item.name])
         self.losses = [tuple(losses) for losses in self.losses]
 
     def append_to(self, folder: str | Path) -> None:
-        """Add this run as a line to `latency.jsonl` in a folder, which is made if need be."""
+        """Add this run as a JSON line to `latency.jsonl` in a folder, which is made if need be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "latency.jsonl").open("a") as file:
@@ -55,8 +67,11 @@ class RunCost:
 
 
 @contextmanager
-def measured(cost: RunCost, dit: WanModel, device: torch.device) -> Iterator[RunCost]:
-    """Fill in time, block calls and peak memory of what runs inside this context."""
+def measured(cost: RunCost, dit: WanModel, device: torch.device) -> Iterator[Callable[[], float]]:
+    """Add time, block calls and peak memory of what runs inside this context to `cost`.
+
+    The context is a function that returns the seconds so far, those before the context included.
+    """
 
     def count(*_: object) -> None:
         cost.dit_block_calls += 1
@@ -65,7 +80,7 @@ def measured(cost: RunCost, dit: WanModel, device: torch.device) -> Iterator[Run
     reset_peak_memory(device)
     started = time.perf_counter()
     try:
-        yield cost
+        yield lambda: cost.time_gen + time.perf_counter() - started
     finally:
         synchronize(device)
         cost.time_gen += time.perf_counter() - started

@@ -5,16 +5,11 @@ each by name, so that a refusal can say which of them differs.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from diffsynth.configs.options import RunOptions
-from diffsynth.data.tensors import Video, video_to_tensor
-
-if TYPE_CHECKING:
-    from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 SAMPLES = 16  # values read of each tensor
 LONG = 200  # characters of an argument from which on its hash stands for it
@@ -23,24 +18,27 @@ ABSENT = "nothing"
 
 
 def run_identity(
-    pipe: "WanVideoPipeline",
-    prompts: Sequence[str],
-    negatives: Sequence[str],
-    video: Video | None,
+    models: Mapping[str, nn.Module],
+    prompts: Sequence[tuple[str, str]],
+    pixels: Tensor | None,
     options: RunOptions,
 ) -> dict[str, str]:
-    """Every argument that the result depends on, the reference's frames and the weights, as short texts.
+    """Return all that the result depends on, as short texts: arguments, the reference's frames and weights.
 
-    Callbacks, observers and output_type are not in it. Reads the reference's frames, but runs no model.
+    Args:
+        models: the models of the pipeline by name.
+        prompts: (prompt, negative prompt) of each video.
+        pixels: the reference [1, 3, T, H, W]; None without one.
+        options: as resolved; output_type is not part of the identity.
     """
-    identity = {"prompt": _short(list(prompts)), "negative_prompt": _short(list(negatives))}
+    positive, negative = ([pair[i] for pair in prompts] for i in (0, 1))
+    identity = {"prompt": _short(positive), "negative_prompt": _short(negative)}
     for item in fields(options):
         if item.name not in NOT_OF_THE_RUN:
             identity |= _named(item.name, getattr(options, item.name))
-    if video is not None:
-        pixels = video_to_tensor(video, options.num_frames, options.height, options.width)
+    if pixels is not None:
         identity["input_video"] = f"frames of hash {_hash(pixels.numpy())}"
-    for name, model in pipe.residency.models.items():
+    for name, model in models.items():
         identity[f"weights of {name}"] = weights_fingerprint(model)
     return identity
 

@@ -5,31 +5,43 @@ a full disk leaves the last good one.
 """
 
 import json
-import os
-import uuid
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffsynth.runs.contexts import Contexts
+from diffsynth.data.files import written_whole
 
 FORMAT = 1
-PARTIAL = ".saving-"  # how the names of files begin that are still being written
+
+
+class PromptEmbeddings(NamedTuple):
+    """Text embeddings [1, text_len, text_dim] of one video: prompt, negative prompt, empty prompt.
+
+    Those that a run does not read are None.
+    """
+
+    positive: Tensor
+    negative: Tensor | None = None
+    null: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunInputs:
     """What the denoising of each prompt starts from, on the device.
 
-    contexts: text embeddings, one a prompt. noise, and reference, if any: [1, C, F, h, w]. seconds: that each
-    stage took to make them.
+    Attributes:
+        prompts: text embeddings, one entry a prompt.
+        noise: [1, C, F, h, w].
+        reference: latents of the reference in the shape of noise; None without one.
+        seconds: that each stage took to make them.
     """
 
-    contexts: list[Contexts]
+    prompts: list[PromptEmbeddings]
     noise: Tensor
     reference: Tensor | None
     seconds: Mapping[str, float]
@@ -39,8 +51,12 @@ class RunInputs:
 class StepState:
     """A run between two denoising steps; its tensors are never changed in place.
 
-    step: steps done. latents: [1, C, F, h, w] after them. parts: states of scheduler, gradient memory and
-    step caches, by name. cost: of `RunCost`. settings: of the options that a lack of memory may change.
+    Attributes:
+        step: steps done.
+        latents: [1, C, F, h, w] after them.
+        parts: states of scheduler, gradient memory and step caches, by name.
+        cost: state of `RunCost`.
+        settings: of the options that a lack of memory may change (see `planning.ladder`).
     """
 
     step: int
@@ -79,7 +95,8 @@ def save_state(path: Path, state: Mapping[str, object], facts: Mapping[str, obje
     numbers = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     text = json.dumps({"format": FORMAT, "numbers": numbers, "facts": facts})
     metadata = {"fastvmt": text, "crc32": _checksum(text, tensors)}
-    write_whole(path, save(tensors, metadata))
+    with written_whole(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, object], dict[str, object]]:
@@ -110,25 +127,6 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str
         raise ValueError(f"{path}: {error}") from error
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     return {**moved, **content["numbers"]}, content["facts"]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that after a kill or a crash its old or its new content is there. Raises OSError."""
-    temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
