@@ -5,9 +5,11 @@ import logging
 import pytest
 import torch
 
+from diffsynth.configs.options import RunOptions
 from diffsynth.models.compile_blocks import compile_blocks, plain_blocks
 from diffsynth.models.wan_video_dit import WanModel
-from diffsynth.pipelines.denoise import denoise, dit_velocity, guided_velocity, steps_with_cfg
+from diffsynth.pipelines.denoise import cfg_velocity, denoise, dit_velocity
+from diffsynth.runs.state import PromptEmbeddings
 from diffsynth.schedulers import make_scheduler
 
 SCALE = 4.0
@@ -27,6 +29,13 @@ def dit():
     return make_dit()
 
 
+def velocity_of(dit, positive, negative, num_steps, batch, interval=(0.0, 1.0)):
+    options = RunOptions(
+        num_inference_steps=num_steps, cfg_scale=SCALE, batch_cfg=batch, cfg_interval=interval
+    )
+    return cfg_velocity(dit, PromptEmbeddings(positive, negative), options, {})
+
+
 @pytest.fixture(scope="module")
 def tensors():
     generator = torch.Generator().manual_seed(1)
@@ -44,13 +53,14 @@ def tensors():
     ],
 )
 def test_an_interval_is_rounded_to_whole_steps(interval, steps):
-    assert list(steps_with_cfg(interval, 10)) == list(steps)
+    options = RunOptions(cfg_interval=interval, num_inference_steps=10)
+    assert list(options.guided_by_cfg) == list(steps)
 
 
 @pytest.mark.parametrize("wrong", [(0.5, 0.2), (-0.1, 1.0), (0, 1.5), (0.1,), 0.5, ("0", 1), (True, 1), None])
 def test_an_interval_that_is_none_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"cfg_interval must be \(from, to\) with 0 <= from <= to <= 1"):
-        steps_with_cfg(wrong, 10)
+    with pytest.raises(ValueError, match=r"cfg_interval must be .*\(from, to\)"):
+        RunOptions(cfg_interval=wrong)
 
 
 @torch.no_grad()
@@ -58,9 +68,7 @@ def test_an_interval_that_is_none_is_refused(wrong):
 def test_outside_of_the_interval_the_positive_prompt_runs_alone(dit, tensors, batch):
     x, positive, negative = tensors
     timestep, rows = torch.tensor(700.0), []
-    velocity = guided_velocity(
-        dit, positive, negative, SCALE, num_steps=4, batch=batch, cfg_interval=(0.25, 0.75)
-    )
+    velocity = velocity_of(dit, positive, negative, 4, batch, (0.25, 0.75))
     v_pos, v_neg = (dit(x, timestep[None], context) for context in (positive, negative))
     hook = dit.blocks[0].register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
     velocities = [velocity(step, x, timestep) for step in range(4)]
@@ -74,9 +82,8 @@ def test_outside_of_the_interval_the_positive_prompt_runs_alone(dit, tensors, ba
 @torch.no_grad()
 def test_an_empty_interval_is_the_positive_prompt_alone_to_the_bit(dit, tensors):
     x, positive, negative = tensors
-    options = {"num_steps": 3, "batch": True}
-    none = guided_velocity(dit, positive, negative, SCALE, cfg_interval=(0.4, 0.4), **options)
-    alone = guided_velocity(dit, positive, None, SCALE, **options)
+    none = velocity_of(dit, positive, negative, 3, True, (0.4, 0.4))
+    alone = velocity_of(dit, positive, None, 3, True)
     t = torch.tensor(300.0)
     assert all(torch.equal(none(step, x, t), alone(step, x, t)) for step in range(3))
 
@@ -89,16 +96,64 @@ def test_the_loop_never_reads_a_tensor_of_the_device(tensors, sampler):
     for batch in (False, True):
         scheduler = make_scheduler(sampler, 3.0)
         scheduler.set_timesteps(4)
-        velocity = guided_velocity(
-            dit, positive, negative, SCALE, num_steps=4, batch=batch, cfg_interval=(0.25, 1.0)
-        )
+        velocity = velocity_of(dit, positive, negative, 4, batch, (0.25, 1.0))
         with torch.no_grad():
-            latents = denoise(
-                x, scheduler, velocity, guide=None, progress=list,
-                on_step_end=lambda _, __, latents, ___: latents, interrupted=lambda: False,
-            )  # fmt: skip
-        assert latents.shape == x.shape
-        assert latents.device.type == "meta"
+            *_, last = denoise(x, scheduler, velocity)
+        assert (last.index, last.latents.shape, last.latents.device.type) == (3, x.shape, "meta")
+
+
+def count_up(scheduler):
+    """A loop whose velocity counts the calls: its steps move latents by known amounts."""
+    return denoise(torch.zeros(1, 1, 1, 1, 1), scheduler, lambda step, x, _: torch.full_like(x, step + 1.0))
+
+
+def test_latents_that_are_sent_replace_those_of_the_run():
+    scheduler = make_scheduler("euler", 1.0)
+    scheduler.set_timesteps(3)
+    left_alone = [step.latents.item() for step in count_up(scheduler)]
+    steps = count_up(scheduler)
+    next(steps)
+    moved = steps.send(torch.full((1, 1, 1, 1, 1), 7.0)).latents.item()
+    assert moved == pytest.approx(7.0 + left_alone[1] - left_alone[0])
+    assert [step.index for step in steps] == [2], "the loop ends by itself"
+
+
+def test_a_guided_step_is_told_before_its_velocity_runs():
+    scheduler, order = make_scheduler("euler", 1.0), []
+    scheduler.set_timesteps(3)
+
+    def guide(index, latents, _timestep):
+        order.append(f"guide {index}")
+        return latents + 1, (0.5,)
+
+    def velocity(index, latents, _timestep):
+        order.append(f"velocity {index}")
+        return torch.zeros_like(latents)
+
+    for step in denoise(torch.zeros(1, 1, 1, 1, 1), scheduler, velocity, guide, guided_steps=2):
+        kind = "half" if step.clean is None else "whole"
+        order += [(kind, step.index, step.latents.item(), step.losses)]
+    assert order == [
+        "guide 0", ("half", 0, 1.0, (0.5,)), "velocity 0", ("whole", 0, 1.0, (0.5,)),
+        "guide 1", ("half", 1, 2.0, (0.5,)), "velocity 1", ("whole", 1, 2.0, (0.5,)),
+        "velocity 2", ("whole", 2, 2.0, ()),
+    ]  # fmt: skip
+
+
+def test_a_step_during_which_the_loop_is_stopped_is_marked_and_the_last():
+    scheduler = make_scheduler("euler", 1.0)
+    scheduler.set_timesteps(5)
+    stopping = []
+
+    def guide(index, latents, _timestep):
+        stopping.extend([True] * (index == 1))
+        return latents, ()
+
+    steps = denoise(
+        torch.zeros(1, 1, 1, 1, 1), scheduler, lambda _, x, __: x, guide, guided_steps=5, first=1,
+        stop=lambda: bool(stopping),
+    )  # fmt: skip
+    assert [(step.index, step.interrupted) for step in steps] == [(1, False), (1, True)]
 
 
 def test_the_timestep_goes_to_the_device_without_waiting(dit, tensors, monkeypatch):

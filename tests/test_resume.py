@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from diffsynth import VideoData, WanVideoPipeline
-from diffsynth.caches.choose import CacheOptions
 from diffsynth.configs.cache_tables import MagRatios
+from diffsynth.configs.caches import CacheOptions
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines import run_state
 from diffsynth.pipelines.decode import decode_saved, read_latents_facts
-from diffsynth.runs.checkpoint import INPUTS, STEP, clear_checkpoints, locked
+from diffsynth.runs import state as run_state
+from diffsynth.runs.checkpoint import INPUTS, STEP, clear_checkpoints, run_lock
 from diffsynth.runs.identity import weights_fingerprint
 from diffsynth.runs.signals import RunInterrupted
 from diffsynth.runs.state import load_state, save_state
@@ -88,7 +88,9 @@ VARIANTS = {
         "batch_cfg": True,
     },
     "latent prediction": {
-        "motion": MotionGuidance.for_mode("FlowMotion", dict(guided_steps=3, inner_steps=1, block=None, sf=2))
+        "motion": MotionGuidance.for_mode(
+            "FlowMotion", {"guided_steps": 3, "inner_steps": 1, "block": None, "sf": 2}
+        )
     },
 }
 
@@ -216,9 +218,9 @@ def test_a_seed_that_was_drawn_is_the_seed_of_the_run_that_goes_on(pipe, tmp_pat
 
 
 def writes_of(monkeypatch):
-    names, write = [], run_state.write_whole
+    names, written = [], run_state.written_whole
     monkeypatch.setattr(
-        run_state, "write_whole", lambda p, c: (names.append(p.name.split("-")[0]), write(p, c))
+        run_state, "written_whole", lambda path: (names.append(path.name.split("-")[0]), written(path))[1]
     )
     return names
 
@@ -302,9 +304,9 @@ def test_damaged_files_are_refused_by_name(pipe, tmp_path, name):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1, got 0"),
-        ({"checkpoint_minutes": 0}, "checkpoint_minutes must be a number above 0; got 0"),
-        ({"checkpoint_minutes": float("nan")}, "checkpoint_minutes must be a number above 0; got nan"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be a whole number of at least 1; got 0"),
+        ({"checkpoint_minutes": 0}, "checkpoint_minutes must be a finite number above 0; got 0"),
+        ({"checkpoint_minutes": float("nan")}, "checkpoint_minutes must be a finite number above 0; got nan"),
     ],
 )
 def test_wrong_numbers_are_refused_before_any_model_runs(pipe, tmp_path, monkeypatch, wrong, message):
@@ -326,7 +328,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_model_runs(pip
 
 def test_two_runs_cannot_use_one_folder_at_once(pipe, tmp_path):
     break_off(pipe, tmp_path, 2)
-    with locked(tmp_path):
+    with run_lock(tmp_path):
         for call in (run, break_off):
             arguments = (tmp_path, 1) if call is break_off else ()
             options = {} if call is break_off else {"checkpoint_dir": tmp_path}
@@ -341,11 +343,11 @@ def test_two_runs_cannot_use_one_folder_at_once(pipe, tmp_path):
 
 
 def test_a_full_disk_costs_one_warning_and_not_the_run(pipe, tmp_path, monkeypatch, caplog):
-    def full(path, _content):
+    def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     whole = run(pipe)
-    monkeypatch.setattr(run_state, "write_whole", full)
+    monkeypatch.setattr(run_state, "written_whole", full)
     assert torch.equal(run(pipe, checkpoint_dir=tmp_path, checkpoint_every=1), whole)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1

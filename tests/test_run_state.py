@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffsynth.caches.choose import CacheOptions
+from diffsynth.caches.choose import make_rule
 from diffsynth.caches.mag_calibration import _Series
-from diffsynth.caches.rules import Probe, RunRules
+from diffsynth.caches.rules import Probe
 from diffsynth.configs.cache_tables import MagRatios
+from diffsynth.configs.caches import CacheOptions
 from diffsynth.motion import GradientMemory, MotionGuidance
-from diffsynth.pipelines import run_state
+from diffsynth.runs import state as run_state
 from diffsynth.runs.identity import differences
 from diffsynth.runs.state import load_state, save_state
 from diffsynth.schedulers import make_scheduler
@@ -40,7 +41,7 @@ def everything(thing):
 
 def cache_rule(name):
     def make():
-        return CACHES[name].make("positive", range(STEPS), STEPS)
+        return make_rule(CACHES[name], "positive", range(STEPS), STEPS)
 
     def step(rule, x):
         if rule.decide(Probe(x[None, :6], x[None])):
@@ -138,4 +139,4 @@ def test_a_rule_that_cannot_tell_its_state_is_refused():
             return object()
 
     with pytest.raises(TypeError, match=r"needs state\(\) and restore\(state\); object lacks them"):
-        RunRules(Maker()).make("positive", range(2), 2)
+        make_rule(Maker(), "positive", range(2), 2)

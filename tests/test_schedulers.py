@@ -238,5 +238,5 @@ def test_unipc_takes_more_steps_than_there_are_whole_timesteps():
 
 
 def test_an_unknown_sampler_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="Unknown sampler 'ddim'; known: euler, unipc"):
+    with pytest.raises(ValueError, match="sampler must be one of euler, unipc; got 'ddim'"):
         make_scheduler("ddim", shift=5.0)

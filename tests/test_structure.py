@@ -4,8 +4,10 @@ import ast
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -13,8 +15,8 @@ PACKAGE = ROOT / "diffsynth"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from itself and from rooms before it.
 ROOMS = (
-    "data", "prompters", "configs", "models", "schedulers", "vram_management", "motion", "pipelines",
-    "distributed", "evaluation", "cli", "webui",
+    "data", "prompters", "configs", "models", "schedulers", "vram_management", "motion", "caches",
+    "planning", "runs", "pipelines", "distributed", "evaluation", "jobs", "cli", "webui",
 )  # fmt: skip
 MAY_PRINT = ("cli", "webui")
 MAY_NAME_CUDA = ("vram_management", "models/attention.py")
@@ -77,16 +79,97 @@ def test_no_prints_star_imports_mutable_defaults_or_device_literals():
     assert faults == []
 
 
-def test_imports_follow_the_order_in_which_data_meets_the_rooms():
-    faults = []
+def imported_files() -> dict[Path, set[Path]]:
+    """Which file of the package imports which, inside of functions and under TYPE_CHECKING too."""
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
+    modules = {name.removesuffix(".__init__"): file for name, file in modules.items()}
+    edges: dict[Path, set[Path]] = {file: set() for file in FILES}
     for file, node in nodes((ast.Import, ast.ImportFrom)):
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{where(file, node)}: imports are absolute"
+            names = [node.module, *(f"{node.module}.{name}" for name in names)]
+        edges[file] |= {modules[name] for name in names if name in modules} - {file}
+    return edges
+
+
+def test_no_files_import_one_another_in_a_circle():
+    edges = imported_files()
+    left = {file for file in FILES if file.name != "__init__.py"}
+    while free := {file for file in left if not edges[file] & left}:
+        left -= free
+    assert sorted(str(file.relative_to(ROOT)) for file in left) == [], "these form or lead into circles"
+
+
+def test_imports_follow_the_order_in_which_data_meets_the_rooms():
+    def rank(file: Path) -> int | None:
         room = file.relative_to(PACKAGE).parts[0]
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-        for name in names:
-            match = re.match(r"diffsynth\.(\w+)", name)
-            if match and room in ROOMS and match[1] in ROOMS and ROOMS.index(match[1]) > ROOMS.index(room):
-                faults.append(f"{where(file, node)} {room} imports {match[1]}")
+        return ROOMS.index(room) if room in ROOMS else None
+
+    rooms = {file.relative_to(PACKAGE).parts[0] for file in FILES if file.parent != PACKAGE}
+    assert rooms <= set(ROOMS)
+    faults = [
+        f"{file.relative_to(ROOT)} imports {other.relative_to(ROOT)}"
+        for file, others in imported_files().items()
+        for other in others
+        if None not in (rank(file), rank(other)) and rank(other) > rank(file)
+    ]
     assert faults == []
+
+
+def test_only_the_faces_know_the_pipeline():
+    faces = ("cli", "webui", "jobs", "evaluation", "distributed", "pipelines/wan_video.py", "__init__.py")
+    faults = [
+        where(file, node)
+        for file, node in nodes(ast.ImportFrom)
+        if any(alias.name == "WanVideoPipeline" for alias in node.names) and not below(file, faces)
+    ]
+    assert faults == []
+
+
+def test_a_public_name_is_defined_in_one_file():
+    defined: dict[str, list[str]] = {}
+    for file, node in nodes((ast.FunctionDef, ast.ClassDef)):
+        commands = below(file, ("cli", "webui")) and node.name == "run"
+        if node.col_offset == 0 and not node.name.startswith("_") and not commands:
+            defined.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in defined.items() if len(files) > 1} == {}
+
+
+def test_configs_need_no_torch():
+    modules = [f"diffsynth.configs.{file.stem}" for file in FILES if file.parent.name == "configs"]
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_the_types_of_the_call_are_those_of_its_options():
+    from diffsynth.configs.options import CallOptions, call_options
+
+    assert set(CallOptions.__annotations__) == set(call_options())
+
+
+def test_the_loss_is_at_most_ten_frames_below_the_call(tiny_checkpoint, monkeypatch):
+    from diffsynth import WanVideoPipeline
+    from diffsynth.motion import amf
+
+    depths = []
+
+    class ReachedError(Exception):
+        pass
+
+    def count(*_args, **_kwargs):
+        stack = [Path(frame.filename) for frame in traceback.extract_stack()]
+        depths.append(sum(file.is_relative_to(PACKAGE) for file in stack))
+        raise ReachedError
+
+    monkeypatch.setattr(amf, "amf_loss", count)
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    clip = np.zeros((5, 32, 32, 3), np.uint8)
+    for mode in ("effi_AMF", "AMF"):
+        with pytest.raises(ReachedError):
+            pipe("a cat", input_video=clip, mode=mode, num_inference_steps=1, progress_bar_cmd=iter)
+    assert max(depths) <= 10
 
 
 def test_public_functions_have_docstrings_and_return_types():

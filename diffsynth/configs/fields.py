@@ -154,9 +154,10 @@ class Several:
         return self.check([self.kind.read(part) for part in text.replace("x", ",").split(",")])
 
     def check(self, value: Any) -> tuple[Any, ...]:
-        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(self.names):
+        parts = list(value)
+        if isinstance(value, str | Mapping) or len(parts) != len(self.names):
             raise ValueError
-        return tuple(self.kind.check(part) for part in value)
+        return tuple(self.kind.check(part) for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,7 @@ class OrNone:
         return self.kind.metavar
 
     def __str__(self) -> str:
-        return f"None or {self.kind}"
+        return f"{self.kind} or None"
 
     def read(self, text: str) -> Any:
         return None if text.lower() == "none" else self.kind.read(text)

@@ -76,8 +76,6 @@ class WanVideoPipeline:
         models = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
         residency = Residency(models, choose_device(device))
         self.models = Components(**models, prompter=prompter, residency=residency)
-        self.dit, self.text_encoder, self.vae, self.prompter = dit, text_encoder, vae, prompter
-        self.residency, self.device = residency, residency.device
         self.defaults = RunDefaults() if defaults is None else defaults
         self._interrupted = threading.Event()
         self._videos: list[GeneratedVideo] = []
@@ -158,6 +156,30 @@ class WanVideoPipeline:
         for file, strength in loras.items():
             manager.load_lora(file, strength)
         return cls.from_model_manager(manager, device=chosen)
+
+    @property
+    def dit(self) -> WanModel:
+        return self.models.dit
+
+    @property
+    def text_encoder(self) -> WanTextEncoder:
+        return self.models.text_encoder
+
+    @property
+    def vae(self) -> WanVideoVAE:
+        return self.models.vae
+
+    @property
+    def prompter(self) -> WanPrompter:
+        return self.models.prompter
+
+    @property
+    def residency(self) -> Residency:
+        return self.models.residency
+
+    @property
+    def device(self) -> torch.device:
+        return self.models.device
 
     def __repr__(self) -> str:
         sizes = f"DiT width {self.dit.dim}, {self.dit.num_layers} blocks, {self.dit.dtype}"
