@@ -99,7 +99,7 @@ def test_the_loop_never_reads_a_tensor_of_the_device(tensors, sampler):
         velocity = velocity_of(dit, positive, negative, 4, batch, (0.25, 1.0))
         with torch.no_grad():
             *_, last = denoise(x, scheduler, velocity)
-        assert (last.index, last.latents.shape, last.latents.device.type) == (3, x.shape, "meta")
+        assert (last.step, last.latents.shape, last.latents.device.type) == (4, x.shape, "meta")
 
 
 def count_up(scheduler):
@@ -115,7 +115,7 @@ def test_latents_that_are_sent_replace_those_of_the_run():
     next(steps)
     moved = steps.send(torch.full((1, 1, 1, 1, 1), 7.0)).latents.item()
     assert moved == pytest.approx(7.0 + left_alone[1] - left_alone[0])
-    assert [step.index for step in steps] == [2], "the loop ends by itself"
+    assert [step.step for step in steps] == [3], "the loop ends by itself"
 
 
 def test_a_guided_step_is_told_before_its_velocity_runs():
@@ -131,12 +131,11 @@ def test_a_guided_step_is_told_before_its_velocity_runs():
         return torch.zeros_like(latents)
 
     for step in denoise(torch.zeros(1, 1, 1, 1, 1), scheduler, velocity, guide, guided_steps=2):
-        kind = "half" if step.clean is None else "whole"
-        order += [(kind, step.index, step.latents.item(), step.losses)]
+        order += [(step.stage, step.step, step.steps, step.latents.item(), step.losses)]
     assert order == [
-        "guide 0", ("half", 0, 1.0, (0.5,)), "velocity 0", ("whole", 0, 1.0, (0.5,)),
-        "guide 1", ("half", 1, 2.0, (0.5,)), "velocity 1", ("whole", 1, 2.0, (0.5,)),
-        "velocity 2", ("whole", 2, 2.0, ()),
+        "guide 0", ("guidance", 1, 2, 1.0, (0.5,)), "velocity 0", ("sampling", 1, 3, 1.0, ()),
+        "guide 1", ("guidance", 2, 2, 2.0, (0.5,)), "velocity 1", ("sampling", 2, 3, 2.0, ()),
+        "velocity 2", ("sampling", 3, 3, 2.0, ()),
     ]  # fmt: skip
 
 
@@ -153,7 +152,8 @@ def test_a_step_during_which_the_loop_is_stopped_is_marked_and_the_last():
         torch.zeros(1, 1, 1, 1, 1), scheduler, lambda _, x, __: x, guide, guided_steps=5, first=1,
         stop=lambda: bool(stopping),
     )  # fmt: skip
-    assert [(step.index, step.interrupted) for step in steps] == [(1, False), (1, True)]
+    told = [(step.stage, step.step, step.interrupted) for step in steps]
+    assert told == [("guidance", 2, False), ("sampling", 2, True)]
 
 
 def test_the_timestep_goes_to_the_device_without_waiting(dit, tensors, monkeypatch):

@@ -227,6 +227,7 @@ class CallOptions(TypedDict, total=False):
     cache: str | CacheOptions | CacheMaker | None
     cfg_interval: tuple[float, float] | None
     batch_cfg: bool | None
+    output_type: str | None
     preset: str | None
     mode: str | None
     sf: int | None

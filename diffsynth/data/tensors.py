@@ -30,10 +30,14 @@ def frame_size(video: Video) -> tuple[int, int]:
     return first.height, first.width
 
 
-def video_to_tensor(video: Video, num_frames: int, height: int, width: int) -> Tensor:
-    """The first frames, centre-cropped and resized where needed -> [1, 3, T, H, W] in [-1, 1], float32 on
-    the CPU.
+def video_to_tensor(video: Video | None, num_frames: int, height: int, width: int) -> Tensor | None:
+    """Return the first frames, centre-cropped and resized where needed; None without a video.
+
+    Returns:
+        [1, 3, T, H, W] in [-1, 1], float32 on the CPU.
     """
+    if video is None:
+        return None
     out = torch.empty(1, 3, num_frames, height, width)
     frames = video if isinstance(video, VideoData) else rgb_frames(video)
     for index, frame in enumerate(islice(frames, num_frames)):

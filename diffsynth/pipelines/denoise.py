@@ -26,27 +26,32 @@ Velocity = Callable[[int, Tensor, Tensor], Tensor]  # of (step, latents [1, C, F
 Guide = Callable[[int, Tensor, Tensor], tuple[Tensor, tuple[float, ...]]]
 
 
+# In the order of a run; guidance and sampling alternate.
+STAGES = ("encode text", "encode video", "guidance", "sampling", "decode")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """Where the loop has come.
+class RunEvent:
+    """A stage of a run began, or one of its steps is done.
 
     Attributes:
-        index: the step, from 0.
-        num_steps: of the run.
-        timestep: of the step, on the scale of 0 to 1000.
-        latents: [1, C, F, h, w]; not to be changed in place.
-        clean: where the step's velocity leads if it is followed to the end. None: the step has been guided,
-            and its velocity is still to come.
+        stage: one of STAGES.
+        step: steps of the stage that are done; 0 where it begins.
+        steps: how many it has; 0 where it begins.
+        latents: the run's own [1, C, F, h, w] after the step, not to be changed in place.
+        timestep: of the denoising step, on the scale of 0 to 1000.
         losses: of the fresh gradients of a guided step.
-        interrupted: the loop was asked to stop during the step, so that it is none to go on from.
+        clean: where the step's velocity leads if it is followed to the end, for a preview; None if unknown.
+        interrupted: the loop was asked to stop during the step, so that it is none to continue from.
     """
 
-    index: int
-    num_steps: int
-    timestep: Tensor
-    latents: Tensor
-    clean: Tensor | None = None
+    stage: str
+    step: int = 0
+    steps: int = 0
+    latents: Tensor | None = None
+    timestep: Tensor | None = None
     losses: tuple[float, ...] = ()
+    clean: Tensor | None = None
     interrupted: bool = False
 
 
@@ -59,7 +64,7 @@ def denoise(
     guided_steps: int = 0,
     first: int = 0,
     stop: Callable[[], bool] = lambda: False,
-) -> Generator[Step, Tensor | None, None]:
+) -> Generator[RunEvent, Tensor | None, None]:
     """Take noised latents through the timesteps of a scheduler.
 
     Yields once after each step, and in a guided step once before that, when its guidance is done. Latents
@@ -74,24 +79,31 @@ def denoise(
         first: the step to begin with, from 0.
         stop: asked before each step; once it returns True, no further step begins.
     """
-    num_steps = len(scheduler.timesteps)
-    for index in range(first, num_steps):
+    steps = len(scheduler.timesteps)
+    for index in range(first, steps):
         if stop():
             return
-        timestep, losses = scheduler.timesteps[index], ()
+        timestep = scheduler.timesteps[index]
         if guide is not None and index < guided_steps:
             latents, losses = guide(index, latents, timestep)
-            yield Step(index=index, num_steps=num_steps, timestep=timestep, latents=latents, losses=losses)
+            yield RunEvent(
+                stage="guidance",
+                step=index + 1,
+                steps=guided_steps,
+                latents=latents,
+                timestep=timestep,
+                losses=losses,
+            )
         interrupted = stop()
         v = velocity(index, latents, timestep)
         clean, latents = latents - v * (timestep / 1000), scheduler.step(v, timestep, latents)
-        replaced = yield Step(
-            index=index,
-            num_steps=num_steps,
-            timestep=timestep,
+        replaced = yield RunEvent(
+            stage="sampling",
+            step=index + 1,
+            steps=steps,
             latents=latents,
+            timestep=timestep,
             clean=clean,
-            losses=losses,
             interrupted=interrupted,
         )
         latents = latents if replaced is None else replaced

@@ -19,42 +19,17 @@ from diffsynth.configs.options import RunOptions
 from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents, latents_facts, tiling
-from diffsynth.pipelines.denoise import Step, cfg_velocity, denoise, motion_guide
+from diffsynth.pipelines.denoise import RunEvent, cfg_velocity, denoise, motion_guide
 from diffsynth.planning.ladder import Ladder, out_of_memory, settings_of, with_settings
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost, measured
 from diffsynth.runs.state import PromptEmbeddings, RunInputs, StepState, joined, part
 from diffsynth.schedulers import make_scheduler
 
-# In the order of a run; guidance and sampling alternate.
-STAGES = ("encode text", "encode video", "guidance", "sampling", "decode")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunEvent:
-    """Something happened in a run: a stage began, or one of its steps is done.
-
-    Attributes:
-        stage: one of STAGES.
-        step: steps done so far; 0 where a stage begins.
-        steps: of the stage; 0 where it begins.
-        losses: of the fresh gradients of a guided step.
-        latents: the run's own [1, C, F, h, w] after the step, not to be changed in place.
-        clean: what the run would end in if it went straight on from there, for a preview; None if unknown.
-    """
-
-    stage: str
-    step: int = 0
-    steps: int = 0
-    losses: tuple[float, ...] = ()
-    latents: Tensor | None = None
-    clean: Tensor | None = None
-
-
 Observer = Callable[[RunEvent], None]
 # Told of each yield of the loop; latents that it returns after a whole step replace the run's.
-StepConsumer = Callable[[Step], Tensor | None]
+StepConsumer = Callable[[RunEvent], Tensor | None]
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -254,15 +229,16 @@ def sample(
         try:
             with models.residency.using("dit"), measured(cost, models.dit, models.device) as seconds:
                 latents, steps, parts = begin_denoising(models, index, inputs, options, cost, stop, last)
+                done = 0 if last is None else last.step
                 with suppress(StopIteration):
-                    failing = "guidance" if (0 if last is None else last.step) < guided_steps else "sampling"
-                    step = next(steps)
+                    failing = "guidance" if done < guided_steps else "sampling"
+                    event = next(steps)
                     while True:
-                        replaced = on_step(step)
-                        latents = step.latents if replaced is None else replaced
-                        if step.clean is not None and not step.interrupted:
+                        replaced = on_step(event)
+                        latents = event.latents if replaced is None else replaced
+                        if event.stage == "sampling" and not event.interrupted:
                             last = StepState(
-                                step=step.index + 1,
+                                step=event.step,
                                 latents=latents,
                                 parts=joined({name: part.state() for name, part in parts.items()}),
                                 cost={**cost.state(), "time_gen": seconds()},
@@ -271,9 +247,9 @@ def sample(
                             if saved is not None:
                                 saved.step_done(last)
                             next(bar, None)
-                        guided_next = step.clean is not None and step.index + 1 < guided_steps
+                        guided_next = event.stage == "sampling" and event.step < guided_steps
                         failing = "guidance" if guided_next else "sampling"
-                        step = steps.send(replaced)
+                        event = steps.send(replaced)
             return latents, options, last is not None and last.step == options.num_inference_steps
         except (RuntimeError, MemoryError) as error:
             problem = out_of_memory(error)
@@ -289,7 +265,7 @@ def begin_denoising(
     cost: RunCost,
     stop: Callable[[], bool],
     last: StepState | None,
-) -> tuple[Tensor, Generator[Step, Tensor | None, None], dict[str, Any]]:
+) -> tuple[Tensor, Generator[RunEvent, Tensor | None, None], dict[str, Any]]:
     """Put the denoising of one prompt together, at its start or after its last finished step.
 
     Returns:

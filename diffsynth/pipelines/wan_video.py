@@ -2,8 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import RunDefaults, run_defaults
-from diffsynth.configs.options import CallOptions, RunOptions, SavingOptions
+from diffsynth.configs.options import CallOptions, SavingOptions
 from diffsynth.configs.resolve import ReferenceFacts, planned_reference, resolve, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.data.frames import checked_int
@@ -26,12 +27,10 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames
-from diffsynth.pipelines.denoise import Step
+from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import (
     GeneratedVideo,
     Observer,
-    RunEvent,
-    StepConsumer,
     generate,
     noise_generator,
 )
@@ -40,10 +39,8 @@ from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import find_tokenizer
-from diffsynth.runs.checkpoint import SavedRun, prepare_folder, run_lock, saved_seed
+from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
 from diffsynth.runs.cost import RunCost
-from diffsynth.runs.identity import run_identity
-from diffsynth.runs.signals import stoppable
 from diffsynth.vram_management import Residency, choose_device
 
 if TYPE_CHECKING:
@@ -279,7 +276,7 @@ class WanVideoPipeline:
         *,
         progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] = tqdm,
         callback_on_step_end: Callback | None = None,
-        observer: Observer | None = None,
+        observer: Observer = lambda _event: None,
         test_latency: bool = False,
         latency_dir: str | Path | None = None,
         checkpoint_dir: str | Path | None = None,
@@ -290,138 +287,80 @@ class WanVideoPipeline:
     ) -> list[GeneratedVideo]:
         """Generate a video for each prompt, as the call does, and return what each was made by as well.
 
-        Options that are not given, or None, are the preset's, else the checkpoint's (`defaults`), else the
-        reference's, else the published method's.
-
         Args:
             prompt: what the video should show; several for several videos from the same noise.
             negative_prompt: what it should not show; the checkpoint's by default.
-            input_video: the reference; frames of another size are centre-cropped and resized. Its first
-                num_frames frames are used.
+            input_video: the reference; its first num_frames frames, centre-cropped and resized.
             progress_bar_cmd: wraps the denoising steps, as tqdm does.
             callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); latents in a dict that
                 it returns replace the run's.
             observer: called with a `RunEvent` when a stage begins and after each of its steps.
             test_latency: append what each video cost, a JSON line, to latency_dir/latency.jsonl.
-            latency_dir: for test_latency.
             checkpoint_dir: folder in which the run is saved every checkpoint_every steps or
-                checkpoint_minutes, when it is interrupted or fails, and before frames are decoded (see
-                `decode_saved`). The same call continues an unfinished run with the same results, and only
-                decodes a finished one. SIGINT and SIGTERM raise `RunInterrupted`, a KeyboardInterrupt.
-            checkpoint_every: steps from save to save.
-            checkpoint_minutes: or minutes, whichever comes first.
+                checkpoint_minutes, when it is interrupted or fails, and before frames are decoded. The same
+                call continues an unfinished run with the same results, and only decodes a finished one.
+                SIGINT and SIGTERM raise `RunInterrupted`, a KeyboardInterrupt.
             resume: continue an unfinished run; False discards it.
-            options: `RunOptions` and `Shorthands` state them; docs/api.md lists them.
+            options: stated by `RunOptions` and `Shorthands`, listed in docs/api.md. Those that are not given
+                are the preset's, else the checkpoint's (`defaults`), the reference's, the published method's.
 
         Raises:
             ValueError, TypeError: an argument that is not allowed, before any model runs; also an unfinished
                 run in checkpoint_dir that differs in an argument, the reference or the weights.
         """
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
+        if test_latency and latency_dir is None:
+            raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
         saving = SavingOptions(
             checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
         )
-        folder = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
-        if folder is not None:
-            prepare_folder(folder)
-            if resume and options.get("seed") is None:
-                options["seed"] = saved_seed(folder)
-        reference = None if input_video is None else reference_facts(input_video)
-        run = resolve(options, self.defaults, reference, self.models.facts())
+        folder = None if checkpoint_dir is None else prepare_folder(checkpoint_dir)
+        if folder is not None and resume and options.get("seed") is None:
+            options["seed"] = saved_seed(folder)
+        run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
         noise_generator(run)
-        if test_latency and latency_dir is None:
-            raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
         ladder = Ladder(self.residency, self.vae)
-        run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=reference is not None)
+        run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
         logger.info("generating %d video(s): %s", len(prompts), run)
         self._interrupted.clear()
-        pixels = (
-            None
-            if input_video is None
-            else video_to_tensor(input_video, run.num_frames, run.height, run.width)
-        )
-        with self._saved(folder, saving, prompts, pixels, run) as saved:
+        pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
+        with open_run(folder, saving, self.residency, prompts, pixels, run, self.interrupt) as saved:
             videos = generate(
                 self.models,
                 prompts,
                 pixels,
                 run,
                 ladder,
-                on_step=self._step_consumer(callback_on_step_end, observer or _unobserved, run),
-                observer=observer or _unobserved,
+                on_step=partial(self._on_step, callback_on_step_end, observer),
+                observer=observer,
                 progress=progress_bar_cmd,
                 stop=self.interrupted,
                 saved=saved,
                 fps=input_video.fps if isinstance(input_video, VideoData) else None,
             )
-        if test_latency:
-            for video in videos:
-                video.cost.append_to(latency_dir)
+        for video in videos if test_latency else ():
+            video.cost.append_to(latency_dir)
         return videos
 
-    @contextmanager
-    def _saved(
-        self,
-        folder: Path | None,
-        saving: SavingOptions,
-        prompts: Sequence[tuple[str, str]],
-        pixels: Tensor | None,
-        run: RunOptions,
-    ) -> Iterator[SavedRun | None]:
-        """A context in which a run is saved to a folder; whatever ends it, its last finished step is kept."""
-        if folder is None:
-            yield None
-            return
-        with run_lock(folder), stoppable(folder, self.interrupt):
-            identity = run_identity(self.residency.models, prompts, pixels, run)
-            saved = SavedRun(folder, saving, identity, run.seed, self.device)
-            try:
-                yield saved
-            finally:
-                saved.keep_latest()
-
-    def _step_consumer(self, callback: Callback | None, observer: Observer, run: RunOptions) -> StepConsumer:
-        """Return what tells the callback and the observer of each step."""
-
-        def on_step(step: Step) -> Tensor | None:
-            if step.clean is None:
-                guided_steps = run.motion.guided_steps if run.motion else 0
-                observer(
-                    RunEvent(
-                        stage="guidance",
-                        step=step.index + 1,
-                        steps=guided_steps,
-                        losses=step.losses,
-                        latents=step.latents,
-                    )
-                )
-                return None
-            replaced = None
-            if callback is not None:
-                returned = callback(self, step.index, step.timestep, {"latents": step.latents})
-                replaced = None if returned is None else replaced_latents(returned, step.latents)
-            latents = step.latents if replaced is None else replaced
-            observer(
-                RunEvent(
-                    stage="sampling",
-                    step=step.index + 1,
-                    steps=step.num_steps,
-                    latents=latents,
-                    clean=step.clean,
-                )
-            )
-            return replaced
-
-        return on_step
+    def _on_step(self, callback: Callback | None, observer: Observer, event: RunEvent) -> Tensor | None:
+        """Tell callback and observer of a step; return the latents that replace the run's, if any."""
+        replaced = None
+        if callback is not None and event.stage == "sampling":
+            returned = callback(self, event.step - 1, event.timestep, {"latents": event.latents})
+            replaced = None if returned is None else replaced_latents(returned, event.latents)
+        observer(event if replaced is None else replace(event, latents=replaced))
+        return replaced
 
 
-def reference_facts(video: Video) -> ReferenceFacts:
-    """Return number and size of the frames of a reference video.
+def reference_facts(video: Video | None) -> ReferenceFacts | None:
+    """Return number and size of the frames of a reference video; None without one.
 
     Raises:
         TypeError: it is no VideoData, images or uint8 array.
         ValueError: it has no frames.
     """
+    if video is None:
+        return None
     height, width = frame_size(video)
     return ReferenceFacts(num_frames=len(video), height=height, width=width)
 
@@ -438,7 +377,3 @@ def replaced_latents(returned: object, latents: Tensor) -> Tensor:
         shapes = f"{tuple(returned['latents'].shape)} for {tuple(latents.shape)}"
         raise ValueError(f"callback_on_step_end returned latents of another shape: {shapes}")
     return returned["latents"]
-
-
-def _unobserved(_event: RunEvent) -> None:
-    """Observe nothing."""

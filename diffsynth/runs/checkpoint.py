@@ -8,17 +8,18 @@ latents-KEY-001.safetensors the final latents of each prompt, before they are de
 
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffsynth.configs.options import SavingOptions
+from diffsynth.configs.options import RunOptions, SavingOptions
 from diffsynth.data.files import PARTIAL, locked
 from diffsynth.runs.cost import RunCost
-from diffsynth.runs.identity import differences, identity_key
+from diffsynth.runs.identity import differences, identity_key, run_identity
+from diffsynth.runs.signals import stoppable
 from diffsynth.runs.state import (
     PromptEmbeddings,
     RunInputs,
@@ -28,6 +29,7 @@ from diffsynth.runs.state import (
     part,
     save_state,
 )
+from diffsynth.vram_management import Residency
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,9 @@ INPUTS, STEP, LOCK = "inputs.safetensors", "step.safetensors", ".lock"
 LATENTS = "latents-{key}-{number:03d}.safetensors"
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make a run's folder. Raises ValueError, naming the argument, if it cannot be written to."""
+def prepare_folder(checkpoint_dir: str | Path) -> Path:
+    """Make a run's folder and return it. Raises ValueError if it cannot be written to."""
+    folder = Path(checkpoint_dir).expanduser()
     trial = folder / f"{PARTIAL}trial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +47,7 @@ def prepare_folder(folder: Path) -> None:
         trial.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"checkpoint_dir {folder} cannot be written to: {error}") from error
+    return folder
 
 
 def saved_seed(folder: Path) -> int | None:
@@ -206,6 +210,43 @@ class SavedRun:
             self._warned = True
             return False
         return True
+
+
+@contextmanager
+def open_run(
+    folder: Path | None,
+    saving: SavingOptions,
+    residency: Residency,
+    prompts: Sequence[tuple[str, str]],
+    pixels: Tensor | None,
+    options: RunOptions,
+    interrupt: Callable[[], None],
+) -> Iterator[SavedRun | None]:
+    """A context in which a run is saved to a folder; whatever ends it, its last finished step is kept.
+
+    Args:
+        folder: None for a run that is not saved.
+        saving: how often it is saved, and whether an unfinished run is continued.
+        residency: of the models.
+        prompts: (prompt, negative prompt) of each video.
+        pixels: the reference [1, 3, T, H, W]; None without one.
+        options: as resolved.
+        interrupt: called when a signal stops the run.
+
+    Raises:
+        ValueError: another run uses the folder, or it holds an unfinished run that differs.
+        RunInterrupted: SIGINT or SIGTERM came.
+    """
+    if folder is None:
+        yield None
+        return
+    with run_lock(folder), stoppable(folder, interrupt):
+        identity = run_identity(residency.models, prompts, pixels, options)
+        saved = SavedRun(folder, saving, identity, options.seed, residency.device)
+        try:
+            yield saved
+        finally:
+            saved.keep_latest()
 
 
 def run_lock(folder: Path) -> AbstractContextManager[None]:
