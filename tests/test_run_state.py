@@ -13,7 +13,7 @@ from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.caches import CacheOptions
 from diffsynth.motion import GradientMemory, MotionGuidance
 from diffsynth.runs import state as run_state
-from diffsynth.runs.identity import differences
+from diffsynth.runs.identity import identity_differences
 from diffsynth.runs.state import load_state, save_state
 from diffsynth.schedulers import make_scheduler
 
@@ -94,8 +94,8 @@ def test_a_state_of_another_scheduler_is_refused():
 
 def test_long_values_are_told_apart_by_their_hash():
     there, given = ({"prompt": text} for text in ("x", "y"))
-    assert differences(there, given) == ["prompt (x there, y given)"]
-    assert differences({**there, "a": "1"}, there) == ["a (1 there, nothing given)"]
+    assert identity_differences(there, given) == ["prompt (x there, y given)"]
+    assert identity_differences({**there, "a": "1"}, there) == ["a (1 there, nothing given)"]
 
 
 def test_files_of_another_kind_are_refused(tmp_path):

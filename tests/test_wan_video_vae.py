@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from diffsynth.models.wan_video_vae import PUBLISHED_MEAN, WanVideoVAE
-from diffsynth.models.wan_video_vae_layers import CausalConv3d, RMSNorm
+from diffsynth.models.wan_video_vae_layers import CausalConv3d, ChannelNorm
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ODD_CONFIGS = [
@@ -252,7 +252,7 @@ def test_given_statistics_normalise_the_latents():
 def test_the_norm_sums_in_float32_and_takes_a_zero_vector():
     torch.manual_seed(0)
     x = torch.randn(1, 384, 1, 2, 2) * 30
-    norm = RMSNorm(384)
+    norm = ChannelNorm(384)
     expected = norm(x)
     assert torch.allclose(expected.pow(2).mean(dim=1), torch.ones(1, 1, 2, 2), atol=1e-5)
     for dtype in (torch.bfloat16, torch.float16):

@@ -24,7 +24,7 @@ from diffsynth.models.wan_video_dit_layers import (
     SelfAttention,
     linear_in,
     modulate,
-    precise,
+    precise_dtype,
     rotary_table,
     sinusoidal_embedding,
 )
@@ -165,7 +165,7 @@ class WanModel(nn.Module):
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """timestep [B] -> the time embedding [B, D] and its projection, the blocks' modulation [B, 6, D]."""
-        dtype = precise(self.dtype)
+        dtype = precise_dtype(self.dtype)
         hidden = linear_in(dtype, self.time_embedding[0], sinusoidal_embedding(timestep, self.freq_dim))
         time = linear_in(dtype, self.time_embedding[2], F.silu(hidden))
         return time, linear_in(dtype, self.time_projection[1], F.silu(time)).unflatten(-1, (6, self.dim))
@@ -198,7 +198,7 @@ class WanModel(nn.Module):
             raise ValueError(
                 f"context must be [B, at most {self.text_len}, {self.text_dim}]; got {tuple(context.shape)}"
             )
-        stream = precise(self.dtype)
+        stream = precise_dtype(self.dtype)
         tokens = self.patch_embedding(x.to(self.dtype))
         grid = tuple(tokens.shape[2:])
         time, modulation = self.embed_time(timestep.to(x.device))

@@ -16,7 +16,7 @@ IMAGE_TOKEN_DIM = 1280  # width of the CLIP features that image models take
 SLICE_TOKENS = 4096  # of a feed-forward without gradients; enough to keep a GPU busy
 
 
-def precise(dtype: torch.dtype) -> torch.dtype:
+def precise_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype for what must not be computed in half precision."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(precise(x.dtype)), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x.to(precise_dtype(x.dtype)), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class LayerNorm(nn.LayerNorm):

@@ -20,7 +20,7 @@ NUM_PAST = 2  # earlier frames that a causal convolution sees
 Cache = dict[nn.Module, Tensor]
 
 
-class RMSNorm(nn.Module):
+class ChannelNorm(nn.Module):
     """x / |x| * sqrt(C) * gamma over the channel axis, with |x| not below 1e-12."""
 
     def __init__(self, channels: int, position_axes: int = 3) -> None:
@@ -69,9 +69,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.residual = nn.ModuleDict(
             {
-                "0": RMSNorm(in_channels),
+                "0": ChannelNorm(in_channels),
                 "2": CausalConv3d(in_channels, out_channels),
-                "3": RMSNorm(out_channels),
+                "3": ChannelNorm(out_channels),
                 "6": CausalConv3d(out_channels, out_channels),
             }
         )
@@ -96,7 +96,7 @@ class FrameAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(channels, position_axes=2)
+        self.norm = ChannelNorm(channels, position_axes=2)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
@@ -162,7 +162,7 @@ def _run_middle(middle: nn.ModuleList, x: Tensor, cache: Cache) -> Tensor:
 
 
 def _head(in_channels: int, out_channels: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": RMSNorm(in_channels), "2": CausalConv3d(in_channels, out_channels)})
+    return nn.ModuleDict({"0": ChannelNorm(in_channels), "2": CausalConv3d(in_channels, out_channels)})
 
 
 def _run_head(head: nn.ModuleDict, x: Tensor, cache: Cache) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffsynth.configs.options import RunOptions, SavingOptions
 from diffsynth.data.files import PARTIAL, locked
 from diffsynth.runs.cost import RunCost
-from diffsynth.runs.identity import differences, identity_key, run_identity
+from diffsynth.runs.identity import identity_differences, identity_key, run_identity
 from diffsynth.runs.signals import stoppable
 from diffsynth.runs.state import (
     PromptEmbeddings,
@@ -172,7 +172,7 @@ class SavedRun:
     def _load_inputs(self) -> None:
         path = self._folder / INPUTS
         state, facts = load_state(path, self._device)
-        if different := differences(facts["identity"], self._identity):
+        if different := identity_differences(facts["identity"], self._identity):
             raise ValueError(
                 f"checkpoint_dir {self._folder} holds an unfinished run that differs in "
                 f"{', '.join(different)}; give the same again to go on with it, resume=False to discard it, "

@@ -43,7 +43,7 @@ def run_identity(
     return identity
 
 
-def differences(there: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
+def identity_differences(there: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
     """What differs between two identities, as "name (value there, value given)"."""
     names = dict.fromkeys([*given, *there])
     return [
