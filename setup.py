@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class BuildWithNano(build_py):
 
 setup(
     name="fastvmt",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', Path("diffsynth/version.py").read_text())[1],
     description="Training-free video motion transfer with Wan2.1",
     license="MIT",
     python_requires=">=3.10",

@@ -27,7 +27,7 @@ import torch
 
 from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.events import RunEvent
+from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.runs.checkpoint import STEP
 from diffsynth.runs.state import PARTIAL, load_state
 from diffsynth.testing import write_checkpoint, write_clip

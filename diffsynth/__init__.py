@@ -6,6 +6,8 @@ The public names load on first use, so that importing the package costs nothing 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from diffsynth.version import __version__
+
 if TYPE_CHECKING:
     from diffsynth.data import VideoData, save_frames, save_video
     from diffsynth.data.notebook import display
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from diffsynth.runs.checkpoint import clear_checkpoints
     from diffsynth.runs.signals import RunInterrupted
 
-__version__ = "0.1.0"
 __all__ = [
     "MemoryRanOutError",
     "ModelManager",
@@ -25,6 +26,7 @@ __all__ = [
     "RunInterrupted",
     "VideoData",
     "WanVideoPipeline",
+    "__version__",
     "clear_checkpoints",
     "decode_saved",
     "display",

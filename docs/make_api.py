@@ -17,7 +17,7 @@ from diffsynth.configs.options import RunOptions
 from diffsynth.data.synthetic import SyntheticClip, make_clip
 from diffsynth.models.attention import use_attention
 from diffsynth.models.convert import convert_checkpoint
-from diffsynth.pipelines.events import RunEvent
+from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.planning.plan import RunPlan
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ from pathlib import Path
 from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.cli.outputs import reserve_name
 from diffsynth.configs.options import MODES
-from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
+from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.schedulers import SAMPLERS
 
 NEGATIVE_PROMPT = (

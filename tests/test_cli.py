@@ -9,28 +9,32 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from diffsynth import VideoData, WanVideoPipeline, __version__
-from diffsynth.caches.choose import CACHES
-from diffsynth.cli import compare, doctor, inspect_motion, models, options, outputs, parser, tasks, transfer
+from diffsynth.cli import compare, doctor, inspect_motion, parser, progress, transfer
 from diffsynth.cli import download as download_command
+from diffsynth.cli.completion import commands_of
 from diffsynth.cli.console import Console
 from diffsynth.cli.main import COMMANDS, main
-from diffsynth.cli.outputs import check_folder, reserve_name
-from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs import options
+from diffsynth.configs.caches import CACHES
+from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
+from diffsynth.configs.defaults import run_defaults
+from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.download import DownloadError
-from diffsynth.configs.options import MODES
+from diffsynth.configs.fields import load, options_of
+from diffsynth.configs.resolve import resolve, resolve_prompts
 from diffsynth.evaluation.trackers import METHODS
+from diffsynth.jobs import models, publish, task
+from diffsynth.jobs.publish import check_folder, reserve_name
 from diffsynth.models.attention import BACKENDS
 from diffsynth.models.model_manager import DTYPES
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.wan_video import WIDE_DTYPES
+from diffsynth.pipelines.wan_video import reference_facts
 from diffsynth.runs.record import read_record, record_path
-from diffsynth.schedulers import SAMPLERS
 from diffsynth.testing import write_clip
 
 QUICK = ["--steps", "3", "--motion-guided-steps", "1", "--motion-inner-steps", "2", "--seed", "1"]
@@ -96,26 +100,29 @@ def test_the_version_is_the_package_s(capsys):
     assert capsys.readouterr().out == f"fastvmt {__version__}\n"
 
 
-def test_written_out_names_are_those_of_the_rooms():
-    assert options.MODES == MODES
-    assert tuple(SAMPLERS) == options.SAMPLERS
-    assert options.CACHES == CACHES
+def test_names_that_configs_state_are_those_of_the_rooms():
     assert tuple(BACKENDS) == options.ATTENTION
     assert set(options.DTYPES) == {str(dtype).removeprefix("torch.") for dtype in DTYPES} - {"float64"}
-    assert set(options.WIDE_DTYPES) <= {str(dtype).removeprefix("torch.") for dtype in WIDE_DTYPES}
     assert parser.TRACKERS == METHODS
+    for path in [*options.SAMPLERS.values(), *(cache.rule for cache in CACHES.values())]:
+        assert isinstance(load(path), type)
+    for descriptor in DESCRIPTORS.values():
+        assert isinstance(load(descriptor.make), type)
 
 
 def test_every_number_of_the_method_and_every_argument_of_the_call_is_an_option():
-    assert set(options.MOTION_OPTIONS) | {"mode", "sf"} == {field.name for field in fields(MotionGuidance)}
-    call = set(inspect.signature(WanVideoPipeline.__call__).parameters)
-    offered = set(vars(parser.build_parser().parse_args(["transfer"])))
-    offered |= {*options.CALL_OPTIONS, *options.CALL_CHOICES, *options.CALL_SWITCHES}
-    not_for_a_command = {
-        "self", "motion", "input_video", "prompt", "negative_prompt", "progress_bar_cmd",
-        "callback_on_step_end", "observer", "output_type", "test_latency", "latency_dir",
+    fields = [*options_of(MotionGuidance), *options.call_options(), *options_of(options.FileOptions)]
+    text = parser.build_parser().format_help  # the parser of all commands can be made
+    assert text()
+    command = commands_of(parser.build_parser())["transfer"]
+    offered = {action.dest for action in command._actions}
+    offered |= {name.removeprefix("motion_") for name in offered}
+    assert set(fields) - offered == {"motion", "output_type"}
+    run = set(inspect.signature(WanVideoPipeline.run).parameters) - offered
+    assert run == {
+        "self", "input_video", "progress_bar_cmd", "callback_on_step_end", "observer", "test_latency",
+        "latency_dir", "options",
     }  # fmt: skip
-    assert call - offered == not_for_a_command
 
 
 @pytest.mark.parametrize(
@@ -123,12 +130,12 @@ def test_every_number_of_the_method_and_every_argument_of_the_call_is_an_option(
     [
         ([], "the following arguments are required: COMMAND (see fastvmt --help)"),
         (["transform"], "argument COMMAND: invalid choice: 'transform'"),
-        (["transfer", "--sampler", "ddim"], "argument --sampler: invalid choice: 'ddim'"),
-        (["transfer", "--height", "tall"], "argument --height: must be a whole number; got 'tall'"),
-        (["transfer", "--cfg-scale", "much"], "argument --cfg-scale: must be a number; got 'much'"),
-        (["transfer", "--motion-tile", "3"], "--motion-tile: must be 2 values with commas between; got '3'"),
-        (["transfer", "--motion-lr", "1,a"], "argument --motion-lr: must be a number; got 'a'"),
-        (["transfer", "--motion-heads", "0,a"], "argument --motion-heads: must be a whole number; got 'a'"),
+        (["transfer", "--sampler", "ddim"], "argument --sampler: must be one of euler, unipc; got 'ddim'"),
+        (["transfer", "--height", "tall"], "--height: must be a whole number of at least 1; got 'tall'"),
+        (["transfer", "--cfg-scale", "much"], "argument --cfg-scale: must be a finite number; got 'much'"),
+        (["transfer", "--motion-tile", "3"], "--motion-tile: must be two values (rows, columns)"),
+        (["transfer", "--motion-lr", "1,a"], "--motion-lr: must be two values (first, end)"),
+        (["transfer", "--motion-heads", "0,a"], "token_groups or different head indices; got '0,a'"),
         (["transfer", "--mot", "3"], "unrecognized arguments: --mot"),
     ],
 )  # fmt: skip
@@ -187,7 +194,7 @@ def test_a_transfer_writes_video_and_record_and_prints_one_json_object(transferr
 def test_progress_names_the_stages_on_stderr_and_the_summary_is_on_stdout(transferring, tmp_path, capsys):
     assert main(transferring) == 0
     captured = capsys.readouterr()
-    stages = ["hash the model's files", "load the model", "encode text", "encode video", "decode", "write"]
+    stages = ["load the model", "encode text", "encode video", "decode", "write"]
     places = [captured.err.index(f"{stage}\n") for stage in stages]
     assert places == sorted(places)
     assert "guided step 1/1" in captured.err
@@ -199,7 +206,7 @@ def test_progress_names_the_stages_on_stderr_and_the_summary_is_on_stdout(transf
 
 
 def test_quiet_says_nothing_but_the_result(transferring, capsys):
-    assert main([*transferring, "--quiet", "--no-hash"]) == 0
+    assert main([*transferring, "--quiet"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert len(captured.out.splitlines()) == 1
@@ -241,10 +248,13 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
         ({"--model": "2b"}, "2b is neither a checkpoint folder nor one of the names nano, 1.3b, 14b"),
         ({"--preset": "warp"}, "preset must be one of exact, balanced, fast; got 'warp'"),
         ({"--frames": "9"}, "num_frames is 9, but input_video has 5 frames"),
-        ({"--motion-reuse": "never"}, "reuse must be one of repeat, falling, extrapolate; got 'never'"),
+        ({"--motion-reuse": "never"}, "--motion-reuse: must be one of repeat, falling, extrapolate; got 'never'"),
         ({"--motion-window": "20"}, "window"),
-        ({"--motion-scale": "0"}, "--motion-scale must be above 0; got 0.0"),
-        ({"--mode": "No_transfer"}, "--motion-guided-steps has no effect in mode No_transfer"),
+        (
+            {"--motion-scale": "0"},
+            "--motion-scale: must be a finite number above 0 or None; got '0'",
+        ),
+        ({"--mode": "No_transfer"}, "motion (guided_steps, inner_steps) has no effect in mode No_transfer"),
         ({"--checkpoint-every": "3"}, "--checkpoint-every needs --resume or --checkpoint-dir"),
     ],
 )
@@ -297,7 +307,7 @@ def test_overwrite_replaces_a_video_and_a_failed_run_keeps_it(transferring, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            outputs, "save_with_metadata", lambda *_a, **_k: (_ for _ in ()).throw(OSError("disk full"))
+            publish, "save_with_metadata", lambda *_a, **_k: (_ for _ in ()).throw(OSError("disk full"))
         )
         assert main([*transferring, "--overwrite"]) == 1
     assert (out.read_bytes(), visible(tmp_path)) == (b"precious", ["out.mp4"])
@@ -312,8 +322,8 @@ def test_a_name_that_is_taken_during_the_run_is_not_written_over(transferring, t
         out.write_bytes(b"of another run")
         return make_record(*given, **named)
 
-    make_record = tasks.make_record
-    monkeypatch.setattr(tasks, "make_record", meanwhile)
+    make_record = task.make_record
+    monkeypatch.setattr(task, "make_record", meanwhile)
     assert main(transferring) == 0
     assert out.read_bytes() == b"of another run"
     assert len(VideoData(tmp_path / "out-2.mp4")) == 5
@@ -325,11 +335,10 @@ def test_a_file_system_without_hard_links_keeps_other_files_too(tmp_path, monkey
     def link(_file, path):
         raise (FileExistsError if path.exists() else PermissionError)("no links")
 
-    monkeypatch.setattr(outputs.os, "link", link)
+    monkeypatch.setattr(publish.os, "link", link)
     (tmp_path / "a.mp4").write_bytes(b"1")
-    with outputs.written_aside(tmp_path / "a.mp4", overwrite=False) as (temporary, final):
-        temporary.write_bytes(b"2")
-    assert (final, (tmp_path / "a-2.mp4").read_bytes()) == ([tmp_path / "a-2.mp4"], b"2")
+    final = publish.write_aside(tmp_path / "a.mp4", lambda file: file.write_bytes(b"2"), overwrite=False)
+    assert (final, (tmp_path / "a-2.mp4").read_bytes()) == (tmp_path / "a-2.mp4", b"2")
     assert visible(tmp_path) == ["a-2.mp4", "a.mp4"]
 
 
@@ -341,7 +350,7 @@ def test_a_run_that_fails_is_exit_code_1_and_writes_nothing(transferring, tmp_pa
     def fail(*_given, **_named):
         raise RuntimeError("denoising gave values that are not finite")
 
-    monkeypatch.setattr(WanVideoPipeline, "__call__", fail)
+    monkeypatch.setattr(WanVideoPipeline, "run", fail)
     assert main(transferring) == 1
     assert "fastvmt: denoising gave values that are not finite" in capsys.readouterr().err
     assert visible(tmp_path) == []
@@ -354,7 +363,7 @@ def test_a_damaged_model_is_a_failed_run(transferring, tiny_checkpoint, tmp_path
     assert "the model cannot be loaded" in capsys.readouterr().err
 
 
-class InterruptedAtStep(tasks.Progress):
+class InterruptedAtStep(progress.StageProgress):
     """Ctrl-C is pressed `times` times after the first sampling step."""
 
     times = 1
@@ -372,7 +381,7 @@ class InterruptedAtStep(tasks.Progress):
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_interrupt_stops_the_run_and_leaves_nothing(transferring, tmp_path, monkeypatch, capsys, times):
     monkeypatch.setattr(InterruptedAtStep, "times", times)
-    monkeypatch.setattr(tasks, "Progress", InterruptedAtStep)
+    monkeypatch.setattr(progress, "StageProgress", InterruptedAtStep)
     before = signal.getsignal(signal.SIGINT)
     assert main(transferring) == 130
     said = capsys.readouterr().err
@@ -385,19 +394,19 @@ def test_an_interrupt_stops_the_run_and_leaves_nothing(transferring, tmp_path, m
 
 
 def test_what_an_interrupt_breaks_on_its_way_is_no_error(transferring, monkeypatch, capsys):
-    class Breaking(tasks.Progress):
+    class Breaking(progress.StageProgress):
         def __call__(self, event):
             if event.stage == "encode video":
                 signal.raise_signal(signal.SIGINT)
                 raise ValueError("0 frames decode, 5 when it was opened")
 
-    monkeypatch.setattr(tasks, "Progress", Breaking)
+    monkeypatch.setattr(progress, "StageProgress", Breaking)
     assert main(transferring) == 130
     assert capsys.readouterr().err.endswith("fastvmt: interrupted; no video was written\n")
 
 
 def test_an_ignored_interrupt_stays_ignored(transferring, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "Progress", InterruptedAtStep)
+    monkeypatch.setattr(progress, "StageProgress", InterruptedAtStep)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert main([*transferring, "-q"]) == 0
@@ -428,7 +437,7 @@ def test_a_stopped_run_goes_on_with_resume_and_clears_up_after_itself(
     whole = [word.replace("out.mp4", "whole.mp4") for word in transferring]
     assert main([*whole, "-q"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "Progress", InterruptedAtStep)
+        patch.setattr(progress, "StageProgress", InterruptedAtStep)
         assert main([*transferring, "--resume", "-q"]) == 130
     assert "finished steps are in" in capsys.readouterr().err
     assert ".out.mp4.run" in visible(tmp_path)
@@ -444,32 +453,38 @@ def test_a_stopped_run_goes_on_with_resume_and_clears_up_after_itself(
 def test_without_a_model_the_largest_complete_one_is_taken_else_nano_and_that_is_said(
     tmp_path, monkeypatch, capsys
 ):
-    assert models.choose_model(None, tmp_path, Console()).name == "Wan2.1-T2V-nano"
+    assert models.choose_model(None, tmp_path, Console().note).name == "Wan2.1-T2V-nano"
     assert "fetch one with: fastvmt download 1.3b" in capsys.readouterr().err
     for checkpoint in PUBLISHED.values():
         (tmp_path / checkpoint.folder).mkdir()
     missing = {"Wan2.1-T2V-14B": ["config.json: missing"], "Wan2.1-T2V-1.3B": []}
     monkeypatch.setattr(models, "missing_files", lambda folder, _: missing[folder.name])
-    assert models.choose_model(None, tmp_path, Console()).name == "Wan2.1-T2V-1.3B"
+    assert models.choose_model(None, tmp_path, Console().note).name == "Wan2.1-T2V-1.3B"
     assert "model: 1.3b, the largest complete one below" in capsys.readouterr().err
     missing["Wan2.1-T2V-14B"] = []
-    assert models.choose_model(None, tmp_path, Console(quiet=True)).name == "Wan2.1-T2V-14B"
+    assert models.choose_model(None, tmp_path, Console(quiet=True).note).name == "Wan2.1-T2V-14B"
 
 
-def test_published_models_run_at_their_size_length_and_usual_negative_prompt(tmp_path, caplog):
-    usual = tasks.RunDefaults()
+def test_published_models_run_at_their_size_length_and_negative_prompt_by_command_and_call(tmp_path, caplog):
+    folder = tmp_path / "Wan2.1-T2V-1.3B"  # the name alone tells that it is published
+    folder.mkdir()
     wide = write_clip(tmp_path / "wide.mp4", num_frames=85, height=36, width=64)
     tall = write_clip(tmp_path / "tall.mp4", num_frames=3, height=64, width=36)
+    made = task.make_task({"prompt": "a cat"}, wide, folder)
+    assert (made.call, made.fps) == ({"prompt": "a cat"}, 15.0)
 
-    def call(reference, **given):
-        return tasks.make_task({"prompt": "a cat", **given}, reference, usual, published=True).call
+    def resolved(reference, **given):
+        return resolve(given, run_defaults(folder), reference_facts(VideoData(reference)))
 
-    assert {"height": 480, "width": 832, "num_frames": 81}.items() <= call(wide).items()
+    run = resolved(wide)
+    assert (run.height, run.width, run.num_frames) == (480, 832, 81)
     assert "the reference has 85 frames: its first 81 are used" in caplog.text
-    assert {"height": 832, "width": 480, "num_frames": 3}.items() <= call(tall).items()
-    assert call(tall)["negative_prompt"] == tasks.NEGATIVE_PROMPT
-    given = call(tall, height=320, negative_prompt="")
-    assert (given["height"], given["negative_prompt"], "width" in given) == (320, "", False)
+    run = resolved(tall)
+    assert (run.height, run.width, run.num_frames) == (832, 480, 3)
+    assert resolved(tall, height=320).height == 320
+    prompts = resolve_prompts("a cat", None, run_defaults(folder))
+    assert prompts == [("a cat", PUBLISHED_DEFAULTS["negative_prompt"])]
+    assert resolve_prompts("a cat", "", run_defaults(folder)) == [("a cat", "")]
 
 
 # --- the other commands -------------------------------------------------------------------------------------
@@ -594,7 +609,7 @@ def test_decode_makes_the_video_of_latents_that_a_stopped_run_left(
         """The latents stay, as they do when a run ends while it decodes."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "forget", keep)
+        patch.setattr(task, "_forget", keep)
         assert main([*transferring, "-q", "--checkpoint-dir", state]) == 0
     latents = next(state.glob("latents-*.safetensors"))
     arguments = ["decode", latents, "-o", tmp_path / "decoded.mp4", "--quality", "8"]

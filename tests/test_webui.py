@@ -12,7 +12,7 @@ import torch
 from diffsynth.cli.models import Setup
 from diffsynth.cli.outputs import publish
 from diffsynth.data import VideoData
-from diffsynth.pipelines.events import RunEvent
+from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
 from diffsynth.webui.failures import failure_text

@@ -31,7 +31,7 @@ from benchmarks.quality.pairs import (
 )
 from benchmarks.quality.report import as_json, best_method, cost_picture, markdown_table, summarise
 from diffsynth import WanVideoPipeline
-from diffsynth.pipelines.guidance import NO_TRANSFER
+from diffsynth.configs.descriptors import NO_TRANSFER
 
 _worker: dict[str, object] = {}
 

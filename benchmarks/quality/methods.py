@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffsynth.configs.defaults import EXACT, with_preset
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
+from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.planning.cost import guidance_cost
 

@@ -9,7 +9,7 @@ from PIL import Image
 from benchmarks.quality.pairs import Row
 from benchmarks.quality.scatter import pareto_picture
 from benchmarks.quality.statistics import Interval, mean_interval, ratio_interval
-from diffsynth.pipelines.guidance import NO_TRANSFER
+from diffsynth.configs.descriptors import NO_TRANSFER
 
 # Name in a Row -> (heading, digits).
 COLUMNS = {

@@ -8,18 +8,19 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE, FAILED, RunFailedError, UsageError
-from diffsynth.cli.jobs import Job, default_output, job_hash, read_jobs
-from diffsynth.cli.models import Setup, choose_model, is_published, load_pipeline
-from diffsynth.cli.outputs import check_folder, check_output
+from diffsynth.cli.console import DONE, FAILED, Console
+from diffsynth.cli.job_files import JobLine, default_output, job_hash, read_jobs
+from diffsynth.cli.progress import run_watched
 from diffsynth.cli.saving import saving_arguments
-from diffsynth.cli.tasks import Task, make_task, run_options, run_task, summary
-from diffsynth.configs.defaults import RunDefaults, run_defaults
+from diffsynth.data.files import FileInUseError, locked
+from diffsynth.jobs.errors import RunFailedError, UsageError
+from diffsynth.jobs.models import choose_model, load_options, load_pipeline
+from diffsynth.jobs.publish import check_folder, check_output
+from diffsynth.jobs.task import VideoTask, make_task, summary, task_options
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.record import (
     RunRecord,
@@ -41,13 +42,13 @@ def run(options: Namespace, console: Console) -> int:
     folder: Path = options.output_dir
     if options.checkpoint_dir is not None:
         raise UsageError("--checkpoint-dir is for one video; --resume has a folder for each")
-    jobs = read_jobs(options.jobs, folder, run_options(vars(options)))
+    jobs = read_jobs(options.jobs, folder, task_options(vars(options)))
     if folder.is_dir():
         check_folder(folder)
     else:
         check_folder(folder.parent)
         folder.mkdir()
-    with _locked(folder):
+    with _only_batch(folder):
         batch = _Batch(options, console)
         results = []
         for number, job in enumerate(jobs, 1):
@@ -73,13 +74,12 @@ class _Batch:
     def __init__(self, options: Namespace, console: Console) -> None:
         self._folder: Path = options.output_dir
         self._options, self._console = options, console
-        self._checkpoint = choose_model(options.model, options.models_dir, console)
-        self._usual: RunDefaults = run_defaults(self._checkpoint)
-        self._setup = Setup.from_options(options)
-        self._model = describe_model(self._checkpoint, self._setup.to_json(), not options.no_hash)
+        self._checkpoint = choose_model(options.model, options.models_dir, console.note)
+        self._loaded = load_options(vars(options))
+        self._model = describe_model(self._checkpoint, asdict(self._loaded))
         self._pipe: WanVideoPipeline | None = None
 
-    def do(self, job: Job) -> dict[str, Any]:
+    def do(self, job: JobLine) -> dict[str, Any]:
         """Do one job, unless it is done; the facts for the summary. RunFailedError if no model loads."""
         try:
             task = self._prepared(job)
@@ -89,31 +89,32 @@ class _Batch:
             return {"line": job.line, "state": "skipped"}
         if self._pipe is None:
             self._console.note("load the model")
-            self._pipe = load_pipeline(self._checkpoint, self._setup)
+            self._pipe = load_pipeline(self._checkpoint, self._loaded)
         try:
-            path, record = run_task(self._pipe, task, self._model, self._setup, self._console)
+            path, record = run_watched(self._pipe, task, self._model, self._loaded, self._console)
         except _ERRORS as error:
             return self._failure(job, error)
         self._console.say(summary(path, record))
         return {"line": job.line, "state": "done", "output": str(path)}
 
-    def _prepared(self, job: Job) -> Task | None:
+    def _prepared(self, job: JobLine) -> VideoTask | None:
         """The task of a job; None if it is done."""
-        task = make_task(job.given, job.reference, self._usual, is_published(self._checkpoint))
-        mark = job_hash(job, task.reference, self._model)
-        output = job.output or default_output(job, mark, self._folder)
-        there = finished_record(output)
-        if there is not None and there.job == mark and not differences(there, task.reference, self._model):
+        task = make_task(job.given, job.reference, self._checkpoint)
+        identity = job_hash(job, task.reference, self._model)
+        output = job.output or default_output(job, identity, self._folder)
+        finished = finished_record(output)
+        same = finished is not None and finished.job == identity
+        if same and not differences(finished, task.reference, self._model):
             self._console.note(f"{output} was done before")
             return None
-        if there is not None and not self._options.overwrite:
+        if finished is not None and not self._options.overwrite:
             raise UsageError(f"{output} exists, made in another way; name another or --overwrite")
         output.parent.mkdir(parents=True, exist_ok=True)
         check_output(output, self._options.overwrite)
         saving = saving_arguments(self._options, output)
-        return replace(task, output=output, overwrite=self._options.overwrite, saving=saving, job=mark)
+        return replace(task, output=output, overwrite=self._options.overwrite, saving=saving, job=identity)
 
-    def _failure(self, job: Job, error: Exception) -> dict[str, Any]:
+    def _failure(self, job: JobLine, error: Exception) -> dict[str, Any]:
         logger.info("the job of line %d failed", job.line, exc_info=error)
         text = str(error) or type(error).__name__
         self._console.problem(f"line {job.line} failed: {text}")
@@ -144,13 +145,10 @@ def _beside(video: Path) -> RunRecord | None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one batch writes to a folder at a time; the lock ends with the process, however that ends."""
-    import fcntl
-
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFailedError(f"another batch is writing to {folder}; wait for its end") from error
-        yield
+def _only_batch(folder: Path) -> Iterator[None]:
+    """A context in which no other batch writes to a folder. Raises RunFailedError if one does."""
+    try:
+        with locked(folder / LOCK, f"another batch is writing to {folder}; wait for its end"):
+            yield
+    except FileInUseError as error:
+        raise RunFailedError(str(error)) from error

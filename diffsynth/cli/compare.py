@@ -4,13 +4,15 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE, UsageError
-from diffsynth.cli.outputs import check_output, publish_plain
-from diffsynth.cli.tasks import DEFAULT_FPS, open_reference
+from diffsynth.cli.console import DONE, Console
+from diffsynth.configs.options import DEFAULT_FPS
+from diffsynth.data import save_video
 from diffsynth.evaluation.compare import video_grid
 from diffsynth.evaluation.motion_pictures import draw_trajectories
 from diffsynth.evaluation.tracking import track_object
+from diffsynth.jobs.errors import UsageError
+from diffsynth.jobs.publish import check_output, write_aside
+from diffsynth.jobs.task import open_reference
 
 
 def run(options: Namespace, console: Console) -> int:
@@ -24,7 +26,9 @@ def run(options: Namespace, console: Console) -> int:
     if options.paths:
         videos = {label: draw_trajectories(v, [track_object(v).centroids]) for label, v in videos.items()}
     frames = video_grid(videos, columns=options.columns, height=options.height, until=options.until)
-    path = publish_plain(frames, options.output, fps=fps, overwrite=options.overwrite)
+    path = write_aside(
+        options.output, lambda file: save_video(frames, file, fps=fps, quality=8), options.overwrite
+    )
     facts = {"output": str(path), "labels": labels, "frames": len(frames), "fps": fps}
     console.say(f"{path}: {len(frames)} frames, {' | '.join(labels)}")
     console.result(facts)

@@ -4,8 +4,7 @@ import argparse
 import shlex
 from argparse import Namespace
 
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE
+from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.parser import Parser, build_parser
 
 _BASH = """_fastvmt() {{

@@ -4,6 +4,8 @@ import json
 import sys
 from dataclasses import dataclass
 
+DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Console:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE, RunFailedError
-from diffsynth.cli.models import choose_model
-from diffsynth.cli.outputs import check_output, publish_plain
-from diffsynth.cli.tasks import DEFAULT_FPS
+from diffsynth.cli.console import DONE, Console
+from diffsynth.configs.options import DEFAULT_FPS, FileOptions, RunOptions
+from diffsynth.data import save_video
+from diffsynth.jobs.errors import RunFailedError
+from diffsynth.jobs.models import choose_model
+from diffsynth.jobs.publish import check_output, write_aside
 from diffsynth.models.checkpoint_files import CheckpointError, files_of
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -23,16 +24,22 @@ def run(options: Namespace, console: Console) -> int:
     """Decode the latents with the model's VAE; its other parts are not needed."""
     check_output(options.output, options.overwrite)
     facts = read_latents_facts(options.latents)
-    folder = choose_model(options.model, options.models_dir, console)
+    folder = choose_model(options.model, options.models_dir, console.note)
+    given = vars(options)
+    tiling = {name: given[name] for name in ("tiled", "tile_size", "tile_stride") if name in given}
+    RunOptions(**tiling)
+    file = FileOptions(**{name: given[name] for name in ("fps", "quality") if name in given})
     console.note("load the VAE")
-    vae = load_vae(folder, choose_device(options.device), getattr(torch, options.vae_dtype))
+    dtype = getattr(torch, given.get("vae_dtype") or "float32")
+    vae = load_vae(folder, choose_device(given.get("device") or "auto"), dtype)
     console.note("decode")
-    tiling = {"tile_size": options.tile_size, "tile_stride": options.tile_stride}
-    frames = decode_saved(options.latents, vae, tiled=options.tiled, **tiling)
+    frames = decode_saved(options.latents, vae, **tiling)
     console.note("write")
-    fps = options.fps or facts["fps"] or DEFAULT_FPS
-    path = publish_plain(
-        frames, options.output, fps=fps, quality=options.quality, overwrite=options.overwrite
+    fps = file.fps or facts["fps"] or DEFAULT_FPS
+    path = write_aside(
+        options.output,
+        lambda path: save_video(frames, path, fps=fps, quality=file.quality),
+        options.overwrite,
     )
     size = f"{frames[0].width}x{frames[0].height}"
     console.say(f"{path}: {len(frames)} frames of {size} at {fps:g} frames a second")
@@ -41,7 +48,11 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> WanVideoVAE:
-    """The VAE of a checkpoint folder alone. Raises RunFailedError if the folder has none that is whole."""
+    """Load the VAE of a checkpoint folder alone.
+
+    Raises:
+        RunFailedError: the folder has none that is whole.
+    """
     manager = ModelManager(torch_dtype=dtype, device=device)
     try:
         # The VAE is the smallest file of the published checkpoints.

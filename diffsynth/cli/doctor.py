@@ -9,11 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from diffsynth import __version__
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE, FAILED
+from diffsynth.cli.console import DONE, FAILED, Console
 from diffsynth.configs.checkpoints import PUBLISHED, checkpoint_folder
 from diffsynth.configs.download import missing_files
+from diffsynth.version import __version__
 
 NEEDED = ("torch", "numpy", "pillow", "einops", "safetensors", "tqdm", "ftfy", "tokenizers", "imageio-ffmpeg")
 # What they add, where they are not needed by every run.

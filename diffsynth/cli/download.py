@@ -2,8 +2,7 @@
 
 from argparse import Namespace
 
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE
+from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.download import download, missing_files
 

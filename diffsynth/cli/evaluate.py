@@ -2,8 +2,7 @@
 
 from argparse import Namespace
 
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE
+from diffsynth.cli.console import DONE, Console
 from diffsynth.data import VideoData
 from diffsynth.evaluation.motion_fidelity import paired_fidelity, tracklet_fidelity
 from diffsynth.evaluation.text_similarity import load_clip, temporal_consistency_clip, text_similarity

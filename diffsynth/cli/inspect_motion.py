@@ -3,19 +3,20 @@
 from argparse import Namespace
 from pathlib import Path
 
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE, UsageError
-from diffsynth.cli.models import Setup, choose_model, is_published, load_pipeline
-from diffsynth.cli.outputs import check_folder
-from diffsynth.cli.tasks import DEFAULT_FPS, open_reference, published_size
+from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.defaults import run_defaults
+from diffsynth.configs.options import DEFAULT_FPS
+from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.data import VideoData
 from diffsynth.evaluation.flow_images import save_flow_video
 from diffsynth.evaluation.motion_pictures import flow_sheet
 from diffsynth.evaluation.plot import loss_curves
 from diffsynth.evaluation.reference_flow import reference_flow
-from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.arguments import video_length, video_size
+from diffsynth.jobs.errors import UsageError
+from diffsynth.jobs.models import attention_kernel, choose_model, load_options, load_pipeline
+from diffsynth.jobs.publish import check_folder
+from diffsynth.jobs.task import open_reference
+from diffsynth.pipelines.wan_video import reference_facts
 from diffsynth.runs.record import read_record
 
 
@@ -25,14 +26,14 @@ def run(options: Namespace, console: Console) -> int:
         return _draw_losses(options, console)
     output = options.output or Path(f"{options.reference.resolve().stem}-motion")
     _check_empty(output, options.overwrite)
-    folder = choose_model(options.model, options.models_dir, console)
-    motion = MotionGuidance.for_checkpoint(folder, options.mode)
+    folder = choose_model(options.model, options.models_dir, console.note)
+    motion = motion_for(folder, options.mode)
     video = _as_transferred(options, folder)
-    setup = Setup.from_options(options)
+    loaded = load_options(vars(options))
     console.note("load the model")
-    pipe = load_pipeline(folder, setup)
+    pipe = load_pipeline(folder, loaded)
     console.note("read the motion")
-    with setup.attention_kernel():
+    with attention_kernel(loaded):
         flow = reference_flow(pipe, video, motion=motion, sigma=options.sigma)
     output.mkdir(exist_ok=True)
     path = save_flow_video(
@@ -62,17 +63,12 @@ def _draw_losses(options: Namespace, console: Console) -> int:
 
 def _as_transferred(options: Namespace, folder: Path) -> VideoData:
     """The reference at the size and length at which a run would take it."""
-    usual = run_defaults(folder)
-    given = {name: getattr(options, name) for name in ("height", "width")}
-    call = {name: value for name, value in given.items() if value is not None}
+    size = {name: value for name, value in vars(options).items() if name in ("height", "width")}
     video = open_reference(options.reference)
-    if is_published(folder):
-        call = {**published_size(video, call), **call}
-    height, width = video_size(call.get("height"), call.get("width"), usual, video)
-    length = video_length(call.get("num_frames"), usual, video)
-    place = {"image_folder" if options.reference.is_dir() else "video_file": options.reference}
-    fitted = VideoData(**place, height=height, width=width)
-    fitted.set_length(length)
+    run = resolve(size, run_defaults(folder), reference_facts(video))
+    source = {"image_folder" if options.reference.is_dir() else "video_file": options.reference}
+    fitted = VideoData(**source, height=run.height, width=run.width)
+    fitted.set_length(run.num_frames)
     return fitted
 
 

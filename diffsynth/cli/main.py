@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import BAD_USAGE, FAILED, INTERRUPTED, UsageError
+from diffsynth.cli.console import BAD_USAGE, FAILED, INTERRUPTED, Console
 from diffsynth.cli.parser import build_parser
+from diffsynth.jobs.errors import UsageError
 
 # Loaded on use: most of them need torch.
 COMMANDS = {

@@ -3,22 +3,25 @@
 import argparse
 from pathlib import Path
 
-from diffsynth import __version__
-from diffsynth.cli.errors import UsageError
-from diffsynth.cli.options import (
-    DTYPES,
-    WIDE_DTYPES,
+from diffsynth.cli.arguments import (
+    add_call_options,
     add_model_options,
-    add_plan_options,
+    add_options,
     add_run_options,
     add_saving_options,
+    number,
+    reader,
+    whole,
 )
-from diffsynth.cli.values import number, several, whole
 from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
 from diffsynth.configs.download import SOURCES
+from diffsynth.configs.fields import Whole
+from diffsynth.configs.options import DTYPES, FileOptions, LoadOptions, RunOptions
+from diffsynth.jobs.errors import UsageError
+from diffsynth.version import __version__
 
 TRACKERS = ("auto", "lk", "cotracker")
-FLOW_MODES = ("effi_AMF", "AMF")
 ENDS = ("shortest", "longest")
 SHELLS = ("bash", "zsh", "fish")
 _REFERENCE = "a video file, or a folder of images"
@@ -150,15 +153,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def job_parser() -> Parser:
-    """The parser of one job of a batch: the options of a run, its reference and its output."""
-    parser = Parser(prog="job", add_help=False)
-    parser.add_argument("--reference", default=argparse.SUPPRESS)
-    parser.add_argument("--output", default=argparse.SUPPRESS)
-    add_run_options(parser)
-    return parser
-
-
 def _shared_options() -> Parser:
     shared = Parser(add_help=False)
     group = shared.add_argument_group("what is printed")
@@ -192,10 +186,11 @@ def _add_inspect(parser: Parser) -> None:
     parser.add_argument("reference", type=Path, metavar="REF", help=f"{_REFERENCE}, or a run's record")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the result (REF-motion)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
-    parser.add_argument("--height", type=whole, metavar="N", help="pixels; as for transfer")
-    parser.add_argument("--width", type=whole, metavar="N", help="pixels, as height")
-    parser.add_argument("--mode", choices=FLOW_MODES, default="effi_AMF", help="whose flow (effi_AMF)")
+    parser.add_argument(
+        "--mode", choices=flow_modes(), default=DEFAULT_MODE, help=f"whose flow ({DEFAULT_MODE})"
+    )
     parser.add_argument("--sigma", type=number, default=0.7, metavar="X", help="noise level, in (0, 1] (0.7)")
+    add_options(parser, RunOptions, "the size; as for transfer", only=("height", "width"))
     add_model_options(parser)
 
 
@@ -228,7 +223,8 @@ def _add_ui(parser: Parser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)"
     )
-    parser.add_argument("--port", type=whole, default=7860, metavar="N", help="0: a free one (7860)")
+    port = reader(Whole(0, 65535))
+    parser.add_argument("--port", type=port, default=7860, metavar="N", help="0: a free one (7860)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these")
     parser.add_argument(
         "-o", "--output-dir", default="videos", metavar="DIR", help="for videos, records, references (videos)"
@@ -244,7 +240,7 @@ def _add_plan(parser: Parser) -> None:
     parser.add_argument("--models-dir", default="models", metavar="DIR", help="where models are (models)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
     parser.add_argument("--vram", type=number, metavar="GB", help="memory of the device; no limit")
-    add_plan_options(parser)
+    add_call_options(parser)
 
 
 def _add_download(parser: Parser) -> None:
@@ -272,13 +268,7 @@ def _add_decode(parser: Parser) -> None:
     parser.add_argument(
         "--models-dir", default="models", metavar="DIR", help="where 1.3b and 14b are (models)"
     )
-    parser.add_argument("--device", default="auto", help="(auto)")
-    parser.add_argument("--vae-dtype", choices=WIDE_DTYPES, default=WIDE_DTYPES[0], help="(float32)")
-    parser.add_argument("--tiled", action=argparse.BooleanOptionalAction, default=True, help="(on)")
-    pair = several(whole, 2)
-    parser.add_argument(
-        "--tile-size", type=pair, default=(30, 52), metavar="VALUE", help="ROWS,COLUMNS (30,52)"
-    )
-    parser.add_argument("--tile-stride", type=pair, default=(15, 26), metavar="VALUE", help="(15,26)")
-    parser.add_argument("--fps", type=number, metavar="X", help="frames a second; the reference's, else 15")
-    parser.add_argument("--quality", type=number, default=8, metavar="X", help="0 (small) to 10 (best) (8)")
+    add_options(parser, LoadOptions, "where it runs", only=("device", "vae_dtype"))
+    tiles = ("tiled", "tile_size", "tile_stride")
+    add_options(parser, RunOptions, "how it is decoded", only=tiles)
+    add_options(parser, FileOptions, "the file")

@@ -5,42 +5,27 @@ from argparse import Namespace
 
 import torch
 
-from diffsynth.caches.choose import choose_run_cache
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE, RunFailedError
-from diffsynth.cli.models import Setup, choose_model, load_pipeline
-from diffsynth.cli.tasks import motion_of
+from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.checkpoints import PUBLISHED
-from diffsynth.configs.defaults import EXACT, RunDefaults, with_preset
-from diffsynth.pipelines.arguments import PUBLISHED_LENGTH, PUBLISHED_SIZE, given_or
+from diffsynth.configs.defaults import RunDefaults, published_defaults
+from diffsynth.configs.options import LoadOptions, call_options
+from diffsynth.configs.resolve import ModelFacts, planned_reference, resolve
+from diffsynth.jobs.errors import RunFailedError
+from diffsynth.jobs.models import choose_model, load_pipeline
+from diffsynth.jobs.task import with_motion
 from diffsynth.planning.plan import NotEnoughMemoryError, plan_run
-from diffsynth.planning.sizes import ModelSizes, sizes_of
+from diffsynth.planning.sizes import ModelSizes, published_sizes
 
 
 def run(options: Namespace, console: Console) -> int:
     """Print the plan. Raises RunFailedError, with what would help, if no settings fit."""
-    given = vars(options)
-    sizes, usual = _model(options, console)
-    usual = with_preset(usual, given.get("preset", EXACT))
-    cache = {name: given.get(name) for name in ("cache", "cache_threshold", "tea_cache_l1_thresh")}
-    rows, cols = PUBLISHED_SIZE
+    sizes, defaults, facts = _model(options, console)
+    given = with_motion({name: value for name, value in vars(options).items() if value is not None})
+    call = {name: value for name, value in given.items() if name in call_options()}
+    run_options = resolve(call, defaults, planned_reference(call, defaults), facts)
     try:
         plan = plan_run(
-            sizes,
-            height=given_or(rows, usual.height, given.get("height")),
-            width=given_or(cols, usual.width, given.get("width")),
-            num_frames=given_or(PUBLISHED_LENGTH, usual.num_frames, given.get("num_frames")),
-            num_steps=given.get("num_inference_steps", usual.num_inference_steps),
-            motion=motion_of(given, usual, has_reference=True),
-            vram_gb=options.vram,
-            cfg_scale=given.get("cfg_scale", usual.cfg_scale),
-            cfg_interval=given.get("cfg_interval", usual.cfg_interval),
-            cache=choose_run_cache(
-                usual, sizes.dit.dim, *cache.values(), given.get("tea_cache_model_id", "")
-            ),
-            batch_cfg=given.get("batch_cfg"),
-            tiled=given.get("tiled"),
-            tile_size=given.get("tile_size", (30, 52)),
+            sizes, run_options, vram_gb=options.vram, with_reference=run_options.motion is not None
         )
     except NotEnoughMemoryError as error:
         raise RunFailedError(str(error)) from error
@@ -49,12 +34,16 @@ def run(options: Namespace, console: Console) -> int:
     return DONE
 
 
-def _model(options: Namespace, console: Console) -> tuple[ModelSizes, RunDefaults]:
-    """Sizes and defaults of the model: of a published one by its name alone, else of the loaded one."""
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+def _model(options: Namespace, console: Console) -> tuple[ModelSizes, RunDefaults, ModelFacts]:
+    """Sizes, defaults and facts of a model: of a published one by its name, else of the loaded one."""
+    dtype = torch.bfloat16 if options.dtype is None else getattr(torch, options.dtype)
     if options.model in PUBLISHED:
-        return sizes_of(options.model, dtype), RunDefaults()
-    folder = choose_model(options.model, options.models_dir, console)
+        sizes = published_sizes(options.model, dtype)
+        factor = 2 ** len(sizes.vae.temporal)
+        rows, cols = (factor * side for side in sizes.dit.patch_size[1:])
+        facts = ModelFacts(dim=sizes.dit.dim, num_layers=sizes.dit.num_layers, pixels_per_token=(rows, cols))
+        return sizes, published_defaults(), facts
+    folder = choose_model(options.model, options.models_dir, console.note)
     console.note("load the model")
-    pipe = load_pipeline(folder, Setup(device="cpu", dtype=options.dtype))
-    return sizes_of(pipe, None), pipe.defaults
+    pipe = load_pipeline(folder, LoadOptions(device="cpu", dtype=options.dtype))
+    return ModelSizes.of(pipe.residency.models), pipe.defaults, pipe.models.facts()

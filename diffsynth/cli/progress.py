@@ -3,19 +3,49 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from diffsynth.cli.console import Console
-from diffsynth.pipelines.events import RunEvent
+from diffsynth.configs.options import LoadOptions
+from diffsynth.jobs.task import VideoTask, run_task
+from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.runs.record import RunRecord
 
 INTERRUPTED_TEXT = "interrupted; no video was written"
 
 
-class Progress:
+def run_watched(
+    pipe: WanVideoPipeline,
+    task: VideoTask,
+    model: Mapping[str, Any],
+    loaded: LoadOptions,
+    console: Console,
+) -> tuple[Path, RunRecord]:
+    """Run a task with progress on stderr; see `run_task`. Ctrl-C ends it by KeyboardInterrupt.
+
+    A run that is saved stops at once, as `runs.signals` does; another one after the step that it is in.
+    """
+    progress = StageProgress(console)
+    try:
+        with stopping_on_interrupt(pipe, progress, console, at_once=bool(task.saving)):
+            path, record = run_task(pipe, task, model, loaded, progress)
+    except (ValueError, RuntimeError, OSError) as error:
+        # Ctrl-C reaches the ffmpeg that decodes the reference, too, and the run misses its frames.
+        if progress.stopping:
+            raise KeyboardInterrupt(INTERRUPTED_TEXT) from error
+        raise
+    if task.output is not None and path != task.output:
+        console.problem(f"{task.output} was taken meanwhile: the video is {path}")
+    return path, record
+
+
+class StageProgress:
     """An observer of a run: a line for each stage, a bar for the denoising steps.
 
     Once `stopping`, it ends the run by KeyboardInterrupt where the next stage begins, before any decoding.
@@ -35,11 +65,6 @@ class Progress:
             bar = self._open("sampling", event.steps)
             bar.update(event.step - bar.n)
 
-    def stage(self, name: str) -> None:
-        """A stage outside of the pipeline's call begins."""
-        self.close()
-        self._console.note(name)
-
     def close(self) -> None:
         """End the bar, if there is one."""
         if self._bar is not None:
@@ -49,7 +74,8 @@ class Progress:
     def _begin(self, stage: str) -> None:
         if self.stopping:
             raise KeyboardInterrupt(INTERRUPTED_TEXT)
-        self.stage(stage)
+        self.close()
+        self._console.note(stage)
 
     def _guided(self, event: RunEvent) -> None:
         # How many sampling steps there are is known with the first of them.
@@ -67,10 +93,15 @@ class Progress:
 
 
 @contextmanager
-def stopping_on_interrupt(pipe: WanVideoPipeline, progress: Progress, console: Console) -> Iterator[None]:
+def stopping_on_interrupt(
+    pipe: WanVideoPipeline, progress: StageProgress, console: Console, *, at_once: bool
+) -> Iterator[None]:
     """Inside this context the first Ctrl-C asks the pipeline to stop; a second one stops at once.
 
     Only in the main thread, where Python allows it; a signal that the process ignores stays ignored.
+
+    Args:
+        at_once: leave the signal to the run, which is saved.
     """
 
     def stop(_signal: int, _frame: object) -> None:
@@ -82,7 +113,7 @@ def stopping_on_interrupt(pipe: WanVideoPipeline, progress: Progress, console: C
 
     before = signal.getsignal(signal.SIGINT)
     in_main = threading.current_thread() is threading.main_thread()
-    ours = in_main and before not in (None, signal.SIG_IGN)
+    ours = in_main and not at_once and before not in (None, signal.SIG_IGN)
     if ours:
         signal.signal(signal.SIGINT, stop)
     try:

@@ -2,23 +2,24 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from diffsynth.cli.console import Console
-from diffsynth.cli.errors import DONE, UsageError
-from diffsynth.cli.models import Setup, choose_model, is_published, load_pipeline
-from diffsynth.cli.options import flag
-from diffsynth.cli.outputs import check_folder, check_output
+from diffsynth.cli.arguments import flag
+from diffsynth.cli.console import DONE, Console
+from diffsynth.cli.progress import run_watched
 from diffsynth.cli.saving import saving_arguments
-from diffsynth.cli.tasks import Task, make_task, open_reference, run_options, run_task, summary
-from diffsynth.configs.defaults import run_defaults
+from diffsynth.jobs.errors import UsageError
+from diffsynth.jobs.models import choose_model, load_options, load_pipeline
+from diffsynth.jobs.publish import check_folder, check_output
+from diffsynth.jobs.task import VideoTask, make_task, open_reference, summary, task_options
 from diffsynth.runs.record import (
     RunRecord,
     describe_model,
     describe_reference,
     differences,
+    fingerprints,
     read_record,
     record_path,
 )
@@ -32,24 +33,25 @@ def run(options: Namespace, console: Console) -> int:
         check_output(options.output, options.overwrite)
     recorded = None
     if options.record is None:
-        folder = choose_model(options.model, options.models_dir, console)
-        setup = Setup.from_options(options)
-        given = run_options(vars(options))
-        task = make_task(given, options.reference, run_defaults(folder), is_published(folder))
+        folder = choose_model(options.model, options.models_dir, console.note)
+        loaded = load_options(vars(options))
+        task = make_task(task_options(vars(options)), options.reference, folder)
     else:
         recorded = _recorded(options)
-        folder = choose_model(options.model or recorded.model["folder"], options.models_dir, console)
-        setup = Setup.from_options(options, recorded.model["setup"])
+        folder = choose_model(options.model or recorded.model["folder"], options.models_dir, console.note)
+        loaded = load_options(vars(options), recorded.model["setup"])
         task = _repetition(recorded, options)
     saving = saving_arguments(options, options.output)
     task = replace(task, output=options.output, overwrite=options.overwrite, saving=saving)
-    console.note("look at the model's files" if options.no_hash else "hash the model's files")
-    model = describe_model(folder, setup.to_json(), not options.no_hash)
+    model = describe_model(folder, asdict(loaded))
     if recorded is not None:
         _check_unchanged(recorded, task, model, options.force, console)
     console.note("load the model")
-    pipe = load_pipeline(folder, setup)
-    path, record = run_task(pipe, task, model, setup, console)
+    pipe = load_pipeline(folder, loaded)
+    if recorded is not None:
+        weights = {**model, "weights": fingerprints(pipe.residency.models)}
+        _check_unchanged(recorded, task, weights, options.force, console)
+    path, record = run_watched(pipe, task, model, loaded, console)
     console.say(summary(path, record))
     facts = {"output": str(path), "record_file": str(record_path(path)), "record": record.to_json()}
     console.result({**facts, **_compared(recorded, record, console)})
@@ -57,14 +59,13 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def _recorded(options: Namespace) -> RunRecord:
-    given = run_options(vars(options))
-    if given:
+    if given := task_options(vars(options)):
         raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, given))}")
     return read_record(options.record)
 
 
-def _repetition(record: RunRecord, options: Namespace) -> Task:
-    """The task that a record repeats; the reference may have another place now."""
+def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
+    """The task that a record repeats; the reference may have another path now."""
     path = options.reference
     if path is None and record.reference is not None:
         path = Path(record.reference["path"])
@@ -74,7 +75,7 @@ def _repetition(record: RunRecord, options: Namespace) -> Task:
                 f"fastvmt transfer REF --from {options.record}"
             )
     video = None if path is None else open_reference(path)
-    return Task(
+    return VideoTask(
         call=record.call_arguments(),
         video=video,
         reference=None if video is None else describe_reference(path, len(video), video.fps),
@@ -84,7 +85,7 @@ def _repetition(record: RunRecord, options: Namespace) -> Task:
 
 
 def _check_unchanged(
-    record: RunRecord, task: Task, model: Mapping[str, Any], force: bool, console: Console
+    record: RunRecord, task: VideoTask, model: Mapping[str, Any], force: bool, console: Console
 ) -> None:
     """Raises UsageError if what the run was made from has changed, unless force."""
     found = differences(record, task.reference, model)

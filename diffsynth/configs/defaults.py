@@ -116,6 +116,11 @@ def run_defaults(folder: Path) -> RunDefaults:
     return RunDefaults(options=options, **others)
 
 
+def published_defaults() -> RunDefaults:
+    """Return the defaults of the published checkpoints."""
+    return RunDefaults(options=PUBLISHED_DEFAULTS)
+
+
 def is_published(folder: Path) -> bool:
     """Return whether a folder is named like a published checkpoint."""
     return folder.resolve().name in {checkpoint.folder for checkpoint in PUBLISHED.values()}

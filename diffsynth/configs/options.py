@@ -37,6 +37,8 @@ MODES: Mapping[str, object] = ChainMap({NO_TRANSFER: None}, DESCRIPTORS)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
+MOTION = "motion_"  # how the names of motion's numbers begin where each is an option
+DEFAULT_FPS = 15.0  # of a video whose reference and checkpoint name no rate
 ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
 _ROWS_COLUMNS = ("rows", "columns")
 

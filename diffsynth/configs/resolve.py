@@ -108,6 +108,15 @@ def resolve_prompts(
     return list(zip(prompts, negatives, strict=True))
 
 
+def round_size(name: str, pixels: int, multiple: int) -> int:
+    """Return pixels rounded up to a multiple, with a warning that says so. Raises ValueError below 1."""
+    pixels = check_value(name, Whole(1), pixels)
+    rounded = -(-pixels // multiple) * multiple
+    if rounded != pixels:
+        logger.warning("%s %d is not a multiple of %d: rounded up to %d", name, pixels, multiple, rounded)
+    return rounded
+
+
 def motion_for(checkpoint: str | Path, mode: str = DEFAULT_MODE, **changes: Any) -> MotionGuidance:
     """Return the numbers of a mode that suit a checkpoint: those that it declares, else the published.
 
@@ -137,18 +146,11 @@ def _size(
             (reference.height, reference.width) if reference else (defaults["height"], defaults["width"])
         )
     upright = reference is not None and reference.height > reference.width
-    if upright and declared[0] < declared[1] and not {"height", "width"} & given.keys():
+    if upright and declared[0] < declared[1]:
         declared = declared[::-1]
-    kind = Whole(1)
-    sides = []
-    for axis, name in enumerate(("height", "width")):
-        pixels = check_value(name, kind, given.get(name, declared[axis]))
-        multiple = 1 if model is None else model.pixels_per_token[axis]
-        rounded = -(-pixels // multiple) * multiple
-        if rounded != pixels:
-            logger.warning("%s %d is not a multiple of %d: rounded up to %d", name, pixels, multiple, rounded)
-        sides.append(rounded)
-    return sides[0], sides[1]
+    rows, cols = (1, 1) if model is None else model.pixels_per_token
+    height = round_size("height", given.get("height", declared[0]), rows)
+    return height, round_size("width", given.get("width", declared[1]), cols)
 
 
 def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: ReferenceFacts | None) -> int:
@@ -191,6 +193,8 @@ def _motion(
         mode = NO_TRANSFER if num_frames is None and not motion else DEFAULT_MODE
         logger.info("no mode is named: %s", mode)
     if mode == NO_TRANSFER:
+        if isinstance(motion, Mapping) and motion:
+            raise ValueError(f"motion ({', '.join(sorted(motion))}) has no effect in mode {NO_TRANSFER}")
         if motion or short.sf is not None or short.motion_scale is not None:
             logger.warning("motion, sf and motion_scale have no effect in mode %s", NO_TRANSFER)
         return None

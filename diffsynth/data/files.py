@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,16 +23,20 @@ class FileInUseError(ValueError):
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, place: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
     """A context with a hidden name beside `path` to write to, which takes the place of `path` at its end.
 
     After a kill, a crash or a full disk the old or the new content is there; an error leaves no trace.
+
+    Args:
+        path: the file.
+        place: called with (the hidden file, path) once the content is on the disk.
     """
     temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
         _sync(temporary)
-        temporary.replace(path)
+        place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":

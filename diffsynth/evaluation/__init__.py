@@ -1,11 +1,5 @@
 """Looking at motion, and measuring it."""
 
-from benchmarks.quality.adherence import check_prompt
-from benchmarks.quality.contact_sheet import contact_sheet
-from benchmarks.quality.methods import standard_methods
-from benchmarks.quality.metrics import flow_error, trajectory_error
-from benchmarks.quality.pairs import evaluate, make_pairs
-from benchmarks.quality.report import markdown_table, summarise
 from diffsynth.evaluation.compare import side_by_side, video_grid
 from diffsynth.evaluation.flow_images import (
     draw_arrows,
@@ -27,20 +21,14 @@ from diffsynth.evaluation.tracking import track_object
 
 __all__ = [
     "ProbeResult",
-    "check_prompt",
     "compare_motion",
-    "contact_sheet",
     "draw_arrows",
     "draw_trajectories",
-    "evaluate",
-    "flow_error",
     "flow_sheet",
     "flow_to_image",
     "flow_video",
     "flow_wheel",
     "loss_curves",
-    "make_pairs",
-    "markdown_table",
     "motion_fidelity",
     "overlay_flow",
     "paired_fidelity",
@@ -48,13 +36,10 @@ __all__ = [
     "reference_flow",
     "save_flow_video",
     "side_by_side",
-    "standard_methods",
     "suggest",
-    "summarise",
     "temporal_consistency_clip",
     "text_similarity",
     "track_object",
     "track_points",
-    "trajectory_error",
     "video_grid",
 ]

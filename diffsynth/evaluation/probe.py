@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsynth.configs.fields import check_value
+from diffsynth.configs.guidance import TAU
+from diffsynth.configs.resolve import round_size
 from diffsynth.data.synthetic import SceneOptions, SyntheticClip, make_clip
 from diffsynth.data.tensors import video_to_tensor
 from diffsynth.evaluation.probe_report import HEAD_MEANS, ProbeResult
 from diffsynth.evaluation.probe_truth import TrueFlow, agreement, moments_by_distance, true_flow
 from diffsynth.models.wan_video_dit import WanModel
-from diffsynth.motion.flow import check_tau, token_positions
+from diffsynth.motion.flow import token_positions
 from diffsynth.motion.heads import precise
-from diffsynth.pipelines.arguments import round_size
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 SIGMAS = (0.95, 0.85, 0.7, 0.5, 0.3)
@@ -86,8 +88,8 @@ def natural_size(pipe: WanVideoPipeline) -> tuple[int, int, int]:
     frames = pipe.vae.temporal_factor * (NATURAL_LATENT_FRAMES - 1) + 1
     small = pipe.dit.dim < SMALL_DIM
     height, width = (SMALL_GRID * side for side in token_size_of(pipe)) if small else FULL_SIZE
-    named = pipe.defaults
-    return named.num_frames or frames, named.height or height, named.width or width
+    declared = pipe.defaults.options
+    return declared.get("num_frames", frames), declared.get("height", height), declared.get("width", width)
 
 
 def token_size_of(pipe: WanVideoPipeline) -> tuple[int, int]:
@@ -187,7 +189,7 @@ def _check_options(
     if not all(0 < sigma <= 1 for sigma in sigmas):
         raise ValueError(f"sigmas must be in (0, 1]; got {sigmas}")
     for tau in taus:
-        check_tau(tau)
+        check_value("tau", TAU, tau)
     if prompt not in PROMPTS:
         raise ValueError(f"prompt must be '' or 'caption'; got {prompt!r}")
     num_layers = pipe.dit.num_layers

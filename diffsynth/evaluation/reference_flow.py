@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from diffsynth.configs.descriptors import flow_modes
+from diffsynth.configs.resolve import round_size
 from diffsynth.data.tensors import Video, frame_size, video_to_tensor
 from diffsynth.motion import MotionGuidance, make_descriptor
 from diffsynth.motion.descriptors import StepInputs
-from diffsynth.pipelines.arguments import round_size
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 
@@ -26,16 +27,15 @@ def reference_flow(
     Raises ValueError for another mode, a sigma outside (0, 1], or a video of one frame.
     """
     motion = MotionGuidance() if motion is None else motion
-    if motion.mode not in ("effi_AMF", "AMF"):
-        raise ValueError(f"motion.mode must be 'effi_AMF' or 'AMF', which have a flow; got {motion.mode!r}")
+    if motion.mode not in flow_modes():
+        known = ", ".join(flow_modes())
+        raise ValueError(f"motion.mode must be one of {known}, which have a flow; got {motion.mode!r}")
     if not 0 < sigma <= 1:
         raise ValueError(f"sigma must be in (0, 1]; got {sigma!r}")
     if len(video) < 2:
         raise ValueError("a video of one frame has no motion")
-    unit = pipe.vae.spatial_factor * pipe.dit.patch_size[1]
-    height, width = (
-        round_size(*side, unit) for side in zip(("height", "width"), frame_size(video), strict=True)
-    )
+    sides = zip(("height", "width"), frame_size(video), pipe.models.facts().pixels_per_token, strict=True)
+    height, width = (round_size(*side) for side in sides)
     with pipe.residency.using("vae"):
         clean = pipe.vae.encode(video_to_tensor(video, len(video), height, width), tiled=True)
     with pipe.residency.using("text_encoder"):

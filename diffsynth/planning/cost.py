@@ -17,15 +17,18 @@ from math import prod
 import torch
 
 from diffsynth.caches.choose import make_rule
-from diffsynth.caches.mag_cache import MagCache
+from diffsynth.caches.rules import Probe
+from diffsynth.configs.caches import CACHES, CacheOptions
+from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.configs.options import CacheMaker
+from diffsynth.configs.options import CacheMaker, RunOptions
 from diffsynth.models.local_attention import BLOCK, Window, block_plan
 from diffsynth.planning.memory import Shape, num_tokens, token_grid
 from diffsynth.planning.sizes import DiTSize
 
 ATTENTION_BACKWARD = 2.5  # of the forward: five products for two
 RECOMPUTING = ("block", "offload")
+NOTHING_SEEN = Probe(modulation=torch.empty(0), residual=None)  # for rules that look at no tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,28 +44,19 @@ class RunCount:
         return self.sampling_ffe + self.guidance_ffe
 
 
-def run_cost(
-    dit: DiTSize,
-    latents: Shape,
-    *,
-    num_steps: int,
-    motion: MotionGuidance | None = None,
-    checkpoint: str | None = None,
-    with_negative: bool = True,
-    cfg_interval: tuple[float, float] = (0.0, 1.0),
-    cache: CacheMaker | None = None,
-) -> RunCount:
-    """Count a run of num_steps denoising steps over latents (F, h, w).
+def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str | None = None) -> RunCount:
+    """Count a run over latents (F, h, w).
 
-    checkpoint: what the guidance pass keeps, motion's own by default ("auto" counts as "none").
-    with_negative: whether there is classifier-free guidance, in the steps of cfg_interval. Steps that
-    MagCache skips are left out, as it decides by its ratios alone; other caches look at tensors, and all
-    their steps count: an upper bound.
+    Steps that a cache skips by their number alone are left out; other caches look at tensors, and all their
+    steps count: an upper bound.
+
+    Args:
+        checkpoint: what the guidance pass keeps; the options' own by default ("auto" counts as "none").
     """
+    num_steps, motion, guided = options.num_inference_steps, options.motion, options.guided_by_cfg
     full, skipped = forward_flops(dit, latents), embedding_flops(dit, latents)
-    guided = range(*(round(n * num_steps) for n in cfg_interval)) if with_negative else range(0)
-    computed = computed_steps(cache, "positive", range(num_steps), num_steps)
-    computed += computed_steps(cache, "negative", guided, num_steps)
+    computed = computed_steps(options.cache, "positive", range(num_steps), num_steps)
+    computed += computed_steps(options.cache, "negative", guided, num_steps)
     flops = computed * full + (num_steps + len(guided) - computed) * skipped
     if motion is None:
         return RunCount(sampling_ffe=computed, guidance_ffe=0.0, flops=flops)
@@ -70,7 +64,7 @@ def run_cost(
     share = guided_share(dit, latents, motion)
     ffe = guidance_cost(motion, dit.num_layers, num_steps, share=share, computes_again=again)
     references, gradients = guidance_passes(motion, num_steps)
-    if motion.mode == "FlowMotion":
+    if not DESCRIPTORS[motion.mode].needs_backward:
         flops += (references + gradients * _forwards_a_gradient(motion)) * full
     else:
         forward, backward = guided_flops(dit, latents, motion)
@@ -78,12 +72,12 @@ def run_cost(
     return RunCount(sampling_ffe=computed, guidance_ffe=ffe, flops=flops)
 
 
-def computed_steps(cache: CacheMaker | None, prompt: str, steps: range, num_steps: int) -> int:
-    """Of a prompt's steps, those in which the blocks run: by the ratios of MagCache, else all."""
-    if cache is None or not steps:
+def computed_steps(cache: CacheOptions | CacheMaker | None, prompt: str, steps: range, num_steps: int) -> int:
+    """Count the steps of a prompt in which the blocks run, as far as the cache decides by their number."""
+    if not steps or not isinstance(cache, CacheOptions) or not CACHES[cache.name].by_count:
         return len(steps)
     rule = make_rule(cache, prompt, steps, num_steps)
-    return sum(rule.should_compute() for _ in steps) if isinstance(rule, MagCache) else len(steps)
+    return sum(rule.decide(NOTHING_SEEN) for _ in steps)
 
 
 def guidance_passes(motion: MotionGuidance, num_steps: int) -> tuple[int, int]:
@@ -117,7 +111,7 @@ def guidance_cost(
     references, gradients = guidance_passes(motion, num_steps)
     if gradient_evaluations is not None:
         gradients = gradient_evaluations
-    if motion.mode == "FlowMotion":
+    if not DESCRIPTORS[motion.mode].needs_backward:
         return references + gradients * _forwards_a_gradient(motion)
     passes = references + (4 if computes_again else 3) * gradients
     return share * passes * motion.block_for(num_layers) / num_layers
@@ -125,7 +119,7 @@ def guidance_cost(
 
 def guided_share(dit: DiTSize, latents: Shape, motion: MotionGuidance) -> float:
     """Operations of a block in the guided pass, with its coarse grid and window, of those of a full one."""
-    if motion.mode == "FlowMotion":
+    if not DESCRIPTORS[motion.mode].needs_backward:
         return 1.0
     tokens = num_tokens(dit, latents)
     return _guided_block(dit, latents, motion) / block_flops(dit, tokens, tokens)

@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.defaults import EXACT
+from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.configs.options import MODES
-from diffsynth.pipelines.guidance import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.webui import panel
 from diffsynth.webui.failures import failure_text
 from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, poster
-from diffsynth.webui.jobs import Job, JobCancelledError, JobQueue
+from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
 from diffsynth.webui.references import starting_clips
-from diffsynth.webui.requests import Request
+from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard
+from diffsynth.webui.session import Session, make_video, show_motion
 from diffsynth.webui.style import CSS
 from diffsynth.webui.uploads import keep_upload
-from diffsynth.webui.workshop import Workshop, make_video, show_motion
 
 logger = logging.getLogger(__name__)
 
 LOOKS_PER_SECOND = 4
 VISITORS = 40  # whose pages are served at a time; their runs wait in one queue
-# Of a `Request`, in the order in which the page has them.
+# The options that the page has, in its order.
 _FIELDS = (
     "prompt", "negative_prompt", "preset", "mode", "seed", "denoising_strength", "num_inference_steps",
     "motion_scale", "height", "width", "num_frames",
@@ -49,11 +49,11 @@ def import_gradio() -> Any:
 
 
 class Page:
-    """The handlers of the page's buttons, over one workshop and one queue."""
+    """The handlers of the page's buttons, over one session and one queue."""
 
-    def __init__(self, shop: Workshop, queue: JobQueue) -> None:
-        self.shop, self.queue = shop, queue
-        self.clips = {path.stem: self._shown(path) for path in starting_clips(shop.cache)}
+    def __init__(self, session: Session, queue: JobQueue) -> None:
+        self.session, self.queue = session, queue
+        self.clips = {path.stem: self._shown(path) for path in starting_clips(session.cache)}
         self._gradio = import_gradio()
 
     def pick(self, name: str | None) -> str | None:
@@ -63,23 +63,23 @@ class Page:
     def generate(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Progress of a run until it ends: panel, id of the job, videos, files, gallery."""
 
-        def start() -> Job:
+        def start() -> QueuedJob:
             request = self._request(values)
-            alone = uploaded is None or request.mode == NO_TRANSFER
+            alone = uploaded is None or request["mode"] == NO_TRANSFER
             reference = None if alone else self._kept(uploaded)
-            return self.queue.submit(lambda job: make_video(self.shop, request, reference, job))
+            return self.queue.submit(lambda job: make_video(self.session, request, reference, job))
 
         yield from self._follow(start, self._show_run, num_shown=4)
 
     def inspect(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Progress of reading a reference's motion: panel, id of the job, video of the motion."""
 
-        def start() -> Job:
+        def start() -> QueuedJob:
             if uploaded is None:
                 raise ValueError("choose or upload a reference video first")
             # Its motion does not depend on what the prompt says.
             request, reference = self._request(("motion", *values[1:])), self._kept(uploaded)
-            return self.queue.submit(lambda job: show_motion(self.shop, request, reference, job))
+            return self.queue.submit(lambda job: show_motion(self.session, request, reference, job))
 
         def show(path: Path) -> tuple[str, str]:
             return panel.message("Colours and arrows: where it moves, and how far.", "done"), str(path)
@@ -94,27 +94,27 @@ class Page:
 
     def gallery(self) -> list[tuple[str, str]]:
         """Posters and names of past runs."""
-        posters = ((self._poster(run), run.video.name) for run in past_runs(self.shop.output_dir))
+        posters = ((self._poster(run), run.video.name) for run in past_runs(self.session.output_dir))
         return [(str(picture), name) for picture, name in posters if picture is not None]
 
     def open_past(self, name: str) -> tuple:
         """What the page shows of the run of that name."""
         try:
-            return self._files_of(find_run(self.shop.output_dir, name))
+            return self._files_of(find_run(self.session.output_dir, name))
         except (ValueError, OSError) as error:
             return (panel.message(failure_text(error), "error"), *[self._gradio.skip()] * 3)
 
-    def _request(self, values: tuple) -> Request:
+    def _request(self, values: tuple) -> dict[str, Any]:
         given = dict(zip(_FIELDS, values, strict=True))
         own = {name for name, value in given.items() if value is None or value == _OWN.get(name)}
-        return Request(**{"prompt": "", **{name: given[name] for name in given.keys() - own}})
+        return checked_request({name: value for name, value in given.items() if name not in own})
 
     def _kept(self, uploaded: str) -> Path:
         arrived = Path(os.environ["GRADIO_TEMP_DIR"])
-        return keep_upload(uploaded, arrived, self.shop.references, self.shop.limits)
+        return keep_upload(uploaded, arrived, self.session.references, self.session.limits)
 
     def _follow(
-        self, start: Callable[[], Job], show: Callable[[Any], tuple], num_shown: int
+        self, start: Callable[[], QueuedJob], show: Callable[[Any], tuple], num_shown: int
     ) -> Iterator[tuple]:
         """(panel, job id, *the num_shown other things), several times a second until the job ends."""
         unchanged = [self._gradio.skip()] * num_shown
@@ -139,7 +139,7 @@ class Page:
 
     def _poster(self, run: PastRun) -> Path | None:
         try:
-            return poster(run, self.shop.cache)
+            return poster(run, self.session.cache)
         except (OSError, ValueError) as error:
             logger.warning("%s is left out of the gallery: %s", run.video, error)
             return None
@@ -148,14 +148,14 @@ class Page:
         video = str(self._shown(run.video))
         return (
             panel.finished(run),
-            str(compared(run, self.shop.cache)),
+            str(compared(run, self.session.cache)),
             video,
             [video, str(self._shown(run.record_file))],
         )
 
     def _shown(self, path: Path) -> Path:
         """A copy that the server may give away: it serves no other folder."""
-        folder = self.shop.cache / str(path.stat().st_mtime_ns)
+        folder = self.session.cache / str(path.stat().st_mtime_ns)
         folder.mkdir(exist_ok=True)
         target = folder / path.name
         if not target.is_file():
@@ -165,10 +165,10 @@ class Page:
 
 def build(page: Page) -> Any:
     """The gradio Blocks of the page."""
-    gr, shop = import_gradio(), page.shop
-    usual = shop.pipe.defaults
+    gr, session = import_gradio(), page.session
+    defaults = session.pipe.defaults
     with gr.Blocks(title="FastVMT", analytics_enabled=False, fill_width=True) as demo:
-        gr.HTML(f"<h1>FastVMT</h1><p>A video's motion, a prompt's content. Model: {shop.folder.name}</p>")
+        gr.HTML(f"<h1>FastVMT</h1><p>A video's motion, a prompt's content. Model: {session.folder.name}</p>")
         job_id = gr.State(None)
         with gr.Row():
             with gr.Column(scale=2):
@@ -177,7 +177,7 @@ def build(page: Page) -> Any:
                     list(page.clips), value=None, label="... or one that comes along", elem_id="clip"
                 )
                 prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
-                preset = gr.Radio([EXACT, *usual.presets], value=EXACT, label="Preset", elem_id="preset")
+                preset = gr.Radio([EXACT, *defaults.presets], value=EXACT, label="Preset", elem_id="preset")
                 with gr.Row():
                     mode = gr.Dropdown(list(MODES), value=DEFAULT_MODE, label="Mode", elem_id="mode")
                     seed = gr.Number(-1, precision=0, label="Seed (-1: a new one)", elem_id="seed")
@@ -189,7 +189,7 @@ def build(page: Page) -> Any:
                     negative = gr.Textbox(label="Negative prompt", elem_id="negative")
                     with gr.Row():
                         strength = gr.Slider(
-                            0.05, 1, value=usual.denoising_strength, label="Denoising strength"
+                            0.05, 1, value=defaults["denoising_strength"], label="Denoising strength"
                         )
                         scale = gr.Slider(0.1, 4, value=1, label="Strength of the motion")
                     with gr.Row():
@@ -242,8 +242,8 @@ def make_app(page: Page, auth: tuple[str, str] | None = None, root_path: str | N
         path="/",
         auth=auth,
         root_path=root_path,
-        allowed_paths=[str(page.shop.cache)],
-        max_file_size=f"{page.shop.limits.megabytes:g}mb",
+        allowed_paths=[str(page.session.cache)],
+        max_file_size=f"{page.session.limits.megabytes:g}mb",
         footer_links=[],
         theme=gr.themes.Soft(font=local, font_mono=("ui-monospace", "monospace")),
         css=CSS,

@@ -5,14 +5,14 @@ from argparse import Namespace
 from pathlib import Path
 
 from diffsynth.cli.console import Console
-from diffsynth.cli.errors import RunFailedError, UsageError
-from diffsynth.cli.models import Setup
-from diffsynth.cli.outputs import check_folder
+from diffsynth.jobs.errors import RunFailedError, UsageError
+from diffsynth.jobs.models import load_options
+from diffsynth.jobs.publish import check_folder
 from diffsynth.webui.app import Page, import_gradio, make_app, temporary_folders
-from diffsynth.webui.jobs import JobQueue
+from diffsynth.webui.queue import JobQueue
 from diffsynth.webui.security import is_local, read_auth
+from diffsynth.webui.session import open_session
 from diffsynth.webui.uploads import UploadLimits
-from diffsynth.webui.workshop import open_workshop
 
 
 def run(options: Namespace, console: Console) -> int:
@@ -36,16 +36,15 @@ def run(options: Namespace, console: Console) -> int:
     held, cache = temporary_folders()
     queue = JobQueue(options.max_waiting)
     with held:
-        shop = open_workshop(
+        session = open_session(
             options.model,
             options.models_dir,
-            Setup.from_options(options),
+            load_options(vars(options)),
             output_dir=output_dir.resolve(),
             cache=cache,
             limits=limits,
-            hashed=not options.no_hash,
         )
-        app = make_app(Page(shop, queue), auth)
+        app = make_app(Page(session, queue), auth)
         address = f"http://{options.host}:{listening.getsockname()[1]}"
         console.note(f"the page is at {address}; videos go to {output_dir}; Ctrl-C ends")
         console.result({"address": address, "output_dir": str(output_dir)})

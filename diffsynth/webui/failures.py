@@ -1,14 +1,14 @@
-"""What went wrong, in words for the page."""
+"""The page's messages about errors."""
 
 import errno
 import logging
 
 from diffsynth.planning.ladder import MemoryRanOutError, is_out_of_memory
-from diffsynth.webui.jobs import QueueFullError
+from diffsynth.webui.queue import QueueFullError
 
 logger = logging.getLogger(__name__)
 
-# Their words are made for people.
+# These messages are shown to the user as they are.
 _CLEAR = (ValueError, TypeError, FileNotFoundError, MemoryRanOutError, QueueFullError)
 LONGEST = 600
 

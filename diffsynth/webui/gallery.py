@@ -1,8 +1,6 @@
 """Past runs, found in the output folder by their records, and their pictures."""
 
 import hashlib
-import os
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from diffsynth.data import VideoData, save_video
-from diffsynth.data.files import sha256_of_video
+from diffsynth.data.files import sha256_of_video, written_whole
 from diffsynth.evaluation.compare import side_by_side
 from diffsynth.runs.record import RunRecord, read_record, record_path
 
@@ -73,9 +71,8 @@ def poster(run: PastRun, cache: Path) -> Path:
             frame = video[len(video) // 2]
         size = (max(1, round(frame.width * POSTER_HEIGHT / frame.height)), POSTER_HEIGHT)
         smooth = Image.Resampling.LANCZOS if frame.height > POSTER_HEIGHT else Image.Resampling.NEAREST
-        temporary = cache / f".{uuid.uuid4().hex}.webp"
-        frame.resize(size, smooth).save(temporary)
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            frame.resize(size, smooth).save(temporary)
     return path
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from diffsynth.webui.gallery import PastRun
-from diffsynth.webui.jobs import WAITING, Progress
+from diffsynth.webui.queue import WAITING, RunProgress
 
 STAGES = ("encode text", "encode video", "denoise", "decode", "write")
 _OF_DENOISING = ("guidance", "sampling")
@@ -21,7 +21,7 @@ def message(text: str, kind: str = "note") -> str:
     return f'<div class="fv-message fv-{escape(kind)}" role="status">{escape(text)}</div>'
 
 
-def running(progress: Progress, state: str, ahead: int, seconds: float) -> str:
+def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> str:
     """The panel of a job that is not done."""
     if state == WAITING:
         others = "1 run comes" if ahead == 1 else f"{ahead} runs come"
@@ -67,12 +67,12 @@ def _stages(stage: str) -> str:
     return f'<ol class="fv-stages">{"".join(marks)}</ol>'
 
 
-def _bar(progress: Progress) -> str:
+def _bar(progress: RunProgress) -> str:
     share = progress.step / progress.steps if progress.steps else 0.0
     return f'<div class="fv-bar"><i style="width:{100 * share:.0f}%"></i></div>'
 
 
-def _line(progress: Progress, seconds: float) -> str:
+def _line(progress: RunProgress, seconds: float) -> str:
     words = [progress.stage]
     if progress.steps:
         words.append(f"step {progress.step} of {progress.steps}")

@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 from diffsynth.data.synthetic import make_clip
 from diffsynth.data.tensors import video_to_tensor
-from diffsynth.pipelines.events import RunEvent
+from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 # Of the clips that the map is fitted to; their colours and places vary.

@@ -68,14 +68,6 @@ def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLim
     return kept
 
 
-def check_upload(path: str | Path, folder: Path, limits: UploadLimits) -> None:
-    """Raises ValueError as `keep_upload` does, and keeps nothing."""
-    with _open_inside(Path(path), folder) as source:
-        _kind(source)
-        _check_size(os.fstat(source.fileno()).st_size, limits)
-        _check_decodes(Path(path), limits)
-
-
 def safe_stem(name: str) -> str:
     """Letters, digits, dashes and underscores of a name, at most 40; "reference" if none is left."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40].strip("-") or "reference"

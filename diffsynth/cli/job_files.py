@@ -3,23 +3,26 @@
 import csv
 import hashlib
 import json
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffsynth.cli.errors import UsageError
-from diffsynth.cli.options import CALL_SWITCHES, MOTION, flag
-from diffsynth.cli.parser import Parser, job_parser
-from diffsynth.cli.values import as_text
+from diffsynth.cli.arguments import NOT_OFFERED
+from diffsynth.configs.fields import Kind, Text, check_value, options_of, read_value
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import MOTION, FileOptions, call_options
+from diffsynth.configs.resolve import LONGEST_PROMPT
+from diffsynth.jobs.errors import UsageError
+from diffsynth.jobs.task import PROMPTS
 
-MARK_LENGTH = 10  # of a job's hash, in a name
+SHORT = {option.short: name for name, (option, _) in call_options().items() if option.short}
+HASH_LENGTH = 10  # of a job's hash, in a name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class JobLine:
     """One video of a batch.
 
     line: of the jobs file. given: its options, those of the batch among them. reference: its path, or None.
@@ -33,7 +36,7 @@ class Job:
     output: Path | None
 
 
-def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[Job]:
+def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[JobLine]:
     """The jobs of a file. shared: options that hold where a job does not name them.
 
     Raises FileNotFoundError without the file, and UsageError that names the line for what cannot be read, for
@@ -44,9 +47,8 @@ def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[J
     readers = {".jsonl": _json_lines, ".csv": _csv_lines}
     if path.suffix.lower() not in readers:
         raise UsageError(f"jobs file {path} must end in .jsonl or .csv")
-    parser = job_parser()
     jobs = [
-        _job(parser, f"{path}, line {line}", line, values, path.parent, output_dir, shared)
+        _job(f"{path}, line {line}", line, values, path.parent, output_dir, shared)
         for line, values in readers[path.suffix.lower()](path)
     ]
     if not jobs:
@@ -59,7 +61,7 @@ def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[J
     return jobs
 
 
-def job_hash(job: Job, reference: Mapping[str, Any] | None, model: Mapping[str, Any]) -> str:
+def job_hash(job: JobLine, reference: Mapping[str, Any] | None, model: Mapping[str, Any]) -> str:
     """What tells a job from others: its options, its reference's content, the model's files, LoRAs and types.
 
     Not where it runs: a batch may go on elsewhere, or with other settings for memory.
@@ -75,10 +77,10 @@ def job_hash(job: Job, reference: Mapping[str, Any] | None, model: Mapping[str, 
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def default_output(job: Job, mark: str, output_dir: Path) -> Path:
+def default_output(job: JobLine, job_hash: str, output_dir: Path) -> Path:
     """The name of a job that names none; the same for the same job, wherever it stands in the file."""
     stem = "text" if job.reference is None else job.reference.stem
-    return output_dir / f"{stem}-{mark[:MARK_LENGTH]}.mp4"
+    return output_dir / f"{stem}-{job_hash[:HASH_LENGTH]}.mp4"
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -114,26 +116,32 @@ def _text(path: Path) -> str:
 
 
 def _job(
-    parser: Parser,
     where: str,
     line: int,
     values: Mapping[str, Any],
     base: Path,
     output_dir: Path,
     shared: Mapping[str, Any],
-) -> Job:
-    values = dict(values)
-    motion = values.pop("motion", {})
+) -> JobLine:
+    entries = {name.strip().replace("-", "_"): value for name, value in values.items()}
+    reference, output = (_text_of(entries.pop(name, None), name, where) for name in ("reference", "output"))
+    motion = entries.pop("motion", {})
     if not isinstance(motion, dict):
         raise UsageError(f"{where}: motion must be an object of its numbers; got {motion!r}")
-    values |= {MOTION + name: value for name, value in motion.items()}
-    arguments = [word for name, value in values.items() for word in _words(name, value)]
-    try:
-        given = vars(parser.parse_args(arguments, Namespace(**shared)))
-    except UsageError as error:
-        raise UsageError(f"{where}: {str(error).removesuffix(' (see job --help)')}") from error
-    reference, output = given.pop("reference", None), given.pop("output", None)
-    return Job(
+    entries |= {MOTION + name: value for name, value in motion.items()}
+    kinds = _kinds()
+    if unknown := sorted(entries.keys() - kinds.keys()):
+        raise UsageError(f"{where}: unknown option {', '.join(unknown)}")
+    given = dict(shared)
+    for name, value in entries.items():
+        if value is None and not name.startswith(MOTION):  # null in JSON: not given
+            continue
+        read = read_value if isinstance(value, str) else check_value
+        try:
+            given[SHORT.get(name, name)] = read(name, kinds[name], value)
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from error
+    return JobLine(
         line=line,
         given=given,
         reference=None if reference is None else base / reference,
@@ -141,15 +149,19 @@ def _job(
     )
 
 
-def _words(name: str, value: Any) -> list[str]:
-    """An entry of a job as words of a command line; numbers and texts are read as they are there."""
-    name = name.strip().replace("-", "_")
-    if name in CALL_SWITCHES:
-        on = value if isinstance(value, bool) else str(value).lower() in ("true", "yes", "on", "1")
-        return [flag(name) if on else f"--no-{flag(name)[2:]}"]
-    if value is None and not name.startswith(MOTION):  # null in JSON
-        return []
-    return [f"{flag(name)}={as_text(value)}"]
+def _kinds() -> dict[str, Kind]:
+    """The kind of value of each option that a job may have, by all its names."""
+    stated = {**call_options(), **options_of(FileOptions)}
+    kinds = {name: option.kind for name, (option, _) in stated.items() if name not in NOT_OFFERED}
+    kinds |= {short: kinds[name] for short, name in SHORT.items()}
+    numbers = {MOTION + name: option.kind for name, (option, _) in options_of(MotionGuidance).items()}
+    return {**dict.fromkeys(PROMPTS, Text(LONGEST_PROMPT)), **kinds, **numbers}
+
+
+def _text_of(value: Any, name: str, where: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise UsageError(f"{where}: {name} must be text; got {value!r}")
+    return value
 
 
 def _inside(folder: Path, name: str, where: str) -> Path:

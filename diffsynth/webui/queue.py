@@ -1,6 +1,6 @@
 """One thing at a time: whoever asks, jobs wait in one queue, so that two runs never share the memory.
 
-A job is a function of its `Job`, through which it tells how far it is and learns that it is cancelled.
+A job is a function of its `QueuedJob`, through which it tells how far it is and learns that it is cancelled.
 """
 
 import secrets
@@ -17,7 +17,7 @@ MOST_WAITING = 32
 
 
 class QueueFullError(RuntimeError):
-    """As many jobs wait as may."""
+    """Raised when the queue already holds its maximum number of jobs."""
 
 
 class JobCancelledError(RuntimeError):
@@ -25,7 +25,7 @@ class JobCancelledError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class RunProgress:
     """How far a run is.
 
     stage: what it does now. step of steps: denoising steps done. guided of guided_steps: guided ones.
@@ -41,12 +41,12 @@ class Progress:
     preview: bytes | None = None
 
 
-class Job:
+class QueuedJob:
     """A piece of work in a queue. id: not to be guessed, so that nobody cancels the job of another."""
 
     def __init__(self) -> None:
         self.id = secrets.token_urlsafe(16)
-        self.progress = Progress()
+        self.progress = RunProgress()
         self.future: Future = Future()
         self._started: float | None = None
         self._ended: float | None = None
@@ -82,7 +82,7 @@ class Job:
         return self.future.result(timeout)
 
     def report(self, **changes: Any) -> None:
-        """Fields of `Progress` that changed."""
+        """Fields of `RunProgress` that changed."""
         self.progress = replace(self.progress, **changes)
 
     def check(self) -> None:
@@ -111,7 +111,7 @@ class Job:
             with self._lock:
                 self._interrupt = None
 
-    def run(self, work: Callable[["Job"], Any]) -> Any:
+    def run(self, work: Callable[["QueuedJob"], Any]) -> Any:
         """Do the work; for the queue."""
         self._started = time.monotonic()
         try:
@@ -127,12 +127,12 @@ class JobQueue:
     def __init__(self, most_waiting: int = MOST_WAITING) -> None:
         self._most_waiting = most_waiting
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fastvmt-ui")
-        self._unfinished: dict[str, Job] = {}
+        self._unfinished: dict[str, QueuedJob] = {}
         self._lock = threading.Lock()
 
-    def submit(self, work: Callable[[Job], Any]) -> Job:
+    def submit(self, work: Callable[[QueuedJob], Any]) -> QueuedJob:
         """Queue the work. Raises QueueFullError if too many wait already."""
-        job = Job()
+        job = QueuedJob()
         with self._lock:
             waiting = max(0, len(self._unfinished) - 1)
             if waiting >= self._most_waiting:
@@ -149,7 +149,7 @@ class JobQueue:
             job.cancel()
         return job is not None
 
-    def ahead(self, job: Job) -> int:
+    def ahead(self, job: QueuedJob) -> int:
         """How many unfinished jobs came before this one."""
         with self._lock:
             ids = list(self._unfinished)

@@ -4,14 +4,14 @@ import contextlib
 import itertools
 import os
 import tempfile
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from diffsynth.cli.errors import UsageError
-from diffsynth.data.writer import VIDEO_SUFFIXES, save_video
+from diffsynth.data.files import written_whole
+from diffsynth.data.writer import VIDEO_SUFFIXES
+from diffsynth.jobs.errors import UsageError
 from diffsynth.runs.record import RunRecord, read_record, record_path, save_with_metadata, write_record
 
 
@@ -42,7 +42,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def reserve_name(folder: Path, stem: str, suffix: str = ".mp4") -> Path:
-    """An empty new file in the folder, so that no earlier result is lost and no other run takes the name."""
+    """Make an empty new file, so that no earlier result is lost and no other run takes its name."""
     for number in itertools.count(1):
         path = folder / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
         with contextlib.suppress(FileExistsError):
@@ -51,49 +51,30 @@ def reserve_name(folder: Path, stem: str, suffix: str = ".mp4") -> Path:
     raise AssertionError("unreachable")
 
 
-def publish(
-    frames: Sequence[Image.Image],
-    path: Path,
-    record: RunRecord,
-    *,
-    fps: float,
-    quality: float,
-    overwrite: bool = False,
-) -> Path:
+def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, overwrite: bool = False) -> Path:
     """Write a video with its record inside, and the record beside it; return the video's path.
 
     The video appears whole. Without overwrite, a name that was taken meanwhile gets a number.
     """
-    with written_aside(path, overwrite) as (temporary, final):
-        save_with_metadata(frames, temporary, record, fps=fps, quality=quality)
-    write_record(record, final[0])
-    return final[0]
+    final = write_aside(path, lambda file: save_with_metadata(frames, file, record), overwrite)
+    write_record(record, final)
+    return final
 
 
-def publish_plain(
-    frames: Sequence[Image.Image], path: Path, *, fps: float, quality: float = 8, overwrite: bool = False
-) -> Path:
-    """As `publish`, for a video without a record."""
-    with written_aside(path, overwrite) as (temporary, final):
-        save_video(frames, temporary, fps=fps, quality=quality)
-    return final[0]
+def write_aside(path: Path, write: Callable[[Path], object], overwrite: bool) -> Path:
+    """Have a file written beside `path` and moved there; return the path that it has then.
 
-
-@contextlib.contextmanager
-def written_aside(path: Path, overwrite: bool) -> Iterator[tuple[Path, list[Path]]]:
-    """A hidden name beside path to write to, which takes path's place at the end; and a list that then holds
-    the path that it became. An error leaves nothing.
+    With overwrite it replaces what is there; otherwise a name that was taken meanwhile gets a number. An
+    error leaves no trace.
     """
-    target = path.resolve() if overwrite else path
-    temporary = target.with_name(f".writing-{uuid.uuid4().hex}{target.suffix}")
-    final: list[Path] = []
-    try:
-        yield temporary, final
-        if overwrite:
-            os.replace(temporary, target)
-        final.append(path if overwrite else _place(temporary, target))
-    finally:
-        temporary.unlink(missing_ok=True)
+    if overwrite:
+        with written_whole(path.resolve()) as temporary:
+            write(temporary)
+        return path
+    final = []
+    with written_whole(path, lambda file, target: final.append(_place(file, target))) as temporary:
+        write(temporary)
+    return final[0]
 
 
 def _place(file: Path, target: Path) -> Path:

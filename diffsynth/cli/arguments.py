@@ -1,0 +1,159 @@
+"""The options of the command line, generated from the dataclasses in configs/ that state them."""
+
+import argparse
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from diffsynth.configs.caches import CACHES
+from diffsynth.configs.fields import Choice, Kind, Number, Option, OrNone, Switch, Whole, options_of
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import (
+    MOTION,
+    CacheKind,
+    FileOptions,
+    LoadOptions,
+    RunOptions,
+    SavingOptions,
+    Shorthands,
+)
+
+NOT_OFFERED = ("output_type", "motion")  # a command writes a file; motion has an option for each number
+
+
+def flag(name: str) -> str:
+    """Return the option of a name: "num_frames" -> "--num-frames"."""
+    return "--" + name.replace("_", "-")
+
+
+def reader(kind: Kind) -> Callable[[str], Any]:
+    """Return a function that reads a kind of value from text, for argparse."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind.read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {kind}; got {text!r}") from error
+
+    return read
+
+
+whole, number = reader(Whole()), reader(Number())
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    owner: type,
+    title: str,
+    *,
+    prefix: str = "",
+    only: Collection[str] | None = None,
+    but: Collection[str] = NOT_OFFERED,
+) -> None:
+    """Add the options of a dataclass as a group. Those that are not given are absent from the namespace.
+
+    Args:
+        owner: a dataclass whose fields are options.
+        title: of the group.
+        prefix: of the names on the command line.
+        only: the names that are offered; None for all but those of `but`.
+    """
+    group = parser.add_argument_group(title)
+    for name, (stated, default) in options_of(owner).items():
+        if name not in but and (only is None or name in only):
+            _add(group, prefix + name, stated, default)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of one video: prompts, the pipeline's call, motion, the file."""
+    add_prompts(parser)
+    add_call_options(parser)
+    add_options(parser, FileOptions, "the file")
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add the prompts."""
+    group = parser.add_argument_group("what is shown")
+    for name, text in (
+        ("prompt", "what the video should show"),
+        ("negative_prompt", "what it should not show; the model's by default"),
+    ):
+        group.add_argument(flag(name), metavar="TEXT", default=argparse.SUPPRESS, help=text)
+
+
+def add_call_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the pipeline's call."""
+    add_options(parser, Shorthands, "how it is made")
+    add_options(parser, RunOptions, "the run (defaults: the published method's; a model may declare others)")
+    add_options(
+        parser,
+        MotionGuidance,
+        "motion (defaults: FastVMT's; a model may declare others)",
+        prefix=MOTION,
+        but=("mode", "sf"),
+    )
+
+
+def add_saving_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how the state of a long run is kept."""
+    group = parser.add_argument_group("long runs")
+    group.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="save the run as it proceeds in .OUT.run, which is removed after success, and continue an "
+        "unfinished one that is there; --no-resume discards it",
+    )
+    group.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="the folder, instead of .OUT.run")
+    for name, (stated, default) in options_of(SavingOptions).items():
+        if name != "resume":
+            _add(group, name, stated, default)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model runs, where and how."""
+    group = parser.add_argument_group("the model")
+    group.add_argument(
+        "--model",
+        help="nano, 1.3b, 14b or a checkpoint folder; by default the largest complete one below "
+        "--models-dir, else nano",
+    )
+    group.add_argument("--models-dir", default="models", metavar="DIR", help="where models are (models)")
+    for name, (stated, default) in options_of(LoadOptions).items():
+        _add(group, name, stated, default)
+    group.add_argument(
+        "--lora",
+        dest="loras",
+        action="append",
+        type=_lora,
+        default=argparse.SUPPRESS,
+        metavar="FILE[=X]",
+        help="merge a LoRA into the DiT at strength X (1); may be given several times",
+    )
+
+
+def _add(group: argparse._ArgumentGroup, name: str, stated: Option, default: Any) -> None:
+    names = [flag(name)] + ([flag(stated.short)] if stated.short else [])
+    kind = stated.kind.kind if isinstance(stated.kind, OrNone) else stated.kind
+    text = stated.help
+    if isinstance(stated.kind, OrNone) and stated.kind.none:
+        text = f"{text}; none: {stated.kind.none}"
+    elif default is not None and default != "" and not isinstance(default, bool):
+        told = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f"{text} ({told})"
+    if isinstance(kind, Switch):
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    else:
+        how = {"type": reader(stated.kind), "metavar": kind.metavar}
+        if isinstance(kind, Choice | CacheKind):
+            how |= {"choices": tuple(CACHES if isinstance(kind, CacheKind) else kind.known), "metavar": None}
+    group.add_argument(*names, dest=name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A LoRA's file and strength, "style.safetensors=0.8"; 1 if it is not given. Paths become absolute."""
+    file, _, strength = text.rpartition("=")
+    if not file or Path(text).is_file():
+        file, strength = text, "1"
+    if not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"the LoRA {file} does not exist")
+    return str(Path(file).resolve()), number(strength)

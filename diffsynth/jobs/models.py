@@ -1,0 +1,84 @@
+"""Which model a task uses, and how it is loaded."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsynth.configs.checkpoints import PUBLISHED, checkpoint_folder
+from diffsynth.configs.download import missing_files
+from diffsynth.configs.options import LoadOptions
+from diffsynth.jobs.errors import RunFailedError
+from diffsynth.models.attention import use_attention
+from diffsynth.models.checkpoint_files import CheckpointError
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+
+
+def load_options(given: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> LoadOptions:
+    """Return how a model is loaded: what is given, and where nothing is, what a record says.
+
+    Raises:
+        ValueError: the record names an unknown option, or a value is not allowed.
+    """
+    known = {item.name for item in fields(LoadOptions)}
+    before = {} if recorded is None else recorded
+    if unknown := sorted(before.keys() - known):
+        raise ValueError(f"the record's setup has {', '.join(unknown)}, which is unknown here")
+    options = {**before, **{name: given[name] for name in known if given.get(name) is not None}}
+    return LoadOptions(**{**options, "loras": dict(options["loras"]) if options.get("loras") else None})
+
+
+def attention_kernel(options: LoadOptions) -> AbstractContextManager[None]:
+    """Return a context in which the chosen attention kernel is used."""
+    return nullcontext() if options.attention is None else use_attention(options.attention)
+
+
+def choose_model(name: str | None, root: str | Path, note: Callable[[str], None]) -> Path:
+    """Return the folder of a model.
+
+    Args:
+        name: as for `from_pretrained`; None for the largest complete published one below root, else nano.
+        root: where published models are.
+        note: told which one is taken if none is named.
+
+    Raises:
+        FileNotFoundError: there is no model of this name.
+    """
+    if name is not None:
+        return checkpoint_folder(name, root)
+    for key, checkpoint in reversed(PUBLISHED.items()):
+        folder = Path(root) / checkpoint.folder
+        if folder.is_dir() and not missing_files(folder, checkpoint):
+            note(f"model: {key}, the largest complete one below {root} (--model chooses another)")
+            return folder
+    note(
+        "model: nano, the small one that comes along (64x64 pixels, 17 frames); no complete checkpoint is "
+        f"below {root}; fetch one with: fastvmt download {next(iter(PUBLISHED))}"
+    )
+    return checkpoint_folder("nano")
+
+
+def load_pipeline(folder: Path, options: LoadOptions) -> WanVideoPipeline:
+    """Load the pipeline of a checkpoint.
+
+    Raises:
+        RunFailedError: its weights are damaged or incomplete.
+    """
+    dtypes = {"torch_dtype": options.dtype, "vae_dtype": options.vae_dtype}
+    chosen = {name: getattr(torch, dtype) for name, dtype in dtypes.items() if dtype is not None}
+    try:
+        pipe = WanVideoPipeline.from_pretrained(
+            folder, device=options.device or "auto", loras=options.loras, **chosen
+        )
+    except (CheckpointError, FileNotFoundError) as error:
+        raise RunFailedError(f"the model cannot be loaded: {error}") from error
+    if options.persistent is not None:
+        pipe.enable_vram_management(num_persistent_param_in_dit=options.persistent)
+    elif options.offload:
+        pipe.enable_cpu_offload()
+    if options.compile:
+        pipe.enable_compile()
+    return pipe

@@ -1,0 +1,188 @@
+"""One video to make: from options to the arguments of the pipeline's run, and from its frames to a file."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from diffsynth.configs.defaults import EXACT, run_defaults
+from diffsynth.configs.descriptors import NO_TRANSFER
+from diffsynth.configs.options import DEFAULT_FPS, MOTION, FileOptions, LoadOptions, call_options
+from diffsynth.configs.resolve import resolve, resolve_prompts
+from diffsynth.data import VideoData
+from diffsynth.jobs.errors import UsageError
+from diffsynth.jobs.models import attention_kernel
+from diffsynth.jobs.publish import publish, reserve_name
+from diffsynth.pipelines.denoise import RunEvent
+from diffsynth.pipelines.generate import Observer
+from diffsynth.pipelines.wan_video import WanVideoPipeline, reference_facts
+from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
+from diffsynth.runs.record import RunRecord, describe_reference, make_record, record_path
+
+PROMPTS = ("prompt", "negative_prompt")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoTask:
+    """One video to make.
+
+    Attributes:
+        call: arguments of the pipeline's run, all but input_video and saving.
+        video: the reference; None without one.
+        reference: its description for the record.
+        fps: frames a second of the file; quality: of its encoding.
+        output: None for a new name in `folder`.
+        folder: for a new name.
+        overwrite: replace output if it exists.
+        saving: arguments of the run that save it as it proceeds.
+        job: as in the record.
+    """
+
+    call: Mapping[str, Any]
+    video: VideoData | None
+    reference: Mapping[str, Any] | None
+    fps: float
+    quality: float
+    output: Path | None = None
+    folder: Path = Path()
+    overwrite: bool = False
+    saving: Mapping[str, Any] = field(default_factory=dict)
+    job: str | None = None
+
+
+def open_reference(path: Path) -> VideoData:
+    """Open a reference video: a file or a folder of images."""
+    return VideoData(image_folder=path) if path.is_dir() else VideoData(path)
+
+
+def task_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of some values that `make_task` reads."""
+    known = {*PROMPTS, *call_options(), *(item.name for item in fields(FileOptions))}
+    return {name: value for name, value in given.items() if name in known or name.startswith(MOTION)}
+
+
+def with_motion(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values in which the numbers of motion that have the prefix MOTION are gathered in `motion`."""
+    numbers = {name for name in given if name.startswith(MOTION) and name not in call_options()}
+    gathered = {name: value for name, value in given.items() if name not in numbers}
+    if numbers:
+        motion = {name.removeprefix(MOTION): given[name] for name in numbers}
+        gathered["motion"] = {**gathered.get("motion", {}), **motion}
+    return gathered
+
+
+def make_task(given: Mapping[str, Any], reference: Path | None, folder: Path) -> VideoTask:
+    """Return the task that options ask for, checked as far as is possible before the model loads.
+
+    Args:
+        given: prompt, negative_prompt, options of the call and of the file by name; numbers of motion in a
+            mapping `motion`, or each with the prefix MOTION.
+        reference: the reference video; None without one.
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError, TypeError: an option that is not allowed; UsageError for one that is missing.
+        FileNotFoundError: there is no such reference.
+    """
+    if "prompt" not in given:
+        raise UsageError("--prompt is missing: what shall the video show?")
+    if reference is None and given.get("mode") != NO_TRANSFER:
+        raise UsageError("a reference video is missing; for a video from text alone give --mode No_transfer")
+    given, defaults = with_motion(given), run_defaults(folder)
+    video = None if reference is None else open_reference(reference)
+    call = {name: given[name] for name in call_options() if name in given}
+    resolve_prompts(given["prompt"], given.get("negative_prompt"), defaults)
+    resolve(call, defaults, reference_facts(video))
+    file = FileOptions(**{item.name: given[item.name] for item in fields(FileOptions) if item.name in given})
+    rate = None if video is None else video.fps
+    return VideoTask(
+        call={**{name: given[name] for name in PROMPTS if name in given}, **call},
+        video=video,
+        reference=None if video is None else describe_reference(reference, len(video), rate),
+        fps=file.fps or rate or defaults["fps"] or DEFAULT_FPS,
+        quality=file.quality,
+    )
+
+
+def run_task(
+    pipe: WanVideoPipeline,
+    task: VideoTask,
+    model: Mapping[str, Any],
+    loaded: LoadOptions,
+    observer: Observer,
+) -> tuple[Path, RunRecord]:
+    """Make the video and its record.
+
+    Args:
+        pipe: the model.
+        task: what to make.
+        model: its description for the record.
+        loaded: how it was loaded.
+        observer: told of stages and steps; whatever it raises ends the task, also in the stage "write",
+            before which nothing is written.
+
+    Returns:
+        The path that the video has, and the record.
+
+    Raises:
+        What the pipeline raises, and OSError if the video cannot be written.
+    """
+    with attention_kernel(loaded):
+        (made,) = pipe.run(
+            **task.call, **task.saving, input_video=task.video, observer=observer, progress_bar_cmd=iter
+        )
+    observer(RunEvent(stage="write"))
+    record = make_record(
+        made.frames,
+        prompt=made.prompt,
+        negative_prompt=made.negative_prompt,
+        preset=task.call.get("preset", EXACT),
+        options=made.options,
+        cost=made.cost,
+        models=pipe.residency.models,
+        device=pipe.device,
+        reference=task.reference,
+        model=model,
+        fps=task.fps,
+        quality=task.quality,
+        job=task.job,
+    )
+    if task.output is not None:
+        path = publish(made.frames, task.output, record, overwrite=task.overwrite)
+    else:
+        name = "text" if task.reference is None else Path(task.reference["path"]).stem
+        path = reserve_name(task.folder, f"{name}-{made.options.mode}-seed{made.options.seed}")
+        try:
+            publish(made.frames, path, record, overwrite=True)
+        except BaseException:
+            path.unlink()
+            record_path(path).unlink(missing_ok=True)
+            raise
+    if task.saving:
+        _forget(task.saving["checkpoint_dir"], task.output)
+    return path, record
+
+
+def summary(path: Path, record: RunRecord) -> str:
+    """Return one line that says what was written and what it took."""
+    video, cost = record.video, record.cost
+    seconds = cost["time_gen"] + sum(cost["stage_seconds"].values())
+    return (
+        f"{path}: {video['frames']} frames of {video['width']}x{video['height']} at {video['fps']:g} frames "
+        f"a second, seed {record.options['seed']}, {seconds:.1f} s"
+    )
+
+
+def saving_folder(output: Path) -> Path:
+    """Return the hidden folder beside a video in which its run is saved: out/fox.mp4 -> out/.fox.mp4.run."""
+    return output.with_name(f".{output.name}.run")
+
+
+def _forget(folder: Path, output: Path | None) -> None:
+    """Remove what a run left in its folder, and the folder too if it is the default one."""
+    clear_checkpoints(folder)
+    if output is not None and folder == saving_folder(output):
+        (folder / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody put something else into it
+            folder.rmdir()

@@ -1,0 +1,139 @@
+"""What the page does with the model: makes videos, and shows the motion of a reference."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER, flow_modes
+from diffsynth.configs.options import DEFAULT_FPS, LoadOptions
+from diffsynth.configs.resolve import motion_for, resolve
+from diffsynth.data import VideoData
+from diffsynth.evaluation.flow_images import save_flow_video
+from diffsynth.evaluation.reference_flow import reference_flow
+from diffsynth.jobs.models import attention_kernel, choose_model, load_pipeline
+from diffsynth.jobs.task import PROMPTS, make_task, run_task
+from diffsynth.pipelines.denoise import RunEvent
+from diffsynth.pipelines.wan_video import WanVideoPipeline, reference_facts
+from diffsynth.runs.record import describe_model
+from diffsynth.webui.gallery import PastRun
+from diffsynth.webui.previews import Previews
+from diffsynth.webui.queue import QueuedJob
+from diffsynth.webui.uploads import UploadLimits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """A loaded model and the folders of its videos.
+
+    Attributes:
+        pipe: the model.
+        folder: of its checkpoint.
+        loaded: how it was loaded; model: its description; both for the record.
+        output_dir: of videos and records, with the references of runs in references/.
+        cache: of what the page shows and what was uploaded; may be lost.
+        limits: of uploads.
+        previews: of running jobs.
+    """
+
+    pipe: WanVideoPipeline
+    folder: Path
+    loaded: LoadOptions
+    model: Mapping[str, Any]
+    output_dir: Path
+    cache: Path
+    limits: UploadLimits
+    previews: Previews
+
+    @property
+    def references(self) -> Path:
+        return self.output_dir / "references"
+
+
+def open_session(
+    model: str | None,
+    models_dir: str | Path,
+    loaded: LoadOptions,
+    *,
+    output_dir: Path,
+    cache: Path,
+    limits: UploadLimits,
+) -> Session:
+    """Load a model, found as `fastvmt transfer --model` does.
+
+    Raises:
+        What loading raises, and OSError if the output folder cannot be written to.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "references").mkdir(exist_ok=True)
+    folder = choose_model(model, models_dir, lambda _note: None)
+    pipe = load_pipeline(folder, loaded)
+    return Session(
+        pipe=pipe,
+        folder=folder,
+        loaded=loaded,
+        model=describe_model(folder, asdict(loaded)),
+        output_dir=output_dir,
+        cache=cache,
+        limits=limits,
+        previews=Previews(pipe),
+    )
+
+
+def make_video(
+    session: Session, request: Mapping[str, Any], reference: Path | None, job: QueuedJob
+) -> PastRun:
+    """Make the video and write it with its record; nothing is written if the job is cancelled or fails.
+
+    Args:
+        request: from `checked_request`.
+        reference: the reference video; None without one.
+    """
+    if reference is None and request["mode"] != NO_TRANSFER:
+        raise ValueError("upload a reference video, or choose the mode without transfer")
+    task = replace(make_task(request, reference, session.folder), folder=session.output_dir)
+    observer = JobObserver(job, session.previews)
+    with job.interruptible(session.pipe.interrupt):
+        video, record = run_task(session.pipe, task, session.model, session.loaded, observer)
+    return PastRun(video=video, record=record)
+
+
+def show_motion(session: Session, request: Mapping[str, Any], reference: Path, job: QueuedJob) -> Path:
+    """Return a video in the cache of the flow that a request would transfer: arrows over frames, colours."""
+    mode = request["mode"] if request["mode"] in flow_modes() else DEFAULT_MODE
+    call = {name: value for name, value in request.items() if name not in PROMPTS} | {"mode": mode}
+    with VideoData(reference) as video:
+        run = resolve(call, session.pipe.defaults, reference_facts(video), session.pipe.models.facts())
+    motion = motion_for(session.folder, mode)
+    asked = f"{reference.name} {run.height} {run.width} {run.num_frames} {motion}"
+    path = session.cache / f"motion-{hashlib.sha256(asked.encode()).hexdigest()[:20]}.mp4"
+    if path.is_file():
+        return path
+    job.report(stage="read the motion")
+    with (
+        VideoData(reference, height=run.height, width=run.width) as video,
+        attention_kernel(session.loaded),
+    ):
+        video.set_length(run.num_frames)
+        flow = reference_flow(session.pipe, video, motion=motion)
+        return save_flow_video(flow, path, sf=motion.sf, frames=video, fps=video.fps or DEFAULT_FPS)
+
+
+class JobObserver:
+    """Tells a job how far its run is, and ends the run once the job is cancelled."""
+
+    def __init__(self, job: QueuedJob, previews: Previews) -> None:
+        self._job, self._previews = job, previews
+
+    def __call__(self, event: RunEvent) -> None:
+        self._job.check()
+        before = self._job.progress
+        if event.steps == 0:
+            self._job.report(stage=event.stage)
+        elif event.stage == "guidance":
+            losses = before.losses + event.losses[-1:]
+            self._job.report(stage=event.stage, guided=event.step, guided_steps=event.steps, losses=losses)
+        else:
+            preview = self._previews.of(event) or before.preview
+            self._job.report(stage=event.stage, step=event.step, steps=event.steps, preview=preview)
