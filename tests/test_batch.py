@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from diffsynth import VideoData
-from diffsynth.cli import batch, tasks
+from diffsynth.cli import batch, progress
 from diffsynth.cli.main import main
 from diffsynth.runs.record import read_record, record_path
 from diffsynth.testing import write_clip
@@ -90,7 +90,7 @@ def test_one_failure_does_not_stop_the_rest_and_is_told_with_its_line(start):
 
 
 def test_an_interrupted_batch_goes_on_with_the_job_that_it_was_in(start, tmp_path, monkeypatch):
-    class Interrupting(tasks.Progress):
+    class Interrupting(progress.StageProgress):
         def __call__(self, event):
             super().__call__(event)
             if event.stage == "sampling" and len(list((tmp_path / "out").glob("*.mp4"))) == 1:
@@ -98,7 +98,7 @@ def test_an_interrupted_batch_goes_on_with_the_job_that_it_was_in(start, tmp_pat
 
     jobs = [job(seed=seed) for seed in (1, 2, 3)]
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "Progress", Interrupting)
+        patch.setattr(progress, "StageProgress", Interrupting)
         code, result, _ = start(*jobs)
     assert code == 130
     assert result["error"] == "interrupted in the job of line 2; the same command goes on with it"
@@ -159,9 +159,9 @@ def test_an_output_outside_of_the_folder_is_refused_before_anything_runs(start, 
     [
         ('{"prompt": "a"}\n{"prompt": ', "line 2: not valid JSON"),
         ("[1]", "line 1: a job must be an object; got [1]"),
-        ('{"prompt": "a", "color": 3}', "line 1: unrecognized arguments: --color=3"),
-        ('{"prompt": "a", "model": "14b"}', "line 1: unrecognized arguments: --model=14b"),
-        ('{"prompt": "a", "seed": "x"}', "line 1: argument --seed: must be a whole number; got 'x'"),
+        ('{"prompt": "a", "color": 3}', "line 1: unknown option color"),
+        ('{"prompt": "a", "model": "14b"}', "line 1: unknown option model"),
+        ('{"prompt": "a", "seed": "x"}', "line 1: seed must be a whole number"),
         ('{"prompt": "a", "motion": 3}', "line 1: motion must be an object of its numbers; got 3"),
         ('{"prompt": "a", "output": "a.mp4"}\n' * 2, "more than one job has the output"),
         ("\n", "holds no jobs"),
@@ -198,7 +198,7 @@ def test_a_missing_jobs_file_and_one_of_another_kind_are_refused(start, tmp_path
 
 def test_two_batches_do_not_write_to_one_folder_at_a_time(start, tmp_path, loads):
     (tmp_path / "out").mkdir()
-    with batch._locked(tmp_path / "out"):
+    with batch._only_batch(tmp_path / "out"):
         code, result, _ = start(job())
     assert (code, loads) == (1, [])
     assert "another batch is writing to" in result["error"]

@@ -248,7 +248,10 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
         ({"--model": "2b"}, "2b is neither a checkpoint folder nor one of the names nano, 1.3b, 14b"),
         ({"--preset": "warp"}, "preset must be one of exact, balanced, fast; got 'warp'"),
         ({"--frames": "9"}, "num_frames is 9, but input_video has 5 frames"),
-        ({"--motion-reuse": "never"}, "--motion-reuse: must be one of repeat, falling, extrapolate; got 'never'"),
+        (
+            {"--motion-reuse": "never"},
+            "must be one of repeat, falling, extrapolate; got 'never'",
+        ),
         ({"--motion-window": "20"}, "window"),
         (
             {"--motion-scale": "0"},
@@ -570,7 +573,7 @@ def test_plan_predicts_a_published_run_without_its_weights(tmp_path, capsys):
     arguments = ["plan", "--model", "1.3b", "--frames", "17", "--steps", "20", "--models-dir", tmp_path]
     assert main([*arguments, "--vram", "24", "--json", "--motion-guided-steps", "4"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["height"], plan["num_frames"], plan["num_steps"]) == (480, 17, 20)
+    assert (plan["height"], plan["num_frames"], plan["num_inference_steps"]) == (480, 17, 20)
     assert 0 < plan["peak"] < 24 * 2**30
     assert plan["cost"]["sampling_ffe"] == 40
     assert main([*arguments, "--mode", "No_transfer"]) == 0
@@ -582,7 +585,7 @@ def test_plan_predicts_a_published_run_without_its_weights(tmp_path, capsys):
 def test_plan_takes_a_loaded_model_s_own_numbers(tiny_checkpoint, capsys):
     arguments = ["plan", "--model", tiny_checkpoint, "--height", "32", "--width", "32", "--frames", "5"]
     assert main([*arguments, "--preset", "fast", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["num_steps"] == 25
+    assert json.loads(capsys.readouterr().out)["num_inference_steps"] == 25
 
 
 def test_download_tells_what_it_fetches_and_a_failure_is_exit_code_1(tmp_path, monkeypatch, capsys):

@@ -11,9 +11,9 @@ from diffsynth.models.local_attention import attend_in_tiles, local_attention, t
 from diffsynth.models.packed_linear import PACKED_DTYPES, pack_block_linears
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance, attention_motion_flow, guided_step, tile_motion_flow
-from diffsynth.planning.memory import guided_pass_bytes
+from diffsynth.planning.memory import activation_bytes, guided_pass_bytes
 from diffsynth.planning.sizes import DiTSize
-from diffsynth.vram_management import Residency, activation_bytes, peak_memory, reset_peak_memory
+from diffsynth.vram_management import Residency, peak_memory, reset_peak_memory
 
 pytestmark = pytest.mark.gpu
 OPTIONS = {

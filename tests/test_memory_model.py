@@ -1,23 +1,24 @@
 """What a run's stages need, predicted from sizes: against counted tensors, at full size without data."""
 
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from diffsynth.caches.choose import CacheOptions
+from diffsynth.caches.choose import make_rule
 from diffsynth.caches.rules import run_blocks_cached
+from diffsynth.configs.caches import CacheOptions
 from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.options import RunOptions
 from diffsynth.models import checkpointing
 from diffsynth.models.packed_linear import pack_block_linears
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.motion import MotionGuidance, guided_step
-from diffsynth.planning.activations import choose_checkpoint
+from diffsynth.planning import ladder
 from diffsynth.planning.memory import (
-    MemorySettings,
-    Video,
     decode_bytes,
     encode_bytes,
     guided_pass_bytes,
@@ -25,16 +26,15 @@ from diffsynth.planning.memory import (
     sampling_pass_bytes,
     text_encoder_bytes,
 )
-from diffsynth.planning.meter import MemoryMeter, default_dtype, fake_device
+from diffsynth.planning.settings import Settings
 from diffsynth.planning.sizes import (
     DiTSize,
     TextEncoderSize,
     VAESize,
     WeightBytes,
     published_sizes,
-    sizes_of,
 )
-from diffsynth.vram_management import activations
+from memory_meter import MemoryMeter, default_dtype, fake_device
 
 FULL = (21, 60, 104)  # latents of 81 frames of 480x832
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -145,7 +145,9 @@ def test_the_sampling_pass_takes_what_is_predicted(kwargs, latents, batch, dtype
         x, context = torch.randn(1, 16, *latents), torch.randn(batch, 512, dit.text_dim, dtype=dtype)
         meter.restart()
         dit(x.expand(batch, -1, -1, -1, -1), torch.full((batch,), 900.0), context)
-    assert sampling_pass_bytes(size, latents, batch) == pytest.approx(meter.peak - weights, rel=0.15)
+    assert sampling_pass_bytes(size, latents, RunOptions(), batch) == pytest.approx(
+        meter.peak - weights, rel=0.15
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,15 +161,15 @@ def test_a_step_cache_keeps_residuals_of_each_prompt(options, residuals):
     with fake_device() as meter, torch.no_grad():
         dit = make_dit(published("1.3b", 3), BF16)
         size, weights = DiTSize.of(dit), meter.live
-        cache = options.make("positive", range(9), 9)
+        cache = make_rule(options, "positive", range(9), 9)
         for _ in range(2):
             meter.restart()
             state = dit.embed(torch.randn(1, 16, *FULL), torch.ones(1), torch.randn(1, 512, 4096, dtype=BF16))
             run_blocks_cached(dit, state, [cache])
             del state
-    predicted = sampling_pass_bytes(size, FULL, 1, options, num_prompts=1)
+    predicted = sampling_pass_bytes(size, FULL, RunOptions(cache=options, cfg_scale=1), 1)
     assert predicted == pytest.approx(meter.peak - weights, rel=0.15)
-    one = sampling_pass_bytes(size, FULL, 1)
+    one = sampling_pass_bytes(size, FULL, RunOptions(cfg_scale=1), 1)
     assert predicted - one == residuals * 32760 * 1536 * 4
 
 
@@ -244,13 +246,21 @@ def test_on_a_cpu_offloaded_inputs_stay_the_tensors_they_are():
     assert checkpointing.to_device(checkpointing.to_host(x)) is x
 
 
-def test_what_is_kept_is_chosen_by_the_memory_there_is(monkeypatch):
-    size = published_sizes("1.3b").dit
-    expected = {100: "none", 20: "block", 3: "offload"}
-    for memory, kept in expected.items():
-        monkeypatch.setattr(activations, "available_memory", lambda _device, gb=memory: gb * 10**9)
-        assert choose_checkpoint(size, 32760, 14, torch.device("meta")) == kept
-    assert choose_checkpoint(size, 32760, 14, torch.device("cpu")) == "block"
+@pytest.mark.parametrize(
+    ("device", "kept"), [("meta", ("none", "block", "offload")), ("cpu", ("none", "block"))]
+)
+def test_what_guidance_keeps_is_chosen_by_the_memory_there_is(monkeypatch, device, kept):
+    sizes = published_sizes("1.3b")
+    run = RunOptions(motion=MotionGuidance())
+    residency = SimpleNamespace(models={}, device=torch.device(device))
+    monkeypatch.setattr(ladder.ModelSizes, "of", lambda _models: sizes)
+    chosen = []
+    for gigabytes in (100, 20, 3):
+        monkeypatch.setattr(ladder, "available_memory", lambda _device, gb=gigabytes: gb * 10**9)
+        begun = ladder.Ladder(residency, None).begin(run, None, with_reference=True)
+        chosen.append(begun.motion.checkpoint)
+    assert tuple(dict.fromkeys(chosen)) == kept
+    assert begun.batch_cfg is False, "nothing is known of the memory of this device"
 
 
 def test_streamed_weights_are_the_rest_two_buffers_and_what_stays():
@@ -279,26 +289,22 @@ def test_sizes_of_published_models_are_those_of_their_files():
     assert packed.widened == 2 * 256 * 1024
     assert packed.block_parameters == pytest.approx(whole.block_parameters, rel=0.01)
     assert packed.weights.total < 0.7 * whole.weights.total
-    with pytest.raises(ValueError, match=r"model must be one of 1.3b, 14b or a pipeline; got '7b'"):
+    with pytest.raises(ValueError, match=r"model must be one of 1.3b, 14b; got '7b'"):
         published_sizes("7b")
-    with pytest.raises(ValueError, match=r"torch_dtype=torch.bfloat16 is for models by name"):
-        sizes_of(published_sizes("14b"), BF16)
 
 
 def test_without_offload_models_stay_and_with_it_each_stage_has_its_own():
     sizes = published_sizes("1.3b")
-    video = Video(latents=FULL, num_frames=81, has_reference=True)
+    guided, tiles = RunOptions(motion=MotionGuidance()), {"tile_size": (30, 52), "tile_stride": (15, 26)}
     text, vae, dit = (
         w for w in (sizes.text_encoder.weights.total, sizes.vae.weights, sizes.dit.weights.total)
     )
-    resident = predict_stages(sizes, video, MemorySettings(), motion=MotionGuidance())
+    resident = predict_stages(sizes, guided, Settings(**tiles), True)
     assert [stage.stage for stage in resident] == [
         "encode text", "encode video", "guidance", "sampling", "decode",
     ]  # fmt: skip
     assert [stage.weights for stage in resident] == [text, text + vae, *[text + vae + dit] * 3]
-    alone = predict_stages(sizes, video, MemorySettings(offload=True), motion=MotionGuidance())
+    alone = predict_stages(sizes, guided, Settings(offload=True, **tiles), True)
     assert [stage.weights for stage in alone] == [text, vae, dit, dit, vae]
-    plain = Video(latents=FULL, num_frames=81, has_reference=False)
-    assert [s.stage for s in predict_stages(sizes, plain, MemorySettings(), motion=None)] == [
-        "encode text", "sampling", "decode",
-    ]  # fmt: skip
+    plain = predict_stages(sizes, RunOptions(), Settings(**tiles), False)
+    assert [stage.stage for stage in plain] == ["encode text", "sampling", "decode"]

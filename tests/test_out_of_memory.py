@@ -12,20 +12,14 @@ import pytest
 import torch
 
 from diffsynth import VideoData, WanVideoPipeline
-from diffsynth.caches.choose import CacheOptions
+from diffsynth.configs.caches import CacheOptions
+from diffsynth.configs.options import RunOptions
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines import fallback
-from diffsynth.pipelines.decode import DecodeOptions, decode_saved
-from diffsynth.planning.ladder import (
-    FALLBACKS,
-    HELP,
-    Holder,
-    MemoryFallbacks,
-    MemoryRanOutError,
-    is_out_of_memory,
-    rest_models,
-    smaller_tiles,
-)
+from diffsynth.pipelines.decode import decode_saved
+from diffsynth.pipelines.denoise import STAGES
+from diffsynth.planning import ladder, settings
+from diffsynth.planning.ladder import HELP, Ladder, MemoryRanOutError, is_out_of_memory
+from diffsynth.planning.settings import Settings, following, smaller_tiles
 from diffsynth.runs.checkpoint import STEP
 from diffsynth.runs.state import load_state
 from diffsynth.testing import write_clip
@@ -113,8 +107,8 @@ def test_guidance_that_does_not_fit_keeps_less_and_gives_the_same_bits(pipe, cli
     assert times == 1 or "checkpoint='offload'" in said[1]
 
 
-def nothing_but_again(_holder, options):
-    return "nothing", options
+def nothing_but_again(_stage, now, **_facts):
+    yield "nothing", now
 
 
 CACHES = {
@@ -126,8 +120,7 @@ CACHES = {
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_the_failed_step_is_done_again_from_the_same_bits(pipe, clip, monkeypatch, kind):
-    for stage in FALLBACKS:
-        monkeypatch.setitem(FALLBACKS, stage, (nothing_but_again,))
+    monkeypatch.setattr(ladder, "following", nothing_but_again)
     options = {"input_video": clip, "motion": MOTION, **CACHES[kind]}
     with failing(pipe.dit.blocks[0], lambda *_: False) as calls:
         whole = run(pipe, **options)
@@ -172,7 +165,7 @@ def test_a_reference_that_does_not_fit_is_encoded_in_tiles(pipe, clip, caplog):
 
 
 def test_a_decode_that_does_not_fit_takes_tiles_and_then_smaller_ones(pipe, caplog, monkeypatch):
-    monkeypatch.setattr(fallback, "SMALLEST_TILE", 1)
+    monkeypatch.setattr(settings, "SMALLEST_TILE", 1)
     halves = run(pipe, output_type="np", tiled=True, tile_size=(1, 2), tile_stride=(1, 1))
     with failing(pipe.vae.decoder, lambda _, inputs: inputs[0].shape[-1] > 2):
         assert np.array_equal(run(pipe, output_type="np"), halves)
@@ -181,7 +174,7 @@ def test_a_decode_that_does_not_fit_takes_tiles_and_then_smaller_ones(pipe, capl
 
 
 def test_saved_latents_decode_in_smaller_tiles_too(pipe, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(fallback, "SMALLEST_TILE", 2)
+    monkeypatch.setattr(settings, "SMALLEST_TILE", 2)
     run(pipe, checkpoint_dir=tmp_path)
     (path,) = tmp_path.glob("latents-*")
     with failing(pipe.vae.decoder, lambda _, inputs: inputs[0].shape[-1] > 3):
@@ -247,22 +240,58 @@ def test_real_failures_to_allocate_are_known_as_such():
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_models_rest_on_the_cpu_once_and_only_where_there_is_an_accelerator():
-    rested = []
-    residency = SimpleNamespace(offload=False)
+TILES = {"tile_size": (30, 52), "tile_stride": (15, 26)}
 
-    def enable():
-        residency.offload = True
-        rested.append(1)
 
-    accelerator = SimpleNamespace(device=torch.device("meta"), residency=residency, enable_cpu_offload=enable)
-    words, options = rest_models(Holder(vae=None, pipe=accelerator), "options")
-    assert (words, options) == ("each model is on the device during its own stage only", "options")
-    assert rest_models(Holder(vae=None, pipe=accelerator), "options") is None
-    assert rested == [1]
-    cpu = SimpleNamespace(device=torch.device("cpu"), residency=SimpleNamespace(offload=False))
-    assert rest_models(Holder(vae=None, pipe=cpu), "options") is None
-    assert rest_models(Holder(vae=None), "options") is None
+def all_rungs(stage, accelerator):
+    """The words of every rung below the fastest settings."""
+    now, words = Settings(tiled=True, **TILES), []
+    facts = {"accelerator": accelerator, "num_blocks": 30, "picture": (60, 104)}
+    while (below := next(following(stage, now, **facts), None)) is not None:
+        words.append(below[0])
+        now = below[1]
+    return words
+
+
+def test_a_stage_goes_down_rung_by_rung_and_weights_move_only_where_there_is_an_accelerator():
+    rest = "each model is on the device during its own stage only"
+    stream = [f"the blocks of the DiT but {count} are streamed from CPU memory" for count in (15, 0)]
+    keep = [f"guidance runs with checkpoint={checkpoint!r}" for checkpoint in ("block", "offload")]
+    two_calls = "the prompts run in two calls, batch_cfg=False"
+    assert all_rungs("guidance", accelerator=True) == [rest, *stream, *keep]
+    assert all_rungs("guidance", accelerator=False) == keep
+    assert all_rungs("sampling", accelerator=True) == [rest, two_calls, *stream]
+    assert all_rungs("sampling", accelerator=False) == [two_calls]
+    text = "the blocks of the text encoder are streamed from CPU memory"
+    assert all_rungs("encode text", accelerator=True) == [rest, text]
+    assert all_rungs("encode text", accelerator=False) == []
+    assert len(all_rungs("decode", accelerator=False)) == 3
+
+
+def test_models_are_placed_where_the_next_rung_says():
+    placed = []
+
+    class Placing:
+        device, offload, streaming = torch.device("meta"), False, ()
+        models = {"dit": SimpleNamespace(blocks=[torch.nn.Linear(2, 2)] * 4)}
+
+        def rest(self):
+            placed.append("rest")
+
+        def stop_streaming(self):
+            placed.append("whole")
+
+        def stream(self, name, _blocks, parameters):
+            placed.append((name, parameters))
+            self.streaming = (name,)
+
+    steps = Ladder(Placing(), SimpleNamespace(spatial_factor=8))
+    options = RunOptions(motion=MOTION)
+    for _ in range(2):
+        options = steps.next("guidance", options, "no memory")
+    assert placed == ["whole", "rest", "whole", "rest", ("dit", 2 * 6)]
+    assert options.motion.checkpoint == "none"
+    assert steps.next("guidance", options, "no memory").motion.checkpoint == "block"
 
 
 @pytest.mark.parametrize(
@@ -278,36 +307,24 @@ def test_models_rest_on_the_cpu_once_and_only_where_there_is_an_accelerator():
     ],
 )
 def test_tiles_are_halved_down_to_the_smallest(tiled, size, expected):
-    stride = tuple(n // 2 for n in size)
-    options = DecodeOptions(
-        height=480,
-        width=832,
-        num_frames=81,
-        output_type="np",
-        tiled=tiled,
-        tile_size=size,
-        tile_stride=stride,
-    )
-    change = smaller_tiles(Holder(vae=SimpleNamespace(spatial_factor=8)), options)
+    now = Settings(tiled=tiled, tile_size=size, tile_stride=tuple(n // 2 for n in size))
+    smaller = smaller_tiles(now, (60, 104))
     if expected is None:
-        assert change is None
+        assert smaller is None
     else:
-        assert (change[1].tiled, change[1].tile_size, change[1].tile_stride) == (True, *expected)
+        assert (smaller.tiled, smaller.tile_size, smaller.tile_stride) == (True, *expected)
 
 
-def test_every_stage_has_its_fallbacks_and_its_advice():
-    assert (
-        FALLBACKS.keys() == HELP.keys() == {"encode text", "encode video", "guidance", "sampling", "decode"}
-    )
+def test_every_stage_has_its_advice():
+    assert HELP.keys() == set(STAGES)
 
 
-def test_an_attempt_on_cpu_memory_that_fails_names_the_error(pipe):
-    fit = MemoryFallbacks(Holder(vae=pipe.vae), None)
-
-    def attempt(_options):
+def test_memory_of_the_cpu_that_runs_out_is_named(pipe, monkeypatch):
+    def fail(*_args, **_kwargs):
         raise MemoryError
 
+    monkeypatch.setattr(type(pipe.prompter), "encode_prompt", fail)
     with pytest.raises(
         MemoryRanOutError, match=r"'encode text' \(MemoryError\); cpu has .*What helps: a text enc"
     ):
-        fit.run("encode text", attempt)
+        run(pipe, "never asked before")

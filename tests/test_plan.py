@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from diffsynth import WanVideoPipeline
-from diffsynth.caches.choose import CacheOptions, choose_cache
+from diffsynth.configs.caches import CacheOptions, choose_cache
+from diffsynth.configs.options import RunOptions
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
 from diffsynth.planning.cost import (
@@ -25,6 +26,17 @@ from diffsynth.planning.sizes import DiTSize, published_sizes
 FULL = (21, 60, 104)
 MOTION = MotionGuidance()
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def plan_of(model, vram_gb=None, dtype=torch.bfloat16, **options):
+    """The plan of a published checkpoint; what is not given is free to choose."""
+    run = RunOptions(**{"tiled": None, **options})
+    sizes = published_sizes(model, dtype)
+    return plan_run(sizes, run, vram_gb=vram_gb, with_reference=run.motion is not None)
+
+
+def cost_of(dit, **options):
+    return run_cost(dit, FULL, RunOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +94,7 @@ def test_a_guided_pass_and_its_backward_have_the_operations_that_are_counted(dit
 def test_guidance_at_the_published_size_costs_so_many_forwards(changes, small, large):
     motion = MotionGuidance(**changes)
     for name, expected in (("1.3b", small), ("14b", large)):
-        counted = run_cost(published_sizes(name).dit, FULL, num_steps=50, motion=motion)
+        counted = cost_of(published_sizes(name).dit, motion=motion)
         assert counted.guidance_ffe == pytest.approx(expected, rel=0.01)
         assert counted.sampling_ffe == 100
         assert counted.total_ffe == counted.guidance_ffe + 100
@@ -91,32 +103,32 @@ def test_guidance_at_the_published_size_costs_so_many_forwards(changes, small, l
 def test_flow_motion_costs_seven_full_forwards_a_guided_step():
     dit = published_sizes("1.3b").dit
     motion = MotionGuidance.for_mode("FlowMotion")
-    counted = run_cost(dit, FULL, num_steps=50, motion=motion)
+    counted = cost_of(dit, motion=motion)
     assert counted.guidance_ffe == 70
     assert counted.flops == 170 * forward_flops(dit, FULL)
     assert guided_share(dit, FULL, motion) == 1
-    assert guidance_cost(MotionGuidance.for_mode("FlowMotion", dict(prediction_cfg=1.0)), 30, 50) == 40
+    assert guidance_cost(MotionGuidance.for_mode("FlowMotion", {"prediction_cfg": 1.0}), 30, 50) == 40
 
 
 def test_sampling_counts_the_prompts_that_run():
     dit = published_sizes("1.3b").dit
     one = forward_flops(dit, FULL)
-    alone = run_cost(dit, FULL, num_steps=50, with_negative=False)
+    alone = cost_of(dit, cfg_scale=1)
     assert (alone.sampling_ffe, alone.guidance_ffe, alone.flops) == (50, 0, 50 * one)
-    assert run_cost(dit, FULL, num_steps=50, cfg_interval=(0.1, 0.5)).sampling_ffe == 70
-    assert run_cost(dit, FULL, num_steps=25).sampling_ffe == 50
+    assert cost_of(dit, cfg_interval=(0.1, 0.5)).sampling_ffe == 70
+    assert cost_of(dit, num_inference_steps=25).sampling_ffe == 50
 
 
 def test_magcache_is_counted_by_its_ratios_and_other_caches_as_if_they_skipped_nothing():
     dit = published_sizes("1.3b").dit
     mag = choose_cache("magcache", None, dit.dim)
-    counted = run_cost(dit, FULL, num_steps=50, cache=mag)
+    counted = cost_of(dit, cache=mag)
     assert counted.sampling_ffe == 42
     assert counted.flops == pytest.approx(42 * forward_flops(dit, FULL), rel=0.002)
     assert computed_steps(mag, "negative", range(10, 30), 50) < 20
     assert computed_steps(mag, "negative", range(0), 50) == 0
     first = CacheOptions(name="first_block", threshold=0.1)
-    assert run_cost(dit, FULL, num_steps=50, cache=first).sampling_ffe == 100
+    assert cost_of(dit, cache=first).sampling_ffe == 100
 
 
 @pytest.mark.parametrize(
@@ -135,10 +147,10 @@ def test_magcache_is_counted_by_its_ratios_and_other_caches_as_if_they_skipped_n
     ],
 )
 def test_the_fastest_settings_that_fit_are_taken(model, gigabytes, expected):
-    plan = plan_run(model, motion=MOTION, vram_gb=gigabytes)
+    plan = plan_of(model, motion=MOTION, vram_gb=gigabytes)
     checkpoint, offload, resident, tiled, streamed_text = expected
     block = published_sizes(model).dit.block_parameters
-    assert plan.settings() == {
+    assert plan.chosen() == {
         "checkpoint": checkpoint,
         "batch_cfg": True,
         "tiled": tiled,
@@ -153,7 +165,7 @@ def test_the_fastest_settings_that_fit_are_taken(model, gigabytes, expected):
 def test_more_memory_never_makes_a_run_dearer_and_every_plan_fits():
     costs = []
     for gigabytes in (4.7, 5, 6, 7, 9, 11, 14, 18, 30, 36, 48):
-        plan = plan_run("1.3b", motion=MOTION, vram_gb=gigabytes)
+        plan = plan_of("1.3b", motion=MOTION, vram_gb=gigabytes)
         assert plan.peak + RESERVED <= gigabytes * GB
         costs.append(plan.cost.total_ffe)
     assert costs == sorted(costs, reverse=True)
@@ -161,30 +173,30 @@ def test_more_memory_never_makes_a_run_dearer_and_every_plan_fits():
 
 
 def test_published_models_meet_the_memory_they_are_to_fit_into():
-    small = plan_run("1.3b", motion=MOTION, vram_gb=5.8)
+    small = plan_of("1.3b", motion=MOTION, vram_gb=5.8)
     denoising = [stage.total for stage in small.stages if stage.stage in ("guidance", "sampling")]
     assert max(denoising) < 5.8e9
     for model, budget, dtype in (
-        ("1.3b", 8e9, None),
-        ("14b", 24e9, None),
+        ("1.3b", 8e9, torch.bfloat16),
+        ("14b", 24e9, torch.bfloat16),
         ("14b", 12e9, torch.float8_e4m3fn),
     ):
-        plan = plan_run(model, motion=MOTION, vram_gb=budget / GB, torch_dtype=dtype)
+        plan = plan_of(model, motion=MOTION, vram_gb=budget / GB, dtype=dtype)
         assert plan.peak + RESERVED <= budget
 
 
 def test_what_is_given_is_obeyed():
     motion = MotionGuidance(checkpoint="none")
-    plan = plan_run("1.3b", motion=motion, vram_gb=48, batch_cfg=False, tiled=True)
-    assert (plan.checkpoint, plan.batch_cfg, plan.tiled) == ("none", False, True)
-    assert plan_run("1.3b", cfg_scale=1.0).batch_cfg is False
-    plain = plan_run("14b", num_frames=1, with_reference=True)
+    plan = plan_of("1.3b", motion=motion, vram_gb=48, batch_cfg=False, tiled=True)
+    assert (plan.settings.checkpoint, plan.settings.batch_cfg, plan.settings.tiled) == ("none", False, True)
+    assert plan_of("1.3b", cfg_scale=1.0).settings.batch_cfg is False
+    plain = plan_run(published_sizes("14b"), RunOptions(num_frames=1), with_reference=True)
     assert [stage.stage for stage in plain.stages] == ["encode text", "encode video", "sampling", "decode"]
-    assert (plain.mode, plain.cost.guidance_ffe) == ("No_transfer", 0)
+    assert (plain.options.mode, plain.cost.guidance_ffe) == ("No_transfer", 0)
 
 
 def test_a_plan_reads_as_a_table_and_as_json():
-    plan = plan_run("14b", motion=MOTION, vram_gb=24)
+    plan = plan_of("14b", motion=MOTION, vram_gb=24)
     lines = str(plan).splitlines()
     assert lines[0] == "Wan2.1-T2V-14B, 480x832x81, 50 steps, effi_AMF"
     assert [line.split("  ")[0] for line in lines[2:7]] == [stage.stage for stage in plan.stages]
@@ -195,32 +207,29 @@ def test_a_plan_reads_as_a_table_and_as_json():
     assert read["peak"] == plan.peak == max(s["weights"] + s["activations"] for s in read["stages"])
     assert read["cost"]["total_ffe"] == pytest.approx(159.5)
     assert read["num_persistent_param_in_dit"] == plan.num_persistent_param_in_dit
-    assert "no budget" in str(plan_run("1.3b"))
+    assert "no budget" in str(plan_of("1.3b"))
 
 
 def test_where_nothing_fits_it_is_said_what_is_needed_and_what_helps():
     with pytest.raises(
         NotEnoughMemoryError, match=r"at least 4\.6 GB \(stage 'guidance'\), and vram_gb is 3\.0"
     ) as error:
-        plan_run("1.3b", motion=MOTION, vram_gb=3)
+        plan_of("1.3b", motion=MOTION, vram_gb=3)
     assert error.match(r"half the frames \(3\.\d GB\), half of height and width .*, coarse=2 \(3\.\d GB\)")
-    plan_run("1.3b", motion=MOTION, vram_gb=error.value.needed / GB + 0.01)
+    plan_of("1.3b", motion=MOTION, vram_gb=error.value.needed / GB + 0.01)
     forced = {"motion": MotionGuidance(checkpoint="none"), "tiled": False, "vram_gb": 6}
     with pytest.raises(NotEnoughMemoryError, match=r"checkpoint='auto' \(7\.0 GB\)"):
-        plan_run("1.3b", **forced)
+        plan_of("1.3b", **forced)
     with pytest.raises(NotEnoughMemoryError, match=r"stage 'decode'.*tiled=True"):
-        plan_run("1.3b", tiled=False, vram_gb=6)
+        plan_of("1.3b", tiled=False, vram_gb=6)
     with pytest.raises(NotEnoughMemoryError, match=r"stage 'sampling'.*batch_cfg=False"):
-        plan_run("14b", batch_cfg=True, vram_gb=8)
+        plan_of("14b", batch_cfg=True, vram_gb=8)
 
 
 def test_arguments_that_cannot_be_are_refused():
-    for name in ("height", "num_frames", "num_steps"):
-        with pytest.raises(ValueError, match=f"{name} must be"):
-            plan_run("1.3b", **{name: 0})
     for given in (0, -1, float("nan"), "8"):
-        with pytest.raises(ValueError, match="vram_gb must be a number of GB above 0, or None"):
-            plan_run("1.3b", vram_gb=given)
+        with pytest.raises(ValueError, match="vram_gb must be a finite number above 0"):
+            plan_of("1.3b", vram_gb=given)
 
 
 def test_a_loaded_pipeline_is_planned_by_its_own_sizes_and_computes_what_is_counted(tiny_checkpoint):
@@ -229,7 +238,7 @@ def test_a_loaded_pipeline_is_planned_by_its_own_sizes_and_computes_what_is_coun
         guided_steps=2, inner_steps=3, interval=2, recompute_every=2, block=1, checkpoint="block", sf=2
     )
     size = {"height": 32, "width": 32, "num_frames": 5}
-    plan = plan_run(pipe, **size, num_steps=3, motion=motion, tiled=False)
+    plan = pipe.plan(**size, num_inference_steps=3, motion=motion, tiled=False)
     own = {
         name: sum(t.nbytes for t in model.state_dict().values())
         for name, model in pipe.residency.models.items()

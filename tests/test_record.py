@@ -12,18 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth import ModelManager, VideoData, WanVideoPipeline, __version__
-from diffsynth.caches.choose import CacheOptions
 from diffsynth.cli.main import main
+from diffsynth.configs.caches import CacheOptions
 from diffsynth.configs.options import RunOptions
-from diffsynth.data.files import (
-    checkpoint_files,
-    remembered_hashes_file,
-    sha256_of_files,
-    sha256_of_frames,
-    sha256_of_video,
-)
+from diffsynth.data.files import sha256_of_frames, sha256_of_video
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines import fingerprint
+from diffsynth.runs.identity import weights_fingerprint
 from diffsynth.runs.record import (
     LARGEST_METADATA,
     RunRecord,
@@ -34,7 +28,7 @@ from diffsynth.runs.record import (
     save_with_metadata,
     write_record,
 )
-from diffsynth.testing import write_clip
+from diffsynth.testing import write_checkpoint, write_clip
 
 RUN = [
     "--prompt",
@@ -92,11 +86,15 @@ def test_the_record_holds_everything_that_made_the_video(run_folder, record, tin
         "fps": 15.0,
     }
     files = record.model["files"]
-    assert set(files) == {
-        p.relative_to(tiny_checkpoint).as_posix() for p in checkpoint_files(tiny_checkpoint)
+    on_disk = {
+        p.relative_to(tiny_checkpoint).as_posix(): p for p in tiny_checkpoint.rglob("*") if p.is_file()
     }
-    assert {"config.json", "Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json"} <= set(files)
-    assert all(len(file["sha256"]) == 64 and file["bytes"] > 0 for file in files.values())
+    assert {name: facts["bytes"] for name, facts in files.items()} == {
+        name: path.stat().st_size for name, path in on_disk.items()
+    }
+    assert files["config.json"]["sha256"] == sha256_of_file(tiny_checkpoint / "config.json")
+    models = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu").residency.models
+    assert record.model["weights"] == {name: weights_fingerprint(model) for name, model in models.items()}
     assert record.versions["fastvmt"] == __version__
     assert record.device["type"] in ("cpu", "cuda")
     cost = record.cost
@@ -171,19 +169,19 @@ def test_changed_missing_and_new_model_files_are_refused_by_name(
 
 def test_same_sized_weights_of_another_content_are_refused(run_folder, tiny_checkpoint, tmp_path, capsys):
     model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
-    weights = model / "Wan2.1_VAE.pth"
-    content = bytearray(weights.read_bytes())
-    content[-300_000] ^= 1
-    weights.write_bytes(content)
+    other = write_checkpoint(tmp_path / "other", seed=1)
+    shutil.copy(other / "Wan2.1_VAE.pth", model / "Wan2.1_VAE.pth")
     arguments = ["transfer", "--from", run_folder / "out.mp4", "-o", tmp_path / "again.mp4", "--model", model]
     assert main(arguments) == 2
-    assert "model file Wan2.1_VAE.pth is not the recorded one" in capsys.readouterr().err
+    refused = "the run cannot be repeated: the weights of vae are not the recorded ones"
+    assert refused in capsys.readouterr().err
 
 
-def test_a_record_without_hashes_is_compared_by_size(record, tiny_checkpoint, tmp_path):
-    unhashed = describe_model(tiny_checkpoint, record.model["setup"], hashed=False)
-    assert {file["sha256"] for file in unhashed["files"].values()} == {None}
-    path = changed(record, tmp_path, model=unhashed)
+def test_a_record_of_the_files_hashes_alone_is_compared_by_size_and_repeats(record, tmp_path):
+    """Before weights had a fingerprint, records held the sha256 of each file."""
+    files = {name: {"sha256": "0" * 64, **facts} for name, facts in record.model["files"].items()}
+    older = {name: value for name, value in record.model.items() if name != "weights"} | {"files": files}
+    path = changed(record, tmp_path, model=older)
     assert main(["transfer", "--from", path, "-o", tmp_path / "again.mp4", "-q"]) == 0
 
 
@@ -215,7 +213,7 @@ def test_what_is_no_record_is_refused(tmp_path, capsys, content, message):
         ({"options": []}, "options must be an object"),
         ({"video": {}}, "video must be an object with fps, quality, frames_sha256"),
         ({"reference": {"path": "x"}}, "reference must be an object with path, sha256"),
-        ({"options": {"height": 32}}, "the record's options differ: batch_cfg, cache"),
+        ({"options": {"speed": 32}}, "options has no field speed"),
         ({"model": {"folder": ".", "files": {}, "setup": {"gpu": 1}}}, "the record's setup has gpu"),
     ],
 )
@@ -229,7 +227,7 @@ def test_a_damaged_record_is_refused_by_name(record, tmp_path, capsys, changes, 
 @pytest.mark.parametrize("name", ["motion", "cache"])
 def test_a_motion_or_cache_that_is_no_object_is_refused(record, name):
     wrong = replace(record, options={**record.options, name: "fast"})
-    with pytest.raises(ValueError, match=f"the record's {name} must be an object or null; got 'fast'"):
+    with pytest.raises(ValueError, match=f"options: {name} must be an object or null; got 'fast'"):
         wrong.call_arguments()
 
 
@@ -243,11 +241,13 @@ def test_a_missing_record_and_a_video_without_one_are_refused(run_folder, tmp_pa
 def test_a_cache_comes_back_from_the_record_as_it_was(tiny_checkpoint):
     pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
     small = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "progress_bar_cmd": iter}
-    frames = pipe("a cat", **small, cache="first_block", cache_threshold=0.3, cfg_interval=(0.0, 0.5))
-    facts = {"reference": None, "model": describe_model(tiny_checkpoint, {}, hashed=False)}
+    (made,) = pipe.run("a cat", **small, cache="first_block", cache_threshold=0.3, cfg_interval=(0.0, 0.5))
+    frames = made.frames
     record = make_record(
-        pipe, frames, prompt="a cat", negative_prompt="", preset="exact", fps=15, quality=8, **facts
-    )
+        frames, prompt="a cat", negative_prompt="", preset="exact", options=made.options, cost=made.cost,
+        models=pipe.residency.models, device=pipe.device, reference=None,
+        model=describe_model(tiny_checkpoint, {}), fps=15, quality=8,
+    )  # fmt: skip
     call = RunRecord.from_json(json.loads(json.dumps(record.to_json()))).call_arguments()
     assert call["cache"] == CacheOptions(name="first_block", threshold=0.3)
     assert (call["cfg_interval"], call["tile_size"], call["mode"]) == ((0.0, 0.5), (30, 52), "No_transfer")
@@ -258,7 +258,7 @@ def test_a_cache_comes_back_from_the_record_as_it_was(tiny_checkpoint):
 def test_a_record_too_long_for_metadata_stands_beside_the_video_alone(record, tmp_path):
     long = replace(record, prompt="x" * LARGEST_METADATA)
     frames = [Image.new("RGB", (32, 32))] * 2
-    video = save_with_metadata(frames, tmp_path / "out.mp4", long, fps=5, quality=5)
+    video = save_with_metadata(frames, tmp_path / "out.mp4", long)
     with pytest.raises(ValueError, match="holds no record"):
         read_record(video)
     assert write_record(long, video) == record_path(video) == Path(f"{video}.json")
@@ -268,37 +268,8 @@ def test_a_record_too_long_for_metadata_stands_beside_the_video_alone(record, tm
 @pytest.mark.parametrize("suffix", [".mp4", ".m4v", ".mov", ".mkv", ".avi"])
 def test_every_kind_of_video_file_holds_the_record(record, tmp_path, suffix):
     frames = [Image.new("RGB", (32, 32))] * 2
-    video = save_with_metadata(frames, tmp_path / f"out{suffix}", record, fps=5, quality=5)
+    video = save_with_metadata(frames, tmp_path / f"out{suffix}", record)
     assert read_record(video) == record
-
-
-def test_hashes_are_remembered_until_size_or_time_changes(tmp_path, monkeypatch):
-    file = tmp_path / "weights"
-    file.write_bytes(b"abc")
-    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    monkeypatch.setattr(fingerprint, "SETTLED_AFTER", 0)
-    assert sha256_of_files([file]) == {file: known}
-    monkeypatch.setattr(fingerprint, "_sha256", lambda _file: "read")
-    assert sha256_of_files([file]) == {file: known}
-    file.write_bytes(b"abcd")
-    assert sha256_of_files([file]) == {file: "read"}
-
-
-def test_a_file_that_changed_just_now_is_not_remembered(tmp_path):
-    file = tmp_path / "weights"
-    file.write_bytes(b"abc")
-    first = sha256_of_files([file])
-    file.write_bytes(b"abd")
-    assert sha256_of_files([file]) != first
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"/a": {"state": []}}'])
-def test_a_damaged_memory_of_hashes_is_passed_over(tmp_path, content):
-    remembered_hashes_file().parent.mkdir(parents=True)
-    remembered_hashes_file().write_text(content)
-    file = tmp_path / "weights"
-    file.write_bytes(b"abc")
-    assert sha256_of_files([file])[file].startswith("ba7816bf")
 
 
 def test_a_folder_of_images_has_a_hash_of_names_and_contents(tmp_path):
@@ -336,6 +307,6 @@ def test_a_lora_is_in_the_record_and_in_the_repetition(run_folder, record, tiny_
     assert json.loads(capsys.readouterr().out)["same_frames"] is True
     save_file({key: 2 * value for key, value in parts.items()}, lora)
     assert main(["transfer", "--from", tmp_path / "out.mp4", "-o", tmp_path / "third.mp4"]) == 2
-    assert f"model file {lora} is not the recorded one" in capsys.readouterr().err
+    assert "the weights of dit are not the recorded ones" in capsys.readouterr().err
     assert main([*made, "--lora", tmp_path / "none.safetensors", "-o", tmp_path / "fourth.mp4"]) == 2
     assert "none.safetensors does not exist" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffsynth.pipelines.guidance import make_guide
 
 from diffsynth.caches.choose import CACHES, CacheOptions, choose_cache
 from diffsynth.caches.first_block_cache import FirstBlockCache
@@ -14,7 +15,6 @@ from diffsynth.configs.cache_tables import MAG_CACHE_MODELS, MagRatios
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.denoise import denoise, guided_velocity
-from diffsynth.pipelines.guidance import make_guide
 from diffsynth.runs.cost import RunCost
 from diffsynth.schedulers import FlowMatchScheduler
 

@@ -8,23 +8,23 @@ from concurrent.futures import CancelledError
 
 import pytest
 import torch
-
 from diffsynth.cli.models import Setup
 from diffsynth.cli.outputs import publish
+from diffsynth.webui.jobs import CANCELLED, DONE, FAILED, Job, JobCancelledError, JobQueue, QueueFullError
+from diffsynth.webui.jobs import Progress as JobProgress
+from diffsynth.webui.workshop import make_video, open_workshop, show_motion
+
 from diffsynth.data import VideoData
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
 from diffsynth.webui.failures import failure_text
 from diffsynth.webui.gallery import compared, find_run, past_runs, poster
-from diffsynth.webui.jobs import CANCELLED, DONE, FAILED, Job, JobCancelledError, JobQueue, QueueFullError
-from diffsynth.webui.jobs import Progress as JobProgress
 from diffsynth.webui.previews import fit_colours, latent_frames
 from diffsynth.webui.references import starting_clips
 from diffsynth.webui.requests import LONGEST_PROMPT, Request
 from diffsynth.webui.security import Guard, is_local, read_auth
 from diffsynth.webui.uploads import UploadLimits, keep_upload, safe_stem
-from diffsynth.webui.workshop import make_video, open_workshop, show_motion
 
 SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 5, "seed": 3}
 

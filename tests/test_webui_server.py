@@ -7,10 +7,10 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-
 from diffsynth.cli.models import Setup
-from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui.jobs import JobQueue
+
+from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui.uploads import UploadLimits
 
 pytest.importorskip("gradio", reason="needs gradio, the extra ui")
@@ -24,9 +24,9 @@ VISITORS, REQUESTS = 4, 20
 def server(tmp_path_factory):
     """(address, its workshop) of a page with a tiny model."""
     import uvicorn
+    from diffsynth.webui.workshop import open_workshop
 
     from diffsynth.webui.app import Page, make_app, temporary_folders
-    from diffsynth.webui.workshop import open_workshop
 
     folder = tmp_path_factory.mktemp("server")
     held, cache = temporary_folders()

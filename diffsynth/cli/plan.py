@@ -9,7 +9,7 @@ from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.defaults import RunDefaults, published_defaults
 from diffsynth.configs.options import LoadOptions, call_options
-from diffsynth.configs.resolve import ModelFacts, planned_reference, resolve
+from diffsynth.configs.resolve import ModelFacts, resolve_plan
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model, load_pipeline
 from diffsynth.jobs.task import with_motion
@@ -22,7 +22,7 @@ def run(options: Namespace, console: Console) -> int:
     sizes, defaults, facts = _model(options, console)
     given = with_motion({name: value for name, value in vars(options).items() if value is not None})
     call = {name: value for name, value in given.items() if name in call_options()}
-    run_options = resolve(call, defaults, planned_reference(call, defaults), facts)
+    run_options = resolve_plan(call, defaults, facts)
     try:
         plan = plan_run(
             sizes, run_options, vram_gb=options.vram, with_reference=run_options.motion is not None

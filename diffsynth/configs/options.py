@@ -106,7 +106,11 @@ class RunOptions:
     sigma_shift: float = option(Number(above=0, most=1000), "shift of the noise schedule", default=7.0)
     seed: int = option(Whole(-(2**63), 2**64 - 1), "seed of the noise; drawn if not given", default=0)
     rand_device: str = option(Text(), "device on which the noise is drawn", default="cpu")
-    tiled: bool = option(Switch(), "encode and decode in spatial tiles, which saves memory", default=True)
+    tiled: bool | None = option(
+        OrNone(Switch(), "by the memory at hand"),
+        "encode and decode in spatial tiles, which saves memory",
+        default=True,
+    )
     tile_size: tuple[int, int] = option(
         Several(Whole(1), _ROWS_COLUMNS), "side of a VAE tile, in latent units", default=(30, 52)
     )

@@ -82,10 +82,15 @@ def resolve(
     return replace(run, motion=motion)
 
 
-def planned_reference(given: Mapping[str, Any], defaults: RunDefaults) -> ReferenceFacts:
-    """Return the reference of a run that is planned before there is one: of the output's size and length."""
-    sides = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
-    return ReferenceFacts(**sides)
+def resolve_plan(given: Mapping[str, Any], defaults: RunDefaults, model: ModelFacts) -> RunOptions:
+    """Return the options of a run that is planned before it has a reference; see `resolve`.
+
+    The reference is taken to be of the output's size and length, and the VAE may work in tiles or not unless
+    `tiled` is given.
+    """
+    facts = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
+    run = resolve(given, defaults, ReferenceFacts(**facts), model)
+    return replace(run, tiled=given.get("tiled"))
 
 
 def resolve_prompts(

@@ -67,10 +67,10 @@ def locked(path: Path, message: str) -> Iterator[None]:
 def sha256_of_video(path: Path) -> str:
     """Return the hash of a video file, or of a folder's images: of names and contents, in order of name."""
     if path.is_file():
-        return _sha256(path)
+        return sha256_of_file(path)
     digest = hashlib.sha256()
     for file in sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")):
-        digest.update(f"{file.name} {_sha256(file)}\n".encode())
+        digest.update(f"{file.name} {sha256_of_file(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -84,7 +84,8 @@ def sha256_of_frames(frames: Sequence[Image.Image]) -> str:
     return digest.hexdigest()
 
 
-def _sha256(file: Path) -> str:
+def sha256_of_file(file: Path) -> str:
+    """Return the hash of a file's content."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(CHUNK):

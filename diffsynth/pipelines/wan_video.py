@@ -15,7 +15,7 @@ from tqdm import tqdm
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.options import CallOptions, SavingOptions
-from diffsynth.configs.resolve import ReferenceFacts, planned_reference, resolve, resolve_prompts
+from diffsynth.configs.resolve import ReferenceFacts, resolve, resolve_plan, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.data.frames import checked_int
 from diffsynth.data.tensors import Video, frame_size, video_to_tensor
@@ -209,23 +209,19 @@ class WanVideoPipeline:
         if stream_text_encoder:
             self.residency.stream("text_encoder", self.text_encoder.encoder.block)
 
-    def plan(
-        self, *, vram_gb: float | None = None, with_reference: bool = True, **options: "Unpack[CallOptions]"
-    ) -> RunPlan:
+    def plan(self, *, vram_gb: float | None = None, **options: "Unpack[CallOptions]") -> RunPlan:
         """Return what a run would take, and the fastest settings that fit. Nothing is changed.
 
         Args:
             vram_gb: all the memory of the device that may be used, in GB of 2**30 bytes; None for no limit.
-            with_reference: whether a reference is given, of the size and length of the output.
-            options: as in the call.
+            options: as in the call; the reference is taken to be of the output's size and length.
 
         Raises:
             NotEnoughMemoryError: no settings fit.
         """
-        facts = planned_reference(options, self.defaults) if with_reference else None
-        resolved = resolve(options, self.defaults, facts, self.models.facts())
+        run = resolve_plan(options, self.defaults, self.models.facts())
         sizes = ModelSizes.of(self.residency.models)
-        return plan_run(sizes, resolved, vram_gb=vram_gb, with_reference=with_reference)
+        return plan_run(sizes, run, vram_gb=vram_gb, with_reference=run.motion is not None)
 
     def enable_compile(self, backend: str = "inductor") -> None:
         """Compile the DiT's blocks with torch.compile, once for each size. Compiled code may round otherwise.

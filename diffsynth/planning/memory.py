@@ -1,9 +1,9 @@
 """Peak memory of each stage of a run, predicted from sizes alone, before anything is loaded.
 
 Counted are the bytes of tensors alive at once, as an accelerator's allocator reports them at its peak; not
-its context and the work space of its kernels. The formulas follow the code statement by statement; at the
-sizes of the published models they are within a few per cent of `testing_memory`. Windowed attention is
-counted as the dense, as on an accelerator it keeps the same.
+its context and the work space of its kernels. The formulas follow the code statement by statement, and tests
+hold them to what the real code takes on a device without data. Windowed attention is counted as the dense, as
+on an accelerator it keeps the same.
 Axes: F latent frames, h/w latent rows/columns, S tokens; w bytes of a number in the DiT's dtype.
 """
 
@@ -11,30 +11,20 @@ from dataclasses import dataclass
 from math import prod
 
 from diffsynth.caches.choose import make_rule
+from diffsynth.configs.caches import CACHES, CacheOptions
+from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.configs.options import CacheMaker
+from diffsynth.configs.options import RunOptions
+from diffsynth.models.wan_video_dit_layers import SLICE_TOKENS
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, NUM_PAST
 from diffsynth.motion.flow import frame_pairs
-from diffsynth.planning.activations import (
-    STREAM,
-    activation_bytes,
-    block_gradient_bytes,
-    forward_bytes,
-)
+from diffsynth.planning.settings import Settings
 from diffsynth.planning.sizes import DiTSize, ModelSizes, TextEncoderSize, VAESize
 
 Shape = tuple[int, int, int]  # F, h, w
 INDEX = 8  # bytes of an index
 FLOAT = 4  # bytes of a float32
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Video:
-    """What is made: latent shape (F, h, w), frames in all, and whether there is a reference to encode."""
-
-    latents: Shape
-    num_frames: int
-    has_reference: bool
+STREAM = 4  # bytes of a number of the residual stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,37 +40,12 @@ class StageMemory:
         return self.weights + self.activations
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemorySettings:
-    """What decides a run's memory.
-
-    checkpoint: of MotionGuidance. batch_cfg: both prompts in one DiT call. tiled: of the VAE, with tile_size
-    (rows, columns) in latent positions. offload: each model is on the device only in its stages.
-    resident_blocks: blocks of the DiT that stay on the device while it computes and the others stream; None:
-    all, without streaming. stream_text_encoder: whether its blocks stream.
-    """
-
-    checkpoint: str = "none"
-    batch_cfg: bool = True
-    tiled: bool = False
-    tile_size: tuple[int, int] = (30, 52)
-    offload: bool = False
-    resident_blocks: int | None = None
-    stream_text_encoder: bool = False
-
-
 def predict_stages(
-    sizes: ModelSizes,
-    video: Video,
-    settings: MemorySettings,
-    *,
-    motion: MotionGuidance | None,
-    with_negative: bool = True,
-    cache: CacheMaker | None = None,
+    sizes: ModelSizes, options: RunOptions, settings: Settings, with_reference: bool
 ) -> tuple[StageMemory, ...]:
-    """Predicted memory of each stage in the order of a run; without offload, models stay once they came."""
-    dit, vae = sizes.dit, sizes.vae
-    text = sizes.text_encoder.weights
+    """Return the predicted memory of each stage in the order of a run; without offload, models stay."""
+    dit, vae, text = sizes.dit, sizes.vae, sizes.text_encoder.weights
+    latents = sizes.latent_shape(options.height, options.width, options.num_frames)
     resident = settings.resident_blocks
     own = {
         "encode text": text.streamed() if settings.stream_text_encoder else text.total,
@@ -90,20 +55,20 @@ def predict_stages(
     }
     own["sampling"] = own["guidance"]
     tile = settings.tile_size if settings.tiled else None
-    batch = 2 if settings.batch_cfg and with_negative else 1
+    batch = 2 if settings.batch_cfg and options.cfg_scale != 1 else 1
     work = {"encode text": text_encoder_bytes(sizes.text_encoder, dit.text_len)}
-    if video.has_reference:
-        work["encode video"] = encode_bytes(vae, video.latents, tile)
-    if motion is not None:
-        work["guidance"] = guided_pass_bytes(dit, video.latents, motion, settings.checkpoint)
-    prompts = 2 if with_negative else 1
-    work["sampling"] = sampling_pass_bytes(dit, video.latents, batch, cache, prompts)
-    work["decode"] = decode_bytes(vae, video.latents, tile, video.num_frames)
-    stages, came = [], {}
+    if with_reference:
+        work["encode video"] = encode_bytes(vae, latents, tile)
+    if options.motion is not None:
+        work["guidance"] = guided_pass_bytes(dit, latents, options.motion, settings.checkpoint)
+    work["sampling"] = sampling_pass_bytes(dit, latents, options, batch)
+    work["decode"] = decode_bytes(vae, latents, tile, options.num_frames)
+    stages = []
+    present: dict[str, int] = {}
     for stage, activations in work.items():
         model = {"guidance": "dit", "sampling": "dit", "encode text": "text"}.get(stage, "vae")
-        came = {model: own[stage]} if settings.offload else {**came, model: own[stage]}
-        stages.append(StageMemory(stage=stage, weights=sum(came.values()), activations=activations))
+        present = {model: own[stage]} if settings.offload else {**present, model: own[stage]}
+        stages.append(StageMemory(stage=stage, weights=sum(present.values()), activations=activations))
     return tuple(stages)
 
 
@@ -126,7 +91,7 @@ def guided_pass_bytes(dit: DiTSize, latents: Shape, motion: MotionGuidance, chec
     last block that is differentiated.
     """
     small = _run_bytes(dit, latents)
-    if motion.mode == "FlowMotion":
+    if not DESCRIPTORS[motion.mode].needs_backward:
         return small + max(forward_bytes(dit, num_tokens(dit, latents)), _difference_bytes(dit, latents))
     grid = token_grid(dit, latents, motion.coarse)
     tokens, w = prod(grid), dit.dtype.itemsize
@@ -173,17 +138,18 @@ def flow_bytes(dit: DiTSize, grid: Shape, motion: MotionGuidance) -> int:
     return 2 * one + max(reference_features, 2 * one) + looks + places
 
 
-def sampling_pass_bytes(
-    dit: DiTSize, latents: Shape, batch: int, cache: CacheMaker | None = None, num_prompts: int = 2
-) -> int:
-    """Peak of a denoising step's velocity, weights aside; a step cache keeps residuals of each prompt."""
-    tokens = num_tokens(dit, latents)
-    residuals = 0
-    if cache is not None:
-        # A cache that watches the first block keeps what that added, too, now and when all ran.
-        residuals = num_prompts * (1 if make_rule(cache, "positive", range(1), 1).probe_blocks == 0 else 3)
-    kept = residuals * tokens * dit.dim * STREAM
-    return _run_bytes(dit, latents) + forward_bytes(dit, tokens, batch) + kept
+def sampling_pass_bytes(dit: DiTSize, latents: Shape, options: RunOptions, batch: int) -> int:
+    """Return the peak of a denoising step's velocity, weights aside, for a batch of one or both prompts."""
+    tokens, cache = num_tokens(dit, latents), options.cache
+    kept = 0
+    if isinstance(cache, CacheOptions):
+        kept = CACHES[cache.name].kept_tensors
+    elif cache is not None:
+        # A rule that watches blocks keeps what they added, too, now and when all ran.
+        kept = 1 if make_rule(cache, "positive", range(1), 1).probe_blocks == 0 else 3
+    prompts = 2 if options.cfg_scale != 1 else 1
+    cached = prompts * kept * tokens * dit.dim * STREAM
+    return _run_bytes(dit, latents) + forward_bytes(dit, tokens, batch) + cached
 
 
 def text_encoder_bytes(encoder: TextEncoderSize, text_len: int) -> int:
@@ -273,3 +239,44 @@ def _difference_bytes(dit: DiTSize, latents: Shape) -> int:
 
 def _look_bytes(num_keys: int, width: int) -> int:
     return num_keys * (width * FLOAT + INDEX)
+
+
+def activation_bytes(dit: DiTSize, num_tokens: int, num_blocks: int) -> int:
+    """Bytes that `num_blocks` blocks keep for the gradient of their input, weights taking none.
+
+    A block keeps the inputs of its six norms in float32, six tensors of the width (queries, keys, values and
+    output of the self-attention, queries and output of the cross-attention) and the feed-forward's hidden
+    layer in the dtype of the weights, statistics of norms and attentions, and the text's keys and values.
+    """
+    w = dit.dtype.itemsize
+    a_token = dit.dim * (24 + 6 * w) + dit.ffn_dim * w + 4 * (9 + 2 * dit.num_heads)
+    return num_blocks * (num_tokens * a_token + dit.text_len * dit.dim * 2 * w)
+
+
+def block_gradient_bytes(dit: DiTSize, num_tokens: int) -> int:
+    """Bytes of one block that is computed again and differentiated, its input and incoming gradient included.
+
+    The larger of two moments: the end of the second forward, which holds the hidden layer before and after
+    its activation and three tensors of the width beside what it keeps; and the activation's gradient, when
+    there are three hidden layers.
+    """
+    w = dit.dtype.itemsize
+    kept = activation_bytes(dit, num_tokens, 1)
+    gradient = STREAM * dit.dim
+    forward_end = gradient + 3 * w * dit.dim + dit.ffn_dim * w
+    activation = gradient + 2 * dit.ffn_dim * w
+    return kept + num_tokens * max(forward_end, activation)
+
+
+def forward_bytes(dit: DiTSize, num_tokens: int, batch: int = 1) -> int:
+    """Bytes at most alive in a pass without gradients through the blocks.
+
+    The larger of two moments: the norm of the cross-attention's queries, with three states of the stream and
+    the text's keys and values; and the feed-forward's last slice.
+    """
+    w = dit.dtype.itemsize
+    text = dit.text_len * dit.dim * w
+    attention = num_tokens * dit.dim * (5 * STREAM + 3 * w) + 3 * text
+    hidden = min(num_tokens, SLICE_TOKENS) * dit.ffn_dim * 2 * w
+    feed_forward = num_tokens * dit.dim * (3 * STREAM + 3 * w) + hidden + text
+    return batch * max(attention, feed_forward)

@@ -1,32 +1,25 @@
 """Before a run: the fastest settings that fit into the memory there is, with predicted peaks and cost.
 
-Settings are tried in this order, and the first that fits is taken:
-
-1. what the guidance pass keeps: everything; each block's input, which costs a forward more a gradient; these
-   inputs on the CPU;
-2. for each of these, where weights are: all on the device; each model in its own stages only; the DiT's
-   blocks streamed, with as many of them resident as fit.
-
-With these two decided, each stage on its own takes the fast way if that fits: the text encoder whole, the VAE
-untiled, both prompts in one DiT call. Streaming goes before keeping less, because at sizes that do not fit
-blocks compute for longer than they take to come.
+The rungs of the ladder (see `settings`) are tried in order with every other setting at its most frugal, and
+the first that fits is taken. Then each stage alone takes its fast way if that fits, too: the text encoder
+whole, the VAE untiled, both prompts in one DiT call.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.configs.options import CacheMaker, RunOptions
+from diffsynth.configs.descriptors import DESCRIPTORS
+from diffsynth.configs.fields import Number, check_value
+from diffsynth.configs.options import RunOptions
 from diffsynth.planning.cost import RunCount, run_cost
-from diffsynth.planning.memory import MemorySettings, StageMemory, Video, predict_stages
+from diffsynth.planning.memory import StageMemory, predict_stages
+from diffsynth.planning.settings import Settings, keeping, rungs
 from diffsynth.planning.sizes import ModelSizes
-from diffsynth.vram_management import Residency
 
 GB = 2**30  # as cards are sold
-# Of the budget, for what is not a tensor: the device's context, work space of kernels, gaps between tensors.
+# Share of the budget for memory that PyTorch does not allocate: the device's context, work space of kernels,
+# gaps between tensors.
 RESERVED = GB * 3 // 4
-KEEPING = ("none", "block", "offload")
 
 
 class NotEnoughMemoryError(ValueError):
@@ -38,78 +31,23 @@ class NotEnoughMemoryError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunRequest:
-    """A run to be planned: as the arguments of `plan_run`, with the models' sizes."""
-
-    sizes: ModelSizes
-    height: int
-    width: int
-    num_frames: int
-    num_steps: int
-    motion: MotionGuidance | None
-    with_reference: bool
-    with_negative: bool
-    cfg_interval: tuple[float, float]
-    cache: CacheMaker | None
-    batch_cfg: bool | None
-    tiled: bool | None
-    tile_size: tuple[int, int]
-
-    def stages(self, settings: MemorySettings) -> tuple[StageMemory, ...]:
-        """Predicted memory under some settings."""
-        latents = self.sizes.latent_shape(self.height, self.width, self.num_frames)
-        video = Video(latents=latents, num_frames=self.num_frames, has_reference=self.with_reference)
-        return predict_stages(
-            self.sizes,
-            video,
-            settings,
-            motion=self.motion,
-            with_negative=self.with_negative,
-            cache=self.cache,
-        )
-
-    def keeping(self) -> tuple[str, ...]:
-        """What the guidance pass may keep."""
-        if self.motion is None or self.motion.mode == "FlowMotion":
-            return ("none",)
-        return KEEPING if self.motion.checkpoint == "auto" else (self.motion.checkpoint,)
-
-    def frugal(self) -> MemorySettings:
-        """The settings that need least, of those that are allowed."""
-        return MemorySettings(
-            checkpoint=self.keeping()[-1],
-            batch_cfg=bool(self.batch_cfg),
-            tiled=self.tiled is not False,
-            tile_size=self.tile_size,
-            offload=True,
-            resident_blocks=0,
-            stream_text_encoder=True,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
     """How a run is to be made, and what it will take.
 
-    model, mode: their names. height, width: pixels. checkpoint: for `MotionGuidance`; batch_cfg, tiled: for
-    the call. offload: models rest on the CPU, each on the device in its stages; then
-    num_persistent_param_in_dit, if not None, streams the DiT's blocks but for those of so many parameters,
-    and stream_text_encoder streams the text encoder's. stages: predicted bytes; cost: by count.
-    budget: bytes, None without.
+    Attributes:
+        model: its name.
+        options: of the run, as resolved.
+        settings: that were chosen.
+        num_persistent_param_in_dit: for `enable_vram_management`, if the DiT's blocks stream.
+        stages: predicted bytes.
+        cost: by count.
+        budget: bytes; None without one.
     """
 
     model: str
-    mode: str
-    height: int
-    width: int
-    num_frames: int
-    num_steps: int
-    checkpoint: str
-    batch_cfg: bool
-    tiled: bool
-    offload: bool
+    options: RunOptions
+    settings: Settings
     num_persistent_param_in_dit: int | None
-    stream_text_encoder: bool
     stages: tuple[StageMemory, ...]
     cost: RunCount
     budget: int | None
@@ -124,38 +62,37 @@ class RunPlan:
         """Predicted bytes of tensors at the run's peak."""
         return self.peak_stage.total
 
-    def place(self, residency: Residency) -> None:
-        """Have the models of a pipeline where the plan says."""
-        if not self.offload:
-            residency.stop_streaming()
-            residency.offload = False
-            return
-        residency.offload = True
-        residency.rest()
-        residency.stop_streaming()
-        if self.num_persistent_param_in_dit is not None:
-            residency.stream("dit", residency.models["dit"].blocks, self.num_persistent_param_in_dit)
-        if self.stream_text_encoder:
-            residency.stream("text_encoder", residency.models["text_encoder"].encoder.block)
-
-    def settings(self) -> dict[str, object]:
-        """What was chosen, by name."""
-        names = (
-            "checkpoint", "batch_cfg", "tiled", "offload", "num_persistent_param_in_dit",
-            "stream_text_encoder",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+    def chosen(self) -> dict[str, object]:
+        """Return what was chosen, by name."""
+        names = ("checkpoint", "batch_cfg", "tiled", "offload")
+        return {
+            **{name: getattr(self.settings, name) for name in names},
+            "num_persistent_param_in_dit": self.num_persistent_param_in_dit,
+            "stream_text_encoder": self.settings.stream_text_encoder,
+        }
 
     def to_json(self) -> str:
-        """All of it as JSON; memory in bytes."""
-        totals = {"peak": self.peak, "peak_stage": self.peak_stage.stage, "reserved": RESERVED}
-        cost = asdict(self.cost) | {"total_ffe": self.cost.total_ffe}
-        return json.dumps(asdict(self) | {"cost": cost} | totals, indent=1)
+        """Return all of it as JSON; memory in bytes."""
+        run = self.options
+        facts = {
+            "model": self.model,
+            "mode": run.mode,
+            **{name: getattr(run, name) for name in ("height", "width", "num_frames", "num_inference_steps")},
+            **self.chosen(),
+            "stages": [asdict(stage) for stage in self.stages],
+            "cost": asdict(self.cost) | {"total_ffe": self.cost.total_ffe},
+            "budget": self.budget,
+            "peak": self.peak,
+            "peak_stage": self.peak_stage.stage,
+            "reserved": RESERVED,
+        }
+        return json.dumps(facts, indent=1)
 
     def __str__(self) -> str:
+        run = self.options
         lines = [
-            f"{self.model}, {self.height}x{self.width}x{self.num_frames}, "
-            f"{self.num_steps} steps, {self.mode}",
+            f"{self.model}, {run.height}x{run.width}x{run.num_frames}, "
+            f"{run.num_inference_steps} steps, {run.mode}",
             f"{'GB':<14}{'weights':>10}{'activations':>13}{'peak':>8}",
         ]
         for stage in self.stages:
@@ -165,7 +102,7 @@ class RunPlan:
         budget = "no budget" if self.budget is None else f"budget {self.budget / GB:.1f} GB"
         lines += [
             f"{self.peak / GB:.2f} GB of tensors and {RESERVED / GB:.2f} GB for the device itself; {budget}",
-            "settings: " + ", ".join(f"{name}={value}" for name, value in self.settings().items()),
+            "settings: " + ", ".join(f"{name}={value}" for name, value in self.chosen().items()),
             f"cost: {self.cost.sampling_ffe:.4g} FFE of sampling + {self.cost.guidance_ffe:.4g} of guidance "
             f"= {self.cost.total_ffe:.4g}; {self.cost.flops / 1e15:.4g} PFLOP",
         ]
@@ -173,140 +110,102 @@ class RunPlan:
 
 
 def plan_run(
-    sizes: ModelSizes, options: RunOptions, *, vram_gb: float | None, with_reference: bool
+    sizes: ModelSizes, options: RunOptions, *, vram_gb: float | None = None, with_reference: bool
 ) -> RunPlan:
-    """Return the fastest settings of a run that fit into vram_gb, in the order above.
+    """Return the fastest settings of a run that fit into vram_gb; without it, the fastest.
 
-    A checkpoint other than "auto" is obeyed, and so is a batch_cfg that is not None. Weights keep their
-    dtype.
+    A checkpoint other than "auto" is obeyed, and so are batch_cfg and tiled that are not None. Weights keep
+    their dtype.
 
     Args:
         sizes: of the models.
         options: of the run, as resolved.
-        vram_gb: all the memory of the device that may be used, in GB of 2**30 bytes; None for no limit.
+        vram_gb: all the memory of the device that may be used, in GB of 2**30 bytes.
         with_reference: whether a video is encoded.
 
     Raises:
+        ValueError: vram_gb is not allowed.
         NotEnoughMemoryError: no settings fit.
     """
-    request = RunRequest(
-        sizes=sizes,
-        height=options.height,
-        width=options.width,
-        num_frames=options.num_frames,
-        num_steps=options.num_inference_steps,
-        motion=options.motion,
-        with_reference=with_reference,
-        with_negative=options.cfg_scale != 1,
-        cfg_interval=options.cfg_interval,
-        cache=options.cache,
-        batch_cfg=options.batch_cfg,
-        tiled=options.tiled,
-        tile_size=options.tile_size,
-    )
+    if vram_gb is not None:
+        check_value("vram_gb", Number(above=0), vram_gb)
     budget = None if vram_gb is None else int(vram_gb * GB)
     usable = float("inf") if budget is None else budget - RESERVED
-    settings = next(_fitting(request, usable), None)
+
+    def peak(settings: Settings) -> int:
+        return max(stage.total for stage in predict_stages(sizes, options, settings, with_reference))
+
+    frugal, kept = _frugal(options), keeping(options.motion)
+    fitting = (rung for rung in rungs(frugal, kept, sizes.dit.num_layers) if peak(rung) <= usable)
+    settings = next(fitting, None)
     if settings is None:
-        raise _not_enough(request, budget)
-    return _plan(request, settings, budget)
-
-
-def _plan(request: RunRequest, settings: MemorySettings, budget: int | None) -> RunPlan:
-    dit, motion = request.sizes.dit, request.motion
+        raise _not_enough(sizes, options, int(usable + RESERVED), with_reference)
+    wishes: dict[str, bool] = {"stream_text_encoder": False}
+    if options.tiled is None:
+        wishes["tiled"] = False
+    if options.batch_cfg is None:
+        wishes["batch_cfg"] = options.cfg_scale != 1
+    for name, wish in wishes.items():
+        trial = replace(settings, **{name: wish})
+        settings = trial if peak(trial) <= usable else settings
     resident = settings.resident_blocks
+    latents = sizes.latent_shape(options.height, options.width, options.num_frames)
     return RunPlan(
-        model=request.sizes.name,
-        mode="No_transfer" if motion is None else motion.mode,
-        height=request.height,
-        width=request.width,
-        num_frames=request.num_frames,
-        num_steps=request.num_steps,
-        checkpoint=settings.checkpoint,
-        batch_cfg=settings.batch_cfg,
-        tiled=settings.tiled,
-        offload=settings.offload,
-        num_persistent_param_in_dit=None if resident is None else resident * dit.block_parameters,
-        stream_text_encoder=settings.stream_text_encoder,
-        stages=request.stages(settings),
-        cost=run_cost(
-            dit,
-            request.sizes.latent_shape(request.height, request.width, request.num_frames),
-            num_steps=request.num_steps,
-            motion=motion,
-            checkpoint=settings.checkpoint,
-            with_negative=request.with_negative,
-            cfg_interval=request.cfg_interval,
-            cache=request.cache,
-        ),
+        model=sizes.name,
+        options=options,
+        settings=settings,
+        num_persistent_param_in_dit=None if resident is None else resident * sizes.dit.block_parameters,
+        stages=predict_stages(sizes, options, settings, with_reference),
+        cost=run_cost(sizes.dit, latents, options, settings.checkpoint),
         budget=budget,
     )
 
 
-def _fitting(request: RunRequest, usable: float) -> Iterator[MemorySettings]:
-    """All settings that fit, the fastest first."""
-    for checkpoint in request.keeping():
-        kept = replace(request.frugal(), checkpoint=checkpoint)
-        placements = [
-            replace(kept, offload=False, resident_blocks=None, stream_text_encoder=False),
-            replace(kept, resident_blocks=None),
-        ]
-        streamed = _most_resident(request, kept, usable)
-        for settings in placements if streamed is None else [*placements, streamed]:
-            if _peak(request, settings) <= usable:
-                yield _fast_stages(request, settings, usable)
+def _frugal(options: RunOptions) -> Settings:
+    """The settings that need least, of those that the options allow."""
+    return Settings(
+        checkpoint=keeping(options.motion)[-1],
+        batch_cfg=bool(options.batch_cfg),
+        tiled=options.tiled is not False,
+        tile_size=options.tile_size,
+        tile_stride=options.tile_stride,
+        offload=True,
+        resident_blocks=0,
+        stream_text_encoder=True,
+    )
 
 
-def _most_resident(request: RunRequest, kept: MemorySettings, usable: float) -> MemorySettings | None:
-    """Streaming with as many resident blocks as fit; None if not even without any."""
-    counts = range(request.sizes.dit.num_layers - 1, -1, -1)
-    trials = (replace(kept, resident_blocks=count) for count in counts)
-    return next((trial for trial in trials if _peak(request, trial) <= usable), None)
-
-
-def _fast_stages(request: RunRequest, settings: MemorySettings, usable: float) -> MemorySettings:
-    """The fast way of each stage that still fits."""
-    wishes: dict[str, bool] = {"stream_text_encoder": False}
-    if request.tiled is None:
-        wishes["tiled"] = False
-    if request.batch_cfg is None:
-        wishes["batch_cfg"] = request.with_negative
-    for name, wish in wishes.items():
-        trial = replace(settings, **{name: wish})
-        if _peak(request, trial) <= usable:
-            settings = trial
-    return settings
-
-
-def _peak(request: RunRequest, settings: MemorySettings) -> int:
-    return max(stage.total for stage in request.stages(settings))
-
-
-def _not_enough(request: RunRequest, budget: int) -> NotEnoughMemoryError:
+def _not_enough(
+    sizes: ModelSizes, options: RunOptions, budget: int, with_reference: bool
+) -> NotEnoughMemoryError:
     """What is missing, and what would make the run smaller."""
-    least = max(request.stages(request.frugal()), key=lambda stage: stage.total)
-    changes: dict[str, RunRequest] = {
-        "half the frames": replace(request, num_frames=-(-request.num_frames // 2)),
-        "half of height and width": replace(request, height=request.height // 2, width=request.width // 2),
+
+    def least(run: RunOptions) -> StageMemory:
+        return max(predict_stages(sizes, run, _frugal(run), with_reference), key=lambda stage: stage.total)
+
+    changes = {
+        "half the frames": {"num_frames": -(-options.num_frames // 2)},
+        "half of height and width": {"height": options.height // 2, "width": options.width // 2},
     }
-    motion = request.motion
+    motion = options.motion
     if motion is not None:
         if motion.checkpoint not in ("auto", "offload"):
-            changes["checkpoint='auto'"] = replace(request, motion=replace(motion, checkpoint="auto"))
-        if motion.mode != "FlowMotion" and motion.coarse == 1:
-            changes["coarse=2"] = replace(request, motion=replace(motion, coarse=2))
-    if request.tiled is False:
-        changes["tiled=True"] = replace(request, tiled=True)
-    if request.batch_cfg:
-        changes["batch_cfg=False"] = replace(request, batch_cfg=False)
-    helps = {name: _peak(changed, changed.frugal()) for name, changed in changes.items()}
+            changes["checkpoint='auto'"] = {"motion": replace(motion, checkpoint="auto")}
+        if DESCRIPTORS[motion.mode].reads_attention and motion.coarse == 1:
+            changes["coarse=2"] = {"motion": replace(motion, coarse=2)}
+    if options.tiled is False:
+        changes["tiled=True"] = {"tiled": True}
+    if options.batch_cfg:
+        changes["batch_cfg=False"] = {"batch_cfg": False}
+    now = least(options)
+    helps = {name: least(replace(options, **change)).total for name, change in changes.items()}
     help_text = ", ".join(
-        f"{name} ({(peak + RESERVED) / GB:.1f} GB)" for name, peak in helps.items() if peak < least.total
+        f"{name} ({(peak + RESERVED) / GB:.1f} GB)" for name, peak in helps.items() if peak < now.total
     )
-    needed = least.total + RESERVED
+    needed = now.total + RESERVED
     return NotEnoughMemoryError(
-        f"{request.sizes.name} at {request.height}x{request.width}x{request.num_frames} needs at least "
-        f"{needed / GB:.1f} GB (stage {least.stage!r}), and vram_gb is {budget / GB:.1f}"
+        f"{sizes.name} at {options.height}x{options.width}x{options.num_frames} needs at least "
+        f"{needed / GB:.1f} GB (stage {now.stage!r}), and vram_gb is {budget / GB:.1f}"
         f"{'; less is needed with ' + help_text if help_text else ''}",
         needed,
     )

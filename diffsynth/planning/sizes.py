@@ -170,7 +170,7 @@ def published_sizes(
     Raises ValueError for another name.
     """
     if name not in PUBLISHED:
-        raise ValueError(f"model must be one of {', '.join(PUBLISHED)} or a pipeline; got {name!r}")
+        raise ValueError(f"model must be one of {', '.join(PUBLISHED)}; got {name!r}")
     with torch.device("meta"):
         dit, vae = WanModel(**PUBLISHED[name].dit_kwargs), WanVideoVAE().to(vae_dtype)
     compute = torch.bfloat16 if torch_dtype in PACKED_DTYPES else torch_dtype

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from diffsynth.configs.options import RunOptions
-from diffsynth.data.files import sha256_of_frames, sha256_of_video, written_whole
+from diffsynth.data.files import sha256_of_file, sha256_of_frames, sha256_of_video, written_whole
 from diffsynth.data.writer import save_video
 from diffsynth.models.checkpoint_files import files_of
 from diffsynth.planning.cost import run_cost
@@ -53,8 +53,8 @@ class RunRecord:
         prompt: of the call; likewise negative_prompt and preset.
         options: fields of `RunOptions` in force at the end, seed and motion among them.
         reference: path, sha256, frames, fps; None without one.
-        model: folder, files with their bytes, weights (a fingerprint of each model as it ran) and setup, how
-            it was loaded.
+        model: folder; files with their bytes, and the sha256 of configs and tokenizer; weights, a fingerprint
+            of each model as it ran; setup, how it was loaded.
         video: frames, height, width, fps, quality and the hash of the frames before encoding.
         versions: of the packages that decide how numbers are rounded.
         device: kind, name and threads.
@@ -194,10 +194,12 @@ def describe_model(folder: Path, setup: Mapping[str, Any]) -> dict[str, Any]:
     weights = {file for group in files_of(folder) for file in group}
     others = {file for pattern in _TOKENIZER_FILES for file in folder.rglob(pattern)}
     hidden = {file for file in others if any(part.startswith(".") for part in file.relative_to(folder).parts)}
-    described = {}
+    described: dict[str, dict[str, Any]] = {}
     for file in [*sorted(weights | (others - hidden)), *map(Path, setup.get("loras") or ())]:
         name = file.relative_to(folder) if file.is_relative_to(folder) else file
         described[name.as_posix()] = {"bytes": file.stat().st_size}
+        if file in others:
+            described[name.as_posix()]["sha256"] = sha256_of_file(file)
     return {"folder": str(folder), "files": described, "setup": dict(setup)}
 
 
@@ -233,7 +235,7 @@ def differences(
         was, now = files.get(name), model["files"].get(name)
         if was is None or now is None:
             found.append(f"model file {name} is {'new' if was is None else 'missing'}")
-        elif was["bytes"] != now["bytes"]:
+        elif any(was[fact] != now[fact] for fact in was.keys() & now.keys()):
             found.append(f"model file {name} is not the recorded one")
     recorded = record.model.get("weights", {})
     weights = model.get("weights", {})

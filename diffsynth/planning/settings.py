@@ -1,0 +1,127 @@
+"""The ladder of settings that decide a run's memory, from the fastest to the most frugal.
+
+A plan takes the first rung whose predicted peak fits (`rungs`); when memory runs out, a run goes to the next
+one (`following`). Both go down in the same order: less of the weights on the device comes before keeping
+less for the gradient, because at sizes that do not fit blocks compute for longer than they take to come.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from diffsynth.configs.descriptors import DESCRIPTORS
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.vram_management import Residency
+from diffsynth.vram_management.streaming import tensors_of
+
+# What the guidance pass keeps: everything; each block's input, which costs a forward more a gradient; these
+# inputs on the CPU.
+KEEPING = ("none", "block", "offload")
+# Tiles of the VAE are not made smaller than this, in latent units: their borders would show.
+SMALLEST_TILE = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What decides a run's memory.
+
+    Attributes:
+        checkpoint: what guidance keeps for its gradients, one of KEEPING.
+        batch_cfg: both prompts in one call of the DiT.
+        tiled: the VAE works in tiles of tile_size and tile_stride, (rows, columns) in latent units.
+        offload: each model is on the device in its own stages only.
+        resident_blocks: blocks of the DiT that stay on the device while the others stream; None: all of them,
+            without streaming.
+        stream_text_encoder: its blocks stream.
+    """
+
+    checkpoint: str = "none"
+    batch_cfg: bool = True
+    tiled: bool = False
+    tile_size: tuple[int, int]
+    tile_stride: tuple[int, int]
+    offload: bool = False
+    resident_blocks: int | None = None
+    stream_text_encoder: bool = False
+
+    def place(self, residency: Residency) -> None:
+        """Have the models of a pipeline where the settings say."""
+        residency.stop_streaming()
+        residency.offload = self.offload
+        if not self.offload:
+            return
+        residency.rest()
+        if self.resident_blocks is not None:
+            blocks = residency.models["dit"].blocks
+            staying = [t.numel() for block in blocks[: self.resident_blocks] for t in tensors_of(block)]
+            residency.stream("dit", blocks, sum(staying))
+        if self.stream_text_encoder:
+            residency.stream("text_encoder", residency.models["text_encoder"].encoder.block)
+
+
+def keeping(motion: MotionGuidance | None) -> tuple[str, ...]:
+    """Return what the guidance pass of a run may keep."""
+    if motion is None or not DESCRIPTORS[motion.mode].needs_backward:
+        return KEEPING[:1]
+    return KEEPING if motion.checkpoint == "auto" else (motion.checkpoint,)
+
+
+def rungs(frugal: Settings, kept: Sequence[str], num_blocks: int) -> Iterator[Settings]:
+    """Yield what guidance keeps and where weights are, from the fastest to the most frugal.
+
+    Args:
+        frugal: what the other settings are.
+        kept: what guidance may keep, in order.
+        num_blocks: blocks of the DiT.
+    """
+    for checkpoint in kept:
+        whole = replace(frugal, checkpoint=checkpoint, resident_blocks=None)
+        yield replace(whole, offload=False, stream_text_encoder=False)
+        yield replace(whole, offload=True)
+        for resident in range(num_blocks - 1, -1, -1):
+            yield replace(whole, offload=True, resident_blocks=resident)
+
+
+def following(
+    stage: str, now: Settings, *, accelerator: bool, num_blocks: int, picture: tuple[int, int]
+) -> Iterator[tuple[str, Settings]]:
+    """Yield the rungs after the present one that need less in a stage, each with what it changes in words.
+
+    Args:
+        stage: "encode text", "encode video", "guidance", "sampling" or "decode".
+        now: the settings with which memory ran out.
+        accelerator: weights can rest elsewhere than where they compute.
+        num_blocks: blocks of the DiT.
+        picture: rows and columns of the latents.
+    """
+    if accelerator and not now.offload:
+        yield "each model is on the device during its own stage only", replace(now, offload=True)
+    if stage == "sampling" and now.batch_cfg:
+        yield "the prompts run in two calls, batch_cfg=False", replace(now, batch_cfg=False)
+    if stage in ("guidance", "sampling") and accelerator:
+        resident = num_blocks if now.resident_blocks is None else now.resident_blocks
+        for count in (num_blocks // 2, 0):
+            if count < resident:
+                words = f"the blocks of the DiT but {count} are streamed from CPU memory"
+                yield words, replace(now, offload=True, resident_blocks=count)
+    if stage == "guidance":
+        for checkpoint in KEEPING[KEEPING.index(now.checkpoint) + 1 :]:
+            yield f"guidance runs with checkpoint={checkpoint!r}", replace(now, checkpoint=checkpoint)
+    if stage == "encode text" and accelerator and not now.stream_text_encoder:
+        words = "the blocks of the text encoder are streamed from CPU memory"
+        yield words, replace(now, offload=True, stream_text_encoder=True)
+    if stage in ("encode video", "decode") and (smaller := smaller_tiles(now, picture)) is not None:
+        tiles = f"tiled=True, tile_size={smaller.tile_size}, tile_stride={smaller.tile_stride}"
+        yield f"the VAE runs with {tiles}", smaller
+
+
+def smaller_tiles(now: Settings, picture: tuple[int, int]) -> Settings | None:
+    """Return settings whose VAE sees a picture of latents in tiles, or in tiles of half the side."""
+    seen = tuple(map(min, now.tile_size, picture)) if now.tiled else picture
+    size = tuple(map(min, now.tile_size, picture))
+    if size == seen:
+        size = tuple(max(n // 2, min(n, SMALLEST_TILE)) for n in size)
+    if size == seen:
+        return None
+    shares = zip(size, now.tile_stride, now.tile_size, strict=True)
+    rows, cols = (max(1, n * stride // whole) for n, stride, whole in shares)
+    return replace(now, tiled=True, tile_size=(size[0], size[1]), tile_stride=(rows, cols))
