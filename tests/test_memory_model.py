@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from memory_meter import MemoryMeter, default_dtype, fake_device
 
 from diffsynth.caches.choose import make_rule
 from diffsynth.caches.rules import run_blocks_cached
@@ -34,7 +35,6 @@ from diffsynth.planning.sizes import (
     WeightBytes,
     published_sizes,
 )
-from memory_meter import MemoryMeter, default_dtype, fake_device
 
 FULL = (21, 60, 104)  # latents of 81 frames of 480x832
 BF16, FP32 = torch.bfloat16, torch.float32

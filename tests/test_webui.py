@@ -8,40 +8,47 @@ from concurrent.futures import CancelledError
 
 import pytest
 import torch
-from diffsynth.cli.models import Setup
-from diffsynth.cli.outputs import publish
-from diffsynth.webui.jobs import CANCELLED, DONE, FAILED, Job, JobCancelledError, JobQueue, QueueFullError
-from diffsynth.webui.jobs import Progress as JobProgress
-from diffsynth.webui.workshop import make_video, open_workshop, show_motion
 
+from diffsynth.configs.options import LoadOptions
 from diffsynth.data import VideoData
+from diffsynth.jobs.publish import publish
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
 from diffsynth.webui.failures import failure_text
 from diffsynth.webui.gallery import compared, find_run, past_runs, poster
 from diffsynth.webui.previews import fit_colours, latent_frames
+from diffsynth.webui.queue import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    JobCancelledError,
+    JobQueue,
+    QueuedJob,
+    QueueFullError,
+    RunProgress,
+)
 from diffsynth.webui.references import starting_clips
-from diffsynth.webui.requests import LONGEST_PROMPT, Request
+from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard, is_local, read_auth
+from diffsynth.webui.session import make_video, open_session, show_motion
 from diffsynth.webui.uploads import UploadLimits, keep_upload, safe_stem
 
-SMALL = {"num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 5, "seed": 3}
+SMALL = {"prompt": "a cat", "num_inference_steps": 2, "height": 32, "width": 32, "num_frames": 5, "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shop")
+def session(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
     cache = folder / "cache"
     cache.mkdir()
-    return open_workshop(
+    return open_session(
         str(write_checkpoint(folder / "tiny")),
         "models",
-        Setup(device="cpu"),
+        LoadOptions(device="cpu"),
         output_dir=folder / "videos",
         cache=cache,
         limits=UploadLimits(),
-        hashed=False,
     )
 
 
@@ -60,13 +67,13 @@ def queue():
 # Runs.
 
 
-def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(shop, clip, tmp_path):
-    run = make_video(shop, Request(prompt="a cat", **SMALL), clip, Job())
+def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(session, clip, tmp_path):
+    run = make_video(session, checked_request(SMALL), clip, QueuedJob())
     assert json.loads(run.record_file.read_text())["prompt"] == "a cat"
     with VideoData(run.video) as video:
         assert (len(video), video.shape()) == (5, (32, 32))
-    assert past_runs(shop.output_dir)[0].video == run.video
-    assert find_run(shop.output_dir, run.video.name).record.options["seed"] == 3
+    assert past_runs(session.output_dir)[0].video == run.video
+    assert find_run(session.output_dir, run.video.name).record.options["seed"] == 3
     assert poster(run, tmp_path).stat().st_size > 0
     with VideoData(compared(run, tmp_path)) as both:
         assert both.shape()[1] > 1.9 * 320
@@ -74,30 +81,30 @@ def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(shop
     assert "seed 3" in panel.finished(run)
 
 
-def test_a_second_run_of_the_same_kind_takes_a_name_of_its_own(shop, clip):
-    first, second = (make_video(shop, Request(prompt="a cat", **SMALL), clip, Job()) for _ in range(2))
+def test_a_second_run_of_the_same_kind_takes_a_name_of_its_own(session, clip):
+    first, second = (make_video(session, checked_request(SMALL), clip, QueuedJob()) for _ in range(2))
     assert first.video != second.video
     with VideoData(first.video) as one, VideoData(second.video) as other:
         assert [frame.tobytes() for frame in one] == [frame.tobytes() for frame in other]
 
 
-def test_a_cancelled_run_writes_nothing(shop, clip):
-    before, job = set(shop.output_dir.iterdir()), Job()
+def test_a_cancelled_run_writes_nothing(session, clip):
+    before, job = set(session.output_dir.iterdir()), QueuedJob()
     job.cancel()
     with pytest.raises(JobCancelledError, match="no video was written"):
-        make_video(shop, Request(prompt="a cat", **SMALL), clip, job)
-    assert set(shop.output_dir.iterdir()) == before
+        make_video(session, checked_request(SMALL), clip, job)
+    assert set(session.output_dir.iterdir()) == before
 
 
-def test_a_run_tells_its_stages_losses_and_previews(shop, clip):
+def test_a_run_tells_its_stages_losses_and_previews(session, clip):
     seen = []
 
-    class Listening(Job):
+    class Listening(QueuedJob):
         def report(self, **changes):
             super().report(**changes)
             seen.append(self.progress)
 
-    make_video(shop, Request(prompt="a cat", **SMALL), clip, Listening())
+    make_video(session, checked_request(SMALL), clip, Listening())
     assert {"encode text", "encode video", "guidance", "sampling", "decode", "write"} <= {
         p.stage for p in seen
     }
@@ -106,23 +113,23 @@ def test_a_run_tells_its_stages_losses_and_previews(shop, clip):
     assert base64.b64encode(seen[-1].preview).decode() in panel.running(seen[-1], "running", 0, 1.0)
 
 
-def test_the_motion_of_a_reference_is_made_once(shop, clip):
-    request = Request(prompt="motion", **SMALL)
-    path = show_motion(shop, request, clip, Job())
+def test_the_motion_of_a_reference_is_made_once(session, clip):
+    request = checked_request({**SMALL, "prompt": "motion"})
+    path = show_motion(session, request, clip, QueuedJob())
     made = path.stat().st_mtime_ns
-    assert show_motion(shop, request, clip, Job()) == path
+    assert show_motion(session, request, clip, QueuedJob()) == path
     assert path.stat().st_mtime_ns == made
 
 
-def test_previews_give_the_colours_of_what_was_encoded(shop):
-    colours = fit_colours(shop.pipe)
-    assert colours.shape == (shop.pipe.vae.z_dim + 1, 3)
-    latents = torch.zeros(1, shop.pipe.vae.z_dim, 2, 4, 6)
+def test_previews_give_the_colours_of_what_was_encoded(session):
+    colours = fit_colours(session.pipe)
+    assert colours.shape == (session.pipe.vae.z_dim + 1, 3)
+    latents = torch.zeros(1, session.pipe.vae.z_dim, 2, 4, 6)
     frames = latent_frames(latents, torch.cat([colours[:-1] * 0, torch.tensor([[1.0, 0.0, -1.0]])]))
     assert [frame.size for frame in frames] == [(6, 4)] * 2
     assert frames[0].getpixel((0, 0)) == (255, 128, 0)
     event = RunEvent(stage="sampling", step=1, steps=2, clean=torch.full_like(latents, torch.nan))
-    assert shop.previews.of(event) is not None
+    assert session.previews.of(event) is not None
 
 
 # What is asked for.
@@ -132,18 +139,22 @@ def test_previews_give_the_colours_of_what_was_encoded(shop):
     ("field", "value", "message"),
     [
         ("prompt", " ", "prompt is empty"),
-        ("prompt", "a" * (LONGEST_PROMPT + 1), "prompt is longer than 4000 characters"),
-        ("prompt", 3, "prompt must be text; got 3"),
+        ("prompt", "a" * 4001, "prompt must be text of at most 4000 characters"),
+        ("prompt", 3, "prompt must be text of at most 4000 characters; got 3"),
         ("mode", "MOFT", "mode must be one of .*; got 'MOFT'"),
         ("seed", 1.5, "seed must be a whole number from 0 to"),
         ("height", 10**9, "height must be a whole number from 16 to 2160; got 1000000000"),
         ("num_frames", float("nan"), "num_frames must be a whole number from 1 to 481; got nan"),
-        ("denoising_strength", True, "denoising_strength must be a number from 0.05 to 1; got True"),
+        (
+            "denoising_strength",
+            True,
+            "denoising_strength must be a finite number at least 0.05.*; got True",
+        ),
     ],
 )
 def test_requests_out_of_range_are_named(field, value, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        Request(**{"prompt": "a cat", field: value})
+        checked_request({"prompt": "a cat", field: value})
 
 
 # One thing at a time.
@@ -215,9 +226,9 @@ def test_failures_are_told_in_words(error, said):
 
 def test_what_is_told_is_no_html_of_visitors():
     assert "<b>" not in panel.message("<b>bold</b>", "error")
-    waiting = panel.running(JobProgress(stage="<script>"), "running", 0, 0.0)
+    waiting = panel.running(RunProgress(stage="<script>"), "running", 0, 0.0)
     assert "<script>" not in waiting
-    assert "2 runs come first" in panel.running(JobProgress(), "waiting", 2, 0.0)
+    assert "2 runs come first" in panel.running(RunProgress(), "waiting", 2, 0.0)
 
 
 # Uploads.
@@ -315,8 +326,8 @@ def test_uploads_over_a_limit_are_refused(clip, places, limits, message):
     assert not list(places[1].iterdir())
 
 
-def test_past_runs_are_neither_links_nor_foreign_files(shop, clip, tmp_path):
-    run = make_video(shop, Request(prompt="a cat", **SMALL), clip, Job())
+def test_past_runs_are_neither_links_nor_foreign_files(session, clip, tmp_path):
+    run = make_video(session, checked_request(SMALL), clip, QueuedJob())
     (tmp_path / "other.mp4.json").symlink_to(run.record_file)
     (tmp_path / "other.mp4").symlink_to(run.video)
     (tmp_path / "broken.mp4.json").write_text("{")
@@ -324,14 +335,7 @@ def test_past_runs_are_neither_links_nor_foreign_files(shop, clip, tmp_path):
     for name in ("other.mp4", "../videos/" + run.video.name, "missing.mp4", str(run.video)):
         with pytest.raises(ValueError, match="there is no past run"):
             find_run(tmp_path, name)
-    publish(
-        list(VideoData(clip)),
-        tmp_path / "mine.mp4",
-        run.record,
-        fps=8,
-        quality=8,
-        overwrite=True,
-    )
+    publish(list(VideoData(clip)), tmp_path / "mine.mp4", run.record, overwrite=True)
     assert [run.video.name for run in past_runs(tmp_path)] == ["mine.mp4"]
 
 

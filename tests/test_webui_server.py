@@ -7,10 +7,10 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from diffsynth.cli.models import Setup
-from diffsynth.webui.jobs import JobQueue
 
+from diffsynth.configs.options import LoadOptions
 from diffsynth.testing import write_checkpoint, write_clip
+from diffsynth.webui.queue import JobQueue
 from diffsynth.webui.uploads import UploadLimits
 
 pytest.importorskip("gradio", reason="needs gradio, the extra ui")
@@ -22,32 +22,31 @@ VISITORS, REQUESTS = 4, 20
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """(address, its workshop) of a page with a tiny model."""
+    """(address, its session) of a page with a tiny model."""
     import uvicorn
-    from diffsynth.webui.workshop import open_workshop
 
     from diffsynth.webui.app import Page, make_app, temporary_folders
+    from diffsynth.webui.session import open_session
 
     folder = tmp_path_factory.mktemp("server")
     held, cache = temporary_folders()
-    shop = open_workshop(
+    session = open_session(
         str(write_checkpoint(folder / "tiny")),
         "models",
-        Setup(device="cpu"),
+        LoadOptions(device="cpu"),
         output_dir=folder / "videos",
         cache=cache,
         limits=UploadLimits(megabytes=1),
-        hashed=False,
     )
     queue = JobQueue(MOST_WAITING)
-    config = uvicorn.Config(make_app(Page(shop, queue)), port=0, log_level="error")
+    config = uvicorn.Config(make_app(Page(session, queue)), port=0, log_level="error")
     uvicorn_server = uvicorn.Server(config)
     thread = threading.Thread(target=uvicorn_server.run, daemon=True)
     thread.start()
     while not uvicorn_server.started:
         time.sleep(0.05)
     port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}", shop
+    yield f"http://127.0.0.1:{port}", session
     uvicorn_server.should_exit = True
     thread.join(20)
     queue.close()
@@ -67,7 +66,7 @@ def clip(tmp_path_factory):
 
 
 def test_many_requests_of_several_visitors_are_served_or_refused_clearly(server, clip):
-    address, shop = server
+    address, session = server
 
     def visit(number):
         client = gradio_client.Client(address, verbose=False)
@@ -80,13 +79,13 @@ def test_many_requests_of_several_visitors_are_served_or_refused_clearly(server,
     refused = [text for text in said if f"{MOST_WAITING} runs are waiting already" in text]
     assert len(made) + len(refused) == REQUESTS
     assert len(made) > MOST_WAITING
-    assert len(list(shop.output_dir.glob("*.mp4"))) == len(made)
+    assert len(list(session.output_dir.glob("*.mp4"))) == len(made)
 
 
 def test_the_server_goes_on_after_a_cancelled_and_a_failed_run(server, clip):
-    address, shop = server
+    address, session = server
     client = gradio_client.Client(address, verbose=False)
-    before = len(list(shop.output_dir.glob("*.mp4")))
+    before = len(list(session.output_dir.glob("*.mp4")))
     running = request_of(client, clip, "a cat", steps=200)
     while not any("guided" in str(output[0]) for output in running.outputs()):
         time.sleep(0.05)
@@ -94,7 +93,7 @@ def test_the_server_goes_on_after_a_cancelled_and_a_failed_run(server, clip):
     assert "Cancelled; nothing was written" in running.result(60)[0]
     assert "prompt is empty" in request_of(client, clip, " ").result(60)[0]
     assert "fv-result" in request_of(client, clip, "a cat").result(60)[0]
-    assert len(list(shop.output_dir.glob("*.mp4"))) == before + 1
+    assert len(list(session.output_dir.glob("*.mp4"))) == before + 1
 
 
 def test_the_motion_is_shown_whatever_the_mode(server, clip):
@@ -119,8 +118,8 @@ def status(address, path):
 
 
 def test_files_of_other_folders_are_not_served(server, clip):
-    address, shop = server
+    address, session = server
     assert status(address, "/") == 200
-    for path in (clip, "/etc/passwd", shop.folder / "config.json", f"{shop.cache}/../../passwd"):
+    for path in (clip, "/etc/passwd", session.folder / "config.json", f"{session.cache}/../../passwd"):
         assert status(address, f"/gradio_api/file={path}") in (403, 404)
     assert status(address, "/gradio_api/proxy=http://127.0.0.1:1/") == 403
