@@ -230,7 +230,7 @@ def test_a_window_of_the_features_bounds_what_a_token_depends_on():
 @pytest.mark.parametrize("window", [(1, 2), (1, 2, -1), (1, 2, 0.5), (True, 1, 1), 3])
 def test_windows_that_are_not_allowed_are_named(window):
     q, k, v = inputs((1, 2, 2))
-    with pytest.raises(ValueError, match=r"attention_window must be \(frames, rows, columns\)"):
+    with pytest.raises(ValueError, match=r"attention_window must be three values \(frames, rows, columns\)"):
         local_attention(q, k, v, grid=(1, 2, 2), window=window)
 
 

@@ -230,9 +230,9 @@ def test_fewer_frames_than_sf_use_the_pairs_that_exist():
 
 
 BAD = {
-    "window even": ({"window": 4}, "window must be an odd whole number of tokens; got 4"),
+    "window even": ({"window": 4}, "window must be an odd whole number of at least 1; got 4"),
     "window 0": ({"window": -1}, "window must be an odd"),
-    "tile": ({"tile": (0, 4)}, r"tile must be \(rows, columns\)"),
+    "tile": ({"tile": (0, 4)}, r"tile must be two values \(rows, columns\)"),
     "tau": ({"tau": 0.0}, "tau must be a finite number above 0"),
     "sf": ({"sf": 0}, "sf must be a whole number of at least 1"),
     "chunk": ({"chunk": 0}, "chunk must be a whole number of frame pairs"),

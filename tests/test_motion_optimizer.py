@@ -6,8 +6,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.models.wan_video_dit import WanModel
-from diffsynth.motion import MODES, MotionGuidance, NonFiniteGuidanceError, guided_step, optimize_latents
+from diffsynth.motion import MotionGuidance, NonFiniteGuidanceError, guided_step, optimize_latents
 from diffsynth.motion.amf import _say_if_windows_have_no_course
 from diffsynth.motion.latent_prediction import damp_across, frame_differences
 from diffsynth.motion.optimizer import Evaluation
@@ -111,7 +112,7 @@ def step_inputs(frames=3, rows=12, cols=16):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", DESCRIPTORS)
 def test_a_step_lowers_the_loss_of_every_descriptor(mode):
     latents, inputs = step_inputs()
     guidance = replace(MotionGuidance.for_mode(mode), interval=1, inner_steps=8, lr=(0.01, 0.01))

@@ -248,7 +248,7 @@ def test_models_are_probed_at_the_size_they_name_else_small_ones_small_and_full_
     assert natural_size(pipe) == (17, 128, 128)
     monkeypatch.setattr(pipe.dit, "dim", 1536)
     assert natural_size(pipe) == (17, 480, 832)
-    monkeypatch.setattr(pipe, "defaults", RunDefaults(height=96, width=64, num_frames=9))
+    monkeypatch.setattr(pipe, "defaults", RunDefaults(options={"height": 96, "width": 64, "num_frames": 9}))
     assert natural_size(pipe) == (9, 96, 64)
 
 

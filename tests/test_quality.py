@@ -43,8 +43,7 @@ from diffsynth.planning.cost import guidance_cost
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "quality.py"
 QUICK = RunDefaults(
-    num_inference_steps=2,
-    cfg_scale=1.0,
+    options={"num_inference_steps": 2, "cfg_scale": 1.0},
     motion={"effi_AMF": {"guided_steps": 1, "inner_steps": 2, "interval": 2}},
 )
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from diffsynth import WanVideoPipeline
-from diffsynth.caches.choose import choose_cache
-from diffsynth.configs.defaults import PUBLISHED_PRESETS, RunDefaults, run_defaults, with_preset
-from diffsynth.motion import MODES, MotionGuidance
+from diffsynth.configs.caches import choose_cache
+from diffsynth.configs.defaults import PUBLISHED_PRESETS, RunDefaults, run_defaults
+from diffsynth.configs.descriptors import DESCRIPTORS
+from diffsynth.configs.resolve import motion_for
+from diffsynth.motion import MotionGuidance
 from diffsynth.testing import write_checkpoint
 
 SECTION = {
@@ -34,11 +36,11 @@ def declare(folder, section):
 
 
 def test_for_checkpoint_reads_what_the_checkpoint_declares(checkpoint):
-    guidance = MotionGuidance.for_checkpoint(checkpoint)
+    guidance = motion_for(checkpoint)
     assert guidance == MotionGuidance(block=1, tau=4.0, lr=(0.01, 0.005), guided_steps=1)
-    assert MotionGuidance.for_checkpoint(checkpoint, tau=2.0).tau == 2.0
-    assert MotionGuidance.for_checkpoint(checkpoint, mode="AMF") == MotionGuidance(mode="AMF")
-    flow_motion = MotionGuidance.for_checkpoint(checkpoint, mode="FlowMotion")
+    assert motion_for(checkpoint, tau=2.0).tau == 2.0
+    assert motion_for(checkpoint, mode="AMF") == MotionGuidance(mode="AMF")
+    flow_motion = motion_for(checkpoint, mode="FlowMotion")
     assert flow_motion == MotionGuidance.for_mode("FlowMotion")
 
 
@@ -60,7 +62,7 @@ def test_a_call_takes_what_the_checkpoint_declares(checkpoint):
 def test_a_checkpoint_that_declares_nothing_has_the_published_defaults(tmp_path):
     folder = write_checkpoint(tmp_path / "plain")
     assert run_defaults(folder) == RunDefaults()
-    assert MotionGuidance.for_checkpoint(folder) == MotionGuidance()
+    assert motion_for(folder) == MotionGuidance()
     assert run_defaults(tmp_path) == RunDefaults()
 
 
@@ -82,27 +84,27 @@ def test_a_section_that_cannot_be_read_is_refused(tmp_path, section, message):
 
 
 def test_a_preset_changes_what_it_names_and_no_more():
-    usual = RunDefaults(
-        cfg_scale=3.0,
+    defaults = RunDefaults(
+        options={"cfg_scale": 3.0},
         motion={"effi_AMF": {"block": 4, "tau": 2.0}},
         presets={"quick": {"sampler": "unipc", "motion": {"effi_AMF": {"tau": 1.0}, "AMF": {"sf": 2}}}},
     )
-    quick = with_preset(usual, "quick")
+    quick = defaults.with_preset("quick")
     assert quick.motion == {"effi_AMF": {"block": 4, "tau": 1.0}, "AMF": {"sf": 2}}
-    assert (quick.sampler, quick.cfg_scale) == ("unipc", 3.0)
-    assert with_preset(usual, "exact") is usual
+    assert (quick["sampler"], quick["cfg_scale"]) == ("unipc", 3.0)
+    assert defaults.with_preset("exact") is defaults
     with pytest.raises(ValueError, match="preset must be one of exact, quick; got 'fast'"):
-        with_preset(usual, "fast")
+        defaults.with_preset("fast")
 
 
 @pytest.mark.parametrize("preset", PUBLISHED_PRESETS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", DESCRIPTORS)
 def test_published_presets_name_what_exists(preset, mode):
-    chosen = with_preset(RunDefaults(), preset)
+    chosen = RunDefaults().with_preset(preset)
     numbers = chosen.motion.get(mode, {})
-    assert MotionGuidance.for_mode(mode, numbers).guided_steps <= chosen.num_inference_steps // 4
+    assert MotionGuidance.for_mode(mode, numbers).guided_steps <= chosen["num_inference_steps"] // 4
     for dim in (1536, 5120):
-        assert choose_cache(chosen.cache, chosen.cache_threshold, dim).name == "magcache"
+        assert choose_cache(chosen["cache"], chosen["cache_threshold"], dim).name == "magcache"
 
 
 def test_a_declared_preset_is_a_call_s_defaults_and_what_is_given_goes_first(checkpoint, caplog):
@@ -111,7 +113,7 @@ def test_a_declared_preset_is_a_call_s_defaults_and_what_is_given_goes_first(che
     steps = []
     pipe("a", seed=1, preset="one", observer=steps.append, output_type="latent")
     assert [event.steps for event in steps if event.stage == "sampling" and event.step] == [1]
-    assert "no step cache: No MagCache ratios are known for a DiT of width" in caplog.text
+    assert "no step cache: no MagCache ratios are known for a DiT of width" in caplog.text
     steps.clear()
     pipe("a", seed=1, preset="one", num_inference_steps=2, observer=steps.append, output_type="latent")
     assert [event.steps for event in steps if event.stage == "sampling" and event.step] == [2, 2]
@@ -120,7 +122,7 @@ def test_a_declared_preset_is_a_call_s_defaults_and_what_is_given_goes_first(che
 def test_numbers_of_motion_are_checked():
     with pytest.raises(ValueError, match="motion has no field speed"):
         MotionGuidance.for_mode("AMF", {"speed": 3})
-    with pytest.raises(ValueError, match="tau must be finite and above 0"):
+    with pytest.raises(ValueError, match="tau must be a finite number above 0"):
         MotionGuidance.for_mode("AMF", {"tau": -1})
 
 

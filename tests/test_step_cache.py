@@ -4,18 +4,23 @@ import json
 
 import pytest
 import torch
-from diffsynth.pipelines.guidance import make_guide
 
-from diffsynth.caches.choose import CACHES, CacheOptions, choose_cache
+from diffsynth import WanVideoPipeline
+from diffsynth.caches.choose import make_rule
 from diffsynth.caches.first_block_cache import FirstBlockCache
 from diffsynth.caches.mag_cache import MagCache
-from diffsynth.caches.mag_calibration import calibrate_magcache, load_ratios, save_ratios
-from diffsynth.caches.rules import KeptResidual, run_blocks_cached
+from diffsynth.caches.mag_calibration import calibrate_magcache
+from diffsynth.caches.rules import KeptResidual, Probe, run_blocks_cached
 from diffsynth.configs.cache_tables import MAG_CACHE_MODELS, MagRatios
+from diffsynth.configs.caches import CACHES, Cache, CacheOptions, choose_cache
+from diffsynth.configs.defaults import RunDefaults
+from diffsynth.configs.options import RunOptions
+from diffsynth.configs.resolve import ModelFacts, resolve
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.denoise import denoise, guided_velocity
+from diffsynth.pipelines.denoise import cfg_velocity, denoise, motion_guide
 from diffsynth.runs.cost import RunCost
+from diffsynth.runs.state import PromptEmbeddings, RunInputs
 from diffsynth.schedulers import FlowMatchScheduler
 
 STEPS = 8
@@ -54,7 +59,7 @@ class Watched:
         self.options, self.said, self.rules = options, {}, {}
 
     def make(self, prompt, steps, num_steps):
-        rule = self.rules[prompt] = self.options.make(prompt, steps, num_steps)
+        rule = self.rules[prompt] = make_rule(self.options, prompt, steps, num_steps)
         said = self.said[prompt] = []
         decide = rule.decide
 
@@ -70,19 +75,22 @@ class Watched:
 def run(dit, inputs, cache=None, *, batch=False, guide=None, num_steps=STEPS, scheduler=None, **options):
     scheduler = scheduler or FlowMatchScheduler(shift=3.0)
     scheduler.set_timesteps(num_steps)
-    velocity = guided_velocity(
-        dit, inputs["positive"], inputs["negative"], 4.0, num_steps=num_steps, batch=batch, cache=cache,
-        **options,
-    )  # fmt: skip
-    return denoise(
-        inputs["noise"], scheduler, velocity, guide=guide, progress=list,
-        on_step_end=lambda _, __, latents, ___: latents, interrupted=lambda: False,
-    )  # fmt: skip
+    run = RunOptions(num_inference_steps=num_steps, cfg_scale=4.0, batch_cfg=batch, **options)
+    prompts = {"positive": range(num_steps), "negative": run.guided_by_cfg}
+    rules = {} if cache is None else {
+        name: make_rule(cache, name, steps, num_steps) for name, steps in prompts.items()
+    }  # fmt: skip
+    velocity = cfg_velocity(dit, PromptEmbeddings(inputs["positive"], inputs["negative"]), run, rules)
+    *_, last = denoise(inputs["noise"], scheduler, velocity, guide, guided_steps=2 if guide else 0)
+    return last.latents
 
 
 def block_rows(dit, block, calls):
     """A hook that adds the batch size of each call of a block to `calls`."""
     return dit.blocks[block].register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
+
+
+NOTHING = Probe(modulation=torch.empty(0), residual=None)
 
 
 def options(name, threshold, **numbers):
@@ -97,7 +105,7 @@ def options(name, threshold, **numbers):
 def test_magcache_decisions_are_those_reckoned_by_hand(max_skip, expected):
     # With max_skip 2: |1-0.9| = 0.1, + |1-0.81| = 0.29, + |1-0.972| = 0.318 >= 0.3; |1-0.5| >= 0.3; 0; 0.
     cache = MagCache((1, 1, 0.9, 0.9, 1.2, 0.5, 1, 1), 0.3, max_skip=max_skip, retention=0.25)
-    assert [int(cache.should_compute()) for _ in range(8)] == expected
+    assert [int(cache.decide(NOTHING)) for _ in range(8)] == expected
 
 
 def published_decisions(table, threshold, max_skip, retention):
@@ -125,8 +133,8 @@ def test_magcache_decisions_over_the_published_tables_are_the_published_ones(mod
         name="magcache", threshold=model.threshold, ratios=model.ratios, max_skip=max_skip, retention=0.2
     )
     for prompt in ("positive", "negative"):
-        cache = chosen.make(prompt, range(50), 50)
-        decisions = [cache.should_compute() for _ in range(50)]
+        cache = make_rule(chosen, prompt, range(50), 50)
+        decisions = [cache.decide(NOTHING) for _ in range(50)]
         assert decisions == expected[prompt]
         assert all(decisions[:10])
         assert not all(decisions)
@@ -134,8 +142,8 @@ def test_magcache_decisions_over_the_published_tables_are_the_published_ones(mod
 
 def computed_share(table, max_skip):
     chosen = CacheOptions(name="magcache", threshold=0.12, ratios=table, max_skip=max_skip)
-    cache = chosen.make("positive", range(50), 50)
-    return sum(cache.should_compute() for _ in range(50)) / 50
+    cache = make_rule(chosen, "positive", range(50), 50)
+    return sum(cache.decide(NOTHING) for _ in range(50)) / 50
 
 
 def test_magcache_computes_as_many_steps_as_its_published_times_tell():
@@ -162,7 +170,7 @@ def test_the_first_block_is_compared_with_the_last_step_whose_blocks_all_ran():
     seen = [1.0, 1.05, 1.09, 1.11, 1.15, 1.23]  # 5 %, 9 %, 11 % off 1.0; 3.6 %, 10.8 % off 1.11
     decisions, changes = [], []
     for value in seen:
-        decisions.append(cache.should_compute(torch.full((1, 2, 3), value)))
+        decisions.append(cache.decide(Probe(torch.empty(0), torch.full((1, 2, 3), value))))
         changes.append(cache.relative_change)
     assert decisions == [True, False, False, True, False, True]
     assert changes[1:] == pytest.approx([0.05, 0.09, 0.11, 0.04 / 1.11, 0.12 / 1.11], abs=1e-6)
@@ -242,10 +250,11 @@ def test_guided_steps_leave_the_caches_alone(dit, inputs):
     guidance = MotionGuidance(guided_steps=2, inner_steps=1, block=1, window=3, tile=(1, 1), sf=2)
     scheduler = FlowMatchScheduler(shift=3.0)
     scheduler.set_timesteps(STEPS)
-    guide = make_guide(
-        dit, guidance, scheduler, start=inputs["noise"], reference=inputs["reference"], noise=inputs["noise"],
-        context=inputs["positive"], null_context=inputs["negative"], interrupted=lambda: False,
-        cost=RunCost(0, "effi_AMF", STEPS),
+    prompt = PromptEmbeddings(inputs["positive"], None, inputs["negative"])
+    begun = RunInputs(prompts=[prompt], noise=inputs["noise"], reference=inputs["reference"], seconds={})
+    guide = motion_guide(
+        dit, prompt, begun, guidance, scheduler, inputs["noise"], RunCost(0, "effi_AMF", STEPS),
+        memory=None, stop=lambda: False,
     )  # fmt: skip
     exact = run(dit, inputs, guide=guide, scheduler=scheduler)
     for name in CACHES:
@@ -299,15 +308,10 @@ def test_calibration_measures_the_mean_ratio_over_tokens_and_prompts(dit, inputs
         assert measured.of(prompt) == pytest.approx([1.0, *expected], abs=1e-5)
 
 
-def test_calibrated_ratios_survive_their_file(dit, inputs, tmp_path):
+def test_calibrated_ratios_survive_json(dit, inputs):
     measured = calibrate_magcache(fake_pipe(dit, inputs), ["a"], "bad", num_inference_steps=4)
     assert len(measured.positive) == len(measured.negative) == 4
-    file = save_ratios(measured, tmp_path / "ratios.json")
-    assert load_ratios(file) == measured
-    assert MagRatios.from_json(json.loads(file.read_text())) == measured
-    file.write_text("[1")
-    with pytest.raises(ValueError, match=r"ratios\.json is not valid JSON"):
-        load_ratios(file)
+    assert MagRatios.from_json(json.loads(json.dumps(measured.to_json()))) == measured
 
 
 def test_calibration_refuses_what_it_cannot_measure(dit, inputs):
@@ -328,45 +332,91 @@ def test_names_choose_the_published_numbers_of_the_models_width():
     assert choose_cache("first_block", None, 160) == options("first_block", 0.05)
     tea = choose_cache("teacache", None, 1536)
     assert (tea.model_id, tea.threshold) == ("Wan2.1-T2V-1.3B", 0.05)
-    assert choose_cache(None, None, 160) is None
-    assert choose_cache(tea, None, 160) is tea
+
+
+def cache_of(dim=160, ratios=None, **given):
+    """The cache that a call resolves to, for a DiT of some width."""
+    facts = ModelFacts(dim=dim, num_layers=3, pixels_per_token=(16, 16))
+    return resolve(given, RunDefaults(mag_ratios=ratios), None, facts).cache
+
+
+def test_a_call_takes_options_as_they_are_and_none_without_any():
+    tea = choose_cache("teacache", None, 1536)
+    assert cache_of() is None
+    assert cache_of(cache=tea) == tea
 
 
 def test_the_older_tea_cache_arguments_still_mean_teacache():
-    new = choose_cache("teacache", 0.08, 1536)
-    assert choose_cache(None, None, 1536, tea_cache_l1_thresh=0.08) == new
-    named = choose_cache(None, None, 160, tea_cache_l1_thresh=0.2, tea_cache_model_id="Wan2.1-T2V-14B")
+    assert cache_of(1536, tea_cache_l1_thresh=0.08) == choose_cache("teacache", 0.08, 1536)
+    named = cache_of(tea_cache_l1_thresh=0.2, tea_cache_model_id="Wan2.1-T2V-14B")
     assert named == options("teacache", 0.2)
 
 
 BAD_CHOICES = {
-    "name": (("deepcache", None), {}, "cache must be one of teacache, magcache, .*; got 'deepcache'"),
-    "threshold alone": ((None, 0.1), {}, "cache_threshold=0.1 needs cache, one of teacache"),
-    "threshold": (("first_block", -1), {}, "first-block threshold is -1; it must be a finite number, 0"),
-    "mag threshold": (("magcache", "x"), {"declared_ratios": FLAT.to_json()}, "MagCache threshold is 'x'"),
-    "two": (("magcache", None), {"tea_cache_l1_thresh": 0.1}, "contradicts cache='magcache'"),
-    "two thresholds": (("teacache", 0.2), {"tea_cache_l1_thresh": 0.1}, "contradicts .* cache_threshold=0.2"),
-    "tea size": (("teacache", None), {}, "width 160; pass tea_cache_model_id"),
-    "tea model": (("teacache", None), {"tea_cache_model_id": "Wan9"}, "tea_cache_model_id is 'Wan9'"),
-    "no ratios": (("magcache", None), {}, "No MagCache ratios are known for .* width 160: measure them"),
-    "options and threshold": ((options("first_block", 0.1), 0.2), {}, "have their own threshold"),
-    "no options": ((7, None), {}, "cache must be one of .* or CacheOptions.* got cache=7"),
-}
+    "name": ({"cache": "deepcache"}, "cache must be one of teacache, magcache, .*; got 'deepcache'"),
+    "threshold alone": ({"cache_threshold": 0.1}, "cache_threshold=0.1 needs cache, one of teacache"),
+    "threshold": (
+        {"cache": "first_block", "cache_threshold": -1}, "cache_threshold must be .* at least 0 .*; got -1"
+    ),
+    "text": ({"cache": "magcache", "cache_threshold": "x"}, "cache_threshold must be .*; got 'x'"),
+    "two": ({"cache": "magcache", "tea_cache_l1_thresh": 0.1}, "contradicts cache='magcache'"),
+    "two thresholds": (
+        {"cache": "teacache", "cache_threshold": 0.2, "tea_cache_l1_thresh": 0.1},
+        "contradicts .* cache_threshold=0.2",
+    ),
+    "tea size": ({"cache": "teacache"}, "width 160; pass tea_cache_model_id"),
+    "tea model": ({"cache": "teacache", "tea_cache_model_id": "Wan9"}, "tea_cache_model_id is 'Wan9'"),
+    "no ratios": ({"cache": "magcache"}, "no MagCache ratios are known for .* width 160: measure them"),
+    "options and threshold": (
+        {"cache": options("first_block", 0.1), "cache_threshold": 0.2}, "goes with a cache's name"
+    ),
+    "no options": ({"cache": 7}, "cache must be .*CacheOptions or an object with make.*; got 7"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_CHOICES)
 def test_bad_choices_are_named(case):
-    given, more, message = BAD_CHOICES[case]
+    given, message = BAD_CHOICES[case]
     with pytest.raises(ValueError, match=message):
-        choose_cache(*given, 160, **more)
+        cache_of(**given)
+
+
+class EverySecond(KeptResidual):
+    """A rule of one's own: blocks run at every second step."""
+
+    probe_blocks = 0
+
+    def __init__(self):
+        super().__init__()
+        self.step = -1
+
+    @classmethod
+    def from_options(cls, *_):
+        return cls()
+
+    def decide(self, _probe):
+        self.step += 1
+        return self.step % 2 == 0
+
+
+def test_a_cache_that_joins_the_registry_is_known_to_the_call_by_its_name(tiny_checkpoint, monkeypatch):
+    entry = Cache(
+        rule=f"{__name__}:EverySecond", help="every second step", numbers=lambda *_: {"threshold": 1.0}
+    )
+    monkeypatch.setitem(CACHES, "every_second", entry)
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    small = {"height": 32, "width": 32, "num_frames": 1, "num_inference_steps": 4, "cfg_scale": 1}
+    (made,) = pipe.run("a cat", **small, cache="every_second", seed=1, progress_bar_cmd=iter)
+    assert made.cost.dit_block_calls == 2 * pipe.dit.num_layers
+    assert made.options.to_json()["cache"]["name"] == "every_second"
 
 
 def test_bad_numbers_of_magcache_are_named():
     with pytest.raises(ValueError, match="MagCache needs ratios"):
         CacheOptions(name="magcache", threshold=0.1)
-    with pytest.raises(ValueError, match=r"max_skip must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"max_skip must be a whole number of at least 1; got 0"):
         options("magcache", 0.1, max_skip=0)
-    with pytest.raises(ValueError, match=r"retention must be a number from 0 to 1; got 1.5"):
+    with pytest.raises(ValueError, match=r"retention must be a finite number at least 0, at most 1; got 1.5"):
         options("magcache", 0.1, retention=1.5)
     with pytest.raises(ValueError, match=r"positive must be finite numbers above 0; got \(1.0, -0.5\)"):
         MagRatios((1.0, -0.5))
@@ -380,6 +430,6 @@ def test_more_calls_than_steps_and_reuse_of_nothing_are_refused():
     cache = MagCache((1.0,), 0.1, max_skip=1, retention=0.2)
     with pytest.raises(RuntimeError, match="No residual is stored"):
         _ = cache.residual
-    assert cache.should_compute()
+    assert cache.decide(NOTHING)
     with pytest.raises(RuntimeError, match="This MagCache was made for 1 steps"):
-        cache.should_compute()
+        cache.decide(NOTHING)

@@ -1,6 +1,6 @@
 """Measured quality of motion transfer: every method on synthetic pairs, with 95 % intervals over pairs.
 
-    python benchmarks/quality.py --model_dir nano --pairs 32 --seeds 2 --split test --workers 2
+    python -m benchmarks.quality --model_dir nano --pairs 32 --seeds 2 --split test --workers 2
 
 Writes rows.jsonl, table.md, summary.json, sheet.png, pareto.png and videos/ to --output_dir. Call it again to
 go on where it stopped. --methods takes names, with commas between them; --list shows them. --variants: a JSON
@@ -143,15 +143,17 @@ def write_sheet(args: argparse.Namespace, pairs: list) -> None:
 def main() -> None:
     args = parse_arguments()
     pipe = load_pipeline(args)
-    usual = pipe.defaults
-    height, width = usual.height or 64, usual.width or 64
+    declared = pipe.defaults.options
+    height, width, num_frames = (
+        declared.get(name, default) for name, default in (("height", 64), ("width", 64), ("num_frames", 17))
+    )
     known = standard_methods(pipe, height, width)
     known += methods_from(args.variants, pipe) if args.variants else []
     if args.list:
         print("\n".join(method.name for method in known))
         return
     methods = chosen_methods(known, args.methods)
-    pairs = make_pairs(args.pairs, args.split, num_frames=usual.num_frames or 17, height=height, width=width)
+    pairs = make_pairs(args.pairs, args.split, num_frames=num_frames, height=height, width=width)
     rows_path = args.output_dir / "rows.jsonl"
     jobs = missing_jobs(pipe, pairs, methods, range(args.seeds), rows_path)
     del pipe

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from diffsynth.configs.defaults import EXACT, with_preset
+from diffsynth.configs.defaults import EXACT
+from diffsynth.configs.descriptors import DEFAULT_MODE, DESCRIPTORS, NO_TRANSFER
 from diffsynth.motion import MotionGuidance
-from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.planning.cost import guidance_cost
 
@@ -40,17 +40,14 @@ def guided(name: str, motion: MotionGuidance, **arguments: object) -> Method:
 
 def standard_methods(pipe: WanVideoPipeline, height: int = 64, width: int = 64) -> list[Method]:
     """What is compared, for videos of a size in pixels: with a checkpoint's own numbers where it names some,
-    else with the published ones.
+    else with the published ones; every mode of the registry is among them.
     """
     tile_flow = _declared(pipe, "effi_AMF")
     dense = _declared(pipe, "AMF") if "AMF" in pipe.defaults.motion else replace(tile_flow, mode="AMF")
     prediction = _declared(pipe, "FlowMotion")
-    steps, layers = pipe.defaults.num_inference_steps, pipe.dit.num_layers
-    pixels = (
-        pipe.vae.spatial_factor * pipe.dit.patch_size[1],
-        pipe.vae.spatial_factor * pipe.dit.patch_size[2],
-    )
-    grid = (height // pixels[0], width // pixels[1])
+    steps, layers = pipe.defaults["num_inference_steps"], pipe.dit.num_layers
+    rows, cols = pipe.models.facts().pixels_per_token
+    others = [mode for mode in DESCRIPTORS if mode not in ("effi_AMF", "AMF", "FlowMotion")]
     return [
         Method(name="VAE_floor", reconstructs=True),
         Method(name=NO_TRANSFER, arguments={"mode": NO_TRANSFER}, takes_reference=False),
@@ -60,9 +57,10 @@ def standard_methods(pipe: WanVideoPipeline, height: int = 64, width: int = 64) 
         ),
         guided("AMF", dense),
         guided("effi_AMF", tile_flow),
-        guided("effi_AMF released()", released_for(grid)),
+        guided("effi_AMF released()", released_for((height // rows, width // cols))),
         guided("FlowMotion", prediction),
         guided("FlowMotion at equal FFE", at_equal_cost(prediction, tile_flow, layers, steps)),
+        *(guided(mode, _declared(pipe, mode)) for mode in others),
     ]
 
 
@@ -79,8 +77,8 @@ def methods_from(path: str | Path, pipe: WanVideoPipeline) -> list[Method]:
     for name, given in variants.items():
         arguments = dict(given)
         mode, changes = arguments.pop("mode", DEFAULT_MODE), arguments.pop("motion", {})
-        usual = with_preset(pipe.defaults, arguments.get("preset", EXACT))
-        numbers = {**usual.motion.get(mode, {}), **changes}
+        defaults = pipe.defaults.with_preset(arguments.get("preset", EXACT))
+        numbers = {**defaults.motion.get(mode, {}), **changes}
         methods.append(guided(name, MotionGuidance.for_mode(mode, numbers), **arguments))
     return methods
 

@@ -7,7 +7,6 @@ half of whose references have shapes and trajectories that training never shows.
 
 import json
 import logging
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.quality import metrics
 from benchmarks.quality.adherence import check_prompt
 from benchmarks.quality.contact_sheet import save_strip
 from benchmarks.quality.methods import Method
+from diffsynth.configs.options import RunOptions
 from diffsynth.data.synthetic import (
     COLOURS,
     HELD_OUT_SHAPES,
@@ -31,11 +32,10 @@ from diffsynth.data.synthetic import (
     make_clip,
 )
 from diffsynth.data.tensors import chunks_to_uint8, video_to_tensor
-from diffsynth.evaluation import metrics
 from diffsynth.evaluation.tracking import track_object
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.planning.cost import guidance_cost, guided_share, run_cost
-from diffsynth.planning.sizes import sizes_of
+from diffsynth.planning.sizes import ModelSizes
 
 logger = logging.getLogger(__name__)
 
@@ -204,44 +204,31 @@ def _make_video(
             latents = pipe.vae.encode(video_to_tensor(pair.clip.frames, num_frames, height, width))
             video = pipe.vae.decode(latents, num_frames=num_frames)
         return chunks_to_uint8([video], num_frames), {}
-    with tempfile.TemporaryDirectory() as folder:
-        frames = pipe(
-            pair.prompt,
-            input_video=pair.clip.frames if method.takes_reference else None,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            seed=1000 * pair.index + seed,
-            tiled=False,
-            output_type="np",
-            progress_bar_cmd=iter,
-            test_latency=True,
-            latency_dir=folder,
-            **method.arguments,
-        )
-        cost = json.loads((Path(folder) / "latency.jsonl").read_text())
-    return frames, {
-        "denoising_seconds": cost["time_gen"],
-        "guidance_seconds": sum(cost["time_guidance"]),
-        "gradient_evaluations": cost["gradient_evaluations"],
-        "forward_equivalents": _full_forwards(pipe, cost["gradient_evaluations"]),
+    (made,) = pipe.run(
+        pair.prompt,
+        input_video=pair.clip.frames if method.takes_reference else None,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        seed=1000 * pair.index + seed,
+        tiled=False,
+        output_type="np",
+        progress_bar_cmd=iter,
+        **method.arguments,
+    )
+    return made.frames, {
+        "denoising_seconds": made.cost.time_gen,
+        "guidance_seconds": sum(made.cost.time_guidance),
+        "gradient_evaluations": made.cost.gradient_evaluations,
+        "forward_equivalents": _full_forwards(pipe, made.options, made.cost.gradient_evaluations),
     }
 
 
-def _full_forwards(pipe: WanVideoPipeline, evaluations: int) -> float:
-    """What the denoising of the last call cost, by count."""
-    options, sizes = pipe.options, sizes_of(pipe, None)
+def _full_forwards(pipe: WanVideoPipeline, options: RunOptions, evaluations: int) -> float:
+    """What the denoising of a run cost, by count."""
+    sizes = ModelSizes.of(pipe.residency.models)
     latents = sizes.latent_shape(options.height, options.width, options.num_frames)
-    counted = run_cost(
-        sizes.dit,
-        latents,
-        num_steps=options.num_inference_steps,
-        motion=options.motion,
-        checkpoint="none",
-        with_negative=options.cfg_scale != 1,
-        cfg_interval=options.cfg_interval,
-        cache=options.cache,
-    )
+    counted = run_cost(sizes.dit, latents, options, checkpoint="none")
     if options.motion is None:
         return counted.sampling_ffe
     share = guided_share(sizes.dit, latents, options.motion)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from diffsynth.caches.rules import KeptResidual, Probe, check_threshold
+from diffsynth.caches.rules import KeptResidual, Probe
 from diffsynth.configs.caches import CacheOptions
 
 
@@ -23,32 +23,24 @@ class FirstBlockCache(KeptResidual):
 
     Attributes:
         relative_change: of the last call, None at the first.
-
-    Raises:
-        ValueError: a threshold out of range.
     """
 
     probe_blocks = 1
 
     def __init__(self, threshold: float) -> None:
         super().__init__()
-        self.threshold = check_threshold("The first-block threshold", threshold)
+        self.threshold = threshold
         self.relative_change: float | None = None
         self._reference: Tensor | None = None
 
     @classmethod
-    def from_options(
-        cls,
-        options: CacheOptions,
-        prompt: str,  # noqa: ARG003
-        steps: range,  # noqa: ARG003
-        num_steps: int,  # noqa: ARG003
-    ) -> "FirstBlockCache":
+    def from_options(cls, options: CacheOptions, *_steps: object) -> "FirstBlockCache":
         """Return the rule of a run's options; see `caches.choose.make_rule`."""
         return cls(options.threshold)
 
-    def should_compute(self, residual: Tensor) -> bool:
+    def decide(self, probe: Probe) -> bool:
         """Return True if the other blocks must run, given what the first one added [1, S, D]."""
+        residual = probe.residual
         if self._reference is not None:
             change = (residual - self._reference).abs().mean() / self._reference.abs().mean()
             self.relative_change = change.item()
@@ -59,15 +51,11 @@ class FirstBlockCache(KeptResidual):
         return compute
 
     def state(self) -> dict[str, object]:
-        """The steps so far, as tensors and plain numbers by name."""
+        """Return the steps so far, as tensors and plain numbers by name."""
         kept = {"relative_change": self.relative_change, "reference": self._reference}
         return {**super().state(), **kept}
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from a `state`."""
+        """Continue from a `state`."""
         super().restore(state)
         self.relative_change, self._reference = state["relative_change"], state["reference"]
-
-    def decide(self, probe: Probe) -> bool:
-        """`should_compute`, for `run_blocks_cached`."""
-        return self.should_compute(probe.residual)

@@ -8,9 +8,8 @@ MagCache: Ma et al. 2025, arXiv 2506.09045.
 
 from collections.abc import Mapping
 
-from diffsynth.caches.rules import KeptResidual, Probe, check_threshold
+from diffsynth.caches.rules import KeptResidual, Probe
 from diffsynth.configs.caches import CacheOptions
-from diffsynth.data.frames import checked_int
 
 
 class MagCache(KeptResidual):
@@ -25,9 +24,6 @@ class MagCache(KeptResidual):
 
     Attributes:
         accumulated: sum of errors since the blocks last ran.
-
-    Raises:
-        ValueError: an argument out of range.
     """
 
     probe_blocks = 0
@@ -42,10 +38,7 @@ class MagCache(KeptResidual):
         first_step: int = 0,
     ) -> None:
         super().__init__()
-        self.threshold = check_threshold("The MagCache threshold", threshold)
-        self.max_skip = checked_int("max_skip", max_skip)
-        if not isinstance(retention, int | float) or not 0 <= retention <= 1:
-            raise ValueError(f"retention must be a number from 0 to 1; got {retention!r}")
+        self.threshold, self.max_skip = threshold, max_skip
         self.ratios = ratios
         self.accumulated = 0.0
         self._ratio = 1.0
@@ -66,10 +59,11 @@ class MagCache(KeptResidual):
             first_step=steps.start,
         )
 
-    def should_compute(self) -> bool:
+    def decide(self, _probe: Probe) -> bool:
         """Return True if the blocks must run at this step, False if `residual` may stand for them.
 
-        Raises RuntimeError if called for more steps than there are ratios.
+        Raises:
+            RuntimeError: called for more steps than there are ratios.
         """
         if self._step == len(self.ratios):
             raise RuntimeError(
@@ -87,7 +81,7 @@ class MagCache(KeptResidual):
         return not skip
 
     def state(self) -> dict[str, object]:
-        """The steps so far, as tensors and plain numbers by name."""
+        """Return the steps so far, as tensors and plain numbers by name."""
         return {
             **super().state(),
             "step": self._step,
@@ -97,11 +91,7 @@ class MagCache(KeptResidual):
         }
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from a `state`."""
+        """Continue from a `state`."""
         super().restore(state)
         self._step, self._ratio, self._skipped = state["step"], state["ratio"], state["skipped"]
         self.accumulated = state["accumulated"]
-
-    def decide(self, probe: Probe) -> bool:  # noqa: ARG002
-        """`should_compute`, for `run_blocks_cached`."""
-        return self.should_compute()

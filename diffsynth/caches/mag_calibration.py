@@ -3,10 +3,8 @@
 The ratio of a step is the mean over tokens of |residual| / |residual of the step before|, as published.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -93,18 +91,3 @@ def calibrate_magcache(
     ratios = MagRatios(recorder.mean("positive"), recorder.mean("negative"))
     logger.info("MagCache ratios over %d run(s): %s", len(prompts), ratios)
     return ratios
-
-
-def save_ratios(ratios: MagRatios, path: str | Path) -> Path:
-    """Write ratios as JSON, which `load_ratios` reads and config.json holds as "mag_ratios"."""
-    path = Path(path)
-    path.write_text(json.dumps(ratios.to_json(), indent=1) + "\n")
-    return path
-
-
-def load_ratios(path: str | Path) -> MagRatios:
-    """Read what `save_ratios` wrote. Raises FileNotFoundError, or ValueError for a file of another kind."""
-    try:
-        return MagRatios.from_json(json.loads(Path(path).read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error

@@ -5,7 +5,6 @@ the blocks added to their input when they last ran, stands for them. Each prompt
 that both prompts in one DiT call and each in its own decide alike.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -127,10 +126,3 @@ def _samples(state: DiTState, chosen: Sequence[int]) -> DiTState:
         context=take(state.context),
         image_context=image_context,
     )
-
-
-def check_threshold(name: str, threshold: object) -> float:
-    """Return a threshold of a rule; 0 never skips. Raises ValueError, naming it, if it is no number >= 0."""
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
-        raise ValueError(f"{name} is {threshold!r}; it must be a finite number, 0 (never skip) or above")
-    return float(threshold)

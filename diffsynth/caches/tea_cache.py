@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from diffsynth.caches.rules import KeptResidual, Probe, check_threshold
+from diffsynth.caches.rules import KeptResidual, Probe
 from diffsynth.configs.cache_tables import TEA_CACHE_MODELS
 from diffsynth.configs.caches import CacheOptions
 
@@ -18,34 +18,24 @@ from diffsynth.configs.caches import CacheOptions
 class TeaCache(KeptResidual):
     """Decides, step by step, whether the blocks run; keeps the residual for the steps where they do not.
 
-    One object serves one prompt of a run of `num_steps` steps. e0 depends on the timestep alone, so that the
-    objects of both prompts decide alike. Each decision waits for the device.
+    One object serves one prompt of a run. e0 depends on the timestep alone, so that the objects of both
+    prompts decide alike. Each decision waits for the device.
 
     Args:
-        num_steps: calls of should_compute in a run, >= 1; the first and the last one always compute.
-        threshold: sum of estimated changes at which blocks run again, >= 0; higher skips more, 0 never.
+        num_steps: steps in which the prompt runs; the first and the last one always compute.
+        threshold: sum of estimated changes at which blocks run again; higher skips more, 0 never.
         model_id: a key of TEA_CACHE_MODELS.
 
     Attributes:
         accumulated: sum of estimated changes since the blocks last ran.
         relative_change: mean |e0 - previous e0| / mean |previous e0| of the last call, None at the first.
-
-    Raises:
-        ValueError: an argument out of range, or an unknown model id (the known ones are listed).
     """
 
     probe_blocks = 0
 
     def __init__(self, num_steps: int, threshold: float, model_id: str) -> None:
         super().__init__()
-        if model_id not in TEA_CACHE_MODELS:
-            raise ValueError(
-                f"tea_cache_model_id is {model_id!r}; it must be one of: {', '.join(TEA_CACHE_MODELS)}"
-            )
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps!r}; it must be a whole number >= 1")
-        self.num_steps = num_steps
-        self.threshold = check_threshold("The TeaCache threshold", threshold)
+        self.num_steps, self.threshold = num_steps, threshold
         self.accumulated = 0.0
         self.relative_change: float | None = None
         self._coefficients = TEA_CACHE_MODELS[model_id].coefficients
@@ -53,15 +43,12 @@ class TeaCache(KeptResidual):
         self._previous: Tensor | None = None
 
     @classmethod
-    def from_options(cls, options: CacheOptions, prompt: str, steps: range, num_steps: int) -> "TeaCache":  # noqa: ARG003
+    def from_options(cls, options: CacheOptions, _prompt: str, steps: range, _num_steps: int) -> "TeaCache":
         """Return the rule of a run's options; see `caches.choose.make_rule`."""
         return cls(len(steps), options.threshold, options.model_id)
 
-    def should_compute(self, e0: Tensor) -> bool:
+    def decide(self, probe: Probe) -> bool:
         """Return True if the blocks must run at this step, False if `residual` may stand for them.
-
-        Args:
-            e0: time projection of this step [B, 6, D], on any device.
 
         Raises:
             RuntimeError: called more than num_steps times.
@@ -70,7 +57,7 @@ class TeaCache(KeptResidual):
             raise RuntimeError(
                 f"This TeaCache was made for {self.num_steps} steps: make a new one for each run"
             )
-        e0 = e0.detach().float()
+        e0 = probe.modulation.detach().float()
         # Estimates of small changes are below 0, and so is their sum: 0 is no bound that it reaches.
         forced = self._step in (0, self.num_steps - 1) or self.threshold == 0
         if self._previous is not None:
@@ -92,7 +79,7 @@ class TeaCache(KeptResidual):
         return value
 
     def state(self) -> dict[str, object]:
-        """The steps so far, as tensors and plain numbers by name."""
+        """Return the steps so far, as tensors and plain numbers by name."""
         return {
             **super().state(),
             "step": self._step,
@@ -102,11 +89,7 @@ class TeaCache(KeptResidual):
         }
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from a `state`."""
+        """Continue from a `state`."""
         super().restore(state)
         self._step, self._previous = state["step"], state["previous"]
         self.accumulated, self.relative_change = state["accumulated"], state["relative_change"]
-
-    def decide(self, probe: Probe) -> bool:
-        """`should_compute`, for `run_blocks_cached`."""
-        return self.should_compute(probe.modulation)

@@ -1,44 +1,76 @@
 """The step caches by name, and which one a run uses, with its numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffsynth.configs.cache_tables import MAG_CACHE_MODELS, MODEL_OF_DIT_DIM, TEA_CACHE_MODELS, MagRatios
-from diffsynth.configs.fields import Choice, Number, Text, Whole, check_options, option
+from diffsynth.configs.fields import Choice, Number, Text, Whole, check_options, check_value, option
 
-FIRST_BLOCK_THRESHOLD = 0.05  # the default of diffusers
+Ratios = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cache:
-    """Facts about a step cache.
+    """Facts about a step cache. A new one is a file in `diffsynth/caches` and an entry in `CACHES`.
 
     Attributes:
         rule: path of the class that decides, "package.module:Class"; see `caches.rules`.
         help: how it decides; part of a sentence.
+        numbers: fields of `CacheOptions` as they are published for a DiT, by its width, the ratios that the
+            checkpoint declares, and the model id that was asked for.
         kept_tensors: tensors of the tokens' shape that it keeps of each prompt.
         by_count: it decides by the number of the step alone, so that what it skips is known beforehand.
     """
 
     rule: str
     help: str
+    numbers: Callable[[int, Ratios | None, str], dict[str, Any]]
     kept_tensors: int = 1
     by_count: bool = False
 
 
+def _tea_cache(dit_dim: int, _declared: Ratios | None, model_id: str) -> dict[str, Any]:
+    model_id = model_id or MODEL_OF_DIT_DIM.get(dit_dim, "")
+    if model_id not in TEA_CACHE_MODELS:
+        known = ", ".join(TEA_CACHE_MODELS)
+        if model_id:
+            raise ValueError(f"tea_cache_model_id is {model_id!r}; it must be one of: {known}")
+        raise ValueError(
+            f"no TeaCache coefficients are known for a DiT of width {dit_dim}; "
+            f"pass tea_cache_model_id, one of: {known}"
+        )
+    return {"model_id": model_id, "threshold": TEA_CACHE_MODELS[model_id].thresholds[0]}
+
+
+def _mag_cache(dit_dim: int, declared: Ratios | None, _model_id: str) -> dict[str, Any]:
+    known = MODEL_OF_DIT_DIM.get(dit_dim)
+    if known is None and declared is None:
+        raise ValueError(
+            f"no MagCache ratios are known for a DiT of width {dit_dim}: measure them with "
+            "calibrate_magcache and declare them in the checkpoint's config.json, or pass CacheOptions"
+        )
+    published = MAG_CACHE_MODELS[known or "Wan2.1-T2V-1.3B"]
+    ratios = published.ratios if declared is None else MagRatios.from_json(declared)
+    return {"threshold": published.threshold, "ratios": ratios, "max_skip": published.max_skip}
+
+
 CACHES: dict[str, Cache] = {
     "teacache": Cache(
-        rule="diffsynth.caches.tea_cache:TeaCache", help="by the change of the time embedding (TeaCache)"
+        rule="diffsynth.caches.tea_cache:TeaCache",
+        help="by the change of the time embedding (TeaCache)",
+        numbers=_tea_cache,
     ),
     "magcache": Cache(
         rule="diffsynth.caches.mag_cache:MagCache",
         help="by ratios of residuals that were measured beforehand (MagCache)",
+        numbers=_mag_cache,
         by_count=True,
     ),
     "first_block": Cache(
         rule="diffsynth.caches.first_block_cache:FirstBlockCache",
         help="by the change of what the first block adds",
+        numbers=lambda *_: {"threshold": 0.05},  # the default of diffusers
         kept_tensors=3,
     ),
 }
@@ -70,10 +102,8 @@ class CacheOptions:
         check_options(self)
         if self.name == "magcache" and self.ratios is None:
             raise ValueError("MagCache needs ratios: measure them with calibrate_magcache")
-        if self.name == "teacache" and self.model_id not in TEA_CACHE_MODELS:
-            raise ValueError(
-                f"tea_cache_model_id is {self.model_id!r}; it must be one of: {', '.join(TEA_CACHE_MODELS)}"
-            )
+        if self.name == "teacache":
+            _tea_cache(0, None, self.model_id)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "CacheOptions":
@@ -86,7 +116,7 @@ def choose_cache(
     name: str,
     threshold: float | None,
     dit_dim: int,
-    declared_ratios: Mapping[str, Sequence[float]] | None = None,
+    declared_ratios: Ratios | None = None,
     model_id: str = "",
 ) -> CacheOptions:
     """Return a step cache with the numbers that are published for a DiT of this width.
@@ -101,28 +131,6 @@ def choose_cache(
     Raises:
         ValueError: an unknown name, or nothing is published for this width.
     """
-    known = MODEL_OF_DIT_DIM.get(dit_dim, "")
-    if name == "teacache":
-        model_id = model_id or known
-        if not model_id:
-            raise ValueError(
-                f"no TeaCache coefficients are known for a DiT of width {dit_dim}; "
-                f"pass tea_cache_model_id, one of: {', '.join(TEA_CACHE_MODELS)}"
-            )
-        if threshold is None and model_id in TEA_CACHE_MODELS:
-            threshold = TEA_CACHE_MODELS[model_id].thresholds[0]
-        return CacheOptions(name=name, threshold=threshold or 0.0, model_id=model_id)
-    if name == "magcache":
-        if known not in MAG_CACHE_MODELS and declared_ratios is None:
-            raise ValueError(
-                f"no MagCache ratios are known for a DiT of width {dit_dim}: measure them with "
-                "calibrate_magcache and declare them in the checkpoint's config.json, or pass CacheOptions"
-            )
-        numbers = MAG_CACHE_MODELS.get(known, MAG_CACHE_MODELS["Wan2.1-T2V-1.3B"])
-        return CacheOptions(
-            name=name,
-            threshold=numbers.threshold if threshold is None else threshold,
-            ratios=numbers.ratios if declared_ratios is None else MagRatios.from_json(declared_ratios),
-            max_skip=numbers.max_skip,
-        )
-    return CacheOptions(name=name, threshold=FIRST_BLOCK_THRESHOLD if threshold is None else threshold)
+    numbers = CACHES[check_value("cache", Choice(CACHES), name)].numbers(dit_dim, declared_ratios, model_id)
+    asked = {} if threshold is None else {"threshold": threshold}
+    return CacheOptions(name=name, **{**numbers, **asked})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import SEARCH_WINDOW, TILE
-from diffsynth.motion.flow import Pairs, dense_flow, expected_values, frame_pairs, token_positions
+from diffsynth.motion.flow import Pairs, dense_flow, expected_in_windows, frame_pairs, token_positions
 from diffsynth.motion.losses import mean_change
 from diffsynth.motion.tile_flow import centre_positions, pair_order, to_tiles
 
@@ -49,7 +49,7 @@ def released_tile_flow(
     seen = _released_windows(q, k, between, window, tile, tau, chunk)
     values = token_positions(window, window, q)
     values[1::2] = 0
-    in_window = expected_values(to_tiles(q, tile), k, between, values, tau, chunk, seen)
+    in_window = expected_in_windows(to_tiles(q, tile), k, between, values, seen, tau)
     flow = torch.cat(
         [
             dense_flow(q, k, within, tau, chunk).flatten(1, 2),

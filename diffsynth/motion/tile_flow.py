@@ -17,8 +17,8 @@ from diffsynth.configs.guidance import SEARCH_WINDOW, TAU, TILE, Heads
 from diffsynth.motion.flow import (
     Pairs,
     dense_flow,
+    expected_in_windows,
     expected_positions,
-    expected_values,
     frame_pairs,
     token_positions,
 )  # fmt: skip
@@ -132,7 +132,7 @@ def _flow_in_windows(
 ) -> Tensor:  # fmt: skip
     grid = tuple(q.shape[1:3])
     seen = window_tokens(windows, sides, grid)
-    in_window = expected_values(to_tiles(q, tile), k, pairs, token_positions(*sides, q), tau, chunk, seen)
+    in_window = expected_in_windows(to_tiles(q, tile), k, pairs, token_positions(*sides, q), seen, tau)
     expected = from_tiles(in_window + windows[:, :, None], tile, grid)
     return expected - token_positions(*grid, q).unflatten(0, grid)
 

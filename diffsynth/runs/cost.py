@@ -45,8 +45,9 @@ class RunCost:
         self.time_guidance.append(seconds)
         self.gradient_evaluations += record.gradient_evaluations
         self.losses.append(record.losses)
-        losses = " -> ".join(f"{loss:.4g}" for loss in record.losses) or "gradients of an earlier step"
-        logger.info("guided step %d: loss %s", len(self.time_guidance), losses)
+        losses = "loss " + " -> ".join(f"{loss:.4g}" for loss in record.losses)
+        found = losses if record.losses else "gradients of an earlier step"
+        logger.info("guided step %d: %s", len(self.time_guidance), found)
 
     def state(self) -> dict[str, object]:
         """Return all fields, as plain numbers and text that later steps do not change."""
