@@ -4,10 +4,11 @@ import argparse
 import logging
 from pathlib import Path
 
-from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.cli.outputs import reserve_name
-from diffsynth.configs.options import MODES
+
+from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
+from diffsynth.configs.options import MODES
 from diffsynth.schedulers import SAMPLERS
 
 NEGATIVE_PROMPT = (

@@ -277,7 +277,10 @@ def test_levers_are_read_from_json():
         ({"coarse": 0}, "coarse must be a whole number of at least 1; got 0"),
         ({"recompute_every": 1.5}, "recompute_every must be a whole number of at least 1; got 1.5"),
         ({"recompute_below": math.nan}, "recompute_below must be .* at least -1, at most 1 or None; got nan"),
-        ({"attention_window": (1, 2)}, r"attention_window must be three values \(frames, rows, columns\).* got \(1, 2\)"),
+        (
+            {"attention_window": (1, 2)},
+            r"attention_window must be three values \(frames, rows, columns\).* got \(1, 2\)",
+        ),
         (
             {"mode": "FlowMotion", "coarse": 2},
             "attention_window and coarse are for modes that read attention",

@@ -135,7 +135,7 @@ def test_latent_prediction_takes_no_gradient_through_the_dit():
     latents, inputs = step_inputs()
     dit = make_dit()
     guidance = MotionGuidance.for_mode(
-        "FlowMotion", dict(inner_steps=1, prediction_cfg=1.0, difference_weight=0.0)
+        "FlowMotion", {"inner_steps": 1, "prediction_cfg": 1.0, "difference_weight": 0.0}
     )
     moved, record = guided_step(dit, latents, guidance=guidance, **inputs)
     t = torch.tensor([900.0])

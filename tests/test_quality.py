@@ -132,7 +132,7 @@ def test_costs_are_counted_in_forwards():
     assert guidance_cost(flow, 6, 25) == pytest.approx(12 * (1 + 3 * 4) * 4 / 6)
     assert guidance_cost(flow, 6, 5) == pytest.approx(5 * (1 + 3 * 4) * 4 / 6)
     assert guidance_cost(flow, 6, 25, gradient_evaluations=20) == pytest.approx((12 + 60) * 4 / 6)
-    prediction = MotionGuidance.for_mode("FlowMotion", dict(guided_steps=10))
+    prediction = MotionGuidance.for_mode("FlowMotion", {"guided_steps": 10})
     assert guidance_cost(prediction, 30, 50) == 10 * (1 + 3 * 2)
     equal = at_equal_cost(prediction, flow, 6, 25)
     assert (equal.guided_steps, equal.inner_steps) == (12, 4)

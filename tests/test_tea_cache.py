@@ -80,9 +80,7 @@ def test_a_threshold_that_is_no_number_of_at_least_0_is_refused(threshold):
 
 
 def test_unknown_models_are_named():
-    with pytest.raises(
-        ValueError, match="tea_cache_model_id is 'Wan9'; it must be one of: Wan2.1"
-    ):
+    with pytest.raises(ValueError, match=r"tea_cache_model_id is 'Wan9'; it must be one of: Wan2\.1"):
         CacheOptions(name="teacache", threshold=0.1, model_id="Wan9")
 
 
