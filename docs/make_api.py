@@ -10,8 +10,8 @@ from pathlib import Path
 
 import diffsynth
 from diffsynth import evaluation
-from diffsynth.caches.choose import CacheOptions
 from diffsynth.caches.mag_calibration import calibrate_magcache
+from diffsynth.configs.caches import CacheOptions
 from diffsynth.configs.defaults import RunDefaults
 from diffsynth.configs.options import RunOptions
 from diffsynth.data.synthetic import SyntheticClip, make_clip

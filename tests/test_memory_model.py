@@ -7,8 +7,7 @@ import pytest
 import torch
 from memory_meter import MemoryMeter, default_dtype, fake_device
 
-from diffsynth.caches.choose import make_rule
-from diffsynth.caches.rules import run_blocks_cached
+from diffsynth.caches.rules import make_rule, run_blocks_cached
 from diffsynth.configs.caches import CacheOptions
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.options import RunOptions

@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffsynth.caches.choose import make_rule
 from diffsynth.caches.mag_calibration import _Series
-from diffsynth.caches.rules import Probe
+from diffsynth.caches.rules import Probe, make_rule
 from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.caches import CacheOptions
 from diffsynth.motion import GradientMemory, MotionGuidance

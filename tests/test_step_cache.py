@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from diffsynth import WanVideoPipeline
-from diffsynth.caches.choose import make_rule
 from diffsynth.caches.first_block_cache import FirstBlockCache
 from diffsynth.caches.mag_cache import MagCache
 from diffsynth.caches.mag_calibration import calibrate_magcache
-from diffsynth.caches.rules import KeptResidual, Probe, run_blocks_cached
+from diffsynth.caches.rules import Probe, StepCache, make_rule, run_blocks_cached
 from diffsynth.configs.cache_tables import MAG_CACHE_MODELS, MagRatios
 from diffsynth.configs.caches import CACHES, Cache, CacheOptions, choose_cache
 from diffsynth.configs.defaults import RunDefaults
@@ -218,7 +217,7 @@ def test_prompts_in_one_call_decide_and_give_what_they_do_in_two(dit, inputs, na
         assert set(rows_one) == {1, 2}
 
 
-class Says(KeptResidual):
+class Says(StepCache):
     """A rule that says what it is told."""
 
     def __init__(self, *answers, probe_blocks=0):
@@ -381,7 +380,7 @@ def test_bad_choices_are_named(case):
         cache_of(**given)
 
 
-class EverySecond(KeptResidual):
+class EverySecond(StepCache):
     """A rule of one's own: blocks run at every second step."""
 
     probe_blocks = 0

@@ -5,15 +5,13 @@ difference relative to the latter, the others' last residual stands for them.
 First Block Cache of ParaAttention, and as in diffusers' FirstBlockCacheConfig.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
-from diffsynth.caches.rules import KeptResidual, Probe
+from diffsynth.caches.rules import Probe, StepCache
 from diffsynth.configs.caches import CacheOptions
 
 
-class FirstBlockCache(KeptResidual):
+class FirstBlockCache(StepCache):
     """Decides by the change of the first block's residual; the first call always computes.
 
     Keeps two residuals: of the first block and of the others. Each decision waits for the device.
@@ -26,6 +24,7 @@ class FirstBlockCache(KeptResidual):
     """
 
     probe_blocks = 1
+    kept = ("relative_change", "_reference")
 
     def __init__(self, threshold: float) -> None:
         super().__init__()
@@ -35,7 +34,7 @@ class FirstBlockCache(KeptResidual):
 
     @classmethod
     def from_options(cls, options: CacheOptions, *_steps: object) -> "FirstBlockCache":
-        """Return the rule of a run's options; see `caches.choose.make_rule`."""
+        """Return the rule of a run's options; see `make_rule`."""
         return cls(options.threshold)
 
     def decide(self, probe: Probe) -> bool:
@@ -49,13 +48,3 @@ class FirstBlockCache(KeptResidual):
         if compute:
             self._reference = residual
         return compute
-
-    def state(self) -> dict[str, object]:
-        """Return the steps so far, as tensors and plain numbers by name."""
-        kept = {"relative_change": self.relative_change, "reference": self._reference}
-        return {**super().state(), **kept}
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Continue from a `state`."""
-        super().restore(state)
-        self.relative_change, self._reference = state["relative_change"], state["reference"]

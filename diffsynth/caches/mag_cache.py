@@ -6,13 +6,11 @@ by adds up over skipped steps until it reaches the threshold. Decisions need no 
 MagCache: Ma et al. 2025, arXiv 2506.09045.
 """
 
-from collections.abc import Mapping
-
-from diffsynth.caches.rules import KeptResidual, Probe
+from diffsynth.caches.rules import Probe, StepCache
 from diffsynth.configs.caches import CacheOptions
 
 
-class MagCache(KeptResidual):
+class MagCache(StepCache):
     """Decides, step by step, from the ratios of one prompt's residuals.
 
     Args:
@@ -26,7 +24,7 @@ class MagCache(KeptResidual):
         accumulated: sum of errors since the blocks last ran.
     """
 
-    probe_blocks = 0
+    kept = ("_step", "accumulated", "_ratio", "_skipped")
 
     def __init__(
         self,
@@ -49,7 +47,7 @@ class MagCache(KeptResidual):
 
     @classmethod
     def from_options(cls, options: CacheOptions, prompt: str, steps: range, num_steps: int) -> "MagCache":
-        """Return the rule of a run's options; see `caches.choose.make_rule`."""
+        """Return the rule of a run's options; see `make_rule`."""
         ratios = options.ratios.for_steps(num_steps).of(prompt)
         return cls(
             ratios,
@@ -79,19 +77,3 @@ class MagCache(KeptResidual):
         if not skip:
             self.accumulated, self._ratio, self._skipped = 0.0, 1.0, 0
         return not skip
-
-    def state(self) -> dict[str, object]:
-        """Return the steps so far, as tensors and plain numbers by name."""
-        return {
-            **super().state(),
-            "step": self._step,
-            "accumulated": self.accumulated,
-            "ratio": self._ratio,
-            "skipped": self._skipped,
-        }
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Continue from a `state`."""
-        super().restore(state)
-        self._step, self._ratio, self._skipped = state["step"], state["ratio"], state["skipped"]
-        self.accumulated = state["accumulated"]

@@ -7,11 +7,14 @@ that both prompts in one DiT call and each in its own decide alike.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffsynth.configs.caches import CACHES, CacheOptions
+from diffsynth.configs.fields import load
+from diffsynth.configs.options import CacheMaker
 from diffsynth.models.wan_video_dit import DiTState, WanModel
 
 
@@ -24,41 +27,27 @@ class Probe(NamedTuple):
     residual: Tensor | None
 
 
-class StepCache(Protocol):
-    """A rule, with what it keeps of one prompt's steps.
+class StepCache:
+    """Base of the rules, which keeps the residual: float32, 201 MB for 81 frames of 480x832 at width 1536.
 
-    probe_blocks: blocks, from the first, that run at every step before the decision.
+    Attributes:
+        probe_blocks: blocks, from the first, that run at every step before the decision.
+        kept: names of the attributes that later decisions read: tensors, never changed in place, and plain
+            numbers.
     """
 
-    probe_blocks: int
-
-    def decide(self, probe: Probe) -> bool:
-        """True if the blocks must run at this step. Called once a step, in order."""
-
-    def store(self, residual: Tensor) -> None:
-        """Keep what the blocks after `probe_blocks` added to their input [1, S, D]."""
-
-    @property
-    def residual(self) -> Tensor:
-        """The last stored residual."""
-
-    def state(self) -> dict[str, object]:
-        """What later decisions need of the steps so far: tensors and plain numbers by name, none of which
-        later steps change in place.
-        """
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from a `state`: decisions and residuals are the same."""
-
-
-class KeptResidual:
-    """The residual that a rule keeps: float32 [1, S, D], 201 MB for 81 frames of 480x832 at width 1536."""
+    probe_blocks = 0
+    kept: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self._residual: Tensor | None = None
 
+    def decide(self, probe: Probe) -> bool:
+        """Return True if the blocks must run at this step. Called once a step, in order."""
+        raise NotImplementedError
+
     def store(self, residual: Tensor) -> None:
-        """Keep the blocks' output minus their input, of any shape, for the steps that skip them."""
+        """Keep what the blocks after `probe_blocks` added to their input [1, S, D]."""
         self._residual = residual
 
     @property
@@ -69,12 +58,33 @@ class KeptResidual:
         return self._residual
 
     def state(self) -> dict[str, object]:
-        """What is kept, as tensors and plain numbers by name."""
-        return {"residual": self._residual}
+        """Return what later steps need of those so far: tensors and plain numbers by name."""
+        return {name: getattr(self, name) for name in ("_residual", *self.kept)}
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from a `state`."""
-        self._residual = state["residual"]
+        """Continue from a `state`: decisions and residuals are the same."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def make_rule(cache: CacheOptions | CacheMaker, prompt: str, steps: range, num_steps: int) -> StepCache:
+    """Return a new rule for one prompt.
+
+    Args:
+        cache: options, or an object that makes rules of its own kind.
+        prompt: "positive" or "negative".
+        steps: those of the run's steps in which the prompt runs.
+        num_steps: steps of the run.
+
+    Raises:
+        TypeError: the object makes rules that cannot tell their state, so that a run could not continue.
+    """
+    if isinstance(cache, CacheOptions):
+        return load(CACHES[cache.name].rule).from_options(cache, prompt, steps, num_steps)
+    rule = cache.make(prompt, steps, num_steps)
+    if not hasattr(rule, "state") or not hasattr(rule, "restore"):
+        raise TypeError(f"a rule of cache needs state() and restore(state); {type(rule).__name__} lacks them")
+    return rule
 
 
 def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache]) -> Tensor:
@@ -84,15 +94,9 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
     """
     first = caches[0].probe_blocks
     before = dit.run_blocks(state, stop=first) if first else state.tokens
-    computing = [
-        cache.decide(
-            Probe(
-                state.modulation[i : i + 1],
-                before[i : i + 1] - state.tokens[i : i + 1] if first else None,
-            )
-        )
-        for i, cache in enumerate(caches)
-    ]
+    added = (before - state.tokens).split(1) if first else [None] * len(caches)
+    probes = map(Probe, state.modulation.split(1), added)
+    computing = [cache.decide(probe) for cache, probe in zip(caches, probes, strict=True)]
     chosen = [i for i, computes in enumerate(computing) if computes]
     ran = before[:0]
     if chosen:
@@ -105,24 +109,16 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
     done = iter(ran.split(1))
     return torch.cat(
         [
-            next(done) if computes else before[i : i + 1] + cache.residual
-            for i, (cache, computes) in enumerate(zip(caches, computing, strict=True))
+            next(done) if computes else sample + cache.residual
+            for sample, cache, computes in zip(before.split(1), caches, computing, strict=True)
         ]
     )
 
 
 def _samples(state: DiTState, chosen: Sequence[int]) -> DiTState:
     """The state of some samples of a batch; by slices, as an index list would wait for the device."""
-
-    def take(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor[i : i + 1] for i in chosen])
-
-    image_context = None if state.image_context is None else take(state.image_context)
+    tensors = {n: getattr(state, n) for n in ("tokens", "time", "modulation", "context", "image_context")}
     return replace(
         state,
-        tokens=take(state.tokens),
-        time=take(state.time),
-        modulation=take(state.modulation),
-        context=take(state.context),
-        image_context=image_context,
+        **{name: torch.cat([t[i : i + 1] for i in chosen]) for name, t in tensors.items() if t is not None},
     )

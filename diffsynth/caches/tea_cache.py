@@ -6,16 +6,14 @@ the threshold. A skipped step adds the last residual (output of the blocks minus
 TeaCache: Liu et al. 2024, arXiv 2411.19108.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
-from diffsynth.caches.rules import KeptResidual, Probe
+from diffsynth.caches.rules import Probe, StepCache
 from diffsynth.configs.cache_tables import TEA_CACHE_MODELS
 from diffsynth.configs.caches import CacheOptions
 
 
-class TeaCache(KeptResidual):
+class TeaCache(StepCache):
     """Decides, step by step, whether the blocks run; keeps the residual for the steps where they do not.
 
     One object serves one prompt of a run. e0 depends on the timestep alone, so that the objects of both
@@ -31,7 +29,7 @@ class TeaCache(KeptResidual):
         relative_change: mean |e0 - previous e0| / mean |previous e0| of the last call, None at the first.
     """
 
-    probe_blocks = 0
+    kept = ("_step", "accumulated", "relative_change", "_previous")
 
     def __init__(self, num_steps: int, threshold: float, model_id: str) -> None:
         super().__init__()
@@ -44,7 +42,7 @@ class TeaCache(KeptResidual):
 
     @classmethod
     def from_options(cls, options: CacheOptions, _prompt: str, steps: range, _num_steps: int) -> "TeaCache":
-        """Return the rule of a run's options; see `caches.choose.make_rule`."""
+        """Return the rule of a run's options; see `make_rule`."""
         return cls(len(steps), options.threshold, options.model_id)
 
     def decide(self, probe: Probe) -> bool:
@@ -77,19 +75,3 @@ class TeaCache(KeptResidual):
         for coefficient in self._coefficients:
             value = value * change + coefficient
         return value
-
-    def state(self) -> dict[str, object]:
-        """Return the steps so far, as tensors and plain numbers by name."""
-        return {
-            **super().state(),
-            "step": self._step,
-            "accumulated": self.accumulated,
-            "relative_change": self.relative_change,
-            "previous": self._previous,
-        }
-
-    def restore(self, state: Mapping[str, object]) -> None:
-        """Continue from a `state`."""
-        super().restore(state)
-        self._step, self._previous = state["step"], state["previous"]
-        self.accumulated, self.relative_change = state["accumulated"], state["relative_change"]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diffsynth.caches.choose import make_rule
+from diffsynth.caches.rules import make_rule
 from diffsynth.configs.options import RunOptions
 from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components

@@ -16,8 +16,7 @@ from math import prod
 
 import torch
 
-from diffsynth.caches.choose import make_rule
-from diffsynth.caches.rules import Probe
+from diffsynth.caches.rules import Probe, make_rule
 from diffsynth.configs.caches import CACHES, CacheOptions
 from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.guidance import MotionGuidance

@@ -10,7 +10,7 @@ Axes: F latent frames, h/w latent rows/columns, S tokens; w bytes of a number in
 from dataclasses import dataclass
 from math import prod
 
-from diffsynth.caches.choose import make_rule
+from diffsynth.caches.rules import make_rule
 from diffsynth.configs.caches import CACHES, CacheOptions
 from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.guidance import MotionGuidance
