@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from vae_names import diffusers_vae_key
 
 from diffsynth import ModelManager, WanVideoPipeline
 from diffsynth.models.wan_video_dit_keys import official_key
 from diffsynth.models.wan_video_text_encoder import transformers_to_official_key
 from diffsynth.models.wan_video_vae import vae_config_from_shapes
-from diffsynth.models.wan_video_vae_keys import diffusers_vae_key
 
 
 @pytest.fixture(scope="module")

@@ -52,9 +52,7 @@ def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionBackend:
-    """Facts about one kernel. `module` is the package it needs, `dtypes` and `devices` are None where all
-    will do.
-    """
+    """Facts about one kernel. module: the package it needs. devices, dtypes: None where all will do."""
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     module: str | None = None
@@ -134,13 +132,14 @@ def _resolve(
     name: str | None, device: str, dtype: torch.dtype, head_dim: int, needs_grad: bool
 ) -> AttentionBackend:
     wanted = (device, dtype, head_dim, needs_grad)
-    if name is not None and needs_grad and not BACKENDS[check_backend_name(name)].differentiable:
-        logger.warning("attention backend %r has no backward pass: calls with a gradient use another", name)
-    elif name is not None:
-        reason = BACKENDS[check_backend_name(name)].refusal(*wanted)
-        if reason is not None:
+    if name is not None:
+        backend = BACKENDS[check_backend_name(name)]
+        if needs_grad and not backend.differentiable:
+            logger.warning("attention backend %r has no backward pass: with a gradient another is used", name)
+        elif reason := backend.refusal(*wanted):
             raise ValueError(f"attention backend {name!r} cannot be used: {reason}")
-        return BACKENDS[name]
+        else:
+            return backend
     for candidate, backend in BACKENDS.items():
         if backend.refusal(*wanted) is None:
             logger.info("attention on %s in %s (gradient: %s): %s", device, dtype, needs_grad, candidate)

@@ -9,8 +9,9 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 
 DOWNLOAD_HINT = "published checkpoints are fetched by: python examples/download_model.py --model 1.3b"
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
-# Names under which the weights of a checkpoint are published; other files in a folder may be anything.
-_PUBLISHED_NAME = re.compile(
+# Names under which weights are published: such files must be whole, others in a folder may be anything.
+PUBLISHED_NAME = re.compile(
     r"(diffusion_pytorch_model|model|models_t5|Wan2\.1_VAE)\b.*\.(safetensors|pth)|models_t5.*"
 )
 _WRAPPERS = ("model_state", "state_dict", "model")
@@ -57,8 +58,7 @@ def open_weights(files: Sequence[Path]) -> dict[str, StoredTensor]:
         if not file.is_file():
             raise FileNotFoundError(f"weight file {file} does not exist; {DOWNLOAD_HINT}")
         found = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
-        twice = tensors.keys() & found.keys()
-        if twice:
+        if twice := tensors.keys() & found.keys():
             name = min(twice)
             raise CheckpointError(f"{name!r} stands both in {tensors[name].file} and in {file}")
         tensors.update(found)
@@ -75,12 +75,10 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{file} is truncated or not a safetensors file ({error}); fetch it again"
         ) from error
-
-    def reader(name: str) -> Callable[[], Tensor]:
-        return lambda: handle.get_tensor(name)
-
     return {
-        name: StoredTensor(file, torch.Size(handle.get_slice(name).get_shape()), reader(name))
+        name: StoredTensor(
+            file, torch.Size(handle.get_slice(name).get_shape()), partial(handle.get_tensor, name)
+        )
         for name in handle.keys()  # noqa: SIM118
     }
 
@@ -100,19 +98,13 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         content = next(iter(content.values()))
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} does not hold a state dict (names and tensors)")
-
-    def reader(tensor: Tensor) -> Callable[[], Tensor]:
-        return lambda: tensor
-
-    return {str(name): StoredTensor(file, value.shape, reader(value)) for name, value in content.items()}
+    return {str(name): StoredTensor(file, t.shape, lambda t=t: t) for name, t in content.items()}
 
 
 def files_of(entry: str | Path | Sequence[str | Path]) -> list[list[Path]]:
     """The groups of files, one group a model, that an entry of `ModelManager.load_models` names.
 
-    An entry is a weight file, a list of shards, an index (`*.index.json`), or a folder in the official or
-    diffusers layout. Raises FileNotFoundError, naming what is missing, and CheckpointError for a damaged
-    index.
+    Raises FileNotFoundError, naming what is missing, and CheckpointError for a damaged index.
     """
     if not isinstance(entry, str | Path):
         if not isinstance(entry, Sequence) or len(entry) == 0:
@@ -140,10 +132,10 @@ def _files_of_index(index: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} names the shard {name!r}; shards must lie beside their index")
     files = [index.parent / name for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing := [file.name for file in files if not file.is_file()]:
+        first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise FileNotFoundError(
-            f"{index.parent} lacks {len(missing)} shards of {index.name}: {_first(missing)}; {DOWNLOAD_HINT}"
+            f"{index.parent} lacks {len(missing)} shards of {index.name}: {first}; {DOWNLOAD_HINT}"
         )
     return files
 
@@ -166,13 +158,3 @@ def _files_in_folder(folder: Path) -> list[list[Path]]:
         if (folder / component).is_dir():
             groups += _files_in_folder(folder / component)
     return groups
-
-
-def is_published_name(file: Path) -> bool:
-    """Whether a file in a checkpoint folder is named like a part of it, and so must be whole."""
-    return _PUBLISHED_NAME.fullmatch(file.name) is not None
-
-
-def _first(names: Iterable[str], count: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -5,6 +5,7 @@ accelerator until the backward pass comes to its block; values and order of oper
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,20 +21,15 @@ def checkpointed(block: Callable[..., Tensor], tokens: Tensor, *state: Any, offl
 
     Tensors inside `state` stay where they are.
     """
-    if not offload_inputs:
-        return _run(block, tokens, *state)
     # The outer hooks see what the checkpoint keeps, not what the block computes with.
-    with saved_tensors_hooks(to_host, to_device):
-        return _run(block, tokens, *state)
-
-
-def _run(block: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    with saved_tensors_hooks(to_host, to_device) if offload_inputs else nullcontext():
+        return checkpoint(block, tokens, *state, use_reentrant=False, preserve_rng_state=False)
 
 
 def to_host(tensor: Tensor) -> Kept:
-    """The tensor's device and its copy in CPU memory, page-locked so that the copy does not stop the queue of
-    work; on a CPU the tensor itself.
+    """Return the tensor's device and its copy in CPU memory; on a CPU the tensor itself.
+
+    Page-locked, so that the copy does not stop the queue of work as `torch.autograd.graph.save_on_cpu` does.
     """
     if tensor.device.type == "cpu":
         return tensor.device, tensor

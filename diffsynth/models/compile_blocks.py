@@ -44,12 +44,6 @@ def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
         block.forward = MethodType(compiled[kind], block)
 
 
-def plain_blocks(dit: WanModel) -> None:
-    """Undo `compile_blocks`."""
-    for block in dit.blocks:
-        vars(block).pop("forward", None)
-
-
 def _compiled(forward: Forward, backend: str) -> Forward:
     """The compiled function, which logs the seconds of calls that compiled anything."""
     compile_graph = torch._dynamo.lookup_backend(backend)

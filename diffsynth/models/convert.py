@@ -7,11 +7,10 @@ converted on disk, the system reads and drops pages of the file as they are need
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, files_of, open_weights
 from diffsynth.models.model_kinds import kind_of
@@ -74,32 +73,15 @@ def _link(source: str, target: str) -> None:
 def _write_shards(
     tensors: Mapping[str, StoredTensor], folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    parts: list[list[str]] = []
-    for shard in _shards(tensors, dtype, shard_bytes):
-        save_file(shard, folder / f"part-{len(parts)}", metadata={"format": "pt"})
-        parts.append(list(shard))
-    weight_map = {}
-    for index, names in enumerate(parts):
-        numbered = f"-{index + 1:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-        (folder / f"part-{index}").rename(folder / f"{_STEM}{numbered}.safetensors")
-        weight_map |= dict.fromkeys(names, f"{_STEM}{numbered}.safetensors")
-    if len(parts) > 1:
-        total = sum(stored.shape.numel() for stored in tensors.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    sizes = {name: torch.empty(t.shape, dtype=dtype, device="meta") for name, t in tensors.items()}
+    pattern = f"{_STEM}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(sizes, filename_pattern=pattern, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].read().to(dtype).contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _shards(
-    tensors: Mapping[str, StoredTensor], dtype: torch.dtype, shard_bytes: int
-) -> Iterator[dict[str, Tensor]]:
-    shard, size = {}, 0
-    for name, stored in tensors.items():
-        more = stored.shape.numel() * dtype.itemsize
-        if shard and size + more > shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = stored.read().to(dtype).contiguous()
-        size += more
-    yield shard

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +47,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
     Raises ValueError on a window that is not allowed or a grid of another number of tokens.
     """
     grid, window = tuple(grid), check_value("attention_window", ATTENTION_WINDOW, window)
-    frames, rows, cols = grid
-    if q.shape[1] != frames * rows * cols or k.shape != q.shape:
+    if q.shape[1] != prod(grid) or k.shape != q.shape:
         raise ValueError(
             f"q and k must be [B, S, N, D] with S tokens of the grid {grid}; "
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
@@ -61,20 +61,6 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
         # Each key is copied to every tile that sees it: these copies are made again, not kept.
         return checkpoint(attend_in_tiles, q, k, v, plan, use_reentrant=False, preserve_rng_state=False)
     return attend_in_tiles(q, k, v, plan)
-
-
-class Span(NamedTuple):
-    """A tile's range of one axis and the range of what it sees there; the ends are not in them."""
-
-    start: int
-    stop: int
-    first_key: int
-    end_key: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Spans of one shape have one mask: number of queries, of keys, place of the queries in the keys."""
-        return self.stop - self.start, self.end_key - self.first_key, self.start - self.first_key
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,44 +91,40 @@ def tile_plan(grid: Grid, window: Window, device: torch.device) -> TilePlan:
     """Cut the grid into tiles, grouped by the shape of what they see. An axis seen whole is not cut."""
     axes = [_spans(*axis) for axis in zip(grid, window, LEAST_TILE, strict=True)]
     by_shape = defaultdict(list)
-    for spans in product(*axes):
-        by_shape[tuple(span.shape for span in spans)].append(spans)
+    for tile in product(*axes):
+        shape = tuple((q.stop - q.start, k.stop - k.start, q.start - k.start) for q, k in tile)
+        by_shape[shape].append(tuple(zip(*tile, strict=True)))
+    tokens = torch.arange(prod(grid), device=device).view(grid)
     groups = []
-    for shapes, tiles in by_shape.items():
-        queries = [_box_tokens(grid, [(span.start, span.stop) for span in spans]) for spans in tiles]
-        keys = [_box_tokens(grid, [(span.first_key, span.end_key) for span in spans]) for spans in tiles]
-        mask = _box_mask(shapes, window)
+    for shape, boxes in by_shape.items():
+        mask = _box_mask(shape, window)
         groups.append(
             TileGroup(
-                queries=torch.stack(queries).to(device),
-                keys=torch.stack(keys).to(device),
+                queries=torch.stack([tokens[queries].flatten() for queries, _ in boxes]),
+                keys=torch.stack([tokens[keys].flatten() for _, keys in boxes]),
                 mask=None if mask.all() else mask.to(device),
             )
         )
     queries = torch.cat([group.queries.flatten() for group in groups])
-    return TilePlan(
-        groups=tuple(groups),
-        queries=queries,
-        keys=torch.cat([group.keys.flatten() for group in groups]),
-        places=queries.argsort(),
-    )
+    keys = torch.cat([group.keys.flatten() for group in groups])
+    return TilePlan(groups=tuple(groups), queries=queries, keys=keys, places=queries.argsort())
 
 
-def _spans(side: int, reach: int, least: int) -> list[Span]:
+def _spans(side: int, reach: int, least: int) -> list[tuple[slice, slice]]:
+    """The tiles along an axis: their range of it, and the range of what they see."""
     step = side if reach >= side - 1 else max(least, reach)
     return [
-        Span(start, min(start + step, side), max(start - reach, 0), min(start + step + reach, side))
-        for start in range(0, side, step)
+        (slice(i, min(i + step, side)), slice(max(i - reach, 0), min(i + step + reach, side)))
+        for i in range(0, side, step)
     ]
 
 
-def _box_tokens(grid: Grid, ends: list[tuple[int, int]]) -> Tensor:
-    frames, rows, cols = (torch.arange(*end) for end in ends)
-    return ((frames[:, None, None] * grid[1] + rows[:, None]) * grid[2] + cols).flatten()
-
-
 def _box_mask(shapes: tuple[tuple[int, int, int], ...], window: Window) -> Tensor:
-    """Which keys of its box each query of a tile sees, [m, L]."""
+    """Which keys of its box each query of a tile sees, [m, L].
+
+    Tiles have one mask if they have one shape: on each axis the number of queries, of keys, and the place of
+    the queries in the keys.
+    """
     near_f, near_r, near_c = (
         ((torch.arange(count) + offset)[:, None] - torch.arange(num_keys)).abs() <= reach
         for (count, num_keys, offset), reach in zip(shapes, window, strict=True)
@@ -244,12 +226,12 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kernel: K
 
 
 @lru_cache
-def _flex_is_there() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("triton", "torch.nn.attention.flex_attention"))
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _flex_serves(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_LEAST_WIDTH and _flex_is_there()
+    return q.is_cuda and q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_LEAST_WIDTH and _has_triton()
 
 
 @lru_cache

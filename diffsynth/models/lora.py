@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,36 +34,31 @@ _PART = re.compile(
 )
 
 
-@dataclass(slots=True)
-class LoraLayer:
-    """The parts of a LoRA that change one layer; parts that the file lacks are absent from `parts`."""
-
-    module: str
-    parts: dict[str, StoredTensor] = field(default_factory=dict)
-
-    def weight_delta(self, default_scale: float, shape: torch.Size) -> Tensor:
-        """What the file adds to the layer's weight at alpha 1, float32, in the weight's shape."""
-        delta = torch.zeros(shape)
-        if "diff" in self.parts:
-            delta = delta + self.parts["diff"].read().float().reshape(shape)
-        if "down" in self.parts:
-            down, up = (self.parts[name].read().float().flatten(1) for name in ("down", "up"))
-            alpha = self.parts.get("alpha")
-            scale = default_scale if alpha is None else alpha.read().item() / down.shape[0]
-            delta = delta + scale * (up @ down).reshape(shape)
-        return delta
-
-
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A LoRA file, matched to a DiT. `alpha` is the caller's strength, `default_scale` the file's where it
-    names no alpha.
+    """A LoRA file, matched to a DiT.
+
+    Attributes:
+        alpha: the caller's strength.
+        default_scale: the file's, where it names no alpha.
+        layers: the parts that change each layer, those of the names of `_PART` that the file has.
     """
 
     path: Path
     alpha: float
     default_scale: float
-    layers: dict[str, LoraLayer]
+    layers: dict[str, dict[str, StoredTensor]]
+
+    def weight_delta(self, layer: str, shape: torch.Size) -> Tensor:
+        """What the file adds to a layer's weight at alpha 1, float32, in the weight's shape."""
+        parts, delta = self.layers[layer], torch.zeros(shape)
+        if "diff" in parts:
+            delta = delta + parts["diff"].read().float().reshape(shape)
+        if "down" in parts:
+            down, up = (parts[name].read().float().flatten(1) for name in ("down", "up"))
+            scale = parts["alpha"].read().item() / down.shape[0] if "alpha" in parts else self.default_scale
+            delta = delta + scale * (up @ down).reshape(shape)
+        return delta
 
 
 def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
@@ -78,7 +73,7 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"lora_alpha must be a finite number; got {alpha!r}")
     modules = {name: m for name, m in dit.named_modules() if getattr(m, "weight", None) is not None}
-    layers: dict[str, LoraLayer] = {}
+    layers: dict[str, dict[str, StoredTensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
         match = _PART.fullmatch(key)
@@ -86,19 +81,18 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
         if not module:
             unknown.append(key)
             continue
-        part = next(name for name in ("down", "up", "alpha", "diff", "diff_b") if match[name])
-        parts = layers.setdefault(module, LoraLayer(module)).parts
+        part, parts = match.lastgroup, layers.setdefault(module, {})
         if part in parts:
             raise CheckpointError(f"LoRA {path} holds several adapters for {module}; give one a file")
         parts[part] = tensor
-    layers = {name: layer for name, layer in layers.items() if layer.parts.keys() != {"alpha"}}
+    layers = {name: parts for name, parts in layers.items() if parts.keys() != {"alpha"}}
     if not layers:
         raise CheckpointError(
             f"LoRA {path} matches no layer of the DiT, so it would have no effect; "
             f"its keys begin with {unknown[:3]}"
         )
-    for name, layer in layers.items():
-        _check_sizes(path, layer, modules[name])
+    for name, parts in layers.items():
+        _check_sizes(f"LoRA {path}", name, parts, modules[name])
     matched = len(tensors) - len(unknown)
     logger.info("LoRA %s: %d of %d keys match, in %d layers", path.name, matched, len(tensors), len(layers))
     if unknown:
@@ -121,34 +115,30 @@ def _flat_names(path: str) -> set[str]:
     return {name.replace(".", "_") for name in (path, diffusers_module(path)) if name}
 
 
-def _check_sizes(path: Path, layer: LoraLayer, module: nn.Module) -> None:
-    shape = module.weight.shape
-    parts = layer.parts
+def _check_sizes(lora: str, name: str, parts: Mapping[str, StoredTensor], module: nn.Module) -> None:
     if ("down" in parts) != ("up" in parts):
-        raise CheckpointError(f"LoRA {path} has only one half of the pair for {layer.module}")
-    if "down" in parts:
-        rank, inputs = parts["down"].shape[0], parts["down"].shape[1:].numel()
-        given = (parts["up"].shape[0], parts["up"].shape[1:].numel(), rank, inputs)
-        if given != (shape[0], rank, rank, shape[1:].numel()):
-            raise CheckpointError(
-                f"LoRA {path} does not fit {layer.module}: weight {tuple(shape)}, "
-                f"up {tuple(parts['up'].shape)}, down {tuple(parts['down'].shape)}; it is for another model"
-            )
-    bias = getattr(module, "bias", None)
+        raise CheckpointError(f"{lora} has only one half of the pair for {name}")
+    shape, bias = module.weight.shape, getattr(module, "bias", None)
     if "diff_b" in parts and (bias is None or parts["diff_b"].shape != bias.shape):
-        raise CheckpointError(f"LoRA {path} does not fit the bias of {layer.module}; it is for another model")
-    if "diff" in parts and parts["diff"].shape.numel() != shape.numel():
+        raise CheckpointError(f"{lora} does not fit the bias of {name}; it is for another model")
+    fits = "diff" not in parts or parts["diff"].shape.numel() == shape.numel()
+    if fits and "down" in parts:
+        down, up = parts["down"].shape, parts["up"].shape
+        fits = (up[0], up[1:].numel(), down[1:].numel()) == (shape[0], down[0], shape[1:].numel())
+    if not fits:
+        sizes = ", ".join(f"{part} {tuple(stored.shape)}" for part, stored in parts.items())
         raise CheckpointError(
-            f"LoRA {path} does not fit {layer.module}: "
-            f"weight {tuple(shape)}, diff {tuple(parts['diff'].shape)}; it is for another model"
+            f"{lora} does not fit {name}: weight {tuple(shape)}, {sizes}; it is for another model"
         )
 
 
 def _default_scale(path: Path) -> float:
-    """alpha / rank, as diffusers writes it into the file's header and PEFT into adapter_config.json beside
-    it; 1 where neither names them.
-    """
-    source, text = f"the header of {path}", _header(path).get(_DIFFUSERS_CONFIG)
+    """alpha / rank, from the file's header (diffusers) or adapter_config.json beside it (PEFT); else 1."""
+    text = None
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_DIFFUSERS_CONFIG)
+    source = f"the header of {path}"
     if text is None:
         source = config = path.parent / "adapter_config.json"
         if not config.is_file():
@@ -166,14 +156,6 @@ def _default_scale(path: Path) -> float:
         raise CheckpointError(f"{source} is no adapter config with lora_alpha and r ({error!r})") from error
 
 
-def _header(path: Path) -> Mapping[str, str]:
-    """The texts in a safetensors file's header; none in other files."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
 def merge(
     dit: nn.Module, base: Mapping[str, StoredTensor], loras: Iterable[Lora], modules: Iterable[str]
 ) -> None:
@@ -184,10 +166,10 @@ def merge(
     loras = list(loras)
     for name in modules:
         module = dit.get_submodule(name)
-        changes = [(lora, lora.layers[name]) for lora in loras if name in lora.layers]
+        changing = [lora for lora in loras if name in lora.layers]
         weight = base[f"{name}.weight"].read().float()
-        for lora, layer in changes:
-            weight = weight + lora.alpha * layer.weight_delta(lora.default_scale, weight.shape)
+        for lora in changing:
+            weight = weight + lora.alpha * lora.weight_delta(name, weight.shape)
         if isinstance(module, PackedLinear):
             packed, scale = pack(weight, module.stored)
             module.weight, module.scale = packed.to(module.weight.device), scale.to(module.scale)
@@ -195,7 +177,7 @@ def merge(
             module.weight.data = weight.to(module.weight)
         if getattr(module, "bias", None) is not None and f"{name}.bias" in base:
             bias = base[f"{name}.bias"].read().float()
-            for lora, layer in changes:
-                if "diff_b" in layer.parts:
-                    bias = bias + lora.alpha * layer.parts["diff_b"].read().float()
+            for lora in changing:
+                if (change := lora.layers[name].get("diff_b")) is not None:
+                    bias = bias + lora.alpha * change.read().float()
             module.bias.data = bias.to(module.bias)

@@ -36,13 +36,12 @@ class ModelKind:
     factory: Callable[..., nn.Module]
     official_mark: str
     diffusers_mark: str
-    to_official: Callable[[Shapes], dict[str, str]]
+    to_official: Callable[[Shapes], Mapping[str, str | None]]
     arguments: Callable[[Shapes, Declared], dict]
 
 
-def _renamed(rename: Callable[[str], str | None]) -> Callable[[Shapes], dict[str, str]]:
-    # A name that is not understood stays as it is, to be reported as unexpected.
-    return lambda shapes: {key: rename(key) or key for key in shapes}
+def _renamed(rename: Callable[[str], str | None]) -> Callable[[Shapes], dict[str, str | None]]:
+    return lambda shapes: {key: rename(key) for key in shapes}
 
 
 def _vae_arguments(shapes: Shapes, declared: Declared) -> dict:
@@ -106,7 +105,8 @@ def recognise(tensors: Mapping[str, StoredTensor], declared: Declared, source: s
         )
     if kind.official_mark not in tensors:
         names = kind.to_official({key: tensor.shape for key, tensor in tensors.items()})
-        tensors = {names.get(key, key): tensor for key, tensor in tensors.items()}
+        # A name that is not understood stays as it is, to be reported as unexpected.
+        tensors = {names.get(key) or key: tensor for key, tensor in tensors.items()}
     try:
         arguments = kind.arguments({key: tensor.shape for key, tensor in tensors.items()}, declared)
     except (KeyError, ValueError, IndexError, TypeError) as error:

@@ -11,10 +11,10 @@ from torch import nn
 
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.models.checkpoint_files import (
+    PUBLISHED_NAME,
     CheckpointError,
     StoredTensor,
     files_of,
-    is_published_name,
     open_weights,
 )
 from diffsynth.models.lora import Lora, merge, read_lora
@@ -96,7 +96,7 @@ class ModelManager:
             try:
                 found = recognise(open_weights(files), declared, source)
             except CheckpointError as error:
-                if not in_folder or is_published_name(files[0]):
+                if not in_folder or PUBLISHED_NAME.fullmatch(files[0].name):
                     raise
                 logger.warning("%s; left out", error)
                 continue
@@ -106,7 +106,8 @@ class ModelManager:
                 continue
             model = _build(found, source, dtypes.get(name, dtype), torch.device(device or self.device))
             loaded[name] = LoadedModel(name, model, found.tensors, files)
-            logger.info("%s: %s from %s", name, _published_name(found) or "unpublished size", source)
+            same = (c.name for c in PUBLISHED.values() if dict(c.dit_kwargs) == found.arguments)
+            logger.info("%s: %s from %s", name, next(same, "unpublished size"), source)
         if not loaded:
             raise CheckpointError(f"{entry} holds no Wan2.1 DiT, text encoder or VAE")
         self.loaded.extend(loaded.values())
@@ -182,9 +183,7 @@ def _declared(folder: Path) -> dict:
 
 
 def _build(found: Recognised, source: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Build a model without memory, point it at the mapped files, then convert tensor by tensor: one copy at
-    most.
-    """
+    """Build a model without memory, point it at the mapped files, then convert one tensor at a time."""
     with torch.device("meta"):
         try:
             model = found.kind.factory(**found.arguments)
@@ -197,9 +196,3 @@ def _build(found: Recognised, source: str, dtype: torch.dtype, device: torch.dev
         pack_block_linears(model, dtype)
         dtype = torch.bfloat16
     return model.to(device=device, dtype=dtype)
-
-
-def _published_name(found: Recognised) -> str | None:
-    """The published name of a DiT of these sizes."""
-    same = (c.name for c in PUBLISHED.values() if dict(c.dit_kwargs) == found.arguments)
-    return next(same, None)

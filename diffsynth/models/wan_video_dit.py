@@ -8,6 +8,7 @@ weights.
 """
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +51,7 @@ class DiTState:
 
 
 class DiTBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, the first and last gated and modulated by the
-    timestep.
-    """
+    """Self-attention, cross-attention, feed-forward; the timestep gates and modulates the first and last."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, has_image_input: bool) -> None:
         super().__init__()
@@ -71,19 +70,14 @@ class DiTBlock(nn.Module):
     def queries_keys(self, tokens: Tensor, state: DiTState) -> tuple[Tensor, Tensor]:
         """The normed, rotated q and k [B, S, N, d] of this block's self-attention, and nothing after them."""
         shift, scale, *_ = self._modulation(state)
-        return self.self_attn.queries_keys(
-            modulate(self.norm1(tokens), shift, scale).to(state.context.dtype), state.rope
-        )
+        x = modulate(self.norm1(tokens), shift, scale).to(state.context.dtype)
+        return self.self_attn.queries_keys(x, state.rope)
 
     def forward(self, tokens: Tensor, state: DiTState) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(state)
         dtype = state.context.dtype
-        y = self.self_attn(
-            modulate(self.norm1(tokens), shift1, scale1).to(dtype),
-            state.rope,
-            state.grid,
-            state.attention_window,
-        )
+        x = modulate(self.norm1(tokens), shift1, scale1).to(dtype)
+        y = self.self_attn(x, state.rope, state.grid, state.attention_window)
         tokens = torch.addcmul(tokens, y.to(tokens.dtype), gate1)
         tokens = tokens + self.cross_attn(self.norm3(tokens).to(dtype), state.context, state.image_context)
         y = self.ffn(modulate(self.norm2(tokens), shift2, scale2).to(dtype))
@@ -106,9 +100,7 @@ class Head(nn.Module):
 
 
 class WanModel(nn.Module):
-    """The DiT. Arguments are those of the official config; `has_image_input` adds the image branch of the
-    I2V models.
-    """
+    """The DiT. Arguments as in the official config; has_image_input adds the image branch of I2V models."""
 
     def __init__(
         self,
@@ -128,19 +120,14 @@ class WanModel(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or freq_dim % 2:
-            raise ValueError(
-                f"num_heads must be at least 1 and freq_dim even; got {num_heads} and {freq_dim}"
-            )
+            raise ValueError(f"num_heads must be at least 1 and freq_dim even; got {num_heads}, {freq_dim}")
         if dim % num_heads or (dim // num_heads) % 2:
-            raise ValueError(
-                f"dim must be num_heads times an even head width; got dim={dim}, num_heads={num_heads}"
-            )
+            raise ValueError(f"dim must be num_heads ({num_heads}) times an even head width; got {dim}")
         self.dim, self.in_dim, self.out_dim = dim, in_dim, out_dim
         self.ffn_dim, self.text_dim, self.freq_dim, self.text_len = ffn_dim, text_dim, freq_dim, text_len
         self.num_heads, self.num_layers, self.eps = num_heads, num_layers, eps
         self.patch_size = tuple(patch_size)
         self.has_image_input = has_image_input
-        patch_volume = self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
@@ -150,7 +137,7 @@ class WanModel(nn.Module):
         self.blocks = nn.ModuleList(
             DiTBlock(dim, ffn_dim, num_heads, eps, has_image_input) for _ in range(num_layers)
         )
-        self.head = Head(dim, out_dim * patch_volume, eps)
+        self.head = Head(dim, out_dim * prod(self.patch_size), eps)
         if has_image_input:
             self.img_emb = ImageEmbedding(dim)
 
@@ -178,9 +165,7 @@ class WanModel(nn.Module):
         clip_feature: Tensor | None = None,
         y: Tensor | None = None,
     ) -> DiTState:
-        """Turn the inputs of `forward` into what the blocks read. Raises ValueError on sizes that do not
-        fit.
-        """
+        """Return what the blocks read, given the inputs of `forward`. Raises ValueError on a wrong size."""
         if self.has_image_input != (clip_feature is not None):
             need = "needs" if self.has_image_input else "does not take"
             raise ValueError(f"this DiT {need} clip_feature (has_image_input={self.has_image_input})")
@@ -202,8 +187,7 @@ class WanModel(nn.Module):
         tokens = self.patch_embedding(x.to(self.dtype))
         grid = tuple(tokens.shape[2:])
         time, modulation = self.embed_time(timestep.to(x.device))
-        # Rows past the prompt are zero before the text MLP and are attended to: the official model knows no
-        # mask.
+        # Rows past the prompt are zero before the text MLP and attended to: the official model has no mask.
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.text_len - context.shape[1]))
         return DiTState(
             tokens=tokens.flatten(2).transpose(1, 2).to(stream),
@@ -243,13 +227,8 @@ class WanModel(nn.Module):
     def unembed(self, tokens: Tensor, state: DiTState) -> Tensor:
         """Tokens [B, S, D] -> velocity [B, out_dim, F, h, w], float32."""
         patches = self.head(tokens, state.time)
-        frames, rows, cols = state.grid
-        pf, ph, pw = self.patch_size
-        return rearrange(
-            patches,
-            "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
-            f=frames, h=rows, w=cols, pf=pf, ph=ph, pw=pw,
-        )  # fmt: skip
+        sides = dict(zip(("f", "h", "w", "pf", "ph", "pw"), (*state.grid, *self.patch_size), strict=True))
+        return rearrange(patches, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", **sides)
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from math import prod
 
 # Module paths, diffusers -> official. Within a block, the path after `blocks.<i>.`.
 _TOP = {
@@ -17,21 +18,11 @@ _TOP = {
     "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
     "proj_out": "head.head",
 }
-_PROJECTIONS = {
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "o",
-    "norm_q": "norm_q",
-    "norm_k": "norm_k",
-}
-_IMAGE_PROJECTIONS = {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
+_SELF = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+_CROSS = {**_SELF, "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
 _BLOCK = {
-    **{f"attn1.{theirs}": f"self_attn.{ours}" for theirs, ours in _PROJECTIONS.items()},
-    **{
-        f"attn2.{theirs}": f"cross_attn.{ours}"
-        for theirs, ours in (_PROJECTIONS | _IMAGE_PROJECTIONS).items()
-    },
+    **{f"attn1.{theirs}": f"self_attn.{ours}" for theirs, ours in _SELF.items()},
+    **{f"attn2.{theirs}": f"cross_attn.{ours}" for theirs, ours in _CROSS.items()},
     "norm2": "norm3",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
@@ -88,7 +79,7 @@ def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapp
         "dim": dim,
         "in_dim": in_dim,
         "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
-        "out_dim": shapes["head.head.weight"][0] // (patch_size[0] * patch_size[1] * patch_size[2]),
+        "out_dim": shapes["head.head.weight"][0] // prod(patch_size),
         "text_dim": shapes["text_embedding.0.weight"][1],
         "freq_dim": shapes["time_embedding.0.weight"][1],
         "num_heads": num_heads,

@@ -35,25 +35,17 @@ def rotary_table(
 ) -> Tensor:
     """Unit complex numbers that turn the pairs of a head: grid (F, H, W) -> [S, 1, head_dim / 2].
 
-    Of the complex columns, the first belong to the frame, the next d // 6 to the row, the last d // 6 to the
-    column.
+    Of the complex columns, the last d // 6 belong to the column, as many before to the row, the others to the
+    frame.
     """
     spatial = head_dim // 6
-    axes = []
-    for position_count, columns in zip(grid, (head_dim // 2 - 2 * spatial, spatial, spatial), strict=True):
+    positions = torch.cartesian_prod(*(torch.arange(side, device=device).double() for side in grid))
+    angles = []
+    for position, columns in zip(positions.T, (head_dim // 2 - 2 * spatial, spatial, spatial), strict=True):
         exponent = torch.arange(columns, dtype=torch.float64, device=device) / max(columns, 1)
-        axes.append(torch.outer(torch.arange(position_count, device=device).double(), 10000.0**-exponent))
-    frames, rows, cols = grid
-    angles = torch.cat(
-        [
-            axes[0][:, None, None].expand(-1, rows, cols, -1),
-            axes[1][None, :, None].expand(frames, -1, cols, -1),
-            axes[2][None, None, :].expand(frames, rows, -1, -1),
-        ],
-        dim=-1,
-    )
-    unit = torch.polar(torch.ones_like(angles), angles).reshape(frames * rows * cols, 1, head_dim // 2)
-    return unit.to(dtype.to_complex())
+        angles.append(torch.outer(position, 10000.0**-exponent))
+    turned = torch.cat(angles, dim=-1)[:, None]
+    return torch.polar(torch.ones_like(turned), turned).to(dtype.to_complex())
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -149,9 +141,8 @@ class FeedForward(nn.Sequential):
         """x [B, S, D] -> [B, S, D]."""
         if torch.is_grad_enabled():
             return super().forward(x)
-        return torch.cat(
-            [super(FeedForward, self).forward(part) for part in x.split(SLICE_TOKENS, dim=1)], dim=1
-        )
+        run = super().forward
+        return torch.cat([run(part) for part in x.split(SLICE_TOKENS, dim=1)], dim=1)
 
 
 class ImageEmbedding(nn.Module):

@@ -49,13 +49,11 @@ def transformers_to_official_key(key: str) -> str | None:
     `shared.weight` and `encoder.embed_tokens.weight`, its other name, give the same official name.
     """
     path, _, tensor = key.rpartition(".")
-    match = _BLOCK_PATH.fullmatch(path)
-    if match is None:
-        module = _TOP.get(path)
-    else:
-        inner = _BLOCK.get(match[2])
-        module = None if inner is None else f"blocks.{match[1]}.{inner}"
-    return None if module is None else f"{module}.{tensor}"
+    block = _BLOCK_PATH.fullmatch(path)
+    module = _TOP.get(path) if block is None else _BLOCK.get(block[2])
+    if module is None:
+        return None
+    return f"{module}.{tensor}" if block is None else f"blocks.{block[1]}.{module}.{tensor}"
 
 
 def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -63,26 +61,17 @@ def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> di
 
     Raises ValueError if they are not those of a UMT5 encoder.
     """
-    needed = {
-        name: f"{name}.weight"
-        for name in (
-            "token_embedding",
-            "blocks.0.attn.q",
-            "blocks.0.ffn.fc1",
-            "blocks.0.pos_embedding.embedding",
-        )
-    }
-    unusable = [key for key in needed.values() if len(shapes.get(key, ())) != 2]
-    if unusable:
+    names = ("token_embedding", *(f"blocks.0.{n}" for n in ("attn.q", "ffn.fc1", "pos_embedding.embedding")))
+    needed = [f"{name}.weight" for name in names]
+    if unusable := [key for key in needed if len(shapes.get(key, ())) != 2]:
         raise ValueError(f"not a UMT5 encoder: no matrix {', '.join(unusable)}")
-    vocab, dim = shapes[needed["token_embedding"]]
-    num_buckets, num_heads = shapes[needed["blocks.0.pos_embedding.embedding"]]
+    (vocab, dim), (dim_attn, _), (dim_ffn, _), (num_buckets, num_heads) = (shapes[key] for key in needed)
     blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
     return {
         "vocab": vocab,
         "dim": dim,
-        "dim_attn": shapes[needed["blocks.0.attn.q"]][0],
-        "dim_ffn": shapes[needed["blocks.0.ffn.fc1"]][0],
+        "dim_attn": dim_attn,
+        "dim_ffn": dim_ffn,
         "num_heads": num_heads,
         "num_layers": max(blocks) + 1,
         "num_buckets": num_buckets,
@@ -107,15 +96,9 @@ class WanTextEncoder(nn.Module):
         num_layers: int = 24,
         num_buckets: int = 32,
     ) -> None:
-        sizes = {
-            "vocab": vocab,
-            "dim": dim,
-            "dim_attn": dim_attn,
-            "dim_ffn": dim_ffn,
-            "num_heads": num_heads,
-            "num_layers": num_layers,
-        }
-        for name, size in sizes.items():
+        names = ("vocab", "dim", "dim_attn", "dim_ffn", "num_heads", "num_layers")
+        sizes = (vocab, dim, dim_attn, dim_ffn, num_heads, num_layers)
+        for name, size in zip(names, sizes, strict=True):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1; got {size}")
         if dim_attn % num_heads:
@@ -169,16 +152,12 @@ class WanTextEncoder(nn.Module):
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
     def state_dict(
-        self,
-        *,
-        destination: dict[str, Tensor] | None = None,
-        prefix: str = "",
-        keep_vars: bool = False,
+        self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:
         """The weights under their official names; arguments as in `torch.nn.Module`."""
         destination = {} if destination is None else destination
-        for key, value in self.encoder.state_dict(keep_vars=keep_vars).items():
-            destination[prefix + _official(key)] = value
+        state = self.encoder.state_dict(keep_vars=keep_vars)
+        destination.update({prefix + _official(key): value for key, value in state.items()})
         return destination
 
     def load_state_dict(
@@ -189,15 +168,13 @@ class WanTextEncoder(nn.Module):
         Raises RuntimeError, before anything is changed, for a wrong shape and, if strict, for missing or
         unexpected names. Each call counts up `num_loads`, by which caches of results tell old weights.
         """
-        own = self.encoder.state_dict()
-        stack_key = {_official(key): key for key in own}
-        missing = [key for key in stack_key if key not in state_dict]
-        unexpected = [key for key in state_dict if key not in stack_key]
-        found = {stack_key[key]: value for key, value in state_dict.items() if key in stack_key}
+        own = self.state_dict()
+        missing = [key for key in own if key not in state_dict]
+        unexpected = [key for key in state_dict if key not in own]
         problems = [
-            f"{_official(key)} has shape {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-            for key, value in found.items()
-            if value.shape != own[key].shape
+            f"{key} has shape {tuple(state_dict[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state_dict and state_dict[key].shape != value.shape
         ]
         if strict and missing:
             problems.append(f"missing: {', '.join(missing)}")
@@ -205,6 +182,8 @@ class WanTextEncoder(nn.Module):
             problems.append(f"unexpected: {', '.join(unexpected)}")
         if problems:
             raise RuntimeError(f"these are not the weights of this WanTextEncoder: {'; '.join(problems)}")
+        stack_keys = {_official(key): key for key in self.encoder.state_dict()}
+        found = {stack_keys[key]: value for key, value in state_dict.items() if key in own}
         self.encoder.load_state_dict(found, strict=False, assign=assign)
         self.num_loads += 1
         return LoadResult(missing, unexpected)

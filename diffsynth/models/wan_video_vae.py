@@ -9,6 +9,7 @@ Precision: the dtype of the weights; latents, their normalisation, results and b
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -62,16 +63,15 @@ class WanVideoVAE(nn.Module):
         self.z_dim = z_dim
         self.spatial_factor = 2 ** len(temperal_downsample)
         self.temporal_factor = 2 ** sum(map(bool, temperal_downsample))
-        published = z_dim == len(PUBLISHED_MEAN)
-        if latents_mean is None:
-            latents_mean = PUBLISHED_MEAN if published else [0.0] * z_dim
-        if latents_std is None:
-            latents_std = PUBLISHED_STD if published else [1.0] * z_dim
+        mean, std = (0.0,) * z_dim, (1.0,) * z_dim
+        if z_dim == len(PUBLISHED_MEAN):
+            mean, std = PUBLISHED_MEAN, PUBLISHED_STD
         # Plain numbers, so that no change of the weights' dtype rounds them and no checkpoint needs them.
-        self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
-        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
-            if len(values) != z_dim:
-                raise ValueError(f"{name} must have z_dim = {z_dim} entries; got {len(values)}")
+        self.latents_mean = tuple(mean if latents_mean is None else latents_mean)
+        self.latents_std = tuple(std if latents_std is None else latents_std)
+        for name in ("latents_mean", "latents_std"):
+            if (count := len(getattr(self, name))) != z_dim:
+                raise ValueError(f"{name} must have z_dim = {z_dim} entries; got {count}")
         if min(self.latents_std) <= 0:
             raise ValueError(f"latents_std must be positive; got {self.latents_std}")
 
@@ -98,8 +98,7 @@ class WanVideoVAE(nn.Module):
         tile_size: tuple[int, int] = (34, 34),
         tile_stride: tuple[int, int] = (18, 16),
     ) -> Tensor:
-        """Normalised latents of a video: [B, 3, T, H, W] in [-1, 1] -> [B, z, F, h, w], float32, on the
-        weights' device.
+        """Video [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, F, h, w], float32, on `self.device`.
 
         The video may be on another device and in another floating type; it is moved chunk by chunk. If T is
         not 4k + 1 (k times the temporal factor, plus 1), its last frame is repeated up to there.
@@ -109,12 +108,13 @@ class WanVideoVAE(nn.Module):
         """
         self._check_video(video)
         batch, _, num_frames, *size = video.shape
+        center, inverse_std = self._statistics()
         grid = self._grid([n // self.spatial_factor for n in size], tiled, tile_size, tile_stride)
         if grid is None:
-            return self._normalise(self._moments(video)[0])
+            return (self._moments(video)[0] - center) * inverse_std
 
         def encode_tile(tile: Tile) -> Iterator[Tensor]:
-            yield self._normalise(self._moments(video[tile.area(self.spatial_factor)])[0])
+            yield (self._moments(video[tile.area(self.spatial_factor)])[0] - center) * inverse_std
 
         num_latents = -(-(num_frames - 1) // self.temporal_factor) + 1
         latents = torch.zeros(batch, self.z_dim, num_latents, *grid.shape, device=self.device)
@@ -136,8 +136,7 @@ class WanVideoVAE(nn.Module):
         tile_stride: tuple[int, int] = (18, 16),
         num_frames: int | None = None,
     ) -> Tensor:
-        """Video of normalised latents: [B, z, F, h, w] -> [B, 3, T, H, W] in [-1, 1], float32, on the device
-        of the weights.
+        """Normalised latents [B, z, F, h, w] -> video [B, 3, T, H, W] in [-1, 1], float32, on `self.device`.
 
         num_frames: give only that many of the first frames, and compute no more than needed for them.
         Tiling as for `encode`. Raises ValueError for a wrong shape, for num_frames out of range, or for a
@@ -151,8 +150,9 @@ class WanVideoVAE(nn.Module):
             raise ValueError(f"num_frames must be 1 to {available} for these latents; got {num_frames}")
         grid = self._grid(size, tiled, tile_size, tile_stride)
         if grid is None:
-            chunks = (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames))
-            return _join(chunks, num_frames)
+            return _join(
+                (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames)), num_frames
+            )
         height, width = (n * self.spatial_factor for n in size)
         video = torch.zeros(batch, IMAGE_CHANNELS, num_frames, height, width, device=self.device)
 
@@ -183,24 +183,17 @@ class WanVideoVAE(nn.Module):
     def _pixel_chunks(self, latents: Tensor, num_frames: int) -> Iterator[Tensor]:
         """Chunks of the first num_frames frames, float32, not clamped."""
         cache: Cache = {}
+        center, inverse_std = self._statistics()
         for latent_frame in latents.split(1, dim=2):
             if num_frames <= 0:
                 return
-            mean = self._denormalise(latent_frame.to(self.device, torch.float32)).to(self.dtype)
+            mean = (latent_frame.to(self.device, torch.float32) / inverse_std + center).to(self.dtype)
             chunk = self.decoder(self.conv2(mean), cache)[:, :, :num_frames].float()
             num_frames -= chunk.shape[2]
             yield chunk
 
-    def _normalise(self, mean: Tensor) -> Tensor:
-        center, inverse_std = self._statistics()
-        return (mean - center) * inverse_std
-
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        center, inverse_std = self._statistics()
-        return latents / inverse_std + center
-
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / std, float32 [z, 1, 1, 1]."""
+        """Mean and 1 / std, by which the official code multiplies and divides, float32 [z, 1, 1, 1]."""
         rows = [self.latents_mean, self.latents_std]
         mean, std = torch.tensor(rows, dtype=torch.float32, device=self.device)[..., None, None, None]
         return mean, 1 / std
@@ -247,9 +240,8 @@ def _join(chunks: Iterator[Tensor], num_frames: int) -> Tensor:
         return torch.cat([first, *chunks], dim=2)
     # Writing chunks where they belong keeps no second copy of the video.
     video = first.new_empty(*first.shape[:2], num_frames, *first.shape[3:])
-    start = first.shape[2]
-    video[:, :, :start] = first
-    for chunk in chunks:
+    start = 0
+    for chunk in chain((first,), chunks):
         stop = start + chunk.shape[2]
         video[:, :, start:stop] = chunk
         start = stop

@@ -55,15 +55,9 @@ class TileGrid:
         return [Tile(row, col) for row in rows for col in cols]
 
     def weight(self, tile: Tile, unit: int) -> Tensor:
-        """Blending weight of a tile, float32 [rows * unit, columns * unit]: the lower of the weights along
-        the two axes.
-        """
-        rows, cols = (
-            ramp(span, length, size - stride, unit)
-            for span, length, size, stride in zip(
-                (tile.rows, tile.cols), self.shape, self.size, self.stride, strict=True
-            )
-        )
+        """Blending weight, float32 [rows * unit, columns * unit]: the lower of those along the two axes."""
+        axes = zip((tile.rows, tile.cols), self.shape, self.size, self.stride, strict=True)
+        rows, cols = (ramp(span, length, size - stride, unit) for span, length, size, stride in axes)
         return torch.minimum(rows[:, None], cols[None, :])
 
 

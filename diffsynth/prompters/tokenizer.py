@@ -35,8 +35,8 @@ class WanTokenizer:
 
         Special tokens written in the text ("</s>", "<pad>") are ordinary text.
         """
-        ids = self.pieces(text)
-        return [*ids, END_ID] if max_length is None else cut([*ids, END_ID], max_length)
+        ids = [*self.pieces(text), END_ID]
+        return ids if max_length is None else cut(ids, max_length)
 
     def __call__(self, texts: Sequence[str], max_length: int | None = 512) -> list[list[int]]:
         """`encode` for each text; lengths differ, nothing is padded."""
@@ -55,11 +55,9 @@ def load_tokenizer(folder: str | Path) -> WanTokenizer:
 
     Raises FileNotFoundError if it holds neither and ValueError for a damaged or foreign file, naming it.
     """
-    folder = Path(folder)
-    if (folder / JSON_FILE).is_file():
-        return _from_json(folder / JSON_FILE)
-    if (folder / PIECE_FILE).is_file():
-        return _from_pieces(folder / PIECE_FILE)
+    for name, read in {JSON_FILE: _from_json, PIECE_FILE: _from_pieces}.items():
+        if (file := Path(folder, name)).is_file():
+            return read(file)
     raise FileNotFoundError(
         f"tokenizer folder {folder} holds neither {JSON_FILE} nor {PIECE_FILE}; fetch them by: {_DOWNLOAD}"
     )
@@ -106,11 +104,8 @@ def _make_special_tokens_unmatchable(content: dict) -> None:
         raise ValueError(f"id {END_ID} is {vocab[END_ID][0]!r}, not {END_PIECE!r}")
     special = {token["content"] for token in content["added_tokens"] if token["special"]}
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-    content["model"]["vocab"] = [
-        [f" {piece}" if piece in special else piece, score] for piece, score in vocab
-    ]
-    content["post_processor"] = None
-    content["truncation"] = content["padding"] = None
+    content["model"]["vocab"] = [[f" {word}" if word in special else word, score] for word, score in vocab]
+    content["post_processor"] = content["truncation"] = content["padding"] = None
 
 
 def _from_pieces(file: Path) -> WanTokenizer:

@@ -79,25 +79,15 @@ class WanPrompter:
         warning. Raises TypeError or ValueError if it is not text, ValueError if the tokenizer has more words
         than the encoder, RuntimeError if the encoder gives values that are not finite.
         """
-        sequences = self._tokenise(prompt)
-        rows = torch.zeros(
-            len(sequences),
-            self.text_len,
-            text_encoder.dim,
-            dtype=text_encoder.dtype,
-            device=text_encoder.device,
-        )
+        sequences, most = self._tokenise(prompt), self.text_len
+        where = {"dtype": text_encoder.dtype, "device": text_encoder.device}
+        rows = torch.zeros(len(sequences), most, text_encoder.dim, **where)
         for i, ids in enumerate(sequences):
-            if len(ids) > self.text_len:
-                logger.warning(
-                    "prompt %d has %d tokens; the last %d are cut, %d are used",
-                    i,
-                    len(ids),
-                    len(ids) - self.text_len,
-                    self.text_len,
-                )
-                ids = cut(ids, self.text_len)
-            rows[i, : len(ids)] = self._encode(ids, text_encoder)
+            if (over := len(ids) - most) > 0:
+                told = "prompt %d has %d tokens; the last %d are cut, %d are used"
+                logger.warning(told, i, len(ids), over, most)
+            used = cut(ids, most)
+            rows[i, : len(used)] = self._encode(used, text_encoder)
         return rows
 
     def cached(self, prompt: str | Sequence[str], text_encoder: TextEncoder) -> bool:

@@ -1,21 +1,21 @@
-"""How weights are copied to the compute device beside its computing; one interface for devices with a copy
-engine, for those without, and for tests with a simulated clock.
-"""
+"""How weights are copied to the compute device beside its computing: on a CPU, and on a CUDA device."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Mark = Any  # a point in a device's queue of work; what it is, only the `Copies` that gave it knows
+Mark = Any  # a point in a device's queue of work; what it is, only the copies that gave it know
 
 
-class Copies(Protocol):
-    """Copies from CPU memory that run beside the work that the device was given."""
+class ImmediateCopies:
+    """On a CPU: a copy is done when `start` returns. Also the interface of copies that take their time."""
 
-    def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:
+    def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:  # noqa: ARG002
         """Copy each tensor once the work up to `after` is done; the mark is where the copies are."""
+        for target, tensor in zip(into, source, strict=True):
+            target.copy_(tensor)
 
     def wait(self, copied: Mark) -> None:
         """Work that is given from now on begins after these copies."""
@@ -27,24 +27,7 @@ class Copies(Protocol):
         """Work that is given from now on begins after all copies."""
 
 
-class ImmediateCopies:
-    """On a CPU: a copy is done when `start` returns."""
-
-    def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:  # noqa: ARG002
-        for target, tensor in zip(into, source, strict=True):
-            target.copy_(tensor)
-
-    def wait(self, copied: Mark) -> None:
-        pass
-
-    def mark(self) -> Mark:
-        return None
-
-    def finish(self) -> None:
-        pass
-
-
-class SideStreamCopies:
+class SideStreamCopies(ImmediateCopies):
     """On a CUDA device: copies on a stream of their own; events order both streams, and nobody waits on the
     CPU. Source tensors should be page-locked: copies of others stop the caller."""
 
@@ -68,8 +51,3 @@ class SideStreamCopies:
 
     def finish(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._side)
-
-
-def copies_to(device: torch.device) -> Copies:
-    """What copies to a device."""
-    return SideStreamCopies(device) if device.type == "cuda" else ImmediateCopies()

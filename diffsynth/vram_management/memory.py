@@ -16,8 +16,7 @@ def device_memory(device: torch.device) -> int:
 def choose_device(device: str | torch.device) -> torch.device:
     """A torch device; "auto" is the accelerator if there is one, else the CPU.
 
-    Raises ValueError for a name that torch does not know and RuntimeError for an accelerator that is not
-    there.
+    Raises ValueError for a name that torch does not know, RuntimeError for an accelerator that is missing.
     """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,9 +40,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest number of bytes allocated on an accelerator; on a CPU, the process's largest resident size so
-    far.
-    """
+    """Most bytes ever allocated on an accelerator; on a CPU, the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -2,12 +2,12 @@
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from diffsynth.vram_management.copies import copies_to
+from diffsynth.vram_management.copies import ImmediateCopies, SideStreamCopies
 from diffsynth.vram_management.memory import available_memory
 from diffsynth.vram_management.streaming import BlockStream, resident_blocks, tensors_of
 
@@ -49,9 +49,11 @@ class Residency:
         streamed = list(blocks)[resident_blocks(blocks, num_persistent_params) :]
         if not streamed:
             return
+        copies = ImmediateCopies()
         if self.device.type == "cuda":
             page_lock(streamed)
-        self._streams[name] = (BlockStream(streamed, self.device, copies_to(self.device)), streamed)
+            copies = SideStreamCopies(self.device)
+        self._streams[name] = (BlockStream(streamed, self.device, copies), streamed)
 
     def stop_streaming(self) -> None:
         """From the next stage on, models come whole again."""
@@ -59,25 +61,17 @@ class Residency:
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
-        """Inside this context the named models are on the compute device; also after an exception they go
-        back.
-        """
-        armed = []
-        try:
-            for name in names:
-                if name in self._streams:
-                    stream, blocks = self._streams[name]
-                    self._bring(name, but=blocks)
-                    armed.append(stream)
-                    stream.arm()
-                else:
-                    self._bring(name)
-            yield
-        finally:
-            for stream in armed:
-                stream.disarm()
+        """Inside this context the named models are on the compute device; they go back also after an error."""
+        with ExitStack() as leaving:
             if self.offload:
-                self.rest(*names)
+                leaving.callback(self.rest, *names)
+            for name in names:
+                stream, blocks = self._streams.get(name, (None, ()))
+                self._bring(name, but=blocks)
+                if stream is not None:
+                    leaving.callback(stream.disarm)
+                    stream.arm()
+            yield
 
     def rest(self, *names: str) -> None:
         """Move the named models (all by default) to the CPU and hand their memory back."""

@@ -10,13 +10,14 @@ Weights must be frozen while gradients are taken: none is computed for them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diffsynth.vram_management.copies import Copies, Mark
+from diffsynth.vram_management.copies import ImmediateCopies, Mark
 
 LAST_OF_PASS = "queries_keys"  # method of a DiT block that is called instead of it, after which none runs
 
@@ -50,7 +51,7 @@ class BlockStream:
     Raises ValueError for blocks whose tensors differ in shape or dtype.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copies: Copies) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copies: ImmediateCopies) -> None:
         self._blocks, self._device, self._copies = list(blocks), device, copies
         self._tensors: list[list[Tensor]] = []
         self._home: list[list[Tensor]] = []
@@ -171,9 +172,5 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 def resident_blocks(blocks: Sequence[nn.Module], num_params: int) -> int:
     """How many blocks, from the first, have at most num_params numbers together."""
-    total = 0
-    for count, block in enumerate(blocks):
-        total += sum(tensor.numel() for tensor in tensors_of(block))
-        if total > num_params:
-            return count
-    return len(blocks)
+    totals = accumulate(sum(tensor.numel() for tensor in tensors_of(block)) for block in blocks)
+    return sum(total <= num_params for total in totals)
