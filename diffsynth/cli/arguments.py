@@ -66,32 +66,26 @@ def add_options(
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of one video: prompts, the pipeline's call, motion, the file."""
-    add_prompts(parser)
+    group = parser.add_argument_group("what is shown")
+    text = {"metavar": "TEXT", "default": argparse.SUPPRESS}
+    group.add_argument("--prompt", help="what the video should show", **text)
+    group.add_argument("--negative-prompt", help="what it should not show; the model's by default", **text)
     add_call_options(parser)
     add_options(parser, FileOptions, "the file")
-
-
-def add_prompts(parser: argparse.ArgumentParser) -> None:
-    """Add the prompts."""
-    group = parser.add_argument_group("what is shown")
-    for name, text in (
-        ("prompt", "what the video should show"),
-        ("negative_prompt", "what it should not show; the model's by default"),
-    ):
-        group.add_argument(flag(name), metavar="TEXT", default=argparse.SUPPRESS, help=text)
 
 
 def add_call_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the pipeline's call."""
     add_options(parser, Shorthands, "how it is made")
     add_options(parser, RunOptions, "the run (defaults: the published method's; a model may declare others)")
-    add_options(
-        parser,
-        MotionGuidance,
-        "motion (defaults: FastVMT's; a model may declare others)",
-        prefix=MOTION,
-        but=("mode", "sf"),
-    )
+    title = "motion (defaults: FastVMT's; a model may declare others)"
+    add_options(parser, MotionGuidance, title, prefix=MOTION, but=("mode", "sf"))
+
+
+def add_models_dir(parser: argparse._ActionsContainer) -> None:
+    """Add the folder of the models."""
+    text = "where models are (models)"
+    parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help=text)
 
 
 def add_saving_options(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +111,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="nano, 1.3b, 14b or a checkpoint folder; by default the largest complete one below "
         "--models-dir, else nano",
     )
-    group.add_argument("--models-dir", default="models", metavar="DIR", help="where models are (models)")
+    add_models_dir(group)
     for name, (stated, default) in options_of(LoadOptions).items():
         _add(group, name, stated, default)
     group.add_argument(

@@ -2,6 +2,8 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 from diffsynth.cli.console import DONE, Console
@@ -26,9 +28,7 @@ def run(options: Namespace, console: Console) -> int:
     if options.paths:
         videos = {label: draw_trajectories(v, [track_object(v).centroids]) for label, v in videos.items()}
     frames = video_grid(videos, columns=options.columns, height=options.height, until=options.until)
-    path = write_aside(
-        options.output, lambda file: save_video(frames, file, fps=fps, quality=8), options.overwrite
-    )
+    path = write_aside(options.output, partial(save_video, frames, fps=fps, quality=8), options.overwrite)
     facts = {"output": str(path), "labels": labels, "frames": len(frames), "fps": fps}
     console.say(f"{path}: {len(frames)} frames, {' | '.join(labels)}")
     console.result(facts)
@@ -43,9 +43,6 @@ def labels_of(videos: Sequence[Path], given: Sequence[str] | None) -> list[str]:
         return list(given)
     labels: list[str] = []
     for name in (path.resolve().stem for path in videos):
-        number = 2
-        label = name
-        while label in labels:
-            label, number = f"{name} ({number})", number + 1
-        labels.append(label)
+        numbered = (f"{name} ({number})" for number in count(2))
+        labels.append(next(label for label in chain([name], numbered) if label not in labels))
     return labels

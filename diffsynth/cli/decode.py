@@ -1,6 +1,7 @@
 """`fastvmt decode`: the video of final latents that a run left when it was stopped or ran out of memory."""
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,11 +37,8 @@ def run(options: Namespace, console: Console) -> int:
     frames = decode_saved(options.latents, vae, **tiling)
     console.note("write")
     fps = file.fps or facts["fps"] or DEFAULT_FPS
-    path = write_aside(
-        options.output,
-        lambda path: save_video(frames, path, fps=fps, quality=file.quality),
-        options.overwrite,
-    )
+    save = partial(save_video, frames, fps=fps, quality=file.quality)
+    path = write_aside(options.output, save, options.overwrite)
     size = f"{frames[0].width}x{frames[0].height}"
     console.say(f"{path}: {len(frames)} frames of {size} at {fps:g} frames a second")
     console.result({"output": str(path), "frames": len(frames), "fps": fps})

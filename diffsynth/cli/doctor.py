@@ -29,7 +29,7 @@ GIB = 2**30
 
 def run(options: Namespace, console: Console) -> int:
     """Look, tell, and return 1 if something that every run needs is not there."""
-    facts, problems = examine(Path(options.models_dir))
+    facts, problems = examine(options.models_dir)
     for heading, values in facts.items():
         console.say(heading.replace("_", " "))
         for name, value in values.items():

@@ -34,12 +34,8 @@ def measure(options: Namespace) -> dict[str, float | int]:
     reference = VideoData(options.reference, height=height, width=width)
     count = min(len(generated), len(reference))
     frames = generated[:count]
-    tracking = {
-        "method": options.tracker,
-        "grid": options.grid,
-        "checkpoint": options.checkpoint,
-        "device": options.device,
-    }
+    tracking = {name: getattr(options, name) for name in ("grid", "checkpoint", "device")}
+    tracking["method"] = options.tracker
     own, other = (track_points(video, **tracking) for video in (frames, reference[:count]))
     backwards = Tracklets(points=other.points[:, ::-1], visible=other.visible[:, ::-1])
     values = {

@@ -36,9 +36,8 @@ def run(options: Namespace, console: Console) -> int:
     with attention_kernel(loaded):
         flow = reference_flow(pipe, video, motion=motion, sigma=options.sigma)
     output.mkdir(exist_ok=True)
-    path = save_flow_video(
-        flow, output / "motion.mp4", sf=motion.sf, frames=video, fps=video.fps or DEFAULT_FPS
-    )
+    fps = video.fps or DEFAULT_FPS
+    path = save_flow_video(flow, output / "motion.mp4", sf=motion.sf, frames=video, fps=fps)
     sheet = output / "motion.png"
     flow_sheet(video, flow, sf=motion.sf).save(sheet)
     pairs, rows, cols = flow.shape[:3]
@@ -74,11 +73,8 @@ def _as_transferred(options: Namespace, folder: Path) -> VideoData:
 
 def _check_empty(folder: Path, overwrite: bool) -> None:
     """Raises UsageError if the folder cannot be made, or has files in it."""
-    if not folder.is_dir():
-        if folder.exists():
-            raise UsageError(f"output {folder} is a file; give the name of a folder")
-        check_folder(folder.parent)
-    elif any(folder.iterdir()) and not overwrite:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output {folder} is a file; give the name of a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UsageError(f"output folder {folder} has files in it; give another one, or --overwrite")
-    else:
-        check_folder(folder)
+    check_folder(folder if folder.is_dir() else folder.parent)

@@ -25,9 +25,11 @@ HASH_LENGTH = 10  # of a job's hash, in a name
 class JobLine:
     """One video of a batch.
 
-    line: of the jobs file. given: its options, those of the batch among them. reference: its path, or None.
-    output: where its video goes, inside the output folder; None for a name made of the reference's and of the
-    job's hash.
+    Attributes:
+        line: of the jobs file.
+        given: its options, those of the batch among them.
+        reference: its path; None without one.
+        output: of its video, inside the output folder; None for a name of the reference's and the job's hash.
     """
 
     line: int
@@ -37,26 +39,21 @@ class JobLine:
 
 
 def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[JobLine]:
-    """The jobs of a file. shared: options that hold where a job does not name them.
+    """Return the jobs of a file. shared: options that hold where a job does not name them.
 
     Raises FileNotFoundError without the file, and UsageError that names the line for what cannot be read, for
     unknown options, for an output outside of output_dir, and for one that two jobs name.
     """
     if not path.is_file():
         raise FileNotFoundError(f"jobs file {path} does not exist")
-    readers = {".jsonl": _json_lines, ".csv": _csv_lines}
-    if path.suffix.lower() not in readers:
+    read = {".jsonl": _json_lines, ".csv": _csv_lines}.get(path.suffix.lower())
+    if read is None:
         raise UsageError(f"jobs file {path} must end in .jsonl or .csv")
-    jobs = [
-        _job(f"{path}, line {line}", line, values, path.parent, output_dir, shared)
-        for line, values in readers[path.suffix.lower()](path)
-    ]
+    jobs = [_job(path, line, values, output_dir, shared) for line, values in read(path)]
     if not jobs:
         raise UsageError(f"jobs file {path} holds no jobs")
-    twice = [
-        str(name) for name, count in Counter(job.output for job in jobs if job.output).items() if count > 1
-    ]
-    if twice:
+    counts = Counter(str(job.output) for job in jobs if job.output)
+    if twice := [name for name, count in counts.items() if count > 1]:
         raise UsageError(f"jobs file {path}: more than one job has the output {', '.join(twice)}")
     return jobs
 
@@ -116,15 +113,14 @@ def _text(path: Path) -> str:
 
 
 def _job(
-    where: str,
-    line: int,
-    values: Mapping[str, Any],
-    base: Path,
-    output_dir: Path,
-    shared: Mapping[str, Any],
+    file: Path, line: int, values: Mapping[str, Any], output_dir: Path, shared: Mapping[str, Any]
 ) -> JobLine:
+    where = f"{file}, line {line}"
     entries = {name.strip().replace("-", "_"): value for name, value in values.items()}
-    reference, output = (_text_of(entries.pop(name, None), name, where) for name in ("reference", "output"))
+    paths = {name: entries.pop(name, None) for name in ("reference", "output")}
+    for name, value in paths.items():
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{where}: {name} must be text; got {value!r}")
     motion = entries.pop("motion", {})
     if not isinstance(motion, dict):
         raise UsageError(f"{where}: motion must be an object of its numbers; got {motion!r}")
@@ -141,12 +137,13 @@ def _job(
             given[SHORT.get(name, name)] = read(name, kinds[name], value)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
-    return JobLine(
-        line=line,
-        given=given,
-        reference=None if reference is None else base / reference,
-        output=None if output is None else _inside(output_dir, output, where),
+    reference, output = (
+        None if path is None else base / path
+        for path, base in zip(paths.values(), (file.parent, output_dir), strict=True)
     )
+    if output is not None and output_dir.resolve() not in output.resolve().parents:
+        raise UsageError(f"{where}: output {paths['output']!r} is outside of the output folder {output_dir}")
+    return JobLine(line=line, given=given, reference=reference, output=output)
 
 
 def _kinds() -> dict[str, Kind]:
@@ -156,16 +153,3 @@ def _kinds() -> dict[str, Kind]:
     kinds |= {short: kinds[name] for short, name in SHORT.items()}
     numbers = {MOTION + name: option.kind for name, (option, _) in options_of(MotionGuidance).items()}
     return {**dict.fromkeys(PROMPTS, Text(LONGEST_PROMPT)), **kinds, **numbers}
-
-
-def _text_of(value: Any, name: str, where: str) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise UsageError(f"{where}: {name} must be text; got {value!r}")
-    return value
-
-
-def _inside(folder: Path, name: str, where: str) -> Path:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()) or path.resolve() == folder.resolve():
-        raise UsageError(f"{where}: output {name!r} is outside of the output folder {folder}")
-    return path

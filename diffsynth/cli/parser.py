@@ -6,6 +6,7 @@ from pathlib import Path
 from diffsynth.cli.arguments import (
     add_call_options,
     add_model_options,
+    add_models_dir,
     add_options,
     add_run_options,
     add_saving_options,
@@ -25,6 +26,7 @@ TRACKERS = ("auto", "lk", "cotracker")
 ENDS = ("shortest", "longest")
 SHELLS = ("bash", "zsh", "fish")
 _REFERENCE = "a video file, or a folder of images"
+_OVERWRITE = "replace OUT if it exists"
 
 _EXAMPLES = {
     "": """
@@ -141,13 +143,10 @@ def build_parser() -> Parser:
     _add_evaluate(command("evaluate", "Measure how well a video follows a reference's motion."))
     _add_plan(command("plan", "Predict memory and cost of a run, and the settings that fit into a card."))
     _add_download(command("download", "Fetch published weights; goes on where an earlier download stopped."))
-    doctor = command("doctor", "Check this installation: versions, device, memory, ffmpeg, models.")
-    doctor.add_argument("--models-dir", default="models", metavar="DIR", help="where models are (models)")
+    add_models_dir(command("doctor", "Check this installation: versions, device, memory, ffmpeg, models."))
     _add_batch(command("batch", "Make many videos with one load of the model."))
     _add_decode(command("decode", "Make the video of final latents that a run left."))
-    _add_ui(
-        command("ui", "Serve a web page that does all this, on this machine alone unless told otherwise.")
-    )
+    _add_ui(command("ui", "Serve a web page that does all this, on this machine alone by default."))
     completion = command("completion", "Print a script for the shell's tab completion.")
     completion.add_argument("shell", choices=SHELLS)
     return parser
@@ -165,21 +164,14 @@ def _shared_options() -> Parser:
 
 def _add_transfer(parser: Parser) -> None:
     parser.add_argument("reference", nargs="?", type=Path, metavar="REF", help=_REFERENCE)
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="OUT",
-        help="video file; a free name in the current folder, of reference, mode and seed, by default",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    text = "video file; a free name in the current folder, of reference, mode and seed, by default"
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help=text)
+    parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
     parser.add_argument(
         "--from", dest="record", type=Path, metavar="RECORD", help="repeat the run of a record or its video"
     )
     parser.add_argument("--force", action="store_true", help="with --from: although something changed")
-    add_run_options(parser)
-    add_saving_options(parser)
-    add_model_options(parser)
+    _add_run(parser)
 
 
 def _add_inspect(parser: Parser) -> None:
@@ -199,13 +191,11 @@ def _add_compare(parser: Parser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="video file")
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one for each video; file names")
     parser.add_argument("--height", type=whole, default=256, metavar="N", help="of each video, pixels (256)")
-    parser.add_argument(
-        "--columns", type=whole, metavar="N", help="videos in a row; up to three, else a square"
-    )
+    parser.add_argument("--columns", type=whole, metavar="N", help="in a row; up to three, else a square")
     parser.add_argument("--until", choices=ENDS, default=ENDS[0], help=f"which video ends it ({ENDS[0]})")
     parser.add_argument("--paths", action="store_true", help="draw the way of each video's largest object")
     parser.add_argument("--fps", type=number, metavar="X", help="frames a second; the first video's")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
 
 
 def _add_evaluate(parser: Parser) -> None:
@@ -220,9 +210,7 @@ def _add_evaluate(parser: Parser) -> None:
 
 
 def _add_ui(parser: Parser) -> None:
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (127.0.0.1: this machine alone)")
     port = reader(Whole(0, 65535))
     parser.add_argument("--port", type=port, default=7860, metavar="N", help="0: a free one (7860)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these")
@@ -237,7 +225,7 @@ def _add_ui(parser: Parser) -> None:
 
 def _add_plan(parser: Parser) -> None:
     parser.add_argument("--model", help="1.3b or 14b, which need no weights here; else as for transfer")
-    parser.add_argument("--models-dir", default="models", metavar="DIR", help="where models are (models)")
+    add_models_dir(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
     parser.add_argument("--vram", type=number, metavar="GB", help="memory of the device; no limit")
     add_call_options(parser)
@@ -245,7 +233,7 @@ def _add_plan(parser: Parser) -> None:
 
 def _add_download(parser: Parser) -> None:
     parser.add_argument("model", choices=[*PUBLISHED, "all"], help="which size")
-    parser.add_argument("--models-dir", type=Path, default=Path("models"), metavar="DIR", help="(models)")
+    add_models_dir(parser)
     parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help=f"the hub ({SOURCES[0]})")
 
 
@@ -253,22 +241,23 @@ def _add_batch(parser: Parser) -> None:
     parser.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl or .csv file, a job a line")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs made in another way")
-    add_run_options(parser)
-    add_saving_options(parser)
-    add_model_options(parser)
+    _add_run(parser)
 
 
 def _add_decode(parser: Parser) -> None:
-    parser.add_argument(
-        "latents", type=Path, metavar="LATENTS", help="latents-*.safetensors of a run's folder"
-    )
+    text = "latents-*.safetensors of a run's folder"
+    parser.add_argument("latents", type=Path, metavar="LATENTS", help=text)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="video file")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
     parser.add_argument("--model", help="as for transfer; its VAE must be that of the run")
-    parser.add_argument(
-        "--models-dir", default="models", metavar="DIR", help="where 1.3b and 14b are (models)"
-    )
+    add_models_dir(parser)
     add_options(parser, LoadOptions, "where it runs", only=("device", "vae_dtype"))
     tiles = ("tiled", "tile_size", "tile_stride")
     add_options(parser, RunOptions, "how it is decoded", only=tiles)
     add_options(parser, FileOptions, "the file")
+
+
+def _add_run(parser: Parser) -> None:
+    add_run_options(parser)
+    add_saving_options(parser)
+    add_model_options(parser)

@@ -70,14 +70,20 @@ class DiTBlock(nn.Module):
     def queries_keys(self, tokens: Tensor, state: DiTState) -> tuple[Tensor, Tensor]:
         """The normed, rotated q and k [B, S, N, d] of this block's self-attention, and nothing after them."""
         shift, scale, *_ = self._modulation(state)
-        x = modulate(self.norm1(tokens), shift, scale).to(state.context.dtype)
-        return self.self_attn.queries_keys(x, state.rope)
+        return self.self_attn.queries_keys(
+            modulate(self.norm1(tokens), shift, scale).to(state.context.dtype), state.rope
+        )
 
     def forward(self, tokens: Tensor, state: DiTState) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(state)
         dtype = state.context.dtype
-        x = modulate(self.norm1(tokens), shift1, scale1).to(dtype)
-        y = self.self_attn(x, state.rope, state.grid, state.attention_window)
+        # No name here holds the inputs of attention and feed-forward, so that their memory is free after each.
+        y = self.self_attn(
+            modulate(self.norm1(tokens), shift1, scale1).to(dtype),
+            state.rope,
+            state.grid,
+            state.attention_window,
+        )
         tokens = torch.addcmul(tokens, y.to(tokens.dtype), gate1)
         tokens = tokens + self.cross_attn(self.norm3(tokens).to(dtype), state.context, state.image_context)
         y = self.ffn(modulate(self.norm2(tokens), shift2, scale2).to(dtype))

@@ -61,7 +61,7 @@ class Residency:
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
-        """Inside this context the named models are on the compute device; they go back also after an error."""
+        """Inside this context the named models are on the compute device; an error sends them back, too."""
         with ExitStack() as leaving:
             if self.offload:
                 leaving.callback(self.rest, *names)
