@@ -6,6 +6,7 @@ the threshold. A skipped step adds the last residual (output of the blocks minus
 TeaCache: Liu et al. 2024, arXiv 2411.19108.
 """
 
+import numpy as np
 from torch import Tensor
 
 from diffsynth.caches.rules import Probe, StepCache
@@ -61,7 +62,7 @@ class TeaCache(StepCache):
         if self._previous is not None:
             change = (e0 - self._previous).abs().mean() / self._previous.abs().mean()
             self.relative_change = change.item()
-            self.accumulated += self._estimate(self.relative_change)
+            self.accumulated += float(np.polyval(self._coefficients, self.relative_change))
         self._previous = e0
         self._step += 1
         # Written as "not below" so that a sum that is not a number computes.
@@ -69,9 +70,3 @@ class TeaCache(StepCache):
         if compute:
             self.accumulated = 0.0
         return compute
-
-    def _estimate(self, change: float) -> float:
-        value = 0.0
-        for coefficient in self._coefficients:
-            value = value * change + coefficient
-        return value

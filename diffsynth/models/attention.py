@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +31,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
 
-def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn_interface import flash_attn_func
-
-    out = flash_attn_func(q, k, v)
+def _flash_attn(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = import_module(module).flash_attn_func(q, k, v)
     # Releases differ in whether the log-sum-exp comes along.
     return out[0] if isinstance(out, tuple) else out
-
-
-def _flash_attn_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q, k, v)
 
 
 def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,22 +70,21 @@ class AttentionBackend:
         return None
 
 
+_HALF_ON_CUDA = {"devices": ("cuda",), "dtypes": HALF_TYPES}
 # In order of preference.
 BACKENDS: dict[str, AttentionBackend] = {
     "flash_attn_3": AttentionBackend(
-        run=_flash_attn_3,
+        run=partial(_flash_attn, "flash_attn_interface"),
         module="flash_attn_interface",
         install="build it from the hopper folder of the flash-attention repository",
-        devices=("cuda",),
-        dtypes=HALF_TYPES,
+        **_HALF_ON_CUDA,
         max_head_dim=256,
     ),
     "flash_attn_2": AttentionBackend(
-        run=_flash_attn_2,
+        run=partial(_flash_attn, "flash_attn"),
         module="flash_attn",
         install="pip install flash-attn --no-build-isolation",
-        devices=("cuda",),
-        dtypes=HALF_TYPES,
+        **_HALF_ON_CUDA,
         max_head_dim=256,
     ),
     "sdpa": AttentionBackend(run=_sdpa),
@@ -100,8 +92,7 @@ BACKENDS: dict[str, AttentionBackend] = {
         run=_sage,
         module="sageattention",
         install="pip install sageattention",
-        devices=("cuda",),
-        dtypes=HALF_TYPES,
+        **_HALF_ON_CUDA,
         max_head_dim=128,
         differentiable=False,
     ),

@@ -13,7 +13,7 @@ from types import MethodType
 import torch
 from torch import Tensor
 
-from diffsynth.models.wan_video_dit import DiTState, WanModel
+from diffsynth.models.wan_video_dit import DiTBlock, DiTState, WanModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +32,12 @@ def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
     if backend not in known:
         raise ValueError(f"backend must be one of {', '.join(known)}; got {backend!r}")
     warnings.filterwarnings("ignore", message=EXPECTED, category=UserWarning)
-    compiled: dict[type, Forward] = {}
+    # The function of the class, so that blocks share its code, and not the module's call, whose hooks come
+    # and go from run to run without compiled code noticing.
+    compiled = _compiled(DiTBlock.forward, backend)
     for block in dit.blocks:
-        if "forward" in vars(block):
-            continue
-        # The function of the class, so that blocks share its code, and not the module's call, whose hooks
-        # come and go from run to run without compiled code noticing.
-        kind = type(block)
-        if kind not in compiled:
-            compiled[kind] = _compiled(kind.forward, backend)
-        block.forward = MethodType(compiled[kind], block)
+        if "forward" not in vars(block):
+            block.forward = MethodType(compiled, block)
 
 
 def _compiled(forward: Forward, backend: str) -> Forward:

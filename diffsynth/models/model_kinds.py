@@ -77,24 +77,18 @@ KINDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Recognised:
-    """A model found in weight files: its kind, its tensors under official names, its arguments."""
-
-    kind: ModelKind
-    tensors: dict[str, StoredTensor]
-    arguments: dict
-
-
 def kind_of(tensors: Mapping[str, StoredTensor]) -> ModelKind | None:
     """The kind of model that has tensors of these names."""
     return next((k for k in KINDS if k.official_mark in tensors or k.diffusers_mark in tensors), None)
 
 
-def recognise(tensors: Mapping[str, StoredTensor], declared: Declared, source: str) -> Recognised:
-    """Tell what the tensors of one model are. `source` names their files in messages.
+def recognise(
+    tensors: Mapping[str, StoredTensor], declared: Declared, source: str
+) -> tuple[ModelKind, dict[str, StoredTensor], dict]:
+    """Return a model's kind, its tensors under official names, and its arguments.
 
-    Raises CheckpointError if they are no Wan2.1 model, or if tensors that tell the model's size are missing.
+    Raises CheckpointError, naming `source`, if they are no Wan2.1 model, or if tensors that tell the model's
+    size are missing.
     """
     hint = "; give all shards in one list, or the folder" if "-of-" in source else ""
     kind = kind_of(tensors)
@@ -113,7 +107,7 @@ def recognise(tensors: Mapping[str, StoredTensor], declared: Declared, source: s
         raise CheckpointError(
             f"{source} looks like a {kind.name}, but its size cannot be told: {error}{hint}"
         ) from error
-    return Recognised(kind, dict(tensors), arguments)
+    return kind, dict(tensors), arguments
 
 
 def check_complete(model: nn.Module, tensors: Mapping[str, StoredTensor], source: str) -> None:

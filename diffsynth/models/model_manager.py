@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from diffsynth.models.checkpoint_files import (
     open_weights,
 )
 from diffsynth.models.lora import Lora, merge, read_lora
-from diffsynth.models.model_kinds import Recognised, check_complete, recognise
+from diffsynth.models.model_kinds import ModelKind, check_complete, recognise
 from diffsynth.models.packed_linear import PACKED_DTYPES, pack_block_linears
 
 logger = logging.getLogger(__name__)
@@ -94,19 +94,20 @@ class ModelManager:
             source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
             declared = _declared(files[0].parent)
             try:
-                found = recognise(open_weights(files), declared, source)
+                kind, tensors, arguments = recognise(open_weights(files), declared, source)
             except CheckpointError as error:
                 if not in_folder or PUBLISHED_NAME.fullmatch(files[0].name):
                     raise
                 logger.warning("%s; left out", error)
                 continue
-            name = found.kind.name
+            name = kind.name
             if name in loaded:
                 logger.warning("%s is a second %s in the folder; left out", source, name)
                 continue
-            model = _build(found, source, dtypes.get(name, dtype), torch.device(device or self.device))
-            loaded[name] = LoadedModel(name, model, found.tensors, files)
-            same = (c.name for c in PUBLISHED.values() if dict(c.dit_kwargs) == found.arguments)
+            model = _build(kind, arguments, tensors, source)
+            model = _placed(model, dtypes.get(name, dtype), torch.device(device or self.device))
+            loaded[name] = LoadedModel(name, model, tensors, files)
+            same = (c.name for c in PUBLISHED.values() if dict(c.dit_kwargs) == arguments)
             logger.info("%s: %s from %s", name, next(same, "unpublished size"), source)
         if not loaded:
             raise CheckpointError(f"{entry} holds no Wan2.1 DiT, text encoder or VAE")
@@ -182,16 +183,20 @@ def _declared(folder: Path) -> dict:
     return declared
 
 
-def _build(found: Recognised, source: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Build a model without memory, point it at the mapped files, then convert one tensor at a time."""
+def _build(kind: ModelKind, arguments: dict, tensors: Mapping[str, StoredTensor], source: str) -> nn.Module:
+    """Build a model without memory and point it at the mapped files."""
     with torch.device("meta"):
         try:
-            model = found.kind.factory(**found.arguments)
+            model = kind.factory(**arguments)
         except ValueError as error:
             raise CheckpointError(f"{source} and the config.json beside it do not agree: {error}") from error
-    check_complete(model, found.tensors, source)
-    model.load_state_dict({key: tensor.read() for key, tensor in found.tensors.items()}, assign=True)
-    model.eval().requires_grad_(False)
+    check_complete(model, tensors, source)
+    model.load_state_dict({key: tensor.read() for key, tensor in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _placed(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Convert and move a model, one tensor at a time."""
     if dtype in PACKED_DTYPES:
         pack_block_linears(model, dtype)
         dtype = torch.bfloat16

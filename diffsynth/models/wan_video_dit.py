@@ -77,7 +77,7 @@ class DiTBlock(nn.Module):
     def forward(self, tokens: Tensor, state: DiTState) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(state)
         dtype = state.context.dtype
-        # No name here holds the inputs of attention and feed-forward, so that their memory is free after each.
+        # No name here holds the inputs of attention and feed-forward: their memory is free after each.
         y = self.self_attn(
             modulate(self.norm1(tokens), shift1, scale1).to(dtype),
             state.rope,

@@ -96,9 +96,9 @@ class RunPlan:
             f"{'GB':<14}{'weights':>10}{'activations':>13}{'peak':>8}",
         ]
         for stage in self.stages:
-            numbers = (stage.weights / GB, stage.activations / GB, stage.total / GB)
+            weights, activations, total = (n / GB for n in (stage.weights, stage.activations, stage.total))
             mark = "  <- peak" if stage is self.peak_stage else ""
-            lines.append("{:<14}{:>10.2f}{:>13.2f}{:>8.2f}".format(stage.stage, *numbers) + mark)
+            lines.append(f"{stage.stage:<14}{weights:>10.2f}{activations:>13.2f}{total:>8.2f}{mark}")
         budget = "no budget" if self.budget is None else f"budget {self.budget / GB:.1f} GB"
         lines += [
             f"{self.peak / GB:.2f} GB of tensors and {RESERVED / GB:.2f} GB for the device itself; {budget}",
@@ -135,9 +135,8 @@ def plan_run(
     def peak(settings: Settings) -> int:
         return max(stage.total for stage in predict_stages(sizes, options, settings, with_reference))
 
-    frugal, kept = _frugal(options), keeping(options.motion)
-    fitting = (rung for rung in rungs(frugal, kept, sizes.dit.num_layers) if peak(rung) <= usable)
-    settings = next(fitting, None)
+    ladder = rungs(_frugal(options), keeping(options.motion), sizes.dit.num_layers)
+    settings = next((rung for rung in ladder if peak(rung) <= usable), None)
     if settings is None:
         raise _not_enough(sizes, options, int(usable + RESERVED), with_reference)
     wishes: dict[str, bool] = {"stream_text_encoder": False}
@@ -198,14 +197,12 @@ def _not_enough(
     if options.batch_cfg:
         changes["batch_cfg=False"] = {"batch_cfg": False}
     now = least(options)
-    helps = {name: least(replace(options, **change)).total for name, change in changes.items()}
-    help_text = ", ".join(
-        f"{name} ({(peak + RESERVED) / GB:.1f} GB)" for name, peak in helps.items() if peak < now.total
-    )
+    peaks = {name: least(replace(options, **change)).total for name, change in changes.items()}
+    helps = [f"{name} ({(peak + RESERVED) / GB:.1f} GB)" for name, peak in peaks.items() if peak < now.total]
     needed = now.total + RESERVED
     return NotEnoughMemoryError(
         f"{sizes.name} at {options.height}x{options.width}x{options.num_frames} needs at least "
         f"{needed / GB:.1f} GB (stage {now.stage!r}), and vram_gb is {budget / GB:.1f}"
-        f"{'; less is needed with ' + help_text if help_text else ''}",
+        f"{'; less is needed with ' + ', '.join(helps) if helps else ''}",
         needed,
     )

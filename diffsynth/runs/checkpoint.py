@@ -20,15 +20,7 @@ from diffsynth.data.files import PARTIAL, locked
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import identity_differences, identity_key, run_identity
 from diffsynth.runs.signals import stoppable
-from diffsynth.runs.state import (
-    PromptEmbeddings,
-    RunInputs,
-    StepState,
-    joined,
-    load_state,
-    part,
-    save_state,
-)
+from diffsynth.runs.state import PromptEmbeddings, RunInputs, StepState, joined, load_state, part, save_state
 from diffsynth.vram_management import Residency
 
 logger = logging.getLogger(__name__)
@@ -125,22 +117,15 @@ class SavedRun:
             return None
         logger.info("going on after step %d of prompt %d, from %s", facts["step"], index + 1, path)
         self._last_saved = (facts["step"], time.monotonic())
-        return StepState(
-            step=facts["step"],
-            latents=state["latents"],
-            parts=part(state, "parts"),
-            cost=facts["cost"],
-            settings=facts["settings"],
-        )
+        facts = {name: facts[name] for name in ("step", "cost", "settings")}
+        return StepState(latents=state["latents"], parts=part(state, "parts"), **facts)
 
     def step_done(self, state: StepState) -> None:
         """Take in a finished step; it is saved when the time has come."""
         self._latest = state
         step, moment = self._last_saved
-        if (
-            state.step - step >= self._saving.checkpoint_every
-            or time.monotonic() - moment >= 60 * self._saving.checkpoint_minutes
-        ):
+        minutes = (time.monotonic() - moment) / 60
+        if state.step - step >= self._saving.checkpoint_every or minutes >= self._saving.checkpoint_minutes:
             self.keep_latest()
 
     def keep_latest(self) -> None:
@@ -179,12 +164,8 @@ class SavedRun:
                 "or another folder"
             )
         prompts = [PromptEmbeddings(**part(state, f"context.{i}")) for i in range(facts["prompts"])]
-        self.inputs = RunInputs(
-            prompts=prompts,
-            noise=state["noise"],
-            reference=state.get("reference"),
-            seconds=facts["seconds"],
-        )
+        tensors = {"noise": state["noise"], "reference": state.get("reference")}
+        self.inputs = RunInputs(prompts=prompts, **tensors, seconds=facts["seconds"])
         self._inputs_saved = True
         logger.info("going on with the run in %s", self._folder)
 
@@ -194,8 +175,8 @@ class SavedRun:
             contexts = {f"context.{i}": c._asdict() for i, c in enumerate(inputs.prompts)}
             tensors = {**joined(contexts), "noise": inputs.noise, "reference": inputs.reference}
             tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-            facts = {"identity": self._identity, "seed": self._seed, "seconds": dict(inputs.seconds)}
-            facts["prompts"] = len(inputs.prompts)
+            facts = {"identity": self._identity, "seed": self._seed, "prompts": len(inputs.prompts)}
+            facts["seconds"] = dict(inputs.seconds)
             # A step of a run before this one must never be taken for one of these inputs.
             self._inputs_saved = self._write(INPUTS, tensors, facts)
         return self._inputs_saved
