@@ -7,7 +7,7 @@ video, and the video appears whole, so a kill at any moment leaves a job either 
 import logging
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -128,20 +128,18 @@ def finished_record(video: Path) -> RunRecord | None:
     """
     if not video.is_file():
         return None
-    try:
-        record = read_record(video)
-    except ValueError:
-        return _beside(video)
-    if _beside(video) != record:
-        write_record(record, video)
-    return record
+    inside, beside = _record_of(video), _record_of(record_path(video))
+    if inside is None:
+        return beside
+    if inside != beside:
+        write_record(inside, video)
+    return inside
 
 
-def _beside(video: Path) -> RunRecord | None:
-    try:
-        return read_record(record_path(video))
-    except (ValueError, FileNotFoundError):
-        return None
+def _record_of(file: Path) -> RunRecord | None:
+    with suppress(ValueError, FileNotFoundError):
+        return read_record(file)
+    return None
 
 
 @contextmanager

@@ -62,8 +62,7 @@ def _fish() -> str:
         for name, command in commands.items()
     ]
     for name, command in commands.items():
-        for action in command._actions:
-            lines += [_fish_option(name, action)]
+        lines += [_fish_option(name, action) for action in command._actions]
     return "\n".join(lines) + "\n"
 
 

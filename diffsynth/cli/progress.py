@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffsynth.jobs.task import VideoTask, run_task
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.record import RunRecord
+from diffsynth.runs.signals import handling
 
 INTERRUPTED_TEXT = "interrupted; no video was written"
 
@@ -58,9 +58,15 @@ class StageProgress:
 
     def __call__(self, event: RunEvent) -> None:
         if event.steps == 0:
-            self._begin(event.stage)
+            if self.stopping:
+                raise KeyboardInterrupt(INTERRUPTED_TEXT)
+            self.close()
+            self._console.note(event.stage)
         elif event.stage == "guidance":
-            self._guided(event)
+            # How many sampling steps there are is known with the first of them.
+            bar = self._open(f"guided step {event.step}/{event.steps}", None)
+            if event.losses:
+                bar.set_postfix_str(f"motion loss {event.losses[-1]:.4g}")
         else:
             bar = self._open("sampling", event.steps)
             bar.update(event.step - bar.n)
@@ -70,18 +76,6 @@ class StageProgress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-    def _begin(self, stage: str) -> None:
-        if self.stopping:
-            raise KeyboardInterrupt(INTERRUPTED_TEXT)
-        self.close()
-        self._console.note(stage)
-
-    def _guided(self, event: RunEvent) -> None:
-        # How many sampling steps there are is known with the first of them.
-        bar = self._open(f"guided step {event.step}/{event.steps}", None)
-        if event.losses:
-            bar.set_postfix_str(f"motion loss {event.losses[-1]:.4g}")
 
     def _open(self, doing: str, steps: int | None) -> tqdm:
         if self._bar is None:
@@ -98,8 +92,6 @@ def stopping_on_interrupt(
 ) -> Iterator[None]:
     """Inside this context the first Ctrl-C asks the pipeline to stop; a second one stops at once.
 
-    Only in the main thread, where Python allows it; a signal that the process ignores stays ignored.
-
     Args:
         at_once: leave the signal to the run, which is saved.
     """
@@ -111,14 +103,8 @@ def stopping_on_interrupt(
         pipe.interrupt()
         console.problem("stopping after this step; Ctrl-C again stops at once")
 
-    before = signal.getsignal(signal.SIGINT)
-    in_main = threading.current_thread() is threading.main_thread()
-    ours = in_main and not at_once and before not in (None, signal.SIG_IGN)
-    if ours:
-        signal.signal(signal.SIGINT, stop)
     try:
-        yield
+        with handling([] if at_once else [signal.SIGINT], stop):
+            yield
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
         progress.close()

@@ -92,7 +92,7 @@ class ResidualBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Self-attention of one head over the h*w positions of each frame on its own, plus the input."""
+    """Self-attention of one head over the h*w positions of each frame on its own, plus the input; no past."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class FrameAttention(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, _cache: Cache) -> Tensor:
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         qkv = self.to_qkv(self.norm(frames))
         # The memory-efficient kernels want the channels next to each other.
@@ -156,11 +156,6 @@ def _middle(channels: int) -> nn.ModuleList:
     )
 
 
-def _run_middle(middle: nn.ModuleList, x: Tensor, cache: Cache) -> Tensor:
-    first, attention, second = middle
-    return second(attention(first(x, cache)), cache)
-
-
 def _head(in_channels: int, out_channels: int) -> nn.ModuleDict:
     return nn.ModuleDict({"0": ChannelNorm(in_channels), "2": CausalConv3d(in_channels, out_channels)})
 
@@ -195,9 +190,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         x = self.conv1(self.conv1.with_past(x, cache))
-        for block in self.downsamples:
+        for block in (*self.downsamples, *self.middle):
             x = block(x, cache)
-        return _run_head(self.head, _run_middle(self.middle, x, cache), cache)
+        return _run_head(self.head, x, cache)
 
 
 class Decoder(nn.Module):
@@ -225,7 +220,7 @@ class Decoder(nn.Module):
         self.head = _head(width, IMAGE_CHANNELS)
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        x = _run_middle(self.middle, self.conv1(self.conv1.with_past(x, cache)), cache)
-        for block in self.upsamples:
+        x = self.conv1(self.conv1.with_past(x, cache))
+        for block in (*self.middle, *self.upsamples):
             x = block(x, cache)
         return _run_head(self.head, x, cache)

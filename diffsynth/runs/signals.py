@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,12 +31,7 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
 
     It is raised at once and not at the end of a step, which may take a minute: a machine that is taken away
     leaves seconds. interrupt: called first, so that the run also stops where its caller swallows exceptions.
-    Handlers are set in the main thread only, where Python allows it, and put back afterwards; a signal that
-    the process ignores stays ignored.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     received: list[int] = []
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -46,15 +41,26 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
         interrupt()
         raise RunInterrupted(number, folder)
 
+    with handling(STOP_SIGNALS, stop):
+        yield
+    if received:
+        raise RunInterrupted(received[0], folder)
+
+
+@contextmanager
+def handling(signals: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside this context a function handles these signals; a signal that the process ignores stays ignored.
+
+    Only in the main thread, where Python allows it; elsewhere nothing changes.
+    """
+    before = {number: signal.getsignal(number) for number in signals}
+    in_main = threading.current_thread() is threading.main_thread()
     # None stands for a handler that Python did not set and could not put back.
-    before = {s: signal.getsignal(s) for s in STOP_SIGNALS}
-    ours = [s for s, handler in before.items() if handler not in (None, signal.SIG_IGN)]
+    ours = [number for number, old in before.items() if in_main and old not in (None, signal.SIG_IGN)]
     for number in ours:
-        signal.signal(number, stop)
+        signal.signal(number, handler)
     try:
         yield
     finally:
         for number in ours:
             signal.signal(number, before[number])
-    if received:
-        raise RunInterrupted(received[0], folder)
