@@ -49,13 +49,8 @@ class MagCache(StepCache):
     def from_options(cls, options: CacheOptions, prompt: str, steps: range, num_steps: int) -> "MagCache":
         """Return the rule of a run's options; see `make_rule`."""
         ratios = options.ratios.for_steps(num_steps).of(prompt)
-        return cls(
-            ratios,
-            options.threshold,
-            max_skip=options.max_skip,
-            retention=options.retention,
-            first_step=steps.start,
-        )
+        limits = {"max_skip": options.max_skip, "retention": options.retention}
+        return cls(ratios, options.threshold, **limits, first_step=steps.start)
 
     def decide(self, _probe: Probe) -> bool:
         """Return True if the blocks must run at this step, False if `residual` may stand for them.
@@ -67,11 +62,11 @@ class MagCache(StepCache):
             raise RuntimeError(
                 f"This MagCache was made for {len(self.ratios)} steps: make a new one for each run"
             )
-        if self._step >= self._first_choice:
+        forced = self._step < self._first_choice
+        if not forced:
             self._ratio *= self.ratios[self._step]
             self.accumulated += abs(1 - self._ratio)
             self._skipped += 1
-        forced = self._step < self._first_choice
         self._step += 1
         skip = not forced and self.accumulated < self.threshold and self._skipped <= self.max_skip
         if not skip:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.cli.console import DONE, FAILED, Console
-from diffsynth.cli.job_files import JobLine, default_output, job_hash, read_jobs
-from diffsynth.cli.progress import run_watched
-from diffsynth.cli.saving import saving_arguments
+from diffsynth.cli.job_files import JobLine, job_hash, read_jobs
+from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.data.files import FileInUseError, locked
 from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
@@ -72,7 +71,6 @@ class _Batch:
     """What the jobs share: the model, loaded when the first job needs it."""
 
     def __init__(self, options: Namespace, console: Console) -> None:
-        self._folder: Path = options.output_dir
         self._options, self._console = options, console
         self._checkpoint = choose_model(options.model, options.models_dir, console.note)
         self._loaded = load_options(vars(options))
@@ -101,7 +99,9 @@ class _Batch:
         """The task of a job; None if it is done."""
         task = make_task(job.given, job.reference, self._checkpoint)
         identity = job_hash(job, task.reference, self._model)
-        output = job.output or default_output(job, identity, self._folder)
+        # A name that is the same for the same job, wherever it stands in the file.
+        name = f"{'text' if job.reference is None else job.reference.stem}-{identity[:10]}.mp4"
+        output = job.output or self._options.output_dir / name
         finished = finished_record(output)
         same = finished is not None and finished.job == identity
         if same and not differences(finished, task.reference, self._model):

@@ -43,14 +43,11 @@ def run(options: Namespace, console: Console) -> int:
 
 def examine(models_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What there is, by heading and name, and what is wrong."""
-    problems = []
     versions = {"fastvmt": __version__, "python": platform.python_version()}
-    for package in NEEDED:
-        versions[package] = installed_version(package) or "missing"
-        if versions[package] == "missing":
-            problems.append(f"package {package} is missing: pip install {package}")
-    for package, purpose in EXTRA.items():
-        versions[package] = installed_version(package) or f"not installed; needed for {purpose}"
+    versions |= {name: installed_version(name) or "missing" for name in NEEDED}
+    problems = [f"package {n} is missing: pip install {n}" for n in NEEDED if versions[n] == "missing"]
+    for name, purpose in EXTRA.items():
+        versions[name] = installed_version(name) or f"not installed; needed for {purpose}"
     facts: dict[str, dict[str, Any]] = {"versions": versions}
     if installed_version("torch") is not None:
         facts |= _device()

@@ -18,7 +18,6 @@ from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.task import PROMPTS
 
 SHORT = {option.short: name for name, (option, _) in call_options().items() if option.short}
-HASH_LENGTH = 10  # of a job's hash, in a name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +71,6 @@ def job_hash(job: JobLine, reference: Mapping[str, Any] | None, model: Mapping[s
     if model["setup"].get("loras"):  # not named otherwise, so that jobs without them keep their hash
         facts["loras"] = model["setup"]["loras"]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def default_output(job: JobLine, job_hash: str, output_dir: Path) -> Path:
-    """The name of a job that names none; the same for the same job, wherever it stands in the file."""
-    stem = "text" if job.reference is None else job.reference.stem
-    return output_dir / f"{stem}-{job_hash[:HASH_LENGTH]}.mp4"
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """The command line of `fastvmt`: its commands, their options and examples. Needs no torch."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from diffsynth.cli.arguments import (
@@ -98,18 +99,15 @@ _USAGES = {
 }
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Examples stay as they are written, and options have a column that most of them fit in."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
+# Examples stay as they are written, and options have a column that most of them fit in.
+_HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UsageError where argparse's own would end the process."""
 
     def __init__(self, *, examples: str = "", **options: object) -> None:
-        options.setdefault("formatter_class", _Help)
+        options.setdefault("formatter_class", _HELP)
         epilog = f"examples:{examples}" if examples else None
         super().__init__(allow_abbrev=False, epilog=epilog, **options)
 

@@ -1,7 +1,8 @@
-"""Progress of a run on stderr, stage by stage, and Ctrl-C, which asks the run to stop."""
+"""How a command runs a task: what saves it, its progress on stderr, and Ctrl-C, which asks it to stop."""
 
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +10,36 @@ from typing import Any
 
 from tqdm import tqdm
 
+from diffsynth.cli.arguments import flag
 from diffsynth.cli.console import Console
-from diffsynth.configs.options import LoadOptions
-from diffsynth.jobs.task import VideoTask, run_task
+from diffsynth.configs.fields import options_of
+from diffsynth.configs.options import LoadOptions, SavingOptions
+from diffsynth.jobs.errors import UsageError
+from diffsynth.jobs.task import VideoTask, run_task, saving_folder
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.record import RunRecord
 from diffsynth.runs.signals import handling
 
 INTERRUPTED_TEXT = "interrupted; no video was written"
+
+
+def saving_arguments(options: Namespace, output: Path | None) -> dict[str, Any]:
+    """Return the arguments of the run that `add_saving_options` asks for; empty if nothing is saved.
+
+    Raises:
+        UsageError: there is no folder for it, or details are given where nothing is saved.
+    """
+    given = {name: value for name, value in vars(options).items() if name in options_of(SavingOptions)}
+    resume = given.pop("resume", None)
+    if resume is None and options.checkpoint_dir is None:
+        if given:
+            raise UsageError(f"{flag(min(given))} needs --resume or --checkpoint-dir")
+        return {}
+    if options.checkpoint_dir is None and output is None:
+        raise UsageError("--resume needs -o OUT, or --checkpoint-dir")
+    folder = options.checkpoint_dir or saving_folder(output)
+    return {"checkpoint_dir": folder, "resume": resume is not False, **given}
 
 
 def run_watched(

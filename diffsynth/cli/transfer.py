@@ -8,8 +8,7 @@ from typing import Any
 
 from diffsynth.cli.arguments import flag
 from diffsynth.cli.console import DONE, Console
-from diffsynth.cli.progress import run_watched
-from diffsynth.cli.saving import saving_arguments
+from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_output

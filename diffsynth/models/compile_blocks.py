@@ -7,7 +7,7 @@ What each of these warm-ups took is logged.
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import MethodType
 
 import torch
@@ -42,22 +42,15 @@ def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
 
 def _compiled(forward: Forward, backend: str) -> Forward:
     """The compiled function, which logs the seconds of calls that compiled anything."""
-    compile_graph = torch._dynamo.lookup_backend(backend)
-    graphs: list[torch.fx.GraphModule] = []
-
-    def counted(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
-        graphs.append(graph)
-        return compile_graph(graph, inputs)
-
-    run = torch.compile(forward, backend=counted, dynamic=False)
+    run = torch.compile(forward, backend=backend, dynamic=False)
+    counters = torch._dynamo.utils.counters
 
     def timed(block: torch.nn.Module, tokens: Tensor, state: DiTState) -> Tensor:
-        started = time.perf_counter()
+        before, started = counters["stats"]["unique_graphs"], time.perf_counter()
         result = run(block, tokens, state)
-        if graphs:
+        if (graphs := counters["stats"]["unique_graphs"] - before) > 0:
             seconds = time.perf_counter() - started
-            logger.info("torch.compile (%s): %d graphs of a block in %.1f s", backend, len(graphs), seconds)
-            graphs.clear()
+            logger.info("torch.compile (%s): %d graphs of a block in %.1f s", backend, graphs, seconds)
         return result
 
     return timed

@@ -72,9 +72,7 @@ class ModelManager:
         foreign weights, naming the file.
         """
         if isinstance(file_path_list, str | Path):
-            raise TypeError(
-                f"file_path_list must be a list of entries; got one path, {str(file_path_list)!r}"
-            )
+            raise TypeError(f"file_path_list must be a list of entries; got one path, {file_path_list!s}")
         for entry in file_path_list:
             self.load_model(entry, torch_dtype, device, vae_dtype)
 

@@ -85,8 +85,8 @@ def linear_in(dtype: torch.dtype, layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 
-class SelfAttention(nn.Module):
-    """Attention over the tokens of the video, all or those near by, with rotary positions."""
+class Projections(nn.Module):
+    """The linear layers and norms of an attention."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -94,40 +94,42 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
+    def heads(self, x: Tensor) -> Tensor:
+        """x [B, S, D] -> [B, S, N, d]."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(Projections):
+    """Attention over the tokens of the video, all or those near by, with rotary positions."""
+
     def queries_keys(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, D] -> normed and rotated q, k, each [B, S, N, d]."""
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1)), rope)
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (self.num_heads, -1)), rope)
-        return q, k
+        q = rotate(self.heads(self.norm_q(self.q(x))), rope)
+        return q, rotate(self.heads(self.norm_k(self.k(x))), rope)
 
     def forward(self, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None) -> Tensor:
         """x [B, S, D] of a grid (F, H, W) -> [B, S, D]; window: see `local_attention`, None: all tokens."""
         q, k = self.queries_keys(x, rope)
-        v = self.v(x).unflatten(-1, (self.num_heads, -1))
+        v = self.heads(self.v(x))
         seen = attention(q, k, v) if window is None else local_attention(q, k, v, grid=grid, window=window)
         return self.o(seen.flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Projections):
     """Attention from video tokens to the text and, in image models, to image tokens as well."""
 
     def __init__(self, dim: int, num_heads: int, eps: float, has_image_input: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        super().__init__(dim, num_heads, eps)
         if has_image_input:
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
     def forward(self, x: Tensor, context: Tensor, image_context: Tensor | None) -> Tensor:
-        heads = (self.num_heads, -1)
-        q = self.norm_q(self.q(x)).unflatten(-1, heads)
-        k = self.norm_k(self.k(context)).unflatten(-1, heads)
-        out = attention(q, k, self.v(context).unflatten(-1, heads))
+        q, k = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(context)))
+        out = attention(q, k, self.heads(self.v(context)))
         if image_context is not None:
-            k_img = self.norm_k_img(self.k_img(image_context)).unflatten(-1, heads)
-            out = out + attention(q, k_img, self.v_img(image_context).unflatten(-1, heads))
+            k_img = self.heads(self.norm_k_img(self.k_img(image_context)))
+            out = out + attention(q, k_img, self.heads(self.v_img(image_context)))
         return self.o(out.flatten(2))
 
 

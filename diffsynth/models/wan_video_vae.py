@@ -111,10 +111,10 @@ class WanVideoVAE(nn.Module):
         center, inverse_std = self._statistics()
         grid = self._grid([n // self.spatial_factor for n in size], tiled, tile_size, tile_stride)
         if grid is None:
-            return (self._moments(video)[0] - center) * inverse_std
+            return (self.encode_moments(video)[0] - center) * inverse_std
 
         def encode_tile(tile: Tile) -> Iterator[Tensor]:
-            yield (self._moments(video[tile.area(self.spatial_factor)])[0] - center) * inverse_std
+            yield (self.encode_moments(video[tile.area(self.spatial_factor)])[0] - center) * inverse_std
 
         num_latents = -(-(num_frames - 1) // self.temporal_factor) + 1
         latents = torch.zeros(batch, self.z_dim, num_latents, *grid.shape, device=self.device)
@@ -126,7 +126,13 @@ class WanVideoVAE(nn.Module):
         Input and errors as for `encode`.
         """
         self._check_video(video)
-        return self._moments(video)
+        cache: Cache = {}
+        moments = [
+            self.conv1(self.encoder(chunk.to(self.device, self.dtype), cache)).float()
+            for chunk in _video_chunks(video, self.temporal_factor)
+        ]
+        mean, log_variance = torch.cat(moments, dim=2).chunk(2, dim=1)
+        return mean, log_variance
 
     def decode(
         self,
@@ -170,15 +176,6 @@ class WanVideoVAE(nn.Module):
         self._check_latents(latents)
         num_frames = self.temporal_factor * (latents.shape[2] - 1) + 1
         return (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames))
-
-    def _moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        cache: Cache = {}
-        moments = [
-            self.conv1(self.encoder(chunk.to(self.device, self.dtype), cache)).float()
-            for chunk in _video_chunks(video, self.temporal_factor)
-        ]
-        mean, log_variance = torch.cat(moments, dim=2).chunk(2, dim=1)
-        return mean, log_variance
 
     def _pixel_chunks(self, latents: Tensor, num_frames: int) -> Iterator[Tensor]:
         """Chunks of the first num_frames frames, float32, not clamped."""

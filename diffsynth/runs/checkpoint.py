@@ -78,11 +78,10 @@ class SavedRun:
         self._identity = dict(identity)
         self._key = identity_key(identity)
         self.inputs: RunInputs | None = None
-        self._inputs_saved = False
+        self._inputs_saved = self._warned = False
         self._index = 0
         self._latest: StepState | None = None  # not saved yet
         self._last_saved = (0, time.monotonic())
-        self._warned = False
         for partial in folder.glob(f"{PARTIAL}*"):
             partial.unlink(missing_ok=True)
         if not saving.resume:

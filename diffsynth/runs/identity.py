@@ -13,8 +13,6 @@ from diffsynth.configs.options import RunOptions
 
 SAMPLES = 16  # values read of each tensor
 LONG = 200  # characters of an argument from which on its hash stands for it
-NOT_OF_THE_RUN = ("output_type",)
-ABSENT = "nothing"
 
 
 def run_identity(
@@ -34,7 +32,7 @@ def run_identity(
     positive, negative = ([pair[i] for pair in prompts] for i in (0, 1))
     identity = {"prompt": _short(positive), "negative_prompt": _short(negative)}
     for item in fields(options):
-        if item.name not in NOT_OF_THE_RUN:
+        if item.name != "output_type":
             identity |= _named(item.name, getattr(options, item.name))
     if pixels is not None:
         identity["input_video"] = f"frames of hash {_hash(pixels.numpy())}"
@@ -47,7 +45,7 @@ def identity_differences(there: Mapping[str, str], given: Mapping[str, str]) -> 
     """What differs between two identities, as "name (value there, value given)"."""
     names = dict.fromkeys([*given, *there])
     return [
-        f"{name} ({there.get(name, ABSENT)} there, {given.get(name, ABSENT)} given)"
+        f"{name} ({there.get(name, 'nothing')} there, {given.get(name, 'nothing')} given)"
         for name in names
         if there.get(name) != given.get(name)
     ]

@@ -98,9 +98,8 @@ class RunRecord:
             raise ValueError(f"{source} is no whole record: {', '.join(sorted(values.keys() ^ names))}")
         for name, needed in _NEEDED.items():
             value = values[name]
-            if name == "reference" and value is None:
-                continue
-            if not isinstance(value, dict) or not value.keys() >= set(needed):
+            without = name == "reference" and value is None
+            if not without and not (isinstance(value, dict) and value.keys() >= set(needed)):
                 needs = f" with {', '.join(needed)}" if needed else ""
                 raise ValueError(f"{source} is no whole record: {name} must be an object{needs}")
         return cls(**values)
@@ -192,10 +191,10 @@ def describe_model(folder: Path, setup: Mapping[str, Any]) -> dict[str, Any]:
     """
     folder = folder.resolve()
     weights = {file for group in files_of(folder) for file in group}
-    others = {file for pattern in _TOKENIZER_FILES for file in folder.rglob(pattern)}
-    hidden = {file for file in others if any(part.startswith(".") for part in file.relative_to(folder).parts)}
+    found = {file for pattern in _TOKENIZER_FILES for file in folder.rglob(pattern)}
+    others = {file for file in found if "/." not in f"/{file.relative_to(folder).as_posix()}"}
     described: dict[str, dict[str, Any]] = {}
-    for file in [*sorted(weights | (others - hidden)), *map(Path, setup.get("loras") or ())]:
+    for file in [*sorted(weights | others), *map(Path, setup.get("loras") or ())]:
         name = file.relative_to(folder) if file.is_relative_to(folder) else file
         described[name.as_posix()] = {"bytes": file.stat().st_size}
         if file in others:

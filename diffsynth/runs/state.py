@@ -121,18 +121,15 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str
     content = json.loads(text)
     if content["format"] != FORMAT:
         raise ValueError(f"{path} is of format {content['format']}; this version reads format {FORMAT}")
-    try:
-        _check_finite(tensors)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    _check_finite(tensors, f"{path}: ")
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     return {**moved, **content["numbers"]}, content["facts"]
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], where: str = "") -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite")
+            raise ValueError(f"{where}{name} holds values that are not finite")
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

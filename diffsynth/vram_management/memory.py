@@ -8,9 +8,7 @@ import torch
 
 def device_memory(device: torch.device) -> int:
     """Total bytes of an accelerator's own memory; 0 where it has none to speak of."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return 0
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def choose_device(device: str | torch.device) -> torch.device:
