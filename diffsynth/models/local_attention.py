@@ -94,14 +94,14 @@ def tile_plan(grid: Grid, window: Window, device: torch.device) -> TilePlan:
     for tile in product(*axes):
         shape = tuple((q.stop - q.start, k.stop - k.start, q.start - k.start) for q, k in tile)
         by_shape[shape].append(tuple(zip(*tile, strict=True)))
-    tokens = torch.arange(prod(grid), device=device).view(grid)
+    tokens = torch.arange(prod(grid)).view(grid)
     groups = []
     for shape, boxes in by_shape.items():
         mask = _box_mask(shape, window)
         groups.append(
             TileGroup(
-                queries=torch.stack([tokens[queries].flatten() for queries, _ in boxes]),
-                keys=torch.stack([tokens[keys].flatten() for _, keys in boxes]),
+                queries=torch.stack([tokens[queries].flatten() for queries, _ in boxes]).to(device),
+                keys=torch.stack([tokens[keys].flatten() for _, keys in boxes]).to(device),
                 mask=None if mask.all() else mask.to(device),
             )
         )

@@ -156,9 +156,8 @@ class WanVideoVAE(nn.Module):
             raise ValueError(f"num_frames must be 1 to {available} for these latents; got {num_frames}")
         grid = self._grid(size, tiled, tile_size, tile_stride)
         if grid is None:
-            return _join(
-                (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames)), num_frames
-            )
+            chunks = (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames))
+            return _join(chunks, num_frames)
         height, width = (n * self.spatial_factor for n in size)
         video = torch.zeros(batch, IMAGE_CHANNELS, num_frames, height, width, device=self.device)
 
