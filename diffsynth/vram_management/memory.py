@@ -38,7 +38,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes allocated on an accelerator since the reset; on a CPU, the process's largest resident size."""
+    """Most bytes on an accelerator since the reset; on a CPU, the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
