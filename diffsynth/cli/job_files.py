@@ -130,10 +130,8 @@ def _job(
             given[SHORT.get(name, name)] = read(name, kinds[name], value)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
-    reference, output = (
-        None if path is None else base / path
-        for path, base in zip(paths.values(), (file.parent, output_dir), strict=True)
-    )
+    reference = None if paths["reference"] is None else file.parent / paths["reference"]
+    output = None if paths["output"] is None else output_dir / paths["output"]
     if output is not None and output_dir.resolve() not in output.resolve().parents:
         raise UsageError(f"{where}: output {paths['output']!r} is outside of the output folder {output_dir}")
     return JobLine(line=line, given=given, reference=reference, output=output)

@@ -36,7 +36,9 @@ def run(options: Namespace, console: Console) -> int:
         loaded = load_options(vars(options))
         task = make_task(task_options(vars(options)), options.reference, folder)
     else:
-        recorded = _recorded(options)
+        if given := task_options(vars(options)):
+            raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, given))}")
+        recorded = read_record(options.record)
         folder = choose_model(options.model or recorded.model["folder"], options.models_dir, console.note)
         loaded = load_options(vars(options), recorded.model["setup"])
         task = _repetition(recorded, options)
@@ -55,12 +57,6 @@ def run(options: Namespace, console: Console) -> int:
     facts = {"output": str(path), "record_file": str(record_path(path)), "record": record.to_json()}
     console.result({**facts, **_compared(recorded, record, console)})
     return DONE
-
-
-def _recorded(options: Namespace) -> RunRecord:
-    if given := task_options(vars(options)):
-        raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, given))}")
-    return read_record(options.record)
 
 
 def _repetition(record: RunRecord, options: Namespace) -> VideoTask:

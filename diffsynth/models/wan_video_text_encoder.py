@@ -97,8 +97,7 @@ class WanTextEncoder(nn.Module):
         num_buckets: int = 32,
     ) -> None:
         names = ("vocab", "dim", "dim_attn", "dim_ffn", "num_heads", "num_layers")
-        sizes = (vocab, dim, dim_attn, dim_ffn, num_heads, num_layers)
-        for name, size in zip(names, sizes, strict=True):
+        for name, size in zip(names, (vocab, dim, dim_attn, dim_ffn, num_heads, num_layers), strict=True):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1; got {size}")
         if dim_attn % num_heads:
