@@ -1,10 +1,10 @@
 """Which block, heads and temperature of a checkpoint read motion best: measured on clips with known motion.
 
-python examples/probe_motion.py --model_dir nano --clips 24 --sigmas 0.9 0.7 0.5
+python examples/probe_motion.py --model_dir nano --clips 24 --sigmas 0.9 0.7  (see help(probe_motion))
 """
 
-import argparse
 import inspect
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ KINDS |= {"sigmas": float, "taus": float, "tokens": str, "prompt": str}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model_dir", default="nano", help="checkpoint folder, or nano, 1.3b, 14b")
     parser.add_argument("--output_dir", default="results/probe", help="folder for table and picture")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -26,9 +26,7 @@ def main() -> None:
     probe = inspect.signature(probe_motion).parameters
     for name, kind in KINDS.items():
         many = "+" if name in ("blocks", "sigmas", "taus") else None
-        parser.add_argument(
-            f"--{name}", type=kind, nargs=many, default=probe[name].default, help="of the probe"
-        )
+        parser.add_argument(f"--{name}", type=kind, nargs=many, default=probe[name].default, help="see above")
     args = vars(parser.parse_args())
     pipe = WanVideoPipeline.from_pretrained(args["model_dir"], device=args["device"])
     result = probe_motion(pipe, progress=tqdm, **{name: args[name] for name in KINDS})
