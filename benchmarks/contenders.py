@@ -8,12 +8,14 @@ import released_guidance
 import torch
 from torch import Tensor, nn
 
-from diffsynth.caches.choose import choose_cache
+from diffsynth.configs.cache_tables import PROMPTS
+from diffsynth.configs.caches import choose_cache
 from diffsynth.configs.checkpoints import PUBLISHED
-from diffsynth.configs.defaults import RunDefaults, with_preset
+from diffsynth.configs.defaults import EXACT, RunDefaults
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_keys import official_key
 from diffsynth.motion import MotionGuidance, guided_step
+from diffsynth.planning.cost import computed_steps
 
 SIGMA = 0.9
 # The released procedure's numbers; other sizes have the same depth, for the same share of blocks.
@@ -107,11 +109,10 @@ def contenders(work: Work, checkpoint: str, peers: bool) -> list[Contender]:
 
     checkpoint: of MotionGuidance, for our own. peers: whether diffusers is there to be compared with.
     """
-    usual = RunDefaults()
-    steps = usual.num_inference_steps
-    plain = 2 * steps
+    defaults = RunDefaults()
+    plain = 2 * defaults["num_inference_steps"]
     guided = MotionGuidance().guided_steps
-    flow_motion = MotionGuidance.for_mode("FlowMotion", {})
+    flow_motion = MotionGuidance.for_mode("FlowMotion")
     work.motions["FlowMotion guided step"] = flow_motion
     compared = [
         Contender(name="released", work={"forward": plain, "released guided step": guided}),
@@ -120,27 +121,25 @@ def contenders(work: Work, checkpoint: str, peers: bool) -> list[Contender]:
             work={"forward": plain, "FlowMotion guided step": flow_motion.guided_steps},
         ),
     ]
-    for preset in ("exact", *usual.presets):
-        chosen = with_preset(usual, preset)
+    for preset in (EXACT, *defaults.presets):
+        chosen = defaults.with_preset(preset)
         numbers = {**chosen.motion.get("effi_AMF", {}), "checkpoint": checkpoint}
         motion = MotionGuidance.for_mode("effi_AMF", numbers)
         kind = f"{preset} guided step"
         work.motions[kind] = motion
         fresh = math.ceil(motion.guided_steps / motion.recompute_every)
-        forwards = sum(computed_steps(chosen, work.dit.dim, prompt) for prompt in ("positive", "negative"))
-        compared.append(Contender(name=preset, work={"forward": forwards, kind: fresh}))
+        compared.append(Contender(name=preset, work={"forward": forwards(chosen, work.dit.dim), kind: fresh}))
     compared.append(Contender(name="No_transfer", work={"forward": plain}))
     if peers:
         compared.append(Contender(name="diffusers, no transfer", work={"diffusers forward": plain}))
     return compared
 
 
-def computed_steps(usual: RunDefaults, dim: int, prompt: str) -> int:
-    """How many of a run's DiT calls with a prompt run the blocks: all, or those that MagCache leaves by the
-    ratios of the published model of this width, else of the 1.3B one."""
-    steps = usual.num_inference_steps
-    if usual.cache is None:
-        return steps
+def forwards(defaults: RunDefaults, dim: int) -> int:
+    """Return how many DiT calls of a run with both prompts run the blocks: all, or those that MagCache leaves
+    by the ratios of the published model of this width, else of the 1.3B one.
+    """
     width = dim if dim == SIZES["14b"]["dim"] else SIZES["1.3b"]["dim"]
-    rule = choose_cache(usual.cache, usual.cache_threshold, width).make(prompt, range(steps), steps)
-    return sum(rule.should_compute() for _ in range(steps))
+    name, steps = defaults["cache"], defaults["num_inference_steps"]
+    cache = None if name is None else choose_cache(name, defaults["cache_threshold"], width)
+    return sum(computed_steps(cache, prompt, range(steps), steps) for prompt in PROMPTS)

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 
 from diffsynth import VideoData, WanVideoPipeline, save_video
+from diffsynth.data.files import PARTIAL
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.runs.checkpoint import STEP
-from diffsynth.runs.state import PARTIAL, load_state
+from diffsynth.runs.state import load_state
 from diffsynth.testing import write_checkpoint, write_clip
 
 STAGES = (
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace, folder: Path, board: Board, kill_at: tuple[str
     board[0] = 1
     clip = VideoData(args.clip)
     motion = pipe.defaults.motion.get("effi_AMF", {})
-    size = {name: getattr(pipe.defaults, name) or small for name, small in SMALL.items()}
+    size = {name: pipe.defaults.options.get(name, small) for name, small in SMALL.items()}
     numbers = {**motion, **(TINY_MOTION if args.tiny else {}), **GUIDED}
     guidance = MotionGuidance.for_mode("effi_AMF", numbers)
     moments = Moments(GUIDED["guided_steps"], kill_at)

@@ -28,9 +28,11 @@ from scaling import scaling_rows
 from torch import Tensor
 from tqdm import tqdm
 
-from diffsynth.configs.guidance import CHECKPOINTS
+from diffsynth.configs.fields import options_of
+from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.vram_management import choose_device, synchronize
 
+CHECKPOINTS = options_of(MotionGuidance)["checkpoint"][0].kind.known
 # Suite: model size, frames of video, repeats.
 SUITES = {"quick": ("small", 9, 1), "full": ("1.3b", 81, 2), "count": ("1.3b", 81, 0)}
 

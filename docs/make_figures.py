@@ -12,10 +12,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffsynth import VideoData, WanVideoPipeline
+from diffsynth.configs.resolve import motion_for
 from diffsynth.evaluation import flow_to_image, reference_flow
 from diffsynth.evaluation.drawing import INK, PAPER, Sketch, draw_arrow, over, text_font
 from diffsynth.evaluation.plot import BLUE, GREEN, RED, Plot, loss_curves
-from diffsynth.motion import MotionGuidance, frame_pairs
+from diffsynth.motion import frame_pairs
 from diffsynth.motion.coarse import noise_scale
 from diffsynth.runs.record import read_record
 from diffsynth.schedulers.flow_match import flow_match_sigmas
@@ -39,7 +40,7 @@ def main() -> None:
 def flow_picture(sigmas: tuple[float, ...] = (0.95, 0.85, 0.7, 0.5)) -> Image.Image:
     """The reference's latent frames, and the flow to the next one as read at noise levels."""
     pipe = WanVideoPipeline.from_pretrained("nano", device="cpu")
-    motion = MotionGuidance.for_checkpoint("nano")
+    motion = motion_for("nano")
     video = VideoData(CLIP, height=64, width=64)
     rows: list[tuple[str, list[Image.Image]]] = []
     steps = range(4)

@@ -1,6 +1,6 @@
-"""Draw cost against path error from rows that benchmarks/quality.py wrote, of several runs in one picture.
+"""Draw cost against path error from rows that `benchmarks.quality` wrote, of several runs in one picture.
 
-python docs/make_pareto.py docs/quality_cost.png results/quality/rows.jsonl results/eight_steps/rows.jsonl
+python -m docs.make_pareto docs/quality_cost.png results/quality/rows.jsonl results/eight_steps/rows.jsonl
 """
 
 import argparse

@@ -17,20 +17,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Fetch the models that the command line names; return the exit code, 1 if one could not be fetched."""
     parser = argparse.ArgumentParser(description="Fetch the published Wan2.1 text-to-video weights.")
     parser.add_argument("--model", choices=[*PUBLISHED, "all"], required=True, help="which size to fetch")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("models"), help="parent of the model's folder"
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path("models"), help="where model folders are")
     parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help="the hub to fetch from")
     options = parser.parse_args(arguments)
-
     for name in PUBLISHED if options.model == "all" else [options.model]:
         checkpoint = PUBLISHED[name]
         folder = options.output_dir / checkpoint.folder
-        missing = missing_files(folder, checkpoint)
-        if missing:
+        if missing := missing_files(folder, checkpoint):
             print(f"{checkpoint.name}: fetching {len(missing)} files from {options.source} into {folder}")
-            for line in missing:
-                print(f"  {line}")
+            print("\n".join(f"  {line}" for line in missing))
         try:
             download(checkpoint, options.output_dir, options.source)
         except DownloadError as error:

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 
 from diffsynth import VideoData, WanVideoPipeline, save_video
+from diffsynth.cli.arguments import add_options
+from diffsynth.configs.options import RunOptions
 from diffsynth.evaluation import side_by_side
 
 CLIP = Path(__file__).parent / "data" / "bounce.mp4"
@@ -18,8 +20,9 @@ def main() -> None:
     )
     parser.add_argument("--input_video", type=Path, default=CLIP)
     parser.add_argument("--prompt", default="a blue star on a yellow background")
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, default=Path("results/first_try"))
+    add_options(parser, RunOptions, "the run", only=("seed",))
+    parser.set_defaults(seed=1)
     args = parser.parse_args()
 
     pipe = WanVideoPipeline.from_pretrained("nano", device="cpu")

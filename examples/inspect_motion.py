@@ -6,33 +6,34 @@ python examples/inspect_motion.py REF.mp4 --model_dir models/Wan2.1-T2V-1.3B
 import argparse
 from pathlib import Path
 
-from diffsynth import VideoData, WanVideoPipeline
+from arguments import parse_arguments
+
+from diffsynth import MotionGuidance, VideoData, WanVideoPipeline
+from diffsynth.cli.arguments import add_options
+from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
+from diffsynth.configs.options import DEFAULT_FPS, MOTION, LoadOptions, RunOptions
+from diffsynth.configs.resolve import motion_for
 from diffsynth.evaluation import reference_flow, save_flow_video
-from diffsynth.motion import MotionGuidance
+from diffsynth.jobs.task import with_motion
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("reference", type=Path, help="the video to look at")
-    parser.add_argument("--model_dir", default="models/Wan2.1-T2V-1.3B", help="checkpoint folder")
-    parser.add_argument("--output", type=Path, help="REF-motion.mp4 by default")
-    parser.add_argument("--height", type=int, default=480, help="pixels")
-    parser.add_argument("--width", type=int, default=832, help="pixels")
-    parser.add_argument("--mode", choices=("effi_AMF", "AMF"), default="effi_AMF")
-    parser.add_argument("--sf", type=int, default=4, help="frames that each latent frame is compared with")
-    parser.add_argument("--tau", type=float, default=1.0, help="factor on the attention logits")
-    parser.add_argument(
-        "--sigma", type=float, default=0.7, help="noise level at which the DiT looks, in (0, 1]"
-    )
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
-    video = VideoData(args.reference, height=args.height, width=args.width)
-    pipe = WanVideoPipeline.from_pretrained(args.model_dir, device=args.device)
-    motion = MotionGuidance(mode=args.mode, sf=args.sf, tau=args.tau)
-    flow = reference_flow(pipe, video, motion=motion, sigma=args.sigma)
-    output = args.output or Path(f"{args.reference.stem}-motion.mp4")
-    path = save_flow_video(flow, output, sf=args.sf, frames=video, fps=video.fps or 15)
-    print(f"{path}: flow of {len(flow)} pairs of latent frames, {flow.shape[1]}x{flow.shape[2]} tokens")
+    parser.add_argument("--model-dir", default="models/Wan2.1-T2V-1.3B", help="checkpoint folder, or nano")
+    parser.add_argument("--output", type=Path, default="motion.mp4", help="(motion.mp4)")
+    parser.add_argument("--mode", choices=flow_modes(), default=DEFAULT_MODE, help=f"({DEFAULT_MODE})")
+    parser.add_argument("--sigma", type=float, default=0.7, help="noise level, in (0, 1] (0.7)")
+    add_options(parser, RunOptions, "the size", only=("height", "width"))
+    add_options(parser, LoadOptions, "the model", only=("device",))
+    add_options(parser, MotionGuidance, "motion", prefix=MOTION, but=("mode",))
+    args = with_motion(vars(parse_arguments(parser)))
+    motion = motion_for(args["model_dir"], args["mode"], **args.get("motion", {}))
+    pipe = WanVideoPipeline.from_pretrained(args["model_dir"], device=args.get("device", "auto"))
+    height, width = (args.get(name, pipe.defaults[name]) for name in ("height", "width"))
+    video = VideoData(args["reference"], height=height, width=width)
+    flow = reference_flow(pipe, video, motion=motion, sigma=args["sigma"])
+    print(save_flow_video(flow, args["output"], sf=motion.sf, frames=video, fps=video.fps or DEFAULT_FPS))
 
 
 if __name__ == "__main__":

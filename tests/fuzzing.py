@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from diffsynth.cli.jobs import read_jobs
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth import ModelManager, VideoData
+from diffsynth.cli.job_files import read_jobs
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.models.convert import convert_checkpoint
 from diffsynth.models.lora import read_lora

@@ -45,7 +45,7 @@ def test_the_example_writes_a_playable_video_and_never_over_an_old_one(tiny_chec
     assert len((tmp_path / "out" / "latency.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_example_makes_text_to_video_without_a_reference(tiny_checkpoint, tmp_path):
+def test_the_example_makes_text_to_video_without_transfer(tiny_checkpoint, tmp_path):
     arguments = [
         "--num_frames",
         5,
@@ -65,10 +65,24 @@ def test_the_example_makes_text_to_video_without_a_reference(tiny_checkpoint, tm
     assert len(VideoData(tmp_path / "text-No_transfer-seed42.mp4")) == 5
 
 
+def test_without_a_reference_the_example_moves_as_a_shipped_clip_does(tiny_checkpoint, tmp_path):
+    arguments = "--frames 5 --height 32 --width 32 --steps 1 --motion-inner-steps 1 --device cpu"
+    folders = ["--model_dir", tiny_checkpoint, "--output_dir", tmp_path]
+    result = run("wan_14b_text_to_video.py", *folders, *arguments.split())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(tmp_path / "source-effi_AMF-seed42.mp4")]
+    assert len(VideoData(tmp_path / "source-effi_AMF-seed42.mp4")) == 5
+
+
 def test_a_missing_checkpoint_ends_with_the_download_command(tmp_path):
     result = run("wan_1.3b_text_to_video.py", cwd=tmp_path)
     assert result.returncode != 0
     assert "download_model.py --model 1.3b" in result.stderr
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda script: script.name)
+def test_an_example_can_be_read_at_a_glance(script):
+    assert len(script.read_text().splitlines()) <= 40
 
 
 def test_the_first_try_needs_nothing(tmp_path):

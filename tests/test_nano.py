@@ -15,6 +15,7 @@ from benchmarks.quality.report import summarise
 from diffsynth import WanVideoPipeline
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import run_defaults
+from diffsynth.configs.resolve import motion_for
 from diffsynth.data.synthetic import SceneOptions, make_clip
 from diffsynth.motion import MotionGuidance
 
@@ -39,8 +40,8 @@ def test_it_is_a_small_whole_checkpoint_folder():
     card = (folder / "README.md").read_text()
     for topic in ("Training data", "Recipe", "Seeds", "Limits"):
         assert f"## {topic}" in card
-    assert MotionGuidance.for_checkpoint("nano") != MotionGuidance()
-    assert run_defaults(folder).height == 64
+    assert motion_for("nano") != MotionGuidance()
+    assert run_defaults(folder)["height"] == 64
 
 
 def test_the_vae_gives_held_out_clips_back(nano):

@@ -6,6 +6,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ def test_models_are_placed_where_the_next_rung_says():
 
     class Placing:
         device, offload, streaming = torch.device("meta"), False, ()
-        models = {"dit": SimpleNamespace(blocks=[torch.nn.Linear(2, 2)] * 4)}
+        models: ClassVar = {"dit": SimpleNamespace(blocks=[torch.nn.Linear(2, 2)] * 4)}
 
         def rest(self):
             placed.append("rest")

@@ -15,7 +15,7 @@ import torch
 from captions import numbers_of
 from latents import encoded_clips
 from package import USUAL
-from runs import DIT_TRAINING, Log, load_state, rate_at
+from runs import DIT_TRAINING, Log, half_precision, load_state, rate_at
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -136,7 +136,7 @@ def main() -> None:
         first = SUBSTEPS * torch.from_numpy(turn % STEPS).to(device)
         level = sigmas[first][:, None, None, None, None]
         x = (1 - level) * clean + level * torch.randn_like(clean)
-        with torch.autocast(device.type, torch.bfloat16), use_attention(backend):
+        with half_precision(device), use_attention(backend):
             contexts = model.text(ids, mask) * mask[..., None]
             wanted = teachers_way(model.dit, x, first, sigmas, contexts)
             velocity = student(x, 1000 * sigmas[first], contexts[: args.batch])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import make_clips, to_model
+from runs import half_precision, make_clips, to_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,6 +58,6 @@ def encode(vae: WanVideoVAE, frames: np.ndarray, batch: int = 32) -> Tensor:
     means = []
     for first in range(0, len(frames), batch):
         video = to_model(frames[first : first + batch]).to(vae.device)
-        with torch.autocast(vae.device.type, torch.bfloat16):
+        with half_precision(vae.device):
             means.append(vae.encode_moments(video)[0].half().cpu())
     return torch.cat(means)

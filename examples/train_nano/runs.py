@@ -45,6 +45,12 @@ def to_model(frames: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
+def half_precision(device: torch.device) -> torch.autocast:
+    """A context that computes in bfloat16; on a CPU that would emulate it, many times slower, in float32."""
+    native = device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+
+
 def save_state(path: Path, state: dict) -> None:
     """Written beside its place and moved there, so that a kill leaves the old one."""
     temporary = path.with_suffix(".writing")

@@ -14,7 +14,7 @@ import torch
 from captions import TEXT_LEN, VOCAB, numbers_of
 from latents import Latents, encoded_clips
 from optimisers import make_optimisers, set_rate, update_average
-from runs import DIT_TRAINING, Log, load_state, rate_at, save_state
+from runs import DIT_TRAINING, Log, half_precision, load_state, rate_at, save_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_vae import SIZE as VAE_SIZE
@@ -155,7 +155,7 @@ def main() -> None:
             count = args.image_batch
         set_rate(optimisers, rate_at(step, total, warm_up=50, falling=0.4))
         attention = use_attention("float32" if device.type == "cpu" else "sdpa")
-        with torch.autocast(device.type, torch.bfloat16), attention:
+        with half_precision(device), attention:
             loss = batch_loss(model, data, count, frames, rng, stats)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

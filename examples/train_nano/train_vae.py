@@ -12,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from optimisers import make_optimisers, set_rate
-from runs import VAE_HELD_OUT, VAE_TRAINING, Log, load_state, make_clips, rate_at, save_state, to_model
+from runs import (
+    VAE_HELD_OUT,
+    VAE_TRAINING,
+    Log,
+    half_precision,
+    load_state,
+    make_clips,
+    rate_at,
+    save_state,
+    to_model,
+)
 from torch import Tensor, nn
 
 from diffsynth.data.synthetic import SceneOptions
@@ -139,7 +149,7 @@ def main() -> None:
             freeze_encoder(vae)
             rate = 0.5 * rate_at(step - args.steps, args.decoder_steps, warm_up=30, falling=0.8)
         set_rate(optimisers, rate)
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             loss, parts = loss_of(vae, video)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
