@@ -235,7 +235,7 @@ BAD = {
     "tile": ({"tile": (0, 4)}, r"tile must be two values \(rows, columns\)"),
     "tau": ({"tau": 0.0}, "tau must be a finite number above 0"),
     "sf": ({"sf": 0}, "sf must be a whole number of at least 1"),
-    "chunk": ({"chunk": 0}, "chunk must be a whole number of frame pairs"),
+    "chunk": ({"chunk": 0}, "chunk must be a whole number of at least 1"),
     "heads": ({"heads": "best"}, "heads must be one of mean_qk, mean_logits"),
     "windows": ({"windows": torch.zeros(1, 2, 2, dtype=torch.long)}, "windows must be"),
 }

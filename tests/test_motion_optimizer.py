@@ -191,7 +191,7 @@ BAD = {
     "inner_steps": (0, "inner_steps must be"),
     "guided_steps": (-1, "guided_steps must be"),
     "tau": (float("inf"), "tau must be"),
-    "lr": ((0.1,), "lr must be two numbers"),
+    "lr": ((0.1,), "lr must be two values"),
     "chunk": (0, "chunk must be"),
     "mode": ("MOFT", "mode must be one of effi_AMF, AMF, FlowMotion; got 'MOFT'"),
     "block": (-1, "block must be"),

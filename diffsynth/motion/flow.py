@@ -7,14 +7,14 @@ S = H*W, P frame pairs, T groups of queries, m queries of a group, L keys that a
 (row, column) in tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
-from diffsynth.configs.fields import check_value
+from diffsynth.configs.fields import Whole, check_value
 from diffsynth.configs.guidance import TAU, Heads
 from diffsynth.motion.heads import reduce_heads
 
@@ -23,8 +23,9 @@ Pairs = Sequence[tuple[int, int]]
 # Values are padded with zeros to a width that a fused kernel takes: on CUDA its least, on a CPU the width of
 # queries and keys. With two columns PyTorch would silently take the kernel that holds all S x S weights.
 CUDA_VALUE_WIDTH = 8
-# Bytes of keys that are gathered at a time for groups that see windows.
-GATHERED_BYTES = 12 * 2**20
+# Bytes of keys gathered at a time for groups that see windows: on a CPU so many as stay in its cache.
+GATHERED_BYTES_CPU = 2**20
+GATHERED_BYTES = 32 * 2**20
 
 
 def frame_pairs(num_frames: int, sf: int) -> list[tuple[int, int]]:
@@ -41,40 +42,14 @@ def token_positions(rows: int, cols: int, like: Tensor) -> Tensor:
     return torch.stack(grid, dim=-1).flatten(0, 1).to(like)
 
 
-def attend(
-    q: Tensor, k: Tensor, values: Tensor, scale: float, gather: Callable[[], Tensor] | None = None
-) -> Tensor:
-    """Return the mean of `values` under attention: q [B, m, d], k [B, L, d], values [L, 2] -> [B, m, 2].
-
-    Args:
-        gather: makes k again for the backward pass, so that it is not kept until then.
-    """
+def attend(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Return the mean of `values` under attention: q [B, m, d], k [B, L, d], values [L, 2] -> [B, m, 2]."""
     # Sums of many small shares: around their middle they lose fewer digits.
     middle = values.mean(0)
-    if q.shape[-1] < 2:
-        q, k = (F.pad(x, (0, 2 - x.shape[-1])) for x in (q, k))
-    width = CUDA_VALUE_WIDTH if q.device.type == "cuda" else q.shape[-1]
+    q, k = (F.pad(x, (0, max(0, 2 - x.shape[-1])))[:, None] for x in (q, k))
+    width = CUDA_VALUE_WIDTH if q.is_cuda else q.shape[-1]
     padded = F.pad(values - middle, (0, width - 2)).expand(len(k), 1, -1, -1)
-    q, k = q[:, None], k[:, None]
-    keys, others = (storages(k), storages(q, padded)) if gather else (set(), storages(q, k, padded))
-
-    def pack(x: Tensor) -> Callable[[], Tensor]:
-        """Keep what autograd saves of the kernel: of its output, which is wide and sparse, two columns."""
-        if storages(x) & keys:
-            return lambda: gather()[:, None]
-        if storages(x) & others or x.ndim < 4:
-            return lambda: x
-        columns = x[..., :2].clone()
-        return lambda: F.pad(columns, (0, width - 2))
-
-    with saved_tensors_hooks(pack, lambda unpack: unpack()):
-        mean = F.scaled_dot_product_attention(q, k, padded, scale=scale)
-    return mean[:, 0, :, :2] + middle
-
-
-def storages(*tensors: Tensor) -> set[int]:
-    """Return what tells the memory of tensors from other memory."""
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
+    return F.scaled_dot_product_attention(q, k, padded, scale=scale)[:, 0, :, :2] + middle
 
 
 def expected_positions(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: int) -> Tensor:
@@ -83,6 +58,7 @@ def expected_positions(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: in
     Args:
         chunk: pairs at a time, at most.
     """
+    check_value("chunk", Whole(1), chunk)
     positions, scale = token_positions(*k.shape[1:3], k), tau * k.shape[-1] ** -0.5
     keys = k.flatten(1, 2)
     found = [
@@ -102,22 +78,24 @@ def expected_in_windows(
         seen: [P, T, L] long: for pair (i, j), the tokens of frame j that each group of frame i sees; they may
             repeat.
     """
-    scale, keys = tau * k.shape[-1] ** -0.5, k.flatten(1, 2)
-    groups = max(1, GATHERED_BYTES // (len(values) * q.shape[-1] * q.element_size()))
-
-    def look(queries: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
-        def gather() -> Tensor:
-            return keys.index_select(0, tokens.flatten()).unflatten(0, (-1, len(values)))
-
-        return attend(queries, gather(), values, scale, gather)
-
+    at_once = GATHERED_BYTES_CPU if q.is_cpu else GATHERED_BYTES
+    groups = max(1, at_once // (len(values) * q.shape[-1] * q.element_size()))
+    middle = values.mean(0)
+    queries, keys = (q * (tau * q.shape[-1] ** -0.5)).unbind(0), k.flatten(1, 2).unbind(0)
     found = [
-        look(queries, keys[j], tokens)
+        # The gathered keys, a copy for every group, are gathered again for the backward pass and not kept.
+        checkpoint(_logits, some, keys[j], tokens, use_reentrant=False, preserve_rng_state=False).softmax(-1)
+        @ (values - middle)
         for (i, j), windows in zip(pairs, seen, strict=True)
-        for queries, tokens in zip(q[i].split(groups), windows.split(groups), strict=True)
+        for some, tokens in zip(queries[i].split(groups), windows.split(groups), strict=True)
     ]
     shape = (len(pairs), *q.shape[1:3], 2)
-    return torch.cat(found).reshape(shape) if found else q.new_zeros(shape)
+    return torch.cat(found).reshape(shape) + middle if found else q.new_zeros(shape)
+
+
+def _logits(q: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
+    """q . k of the keys that each group sees: q [T, m, d], keys [S, d], tokens [T, L] -> [T, m, L]."""
+    return torch.bmm(q, keys.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).mT)
 
 
 def dense_flow(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: int) -> Tensor:

@@ -73,7 +73,7 @@ def tile_motion_flow(
     flow = torch.cat(
         [
             dense_flow(q, k, within, tau, chunk),
-            _flow_in_windows(q, k, between, windows, tile, sides, tau, chunk),
+            _flow_in_windows(q, k, between, windows, tile, sides, tau),
         ]
     )
     return TileFlow(
@@ -128,7 +128,7 @@ def from_tiles(x: Tensor, tile: tuple[int, int], grid: tuple[int, int]) -> Tenso
 
 def _flow_in_windows(
     q: Tensor, k: Tensor, pairs: Pairs, windows: Tensor, tile: tuple[int, int], sides: tuple[int, int],
-    tau: float, chunk: int,
+    tau: float,
 ) -> Tensor:  # fmt: skip
     grid = tuple(q.shape[1:3])
     seen = window_tokens(windows, sides, grid)
