@@ -94,8 +94,8 @@ def fake_device() -> Iterator[MemoryMeter]:
         cache.cache_clear()
     try:
         with (
-            # Flow takes smaller pieces on a CPU, for its caches.
-            patch.object(flow, "CPU_CACHE_BYTES", 2**62),
+            # On a CPU, flow gathers less at a time, for its cache.
+            patch.object(flow, "GATHERED_BYTES_CPU", flow.GATHERED_BYTES),
             patch.object(checkpointing, "to_host", lambda tensor: (tensor.shape, tensor.dtype)),
             patch.object(checkpointing, "to_device", lambda kept: torch.empty(kept[0], dtype=kept[1])),
             FakeTensorMode(),

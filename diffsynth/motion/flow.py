@@ -24,7 +24,7 @@ Pairs = Sequence[tuple[int, int]]
 # queries and keys. With two columns PyTorch would silently take the kernel that holds all S x S weights.
 CUDA_VALUE_WIDTH = 8
 # Bytes of keys gathered at a time for groups that see windows: on a CPU so many as stay in its cache.
-GATHERED_BYTES_CPU = 2**20
+GATHERED_BYTES_CPU = 4 * 2**20
 GATHERED_BYTES = 32 * 2**20
 
 
@@ -46,10 +46,9 @@ def attend(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:
     """Return the mean of `values` under attention: q [B, m, d], k [B, L, d], values [L, 2] -> [B, m, 2]."""
     # Sums of many small shares: around their middle they lose fewer digits.
     middle = values.mean(0)
-    q, k = (F.pad(x, (0, max(0, 2 - x.shape[-1])))[:, None] for x in (q, k))
-    width = CUDA_VALUE_WIDTH if q.is_cuda else q.shape[-1]
+    width = CUDA_VALUE_WIDTH if q.is_cuda else max(2, q.shape[-1])
     padded = F.pad(values - middle, (0, width - 2)).expand(len(k), 1, -1, -1)
-    return F.scaled_dot_product_attention(q, k, padded, scale=scale)[:, 0, :, :2] + middle
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], padded, scale=scale)[:, 0, :, :2] + middle
 
 
 def expected_positions(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: int) -> Tensor:
@@ -95,7 +94,8 @@ def expected_in_windows(
 
 def _logits(q: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
     """q . k of the keys that each group sees: q [T, m, d], keys [S, d], tokens [T, L] -> [T, m, L]."""
-    return torch.bmm(q, keys.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).mT)
+    # An embedding, because its backward pass adds up on all cores, and keys first, because they are more.
+    return torch.bmm(F.embedding(tokens, keys), q.mT).mT
 
 
 def dense_flow(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: int) -> Tensor:

@@ -19,7 +19,7 @@ from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import RunOptions
 from diffsynth.models.wan_video_dit_layers import SLICE_TOKENS
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, NUM_PAST
-from diffsynth.motion.flow import frame_pairs
+from diffsynth.motion.flow import GATHERED_BYTES, frame_pairs
 from diffsynth.planning.settings import Settings
 from diffsynth.planning.sizes import DiTSize, ModelSizes, TextEncoderSize, VAESize
 
@@ -112,10 +112,11 @@ def guided_pass_bytes(dit: DiTSize, latents: Shape, motion: MotionGuidance, chec
 
 
 def flow_bytes(dit: DiTSize, grid: Shape, motion: MotionGuidance) -> int:
-    """What flow adds to the features at its peak: features without heads, their gradients, and looks.
+    """What flow adds to the features at its peak: features without heads, places of windows, and the larger
+    of two moments.
 
-    Looks: of the pairs held at a time, the keys that a group of queries sees, their places and three times
-    the attention weights; and the places of all windows.
+    Forward: what is kept for the gradient (the expected positions, or the attention weights inside windows),
+    and the pairs or the gathered keys at hand. Backward: the gradients of the features, in float32 first.
     """
     frames, rows, cols = grid
     area, w = rows * cols, dit.dtype.itemsize
@@ -126,18 +127,16 @@ def flow_bytes(dit: DiTSize, grid: Shape, motion: MotionGuidance) -> int:
         width = head_dim * (1 if isinstance(motion.heads, str) else len(motion.heads))
     one = frames * area * width * FLOAT  # q or k without heads
     pairs = len(frame_pairs(frames, motion.sf))
-    looks = min(motion.chunk, frames) * (_look_bytes(area, width) + 3 * area * area * FLOAT)
-    places = 0
+    places, kept = 0, pairs * area * width * FLOAT
+    at_hand = 3 * min(motion.chunk, frames) * area * width * FLOAT
     if motion.mode == "effi_AMF":
         seen = min(motion.window, rows) * min(motion.window, cols)
         tiles = -(-rows // motion.tile[0]) * -(-cols // motion.tile[1])
-        queries = prod(motion.tile)
-        between = pairs - frames
-        places = between * tiles * seen * INDEX
-        at_a_time = min(motion.chunk, between) * tiles
-        looks = max(looks, at_a_time * (_look_bytes(seen, width) + 3 * queries * seen * FLOAT))
-    reference_features = 2 * frames * area * dit.dim * w
-    return 2 * one + max(reference_features, 2 * one) + looks + places
+        windows = (pairs - frames) * tiles * seen
+        places, kept = windows * INDEX, windows * prod(motion.tile) * FLOAT
+        at_hand = 2 * min(GATHERED_BYTES, tiles * seen * width * FLOAT)
+    gradients = frames * area * dit.dim * (2 * FLOAT + (w if w < FLOAT else 0))
+    return 2 * one + places + max(kept + at_hand, gradients)
 
 
 def sampling_pass_bytes(dit: DiTSize, latents: Shape, options: RunOptions, batch: int) -> int:
@@ -235,10 +234,6 @@ def _difference_bytes(dit: DiTSize, latents: Shape) -> int:
     frames, rows, cols = latents
     differences = frames * (frames - 1) // 2 + frames - 1
     return 5 * dit.in_dim * differences * rows * cols * FLOAT
-
-
-def _look_bytes(num_keys: int, width: int) -> int:
-    return num_keys * (width * FLOAT + INDEX)
 
 
 def activation_bytes(dit: DiTSize, num_tokens: int, num_blocks: int) -> int:
