@@ -17,8 +17,8 @@ from diffsynth.motion import (
     make_descriptor,
     optimize_latents,
 )
-from diffsynth.motion.amf import DenseFlow
 from diffsynth.motion.coarse import coarsen, noise_scale
+from diffsynth.motion.flow import MotionFlow
 from diffsynth.motion.optimizer import Evaluation
 
 PATCH = (1, 2, 2)
@@ -153,7 +153,7 @@ def test_displacements_halve_on_the_coarse_grid_and_the_loss_is_of_full_size_tok
         flows.append(inside)
     losses = [
         make_descriptor(MotionGuidance(mode="AMF", coarse=coarse)).loss(
-            *(DenseFlow(flow=f, pairs=[(0, 1)]) for f in (flow, torch.zeros_like(flow)))
+            *(MotionFlow(flow=f, pairs=[(0, 1)]) for f in (flow, torch.zeros_like(flow)))
         )
         for coarse, flow in zip((1, 2), flows, strict=True)
     ]

@@ -1,6 +1,6 @@
 """What a motion descriptor is: how it looks at the DiT, what it keeps, and how two of them compare.
 
-A new method is one file with such a class, its name in `guidance.MODES` and in `guided_step.DESCRIPTORS`;
+A new method is one file with such a class, and an entry of `configs.descriptors.DESCRIPTORS`;
 gradient reuse, learning rates and the range of guided steps are the optimiser's.
 """
 

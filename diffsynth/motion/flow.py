@@ -8,6 +8,7 @@ S = H*W, P frame pairs, T groups of queries, m queries of a group, L keys that a
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,19 @@ CUDA_VALUE_WIDTH = 8
 # Bytes of keys gathered at a time for groups that see windows: on a CPU so many as stay in its cache.
 GATHERED_BYTES_CPU = 4 * 2**20
 GATHERED_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MotionFlow:
+    """flow [P, H, W, 2], (drow, dcol) in tokens; pairs, its P pairs of frames, i <= j < i + sf by i, then j.
+
+    window_loss: scalar, how much the mean key of a tile's window changes from frame to frame; None without
+    windows.
+    """
+
+    flow: Tensor
+    pairs: Pairs
+    window_loss: Tensor | None = None
 
 
 def frame_pairs(num_frames: int, sf: int) -> list[tuple[int, int]]:

@@ -7,34 +7,30 @@
 - Flow between frames is ordered by tile; the window loss averages keys over channels, not over the window.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import SEARCH_WINDOW, TILE
-from diffsynth.motion.flow import Pairs, dense_flow, expected_in_windows, frame_pairs, token_positions
+from diffsynth.motion.flow import (
+    MotionFlow,
+    Pairs,
+    dense_flow,
+    expected_in_windows,
+    frame_pairs,
+    token_positions,
+)
 from diffsynth.motion.losses import mean_change
 from diffsynth.motion.tile_flow import centre_positions, pair_order, to_tiles
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReleasedFlow:
-    """flow [P, S, 2], (drow, dcol): row-major tokens for i = j, for i < j by tile row, tile column, row and
-    column in the tile. window_loss: scalar."""
-
-    flow: Tensor
-    pairs: Pairs
-    window_loss: Tensor
-
-
 def released_tile_flow(
     q: Tensor, k: Tensor, *, sf: int, window: int, tile: tuple[int, int], tau: float, chunk: int = 4
-) -> ReleasedFlow:
+) -> MotionFlow:
     """The released flow of reduced features q, k [F, H, W, d]; arguments as in `tile_motion_flow`.
 
-    Raises ValueError on grids on which the released code cannot run.
+    Its flow is [P, S, 2]: row-major tokens for i = j, for i < j by tile row, tile column, then row and column
+    in the tile. Raises ValueError on grids on which the released code cannot run.
     """
     check_value("window", SEARCH_WINDOW, window)
     check_value("tile", TILE, tile)
@@ -56,7 +52,7 @@ def released_tile_flow(
             (in_window - token_positions(*tile, q)).flatten(1, 2),
         ]
     )
-    return ReleasedFlow(
+    return MotionFlow(
         flow=flow[pair_order(pairs, within + between)],
         pairs=pairs,
         window_loss=mean_change(_channel_means(k, between, seen), between),

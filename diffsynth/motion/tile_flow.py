@@ -15,6 +15,7 @@ from torch import Tensor
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import SEARCH_WINDOW, TAU, TILE, Heads
 from diffsynth.motion.flow import (
+    MotionFlow,
     Pairs,
     dense_flow,
     expected_in_windows,
@@ -27,17 +28,13 @@ from diffsynth.motion.losses import mean_change, window_means
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TileFlow:
-    """flow [P, H, W, 2], (drow, dcol) in tokens; pairs, its P pairs of frames, i <= j < i + sf by i, then j.
+class TileFlow(MotionFlow):
+    """A flow that was looked for in windows.
 
     windows [P', T, 2], long: the first (row, column) of each tile's window, of the P' pairs with i < j.
-    window_loss: scalar, how much the mean key of a tile's window changes from frame to frame.
     """
 
-    flow: Tensor
-    pairs: Pairs
     windows: Tensor
-    window_loss: Tensor
 
 
 def tile_motion_flow(
