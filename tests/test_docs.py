@@ -1,7 +1,11 @@
 """What the documents show works, and what they quote is what the library says."""
 
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +14,8 @@ import pytest
 
 from diffsynth import MotionGuidance, WanVideoPipeline
 from diffsynth.cli.parser import build_parser
-from diffsynth.motion.guided_step import DESCRIPTORS
-from diffsynth.testing import write_checkpoint
+from diffsynth.configs.descriptors import DESCRIPTORS, Descriptor
+from diffsynth.testing import write_checkpoint, write_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -45,14 +49,58 @@ def test_every_file_and_picture_that_is_named_exists(page):
 def test_the_descriptor_of_the_example_guides(monkeypatch, tmp_path):
     made: dict = {}
     exec(blocks(DOCS / "new_descriptor.md", "python")[0], made)
-    monkeypatch.setitem(DESCRIPTORS, "AMF", made["KeyChanges"])
+    monkeypatch.setitem(DESCRIPTORS, "KeyChanges", Descriptor(make=made["KeyChanges"], help="its changes"))
     pipe = WanVideoPipeline.from_pretrained(write_checkpoint(tmp_path / "tiny"), device="cpu")
     video = np.random.default_rng(0).integers(0, 255, (9, 32, 32, 3), np.uint8)
     size = {"height": 32, "width": 32, "num_frames": 9}
-    small = MotionGuidance(mode="AMF", lr=(1e-4, 1e-4))
+    small = MotionGuidance(mode="KeyChanges", lr=(1e-4, 1e-4))
     pipe("a cat", input_video=video, motion=small, num_inference_steps=2, seed=1, **size)
     first, *_others = pipe.costs[0].losses
     assert first[-1] < first[0]
+
+
+KNOWN_EVERYWHERE = """
+import json, sys
+from pathlib import Path
+from benchmarks.quality.methods import standard_methods
+from diffsynth import WanVideoPipeline
+from diffsynth.cli.main import main
+from diffsynth.webui.requests import checked_request
+
+model = ["--model", "tiny"]
+run = ["--device", "cpu", "--steps", "2", "--height", "32", "--width", "32", "--num-frames", "9"]
+mode = ["--mode", "KeyChanges"]
+job = {"reference": "clip.mp4", "prompt": "a cat", "mode": mode[1], "output": "b.mp4"}
+Path("jobs.jsonl").write_text(json.dumps(job))
+assert main(["transfer", "clip.mp4", "--prompt", "a cat", "-o", "a.mp4", *mode, *model, *run]) == 0
+assert main(["inspect", "a.mp4.json"]) == 0
+assert main(["plan", *mode, *model, "--steps", "2"]) == 0
+assert main(["batch", "jobs.jsonl", "-o", "many", *model, *run]) == 0
+assert checked_request({"prompt": "a cat", "mode": mode[1]})["mode"] == mode[1]
+pipe = WanVideoPipeline.from_pretrained("tiny", device="cpu")
+assert "KeyChanges" in [method.name for method in standard_methods(pipe)]
+"""
+
+
+def test_a_descriptor_that_is_kept_as_the_document_says_is_known_everywhere(tmp_path):
+    page = DOCS / "new_descriptor.md"
+    ignored = shutil.ignore_patterns("__pycache__")
+    kept, _tried, entry = blocks(page, "python")
+    for folder in ("diffsynth", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    (tmp_path / "diffsynth" / "motion" / "key_changes.py").write_text(kept)
+    registry = tmp_path / "diffsynth" / "configs" / "descriptors.py"
+    before = registry.read_text()
+    registry.write_text(re.sub(r"(DESCRIPTORS: .* = \{\n)", rf"\1{entry}", before))
+    write_checkpoint(tmp_path / "tiny")
+    write_clip(tmp_path / "clip.mp4", num_frames=9, height=32, width=32)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", KNOWN_EVERYWHERE]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for record in ("a.mp4.json", "many/b.mp4.json"):
+        options = json.loads((tmp_path / record).read_text())["options"]
+        assert options["motion"]["mode"] == "KeyChanges"
 
 
 def test_the_api_page_is_that_of_the_docstrings():

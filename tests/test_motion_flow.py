@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffsynth.motion import attention_motion_flow, frame_pairs, tile_motion_flow
 from diffsynth.motion.flow import token_positions
 from diffsynth.motion.heads import average_token_groups, reduce_heads
 from diffsynth.motion.losses import amf_loss, masked_mse, mean_change, pair_weights, window_means
+from diffsynth.motion.tile_flow import centre_positions
 
 
 def moving_features(frames, rows, cols, shift, width=48, seed=0, dtype=torch.float64):
@@ -54,6 +57,46 @@ def test_dense_flow_is_the_formula():
     weights = (1.7 * q[1].reshape(12, 5) @ k[0].reshape(12, 5).T / math.sqrt(5)).softmax(-1)
     own = token_positions(3, 4, q)
     torch.testing.assert_close(flow[0].reshape(12, 2), weights @ own - own)
+
+
+class Ops(TorchDispatchMode):
+    """Inside this context, the names of the operations that run and the most elements of one result."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.names.add(function.__name__)
+        results = (x for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+        self.largest = max([self.largest, *(x.numel() for x in results)])
+        return out
+
+
+@pytest.mark.parametrize("width", [5, 16, 128])
+@pytest.mark.parametrize("queries", ["all", "one a tile"])
+def test_dense_looks_run_a_fused_kernel_and_hold_no_matrix_of_all_logits(width, queries):
+    """With values of two columns PyTorch would take its math kernel, without a word."""
+    q, k = (x.float().requires_grad_() for x in random_features(2, 24, 30, width))
+    with Ops() as ops:
+        if queries == "all":
+            attention_motion_flow(q, k, sf=2).square().sum().backward()
+        else:
+            centre_positions(q, k, [(0, 1)], (3, 4), 1.0, 4).sum().backward()
+    fused = "_scaled_dot_product_flash_attention_for_cpu"
+    assert {f"{fused}.default", f"{fused}_backward.default"} <= ops.names
+    assert not any("math" in name or "softmax" in name for name in ops.names)
+    assert ops.largest <= 2 * 24 * 30 * width
+
+
+@pytest.mark.gpu
+def test_dense_looks_run_a_fused_kernel_on_cuda():
+    q, k = (x.float().cuda().requires_grad_() for x in random_features(2, 24, 30, 128))
+    with Ops() as ops:
+        attention_motion_flow(q, k, sf=2).square().sum().backward()
+    assert any("efficient_attention" in name or "flash_attention" in name for name in ops.names)
+    assert not any("math" in name or "softmax" in name for name in ops.names)
 
 
 def test_tile_flow_looks_at_its_window_only():
