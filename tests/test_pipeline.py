@@ -508,8 +508,10 @@ def test_a_run_is_made_as_its_plan_says(tiny_checkpoint, clip, monkeypatch):
 
     def frugal(sizes, options, **run):
         asked.update(run, num_frames=options.num_frames)
-        tight = {"offload": True, "num_persistent_param_in_dit": 0, "checkpoint": "block"}
-        return replace(plan_run(sizes, options, **run), **tight)
+        plan = plan_run(sizes, options, **run)
+        return replace(
+            plan, settings=replace(plan.settings, offload=True, resident_blocks=0, checkpoint="block")
+        )
 
     monkeypatch.setattr(ladder, "plan_run", frugal)
     (video,) = pipe.run("a cat", **SMALL, **given, output_type="latent", vram_budget_gb=2.0)

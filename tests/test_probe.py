@@ -131,7 +131,7 @@ def test_a_blind_reading_of_inward_motion_correlates_but_not_partially():
     blind, noise = rng.normal(size=(2, 300, 2))
     found = pooled(blind + noise, 0.9 * blind + 0.3, blind)
     assert found.correlation > 0.6
-    assert found.partial_correlation == found.partial_slope == pytest.approx(0, abs=1e-9)
+    assert (found.partial_correlation, found.partial_slope) == pytest.approx((0, 0), abs=1e-9)
     half = pooled(blind + noise, 0.5 * (blind + noise) + 0.5 * blind, blind)
     assert (half.partial_correlation, half.partial_slope) == (pytest.approx(1), pytest.approx(0.5))
 

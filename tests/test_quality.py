@@ -41,7 +41,7 @@ from diffsynth.data.synthetic import COLOURS, HELD_OUT_SHAPES, HELD_OUT_TRAJECTO
 from diffsynth.motion import MotionGuidance
 from diffsynth.planning.cost import guidance_cost
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "quality.py"
+ROOT = Path(__file__).parent.parent
 QUICK = RunDefaults(
     options={"num_inference_steps": 2, "cfg_scale": 1.0},
     motion={"effi_AMF": {"guided_steps": 1, "inner_steps": 2, "interval": 2}},
@@ -293,11 +293,11 @@ def test_the_script_writes_rows_table_summary_and_sheet(tiny_checkpoint, tmp_pat
     (checkpoint / "config.json").write_text(json.dumps(config))
     names = ("No_transfer", "video-to-video 0.7")
     command = [
-        sys.executable, str(SCRIPT), "--model_dir", str(checkpoint), "--pairs", "1", "--seeds", "1",
-        "--methods", ",".join(names), "--output_dir", str(results), "--workers", "1",
+        sys.executable, "-m", "benchmarks.quality", "--model_dir", str(checkpoint), "--pairs", "1",
+        "--seeds", "1", "--methods", ",".join(names), "--output_dir", str(results), "--workers", "1",
         "--sheet_method", names[1], "--device", "cpu",
     ]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "2/2 pair 0, video-to-video 0.7, seed 0: path error" in shown
     assert tuple(row.method for row in read_rows(results / "rows.jsonl")) == names
     assert "Against video-to-video 0.7, the best video-to-video" in (results / "table.md").read_text()
