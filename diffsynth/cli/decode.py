@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from diffsynth.cli.console import DONE, Console
-from diffsynth.configs.options import DEFAULT_FPS, FileOptions, RunOptions
+from diffsynth.configs.options import DEFAULT_FPS, TILING, FileOptions, RunOptions
 from diffsynth.data import save_video
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model
@@ -27,7 +27,7 @@ def run(options: Namespace, console: Console) -> int:
     facts = read_latents_facts(options.latents)
     folder = choose_model(options.model, options.models_dir, console.note)
     given = vars(options)
-    tiling = {name: given[name] for name in ("tiled", "tile_size", "tile_stride") if name in given}
+    tiling = {name: given[name] for name in TILING if name in given}
     RunOptions(**tiling)
     file = FileOptions(**{name: given[name] for name in ("fps", "quality") if name in given})
     console.note("load the VAE")

@@ -19,7 +19,7 @@ from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
 from diffsynth.configs.download import SOURCES
 from diffsynth.configs.fields import Whole
-from diffsynth.configs.options import DTYPES, FileOptions, LoadOptions, RunOptions
+from diffsynth.configs.options import DTYPES, TILING, FileOptions, LoadOptions, RunOptions
 from diffsynth.jobs.errors import UsageError
 from diffsynth.version import __version__
 
@@ -250,8 +250,7 @@ def _add_decode(parser: Parser) -> None:
     parser.add_argument("--model", help="as for transfer; its VAE must be that of the run")
     add_models_dir(parser)
     add_options(parser, LoadOptions, "where it runs", only=("device", "vae_dtype"))
-    tiles = ("tiled", "tile_size", "tile_stride")
-    add_options(parser, RunOptions, "how it is decoded", only=tiles)
+    add_options(parser, RunOptions, "how it is decoded", only=TILING)
     add_options(parser, FileOptions, "the file")
 
 

@@ -34,6 +34,7 @@ SAMPLERS: dict[str, str] = {
 }
 # Every mode, also of a descriptor that is registered later; the one without transfer is the last.
 MODES: Mapping[str, object] = ChainMap({NO_TRANSFER: None}, DESCRIPTORS)
+TILING = ("tiled", "tile_size", "tile_stride")  # as the VAE names them, too
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
@@ -145,6 +146,11 @@ class RunOptions:
     @property
     def mode(self) -> str:
         return NO_TRANSFER if self.motion is None else self.motion.mode
+
+    @property
+    def tiling(self) -> dict[str, Any]:
+        """The arguments of the VAE that tile it."""
+        return {name: getattr(self, name) for name in TILING}
 
     @property
     def guided_by_cfg(self) -> range:

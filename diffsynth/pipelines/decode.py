@@ -25,11 +25,6 @@ Frames = list[Image.Image] | np.ndarray | Tensor
 KIND = "final latents"
 
 
-def tiling(options: RunOptions) -> dict[str, Any]:
-    """Return the arguments of the VAE that tile it."""
-    return {"tiled": options.tiled, "tile_size": options.tile_size, "tile_stride": options.tile_stride}
-
-
 def decode_latents(models: Components, latents: Tensor, options: RunOptions) -> Frames:
     """Decode clean latents [1, C, F, h, w] to a video of options.output_type.
 
@@ -49,9 +44,9 @@ def decode_latents(models: Components, latents: Tensor, options: RunOptions) -> 
 def decode_frames(vae: WanVideoVAE, latents: Tensor, options: RunOptions) -> Frames:
     """Decode finite latents [1, C, F, h, w] to a video of options.output_type: "pil", "np" or "pt"."""
     if options.output_type == "pt":
-        return vae.decode(latents, num_frames=options.num_frames, **tiling(options))
+        return vae.decode(latents, num_frames=options.num_frames, **options.tiling)
     if options.tiled:
-        video = vae.decode(latents, num_frames=options.num_frames, **tiling(options))
+        video = vae.decode(latents, num_frames=options.num_frames, **options.tiling)
         chunks: Iterable[Tensor] = video.split(vae.temporal_factor, dim=2)
     else:
         chunks = vae.decode_chunks(latents)

@@ -18,7 +18,7 @@ from diffsynth.caches.rules import make_rule
 from diffsynth.configs.options import RunOptions
 from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
-from diffsynth.pipelines.decode import Frames, decode_latents, latents_facts, tiling
+from diffsynth.pipelines.decode import Frames, decode_latents, latents_facts
 from diffsynth.pipelines.denoise import RunEvent, cfg_velocity, denoise, motion_guide
 from diffsynth.planning.ladder import Ladder, out_of_memory, settings_of, with_settings
 from diffsynth.runs.checkpoint import SavedRun
@@ -152,7 +152,7 @@ def encode(
 
     def encode_video(options: RunOptions) -> Tensor:
         with models.residency.using("vae"):
-            return models.vae.encode(pixels, **tiling(options))
+            return models.vae.encode(pixels, **options.tiling)
 
     with stage("encode text", observer, seconds):
         embeddings, options = with_ladder("encode text", encode_texts, options, ladder)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from diffsynth.configs.options import RunOptions
+from diffsynth.configs.options import TILING, RunOptions
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.planning.memory import guided_pass_bytes, sampling_pass_bytes
 from diffsynth.planning.plan import GB, plan_run
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 FILL, FILL_BY_BOTH = 0.6, 0.7
 # How PyTorch words it apart from its own exception: CPU, cuBLAS, cuDNN, a kernel's launch.
 ALLOCATION_FAILED = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
-_OF_OPTIONS = ("batch_cfg", "tiled", "tile_size", "tile_stride")
+_OF_OPTIONS = ("batch_cfg", *TILING)
 HELP = {
     "encode text": "a text encoder in bfloat16, or device='cpu'",
     "encode video": "a lower height and width, or fewer num_frames",
@@ -127,9 +127,7 @@ class Ladder:
         return Settings(
             checkpoint=options.motion.checkpoint if options.motion else "none",
             batch_cfg=bool(options.batch_cfg) and options.cfg_scale != 1,
-            tiled=options.tiled is not False,
-            tile_size=options.tile_size,
-            tile_stride=options.tile_stride,
+            **{**options.tiling, "tiled": options.tiled is not False},
             offload=self._residency is not None and self._residency.offload,
             resident_blocks=0 if "dit" in streaming else None,
             stream_text_encoder="text_encoder" in streaming,

@@ -165,9 +165,7 @@ def _frugal(options: RunOptions) -> Settings:
     return Settings(
         checkpoint=keeping(options.motion)[-1],
         batch_cfg=bool(options.batch_cfg),
-        tiled=options.tiled is not False,
-        tile_size=options.tile_size,
-        tile_stride=options.tile_stride,
+        **{**options.tiling, "tiled": options.tiled is not False},
         offload=True,
         resident_blocks=0,
         stream_text_encoder=True,
