@@ -208,7 +208,11 @@ def test_a_layer_without_weights_is_found_under_its_other_name(manager, tmp_path
 
 
 REFUSED = {
-    "alpha alone": (["q.alpha", "q.hada_w1_a"], (), "matches no layer"),
+    "alpha alone": (["q.alpha"], (), "matches no layer"),
+    "a part of LoHa": (["q.alpha", "q.hada_w1_a"], (), "has only some parts for blocks.0.self_attn.q"),
+    "one of LoKr": (["q.lokr_w1"], (2, 2), "has only one half of the pair for blocks.0.self_attn.q"),
+    "an unknown kind": (["q.lora_A.weight", "q.oft_blocks"], (24, 24), "'oft_blocks' for .*not supported"),
+    "a tucker core": (["q.lokr_t2"], (2, 2), "'lokr_t2' for .*not supported"),
     "bias of another size": (["q.diff_b"], (7,), "does not fit the bias of blocks.0.self_attn.q"),
     "two adapters": (
         ["q.lora_A.a.weight", "q.lora_A.b.weight"],

@@ -57,13 +57,31 @@ def open_weights(files: Sequence[Path]) -> dict[str, StoredTensor]:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"weight file {file} does not exist; {DOWNLOAD_HINT}")
-        found = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
+        found = _open_safetensors(file) if is_safetensors(file) else _open_pickle(file)
         if twice := tensors.keys() & found.keys():
             name = min(twice)
             raise CheckpointError(f"{name!r} stands both in {tensors[name].file} and in {file}")
         tensors.update(found)
     prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), "")
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+
+
+def is_safetensors(file: Path) -> bool:
+    """Return whether a file is one of safetensors, told by its first bytes: a length, and JSON.
+
+    Names do not tell: those of a hub's cache have no suffix. A cut or empty `.safetensors` counts, too, so
+    that the error is about that format.
+
+    Raises:
+        CheckpointError: it is of a format that is not supported.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    if start[:4] == b"GGUF":
+        raise CheckpointError(f"{file} is a GGUF file; these are not supported, take the safetensors")
+    return start[8:9] == b"{" or (
+        file.suffix in (".safetensors", ".sft") and start[:2] not in (b"PK", b"\x80\x02")
+    )
 
 
 def _open_safetensors(file: Path) -> dict[str, StoredTensor]:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,8 @@ from diffsynth.models.checkpoint_files import (
     files_of,
     open_weights,
 )
-from diffsynth.models.lora import Lora, merge, read_lora
+from diffsynth.models.lora import merge
+from diffsynth.models.lora_files import Lora, checked_strength, read_lora
 from diffsynth.models.model_kinds import ModelKind, check_complete, recognise
 from diffsynth.models.packed_linear import PACKED_DTYPES, pack_block_linears
 
@@ -127,27 +128,55 @@ class ModelManager:
         """The model itself; see `find`."""
         return self.find(name).model
 
-    def load_lora(self, path: str | Path, lora_alpha: float = 1.0) -> None:
-        """Merge a LoRA file into the DiT at strength `lora_alpha`; several add up.
+    def load_lora(
+        self, path: str | Path = "", lora_alpha: float = 1.0, *, file_path: str | Path = ""
+    ) -> None:
+        """Add a LoRA file to the DiT at strength `lora_alpha`; several add up.
 
-        Raises FileNotFoundError, or CheckpointError if the file is damaged, for another model, or matches
-        nothing.
+        Args:
+            path: the file; DiffSynth's name for it, file_path, is taken as well.
+            lora_alpha: factor on what the file adds.
+
+        Raises:
+            FileNotFoundError: it is missing.
+            CheckpointError: it is damaged, for another model, matches nothing, or is of a kind that is not
+                supported.
         """
         dit = self.find("wan_video_dit")
-        lora = read_lora(path, lora_alpha, dit.model)
+        lora = read_lora(path or file_path, lora_alpha, dit.model)
         merge(dit.model, dit.tensors, [*self.loras, lora], lora.layers)
         self.loras.append(lora)
 
-    def unload_lora(self, path: str | Path | None = None) -> None:
-        """Take a LoRA file out of the DiT again (all of them by default); the weights are bit for bit those
-        of before, read anew from their files. Raises ValueError if it is not loaded.
+    def change_lora(self, path: str | Path, lora_alpha: float) -> None:
+        """Give a LoRA file that is loaded another strength.
+
+        Raises:
+            ValueError: it is not loaded, or lora_alpha is no finite number.
         """
-        leaving = [lora for lora in self.loras if path is None or lora.path == Path(path).resolve()]
-        if not leaving and path is not None:
-            raise ValueError(f"LoRA {path} is not loaded; loaded: {[str(lora.path) for lora in self.loras]}")
+        changing = self._loaded_from(path)
+        changed = [replace(lora, alpha=checked_strength(lora_alpha)) for lora in changing[:1]]
+        self.loras = [lora for lora in self.loras if lora not in changing] + changed
+        dit = self.find("wan_video_dit")
+        merge(dit.model, dit.tensors, self.loras, changed[0].layers)
+
+    def unload_lora(self, path: str | Path | None = None) -> None:
+        """Take a LoRA file out of the DiT again (all of them by default).
+
+        The weights are bit for bit those of before, read anew from their files.
+
+        Raises:
+            ValueError: it is not loaded.
+        """
+        leaving = list(self.loras) if path is None else self._loaded_from(path)
         self.loras = [lora for lora in self.loras if lora not in leaving]
         dit = self.find("wan_video_dit")
         merge(dit.model, dit.tensors, self.loras, {name for lora in leaving for name in lora.layers})
+
+    def _loaded_from(self, path: str | Path) -> list[Lora]:
+        found = [lora for lora in self.loras if lora.path == Path(path).resolve()]
+        if not found:
+            raise ValueError(f"LoRA {path} is not loaded; loaded: {[str(lora.path) for lora in self.loras]}")
+        return found
 
 
 # Heads, or tokens of a text; more would take memory that no model needs.

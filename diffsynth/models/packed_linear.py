@@ -53,7 +53,19 @@ class _PackedProduct(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with packed weights; takes no gradient for them. stored: float8_e4m3fn or int8."""
+    """A linear layer with packed weights, and what LoRAs add beside them; no weight gets a gradient.
+
+    Attributes:
+        stored: float8_e4m3fn or int8.
+        weight: bytes of the packed weights [out, in], int8. scale: [out, 1].
+        down, up: factors [rank, in] and [out, rank] of what is added to the weights; None for nothing.
+        full: a whole difference [out, in]. own: the share [out] of the layer's own output that is added.
+    """
+
+    down: Tensor | None
+    up: Tensor | None
+    full: Tensor | None
+    own: Tensor | None
 
     def __init__(self, linear: nn.Linear, stored: torch.dtype = FP8) -> None:
         super().__init__()
@@ -61,12 +73,42 @@ class PackedLinear(nn.Module):
         self.stored = stored
         self.register_buffer("weight", packed)
         self.register_buffer("scale", scale)
+        for name in ("down", "up", "full", "own"):
+            self.register_buffer(name, None, persistent=False)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         out = _PackedProduct.apply(x, self.weight, self.scale, self.stored)
+        if self.own is not None:
+            out = out + self.own.to(x.dtype) * out
+        if self.full is not None:
+            out = out + F.linear(x, self.full.to(x.dtype))
+        if self.down is not None and self.up is not None:
+            out = out + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         return out if self.bias is None else out + self.bias
+
+    def change(self, factors: tuple[Tensor, Tensor] | None, full: Tensor | None, own: Tensor | None) -> None:
+        """Set what stands beside the weights; kept in bfloat16, where the weights are."""
+        self.down, self.up = (None, None) if factors is None else map(self._beside, factors)
+        self.full, self.own = self._beside(full), self._beside(own)
+
+    def fill_up(self, rank: int, *, full: bool, own: bool) -> None:
+        """Have what other layers have beside their weights, zeros where this one has none."""
+        rows, columns = self.weight.shape
+        if rank:
+            down = torch.zeros(0, columns) if self.down is None else self.down
+            up = torch.zeros(rows, 0) if self.up is None else self.up
+            missing = rank - len(down)
+            self.down = self._beside(F.pad(down, (0, 0, 0, missing)))
+            self.up = self._beside(F.pad(up, (0, missing)))
+        if full and self.full is None:
+            self.full = self._beside(torch.zeros(rows, columns))
+        if own and self.own is None:
+            self.own = self._beside(torch.zeros(rows))
+
+    def _beside(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(self.weight.device, torch.bfloat16)
 
 
 def pack_block_linears(model: nn.Module, stored: torch.dtype = FP8) -> None:

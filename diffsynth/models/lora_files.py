@@ -1,0 +1,341 @@
+"""LoRA files as the trainers write them: which layers of the DiT they change, and by what.
+
+| parts of a layer                                             | written by                                |
+| `lora_A[.adapter].weight`, `lora_B[.adapter].weight`         | PEFT, diffusers, DiffSynth, ai-toolkit    |
+| `lora_down.weight`, `lora_up.weight`, `alpha`                | kohya, musubi-tuner, lightx2v             |
+| `lora_magnitude_vector`, `dora_scale`, `dora_layer.weight`   | DoRA: PEFT, LyCORIS, musubi-tuner         |
+| `lora_B.bias`                                                | PEFT with lora_bias                       |
+| `hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`           | LoHa: LyCORIS, PEFT                       |
+| `lokr_w1`, `lokr_w2`, or their factors `_a`, `_b`            | LoKr: LyCORIS, PEFT, ai-toolkit           |
+| `diff`, `diff_b`, `diff_m`, `w_norm`, `b_norm`               | differences of weight, bias, modulation   |
+
+Layers may be named the official or the diffusers way, behind a prefix, or with underscores for dots.
+A file is applied as its trainer meant it or refused: a part of an unknown kind on a layer that is there may
+change what the other parts mean.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from diffsynth.models.checkpoint_files import (
+    CheckpointError,
+    StoredTensor,
+    is_safetensors,
+    open_weights,
+)
+from diffsynth.models.wan_video_dit_keys import diffusers_module, official_module
+
+logger = logging.getLogger(__name__)
+
+_DIFFUSERS_CONFIG = "lora_adapter_metadata"
+_ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
+_PREFIXES = ("base_model.model.", "pipe.dit.", "diffusion_model.", "transformer.", "dit.", "model.")
+_FLAT_PREFIXES = ("lora_unet_", "lycoris_")
+_RSLORA_FLAG, _DORA_FLAG = "use_rslora_flag", "use_dora_flag"  # of a whole file, by musubi-tuner
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?:"
+    r"(?P<down>lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight|"
+    r"(?P<up>lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight|"
+    r"(?P<up_bias>lora_B|lora_up)(?:\.\w+)?\.bias|"
+    r"(?P<magnitude>lora_magnitude_vector(?:\.\w+)*|dora_scale|dora_layer\.weight)|"
+    r"(?P<hada_w1_a>hada_w1_a)|(?P<hada_w1_b>hada_w1_b)|(?P<hada_w2_a>hada_w2_a)|(?P<hada_w2_b>hada_w2_b)|"
+    r"(?P<lokr_w1>lokr_w1)|(?P<lokr_w1_a>lokr_w1_a)|(?P<lokr_w1_b>lokr_w1_b)|"
+    r"(?P<lokr_w2>lokr_w2)|(?P<lokr_w2_a>lokr_w2_a)|(?P<lokr_w2_b>lokr_w2_b)|"
+    r"(?P<alpha>alpha)|(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|(?P<diff_m>diff_m))"
+)
+# Parts that come together.
+_WHOLE = (
+    {"down", "up"},
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    {"lokr_w1_a", "lokr_w1_b"},
+    {"lokr_w2_a", "lokr_w2_b"},
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerParts:
+    """What a LoRA file holds for one layer.
+
+    Attributes:
+        stored: its tensors, by the names of `_PART`.
+        scale: the factor on the product of its factors, alpha / rank in most files.
+    """
+
+    stored: dict[str, StoredTensor]
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """A LoRA file, matched to a DiT.
+
+    Attributes:
+        path: the file, links resolved.
+        alpha: the caller's strength.
+        layers: the parts that change each layer, by its official name.
+    """
+
+    path: Path
+    alpha: float
+    layers: dict[str, LayerParts]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scaling:
+    """What a file says of its scales outside of its tensors.
+
+    Attributes:
+        source: where it says so, for messages.
+        alpha: None if nothing is said.
+        rank: None for each layer's own.
+        alphas, ranks: of the layers whose names match a pattern, as PEFT matches them.
+        by_root: rs-LoRA, alpha / sqrt(rank).
+    """
+
+    source: str
+    alpha: float | None = None
+    rank: float | None = None
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    by_root: bool = False
+
+    def of(self, name: str, own_rank: int | None, alpha: float | None) -> float:
+        """Return the scale of a layer.
+
+        Args:
+            name: of the layer, in the file.
+            own_rank: the inner size of its factors; None if it has none.
+            alpha: of its own tensor `alpha`, which takes precedence.
+
+        Raises:
+            CheckpointError: its factors have another rank than the file declares.
+        """
+        if alpha is not None:
+            return 1.0 if own_rank is None else alpha / self._divisor(own_rank)
+        alpha = _matching(self.alphas, name, self.alpha)
+        if alpha is None:
+            return 1.0
+        rank = _matching(self.ranks, name, self.rank)
+        if own_rank is not None and rank not in (None, own_rank):
+            raise CheckpointError(
+                f"{self.source} declares rank {rank:g} for {name}; its factors have {own_rank}"
+            )
+        rank = own_rank if rank is None else rank
+        return 1.0 if rank is None else alpha / self._divisor(rank)
+
+    def _divisor(self, rank: float) -> float:
+        return math.sqrt(rank) if self.by_root else rank
+
+
+def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
+    """Open a LoRA file and match it to the DiT's layers.
+
+    Logs how many layers match, where the scale comes from, and which keys belong to no layer.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: alpha is no finite number.
+        CheckpointError: it is damaged, matches no layer, is for another model, or holds something that cannot
+            be applied as its trainer meant it.
+    """
+    path = Path(path)
+    lora = f"LoRA {path}"
+    alpha = checked_strength(alpha)
+    tensors = open_weights([path])
+    flags = {name: bool(tensors.pop(name).read()) for name in (_RSLORA_FLAG, _DORA_FLAG) if name in tensors}
+    modules = dict(dit.named_modules())
+    weighted = {
+        name: module for name, module in modules.items() if getattr(module, "weight", None) is not None
+    }
+    modulated = {name: module for name, module in modules.items() if hasattr(module, "modulation")}
+    stored: dict[str, dict[str, StoredTensor]] = {}
+    names: dict[str, str] = {}  # of the layers in the file
+    unknown = []
+    for key, tensor in tensors.items():
+        match = _PART.fullmatch(key)
+        layer = match and _resolve(match["module"], modulated if match["diff_m"] else weighted)
+        if not match or not layer:
+            _refuse_unknown_part(lora, key, weighted)
+            unknown.append(key)
+            continue
+        part, parts = str(match.lastgroup), stored.setdefault(layer, {})
+        if part in parts:
+            raise CheckpointError(f"{lora} holds several adapters for {layer}; give one a file")
+        parts[part] = tensor
+        names[layer] = _without_prefix(match["module"])
+    stored = {layer: parts for layer, parts in stored.items() if parts.keys() != {"alpha"}}
+    if not stored:
+        raise CheckpointError(
+            f"{lora} matches no layer of the DiT, so it would have no effect; "
+            f"its keys begin with {unknown[:3]}"
+        )
+    if flags.get(_DORA_FLAG) is False and any("magnitude" in parts for parts in stored.values()):
+        raise CheckpointError(f"{lora} has magnitudes of DoRA but says that it is none ({_DORA_FLAG})")
+    for layer, parts in stored.items():
+        _check_sizes(lora, layer, parts, modules[layer])
+    scaling = _scaling(path, flags.get(_RSLORA_FLAG, False))
+    layers = {
+        layer: LayerParts(stored=parts, scale=_scale(scaling, names[layer], parts))
+        for layer, parts in stored.items()
+    }
+    matched = len(tensors) - len(unknown)
+    logger.info("LoRA %s: %d of %d keys match, in %d layers", path.name, matched, len(tensors), len(layers))
+    scales = sorted({parts.scale for parts in layers.values()})
+    own = any("alpha" in parts.stored for parts in layers.values())
+    source = "its tensors named alpha" if own else scaling.source
+    logger.info("LoRA %s: scale %s, from %s", path.name, ", ".join(f"{s:g}" for s in scales[:4]), source)
+    if unknown:
+        logger.warning("LoRA %s leaves out %d unknown keys: %s", path.name, len(unknown), unknown[:5])
+    return Lora(path=path.resolve(), alpha=alpha, layers=layers)
+
+
+def checked_strength(alpha: float) -> float:
+    """Return a LoRA's strength. Raises ValueError unless it is a finite number."""
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha must be a finite number; got {alpha!r}")
+    return alpha
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Return the official path of a module that a LoRA file names in its own way; None if there is none."""
+    name = _without_prefix(name)
+    for prefix in _FLAT_PREFIXES:
+        if name.startswith(prefix):
+            flat = name.removeprefix(prefix)
+            return next((path for path in modules if flat in _flat_names(path)), None)
+    return next((path for path in (name, official_module(name)) if path in modules), None)
+
+
+def _flat_names(path: str) -> set[str]:
+    """Return a module's path with underscores for dots, as kohya has it, of both layouts."""
+    return {name.replace(".", "_") for name in (path, diffusers_module(path)) if name}
+
+
+def _refuse_unknown_part(lora: str, key: str, modules: Mapping[str, nn.Module]) -> None:
+    """Raise CheckpointError if a key that is not understood belongs to a layer that is there."""
+    places = [match.start() for match in re.finditer(r"\.", key)]
+    for place in reversed(places):
+        if layer := _resolve(key[:place], modules):
+            raise CheckpointError(
+                f"{lora} holds {key[place + 1 :]!r} for {layer}: this kind of LoRA is not supported, and "
+                "without that part it would be another one"
+            )
+
+
+def _check_sizes(lora: str, layer: str, parts: Mapping[str, StoredTensor], module: nn.Module) -> None:
+    for whole in _WHOLE:
+        if 0 < len(whole & parts.keys()) < len(whole):
+            kind = "one half of the pair" if len(whole) == 2 else "some parts"
+            raise CheckpointError(f"{lora} has only {kind} for {layer}")
+    lokr = [any(f"lokr_{side}{end}" in parts for end in ("", "_a")) for side in ("w1", "w2")]
+    if any(lokr) and not all(lokr):
+        raise CheckpointError(f"{lora} has only one half of the pair for {layer}")
+    bias = getattr(module, "bias", None)
+    for part in ("diff_b", "up_bias"):
+        if part in parts and (bias is None or parts[part].shape != bias.shape):
+            raise CheckpointError(f"{lora} does not fit the bias of {layer}; it is for another model")
+    if "diff_m" in parts and parts["diff_m"].shape.numel() != module.modulation.numel():
+        raise CheckpointError(f"{lora} does not fit the modulation of {layer}; it is for another model")
+    if (shape := _weight_shape(module)) is not None and not _fits(parts, shape):
+        sizes = ", ".join(f"{part} {tuple(stored.shape)}" for part, stored in parts.items())
+        raise CheckpointError(
+            f"{lora} does not fit {layer}: weight {tuple(shape)}, {sizes}; it is for another model"
+        )
+
+
+def _weight_shape(module: nn.Module) -> torch.Size | None:
+    return None if getattr(module, "weight", None) is None else module.weight.shape
+
+
+def _fits(parts: Mapping[str, StoredTensor], shape: torch.Size) -> bool:
+    out, columns = shape[0], shape[1:].numel()
+    fits = "diff" not in parts or parts["diff"].shape.numel() == shape.numel()
+    for up, down in (("up", "down"), ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")):
+        if up in parts:
+            u, d = parts[up].shape, parts[down].shape
+            fits &= (u[0], u[1:].numel(), d[1:].numel()) == (out, d[0], columns)
+    if "lokr_w1" in parts or "lokr_w1_a" in parts:
+        rows, cols = 1, 1
+        for side in ("lokr_w1", "lokr_w2"):
+            first, last = (parts[side],) * 2 if side in parts else (parts[f"{side}_a"], parts[f"{side}_b"])
+            rows, cols = rows * first.shape[0], cols * last.shape[1:].numel()
+        fits &= (rows, cols) == (out, columns)
+    if "magnitude" in parts:
+        fits &= parts["magnitude"].shape.numel() == out or tuple(parts["magnitude"].shape) == (1, columns)
+    return fits
+
+
+def _scale(scaling: Scaling, name: str, parts: Mapping[str, StoredTensor]) -> float:
+    """Return the factor on a layer's factors. Full tensors of LoKr have no rank, and then no scale either."""
+    factor = next((p for p in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if p in parts), None)
+    rank = None if factor is None else parts[factor].shape[0]
+    return scaling.of(name, rank, parts["alpha"].read().item() if "alpha" in parts else None)
+
+
+def _matching(patterns: Mapping[str, float], name: str, default: float | None) -> float | None:
+    """Return the value of the first pattern that is the end of a layer's name, as PEFT matches them."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _scaling(path: Path, by_root: bool) -> Scaling:
+    """Return what the header (diffusers, kohya) or adapter_config.json beside the file (PEFT) says."""
+    header: Mapping[str, str] = {}
+    if is_safetensors(path):
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    source, text = f"the header of {path}", header.get(_DIFFUSERS_CONFIG)
+    config = path.parent / "adapter_config.json"
+    flat = next((name for name in _ALPHAS if name in header), None)
+    try:
+        if text is None and flat is not None and not config.is_file():
+            root = by_root or str(header.get("use_rslora", "")).lower() in ("true", "1")
+            return Scaling(source=source, alpha=_finite(header[flat]), by_root=root)
+        if text is None:
+            if not config.is_file():
+                return Scaling(source="no word of it in the file", by_root=by_root)
+            source, text = str(config), config.read_text()
+        return _declared_scaling(source, json.loads(text), by_root)
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} is no adapter config with lora_alpha and r ({error!r})") from error
+
+
+def _declared_scaling(source: str, config: Mapping[str, Any], by_root: bool) -> Scaling:
+    # In the header of a pipeline's LoRA the names begin with the model's, "transformer.r".
+    declared = {name.removeprefix("transformer."): value for name, value in config.items()}
+    alpha = declared["lora_alpha"] if "lora_alpha" in declared else declared["alpha"]  # LoHa and LoKr: alpha
+    scaling = Scaling(
+        source=source,
+        alpha=_finite(alpha),
+        rank=_finite(declared["r"]),
+        alphas={key: _finite(value) for key, value in (declared.get("alpha_pattern") or {}).items()},
+        ranks={key: _finite(value) for key, value in (declared.get("rank_pattern") or {}).items()},
+        by_root=by_root or bool(declared.get("use_rslora")),
+    )
+    for key in (*scaling.alphas, *scaling.ranks):
+        re.compile(key)
+    if min([_finite(declared["r"]), *scaling.ranks.values()]) <= 0:
+        raise ValueError("a rank is not above 0")
+    return scaling
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"{value!r} is no finite number")
+    return number
