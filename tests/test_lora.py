@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from diffsynth import ModelManager
 from diffsynth.models.checkpoint_files import CheckpointError
-from diffsynth.models.packed_linear import unpack
 
 RANK = 3
 LAYERS = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.0", "patch_embedding")
@@ -142,24 +141,6 @@ def test_full_differences_of_weight_and_bias_are_added(manager, tmp_path):
     manager.load_lora(tmp_path / "lora.safetensors", lora_alpha=0.5)
     torch.testing.assert_close(dit.blocks[0].norm3.weight, norm + 0.5)
     torch.testing.assert_close(dit.blocks[0].ffn[2].bias, linear + 1.0)
-
-
-def test_a_float8_layer_is_packed_anew(tiny_checkpoint, tmp_path):
-    manager = ModelManager(torch_dtype=torch.float8_e4m3fn)
-    manager.load_models([tiny_checkpoint / "diffusion_pytorch_model.safetensors.index.json"])
-    layer = manager.fetch_model("wan_video_dit").blocks[0].self_attn.q
-    torch.manual_seed(0)
-    down, up = torch.randn(RANK, 24), torch.randn(24, RANK)
-    before = unpack(layer.weight, layer.scale, torch.float32)
-    save_file(
-        {"blocks.0.self_attn.q.lora_A.weight": down, "blocks.0.self_attn.q.lora_B.weight": up},
-        tmp_path / "l.safetensors",
-    )
-    manager.load_lora(tmp_path / "l.safetensors")
-    after = unpack(layer.weight, layer.scale, torch.float32)
-    torch.testing.assert_close(after, before + up @ down, rtol=0.13, atol=0.3)
-    manager.unload_lora()
-    assert torch.equal(unpack(layer.weight, layer.scale, torch.float32), before)
 
 
 def test_unknown_keys_are_named_and_the_known_ones_used(manager, tmp_path, caplog):
