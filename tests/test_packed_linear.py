@@ -2,24 +2,24 @@ import pytest
 import torch
 from torch import nn
 
-from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear, pack, pack_block_linears, unpack
+from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear, pack, pack_block_linears
 
 
 def test_packing_keeps_weights_of_any_size_to_float8_precision():
     torch.manual_seed(0)
     for size in (1e-3, 0.02, 1.0, 1e4):
         weight = size * torch.randn(32, 64)
-        packed, scale = pack(weight)
-        assert packed.dtype == torch.int8
-        assert torch.equal(scale.log2(), scale.log2().round())
-        error = (unpack(packed, scale, torch.float32) - weight).abs()
+        packed = pack(weight)
+        assert packed.data.dtype == torch.int8
+        assert torch.equal(packed.scale.log2(), packed.scale.log2().round())
+        error = (packed.unpack() - weight).abs()
         # Three bits of mantissa: at most 1/16 off, but for values near the bottom of the range.
         assert (error <= weight.abs() / 16 + weight.abs().amax(1, keepdim=True) * 2**-18).all()
 
 
 def test_largest_values_do_not_overflow():
     weight = torch.tensor([[448.0, 1.0], [449.0, 1.0], [896.0, -1.0], [0.0, 0.0]])
-    restored = unpack(*pack(weight), torch.float32)
+    restored = pack(weight).unpack()
     assert restored.isfinite().all()
     torch.testing.assert_close(restored, weight, rtol=0.07, atol=0)
 
@@ -28,30 +28,31 @@ def test_int8_keeps_weights_to_half_a_step_in_any_dtype_of_the_model():
     torch.manual_seed(0)
     for size in (1e-3, 0.02, 1.0, 1e4):
         weight = size * torch.randn(32, 64)
-        packed, scale = pack(weight, torch.int8)
-        assert packed.abs().amax(1).min() >= 125
-        assert torch.equal(scale.bfloat16().float(), scale)
-        error = (unpack(packed, scale, torch.float32, torch.int8) - weight).abs()
+        packed = pack(weight, torch.int8)
+        assert packed.data.abs().amax(1).min() >= 125
+        assert packed.scale.dtype == torch.bfloat16
+        error = (packed.unpack() - weight).abs()
         assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.51).all()
-    assert unpack(*pack(torch.zeros(2, 3), torch.int8), torch.float32, torch.int8).abs().max() == 0
+    assert pack(torch.zeros(2, 3), torch.int8).unpack().abs().max() == 0
     with pytest.raises(ValueError, match=r"stored must be one of torch\.float8_e4m3fn, torch\.int8; got"):
         pack(weight, torch.int4)
 
 
 @pytest.mark.parametrize("stored", PACKED_DTYPES)
 def test_the_backward_pass_keeps_packed_weights(stored):
-    layer, kept = PackedLinear(nn.Linear(16, 8), stored), []
+    linear, kept = nn.Linear(16, 8), []
+    layer = PackedLinear(pack(linear.weight, stored), linear)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(torch.randn(3, 16, requires_grad=True))
-    assert sorted(t.nbytes for t in kept) == [8 * 4, 8 * 16]
+    assert sorted(t.nbytes for t in kept) == [8 * 2, 8 * 16]
 
 
 @pytest.mark.parametrize("stored", PACKED_DTYPES)
 def test_the_gradient_of_the_input_is_that_of_the_unpacked_weight(stored):
     torch.manual_seed(0)
     linear = nn.Linear(16, 8)
-    layer = PackedLinear(linear, stored)
-    wide = unpack(layer.weight, layer.scale, torch.float32, stored)
+    packed = pack(linear.weight, stored)
+    layer, wide = PackedLinear(packed, linear), packed.unpack()
     x = torch.randn(3, 16, requires_grad=True)
     torch.testing.assert_close(layer(x), x @ wide.T + linear.bias)
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x)

@@ -9,13 +9,17 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from diffsynth.models.gguf_files import read_gguf, unpack_gguf
+from diffsynth.models.packed_linear import PackedWeight
 
 DOWNLOAD_HINT = "published checkpoints are fetched by: python examples/download_model.py --model 1.3b"
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
@@ -24,9 +28,13 @@ PUBLISHED_NAME = re.compile(
     r"(diffusion_pytorch_model|model|models_t5|Wan2\.1_VAE)\b.*\.(safetensors|pth)|models_t5.*"
 )
 _WRAPPERS = ("model_state", "state_dict", "model")
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-# Where the diffusers layout keeps its weights.
-_COMPONENTS = ("transformer", "text_encoder", "vae")
+# Endings of the scales of float8 weights, W = numbers * scale, and of tensors that only their kernels need.
+_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
+_OF_KERNELS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_SUFFIXES = ("safetensors", "sft", "gguf", "pth", "pt", "bin", "ckpt")
+# Where the diffusers layout and Comfy keep their weights.
+_COMPONENTS = ("transformer", "text_encoder", "vae", "diffusion_models", "text_encoders", "split_files")
 # What reading bytes that are no pickle, or half of one, ends in.
 _DAMAGE = (
     RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, OverflowError,
@@ -40,30 +48,88 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a weight file; `read()` gives it on the CPU in the dtype of the file."""
+    """One tensor of a weight file.
+
+    Attributes:
+        file: that holds it.
+        shape: of its numbers.
+        read: gives it on the CPU, in the dtype of the file; packed weights in float32.
+        packed: gives a packed matrix as the file has it; None for other tensors.
+    """
 
     file: Path
     shape: torch.Size
     read: Callable[[], Tensor]
+    packed: Callable[[], PackedWeight] | None = None
 
 
 def open_weights(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """Names and tensors of the files that make up one model.
+    """Return names and tensors of the files that make up one model, or several in one file.
 
-    Raises FileNotFoundError for a missing file and CheckpointError for a damaged one, for one that holds
-    more than tensors, and for a name that stands in two files; the message names the file.
+    Raises:
+        FileNotFoundError: a file is missing.
+        CheckpointError: one is damaged, holds more than tensors, or is of a kind that is not supported, or a
+            name stands in two files; the message names the file.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"weight file {file} does not exist; {DOWNLOAD_HINT}")
-        found = _open_safetensors(file) if is_safetensors(file) else _open_pickle(file)
+        with file.open("rb") as opened:
+            is_gguf = opened.read(4) == b"GGUF"
+        read = _open_gguf if is_gguf else _open_safetensors if is_safetensors(file) else _open_pickle
+        found = read(file)
         if twice := tensors.keys() & found.keys():
             name = min(twice)
             raise CheckpointError(f"{name!r} stands both in {tensors[name].file} and in {file}")
         tensors.update(found)
-    prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), "")
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+    return _scaled(tensors)
+
+
+def _scaled(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Put float8 weights and their scales together, whichever way they are named."""
+    scales = {
+        f"{key.removesuffix(ending)}.weight": key
+        for ending in _SCALES
+        for key in tensors
+        if key.endswith(ending)
+    }
+    found = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key not in scales.values() and not key.endswith(_OF_KERNELS)
+    }
+    for key, tensor in found.items():
+        if key in scales:
+            _check_format(tensors, key)
+            found[key] = _with_scale(key, tensor, tensors[scales[key]])
+    return found
+
+
+def _check_format(tensors: Mapping[str, StoredTensor], key: str) -> None:
+    """Raise CheckpointError if a weight says that it is stored in another way than float8 with a scale."""
+    note = tensors.get(f"{key.removesuffix('.weight')}.comfy_quant")
+    if note is None:
+        return
+    told = json.loads(bytes(note.read().tolist())).get("format", "")
+    if not told.startswith("float8"):
+        raise CheckpointError(f"{note.file}: {key} is stored as {told}; of these only float8 is supported")
+
+
+def _with_scale(key: str, tensor: StoredTensor, scale: StoredTensor) -> StoredTensor:
+    rows = tensor.shape[0]
+    if tensor.packed is None or scale.shape.numel() not in (1, rows):
+        raise CheckpointError(
+            f"{tensor.file}: the scale of {key} is {tuple(scale.shape)}, for a weight {tuple(tensor.shape)}; "
+            "supported are float8 weights with one scale, or one for each row"
+        )
+    plain = tensor.packed
+
+    def packed() -> PackedWeight:
+        numbers = plain()
+        return PackedWeight(numbers.data, scale.read().float().reshape(-1, 1).expand(rows, 1), numbers.stored)
+
+    return StoredTensor(tensor.file, tensor.shape, lambda: packed().unpack(), packed)
 
 
 def is_safetensors(file: Path) -> bool:
@@ -71,14 +137,9 @@ def is_safetensors(file: Path) -> bool:
 
     Names do not tell: those of a hub's cache have no suffix. A cut or empty `.safetensors` counts, too, so
     that the error is about that format.
-
-    Raises:
-        CheckpointError: it is of a format that is not supported.
     """
     with file.open("rb") as opened:
         start = opened.read(9)
-    if start[:4] == b"GGUF":
-        raise CheckpointError(f"{file} is a GGUF file; these are not supported, take the safetensors")
     return start[8:9] == b"{" or (
         file.suffix in (".safetensors", ".sft") and start[:2] not in (b"PK", b"\x80\x02")
     )
@@ -93,30 +154,66 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{file} is truncated or not a safetensors file ({error}); fetch it again"
         ) from error
-    return {
-        name: StoredTensor(
-            file, torch.Size(handle.get_slice(name).get_shape()), partial(handle.get_tensor, name)
-        )
-        for name in handle.keys()  # noqa: SIM118
-    }
+    found = {}
+    for name in handle.keys():  # noqa: SIM118
+        stored = handle.get_slice(name)
+        read = partial(handle.get_tensor, name)
+        shape, dtype = torch.Size(stored.get_shape()), _FLOAT8.get(stored.get_dtype())
+        if dtype is None or len(shape) != 2:
+            found[name] = StoredTensor(file, shape, read)
+        else:
+            packed = partial(_unscaled, read, dtype)
+            found[name] = StoredTensor(file, shape, read, packed)
+    return found
+
+
+def _unscaled(read: Callable[[], Tensor], dtype: torch.dtype) -> PackedWeight:
+    numbers = read()
+    return PackedWeight(numbers.view(torch.int8), torch.ones(len(numbers), 1), dtype)
+
+
+def _open_gguf(file: Path) -> dict[str, StoredTensor]:
+    try:
+        tensors = read_gguf(file)
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    found = {}
+    for name, (data, kind, shape) in tensors.items():
+        read = partial(_numbers_of_gguf, data, kind, shape)
+        packed = None
+        if kind not in ("F32", "F16", "BF16") and len(shape) == 2:
+            packed = partial(PackedWeight, data.view(torch.int8), torch.ones(len(data), 0), kind)
+        found[name] = StoredTensor(file, shape, read, packed)
+    return found
+
+
+def _numbers_of_gguf(data: Tensor, kind: str, shape: torch.Size) -> Tensor:
+    return unpack_gguf(data, kind).reshape(shape)
 
 
 def _open_pickle(file: Path) -> dict[str, StoredTensor]:
-    # Only the zip format of torch.save can be memory-mapped.
-    mapped = zipfile.is_zipfile(file)
+    # Only the zip format of torch.save can be memory-mapped, and torch goes by the suffix if it has the name.
+    mapped = zipfile.is_zipfile(file) and file.suffix != ".safetensors"
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with nullcontext(file) if mapped else file.open("rb") as source:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} holds more than tensors, or is no torch file; only plain tensor files are loaded"
         ) from error
     except _DAMAGE as error:
         raise CheckpointError(f"{file} is truncated or not a torch file ({error}); fetch it again") from error
-    while isinstance(content, dict) and len(content) == 1 and next(iter(content)) in _WRAPPERS:
-        content = next(iter(content.values()))
+    while isinstance(content, dict) and (
+        wrapper := next((w for w in _WRAPPERS if _is_dict(content, w)), None)
+    ):
+        content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} does not hold a state dict (names and tensors)")
     return {str(name): StoredTensor(file, t.shape, lambda t=t: t) for name, t in content.items()}
+
+
+def _is_dict(content: dict, name: str) -> bool:
+    return isinstance(content.get(name), dict)
 
 
 def files_of(entry: str | Path | Sequence[str | Path]) -> list[list[Path]]:
@@ -162,9 +259,12 @@ def _files_in_folder(folder: Path) -> list[list[Path]]:
     groups = [_files_of_index(index) for index in sorted(folder.glob("*.index.json"))]
     indexed = {file for group in groups for file in group}
     loose: dict[str, list[Path]] = {}
-    for file in sorted(f for pattern in ("*.safetensors", "*.pth") for f in folder.glob(pattern)):
+    for file in (f for suffix in _SUFFIXES for f in sorted(folder.glob(f"*.{suffix}"))):
         if file not in indexed and not file.name.startswith("."):
-            loose.setdefault(_SHARD.sub("", file.stem), []).append(file)
+            files = loose.setdefault(_SHARD.sub("", file.stem), [file])
+            # The same name with another suffix is the same model in another format.
+            if file not in files and file.suffix == files[0].suffix:
+                files.append(file)
     for stem, files in loose.items():
         shard = _SHARD.search(files[0].stem)
         if shard and len(files) != int(shard[1]):

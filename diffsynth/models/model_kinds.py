@@ -19,6 +19,7 @@ from diffsynth.models.wan_video_text_encoder import (
 from diffsynth.models.wan_video_vae import WanVideoVAE, vae_config_from_shapes
 from diffsynth.models.wan_video_vae_keys import diffusers_vae_key_map
 
+PIECES = "spiece_model"  # the bytes of the tokenizer, in Comfy's files of the text encoder
 Shapes = Mapping[str, tuple[int, ...]]
 Declared = Mapping[str, object]
 
@@ -28,6 +29,7 @@ class ModelKind:
     """One kind of model.
 
     official_mark and diffusers_mark: a tensor name that only this kind has, in either layout.
+    beside: how the names begin that files of this kind may hold and the model does not take.
     to_official: all diffusers names and shapes -> {diffusers name: official name}.
     arguments: (official names and shapes, the config.json beside the weights) -> arguments of `factory`.
     """
@@ -38,6 +40,7 @@ class ModelKind:
     diffusers_mark: str
     to_official: Callable[[Shapes], Mapping[str, str | None]]
     arguments: Callable[[Shapes, Declared], dict]
+    beside: tuple[str, ...] = ()
 
 
 def _renamed(rename: Callable[[str], str | None]) -> Callable[[Shapes], dict[str, str | None]]:
@@ -65,6 +68,8 @@ KINDS = (
         diffusers_mark="encoder.block.0.layer.0.SelfAttention.q.weight",
         to_official=_renamed(transformers_to_official_key),
         arguments=lambda shapes, _: text_encoder_config_from_shapes(shapes),
+        # The tokenizer, and the half of UMT5 that writes text.
+        beside=(PIECES, "decoder.", "lm_head.", "logit_scale"),
     ),
     ModelKind(
         name="wan_video_vae",
@@ -78,8 +83,32 @@ KINDS = (
 
 
 def kind_of(tensors: Mapping[str, StoredTensor]) -> ModelKind | None:
-    """The kind of model that has tensors of these names."""
+    """Return the kind of model that has tensors of these names; None for none."""
     return next((k for k in KINDS if k.official_mark in tensors or k.diffusers_mark in tensors), None)
+
+
+def split(tensors: Mapping[str, StoredTensor]) -> list[dict[str, StoredTensor]]:
+    """Return the models that a file holds, each without what stands before all of its names.
+
+    A prefix, "model.diffusion_model." or "first_stage_model.", is told by the mark of a kind behind it.
+    What belongs to no model is left with the first.
+    """
+    marks = [mark for kind in KINDS for mark in (kind.official_mark, kind.diffusers_mark)]
+    prefixes = {
+        key[: -len(mark)]: None for mark in marks for key in tensors if key.endswith(mark)
+        if key == mark or key[-len(mark) - 1] == "."
+    }  # fmt: skip
+    if not prefixes:
+        return [dict(tensors)]
+    models: dict[str, dict[str, StoredTensor]] = {prefix: {} for prefix in prefixes}
+    longest_first = sorted(prefixes, key=len, reverse=True)
+    for key, tensor in tensors.items():
+        prefix = next((prefix for prefix in longest_first if key.startswith(prefix)), None)
+        if prefix is None:
+            models[longest_first[-1]][key] = tensor
+        else:
+            models[prefix][key.removeprefix(prefix)] = tensor
+    return list(models.values())
 
 
 def recognise(
@@ -101,6 +130,9 @@ def recognise(
         names = kind.to_official({key: tensor.shape for key, tensor in tensors.items()})
         # A name that is not understood stays as it is, to be reported as unexpected.
         tensors = {names.get(key) or key: tensor for key, tensor in tensors.items()}
+    tensors = {
+        key: tensor for key, tensor in tensors.items() if not (kind.beside and key.startswith(kind.beside))
+    }
     try:
         arguments = kind.arguments({key: tensor.shape for key, tensor in tensors.items()}, declared)
     except (KeyError, ValueError, IndexError, TypeError) as error:

@@ -19,8 +19,8 @@ from diffsynth.models.checkpoint_files import (
 )
 from diffsynth.models.lora import merge
 from diffsynth.models.lora_files import Lora, checked_strength, read_lora
-from diffsynth.models.model_kinds import ModelKind, check_complete, recognise
-from diffsynth.models.packed_linear import PACKED_DTYPES, pack_block_linears
+from diffsynth.models.model_kinds import PIECES, ModelKind, check_complete, recognise, split
+from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear, block_linears, pack_block_linears
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +30,17 @@ Entry = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model, the name of its kind, and the tensors and files it was loaded from."""
+    """A model, the name of its kind, and the tensors and files it was loaded from.
+
+    Attributes:
+        pieces: the bytes of a sentencepiece tokenizer, if the text encoder's file holds one.
+    """
 
     name: str
     model: nn.Module
     tensors: dict[str, StoredTensor]
     files: list[Path]
+    pieces: StoredTensor | None = None
 
 
 class ModelManager:
@@ -93,21 +98,22 @@ class ModelManager:
             source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
             declared = _declared(files[0].parent)
             try:
-                kind, tensors, arguments = recognise(open_weights(files), declared, source)
+                models = [(held, recognise(held, declared, source)) for held in split(open_weights(files))]
             except CheckpointError as error:
                 if not in_folder or PUBLISHED_NAME.fullmatch(files[0].name):
                     raise
                 logger.warning("%s; left out", error)
                 continue
-            name = kind.name
-            if name in loaded:
-                logger.warning("%s is a second %s in the folder; left out", source, name)
-                continue
-            model = _build(kind, arguments, tensors, source)
-            model = _placed(model, dtypes.get(name, dtype), torch.device(device or self.device))
-            loaded[name] = LoadedModel(name, model, tensors, files)
-            same = (c.name for c in PUBLISHED.values() if dict(c.dit_kwargs) == arguments)
-            logger.info("%s: %s from %s", name, next(same, "unpublished size"), source)
+            for held, (kind, tensors, arguments) in models:
+                name = kind.name
+                if name in loaded:
+                    logger.warning("%s is a second %s in the folder; left out", source, name)
+                    continue
+                model = _build(kind, arguments, tensors, source)
+                model = _placed(model, dtypes.get(name, dtype), torch.device(device or self.device))
+                loaded[name] = LoadedModel(name, model, tensors, files, held.get(PIECES))
+                same = (c.name for c in PUBLISHED.values() if dict(c.dit_kwargs) == arguments)
+                logger.info("%s: %s from %s", name, next(same, "unpublished size"), source)
         if not loaded:
             raise CheckpointError(f"{entry} holds no Wan2.1 DiT, text encoder or VAE")
         self.loaded.extend(loaded.values())
@@ -218,7 +224,14 @@ def _build(kind: ModelKind, arguments: dict, tensors: Mapping[str, StoredTensor]
         except ValueError as error:
             raise CheckpointError(f"{source} and the config.json beside it do not agree: {error}") from error
     check_complete(model, tensors, source)
-    model.load_state_dict({key: tensor.read() for key, tensor in tensors.items()}, assign=True)
+    name_of = getattr(model, "official_key", str)
+    linears = {name_of(f"{path}.weight"): (parent, name) for path, parent, name in block_linears(model)}
+    packed = {key for key, tensor in tensors.items() if tensor.packed is not None and key in linears}
+    state = {key: tensor.read() for key, tensor in tensors.items() if key not in packed}
+    model.load_state_dict(state, strict=False, assign=True)
+    for key in packed:
+        parent, name = linears[key]
+        setattr(parent, name, PackedLinear(tensors[key].packed(), getattr(parent, name)))
     return model.eval().requires_grad_(False)
 
 

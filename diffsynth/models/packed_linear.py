@@ -1,14 +1,20 @@
-"""Linear layers whose weights rest in eight bits, float8 or int8, and compute in the dtype of their input.
+"""Linear layers whose weights rest in eight bits or less and compute in the dtype of their input.
 
 Weights alone are packed, never what flows between layers: a rounded activation would have no gradient. Each
 output row has its own scale. float8: a power of two, so that scaling loses nothing and small weights do not
 fall below the range of float8. int8: the row's largest weight is 127, the scale a bfloat16 number, so that no
-dtype of the model rounds it. Both keep their bytes as int8, which `module.to(dtype)` leaves alone.
+dtype of the model rounds it. Both keep their bytes as int8, which `module.to(dtype)` leaves alone. Weights
+that a file stores in float8 with scales of its own, or in a kind of GGUF, are kept as the file has them.
 """
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from diffsynth.models.gguf_files import unpack_gguf
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 PACKED_DTYPES = (FP8, INT8)
@@ -16,10 +22,35 @@ FP8_MAX, INT8_MAX = torch.finfo(FP8).max, 127
 SMALLEST_EXPONENT = -24  # of a scale that float16 can still hold
 
 
-def pack(weight: Tensor, stored: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
-    """weight [out, in] -> (its bytes as int8 [out, in], scale [out, 1] float32): value * scale.
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A packed matrix [out, in].
 
-    Raises ValueError for a dtype that is not one of PACKED_DTYPES.
+    Attributes:
+        data: its bytes as int8, [out, in] or in GGUF [out, n].
+        scale: [out, 1], by which the numbers are multiplied; of GGUF, which has its own, [out, 0].
+        stored: the dtype of a number, or the kind of GGUF.
+    """
+
+    data: Tensor
+    scale: Tensor
+    stored: torch.dtype | str
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the matrix [out, in] in a dtype, rounded once."""
+        if isinstance(self.stored, str):
+            return unpack_gguf(self.data.view(torch.uint8), self.stored).to(dtype)
+        numbers = self.data.view(self.stored)
+        if self.scale.dtype == torch.float32:
+            return (numbers.float() * self.scale).to(dtype)
+        return numbers.to(dtype) * self.scale.to(dtype)
+
+
+def pack(weight: Tensor, stored: torch.dtype = FP8) -> PackedWeight:
+    """Return a matrix [out, in] in eight bits, with bfloat16 scales.
+
+    Raises:
+        ValueError: a dtype that is not one of PACKED_DTYPES.
     """
     if stored not in PACKED_DTYPES:
         raise ValueError(f"stored must be one of {', '.join(map(str, PACKED_DTYPES))}; got {stored}")
@@ -27,37 +58,32 @@ def pack(weight: Tensor, stored: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
     largest = weight.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     if stored == FP8:
         scale = torch.exp2((largest / FP8_MAX).log2().ceil().clamp_min(SMALLEST_EXPONENT))
-        return (weight / scale).to(FP8).view(torch.int8), scale
+        return PackedWeight((weight / scale).to(FP8).view(torch.int8), scale.bfloat16(), stored)
     # Up by a bfloat16 step of at most 1/128, so that rounding it down does not push a weight past 127.
-    scale = (largest / INT8_MAX * (1 + 1 / 128)).clamp_min(2.0**SMALLEST_EXPONENT).bfloat16().float()
-    return (weight / scale).round().to(torch.int8), scale
-
-
-def unpack(packed: Tensor, scale: Tensor, dtype: torch.dtype, stored: torch.dtype = FP8) -> Tensor:
-    """The inverse of `pack`, in `dtype`."""
-    return packed.view(stored).to(dtype) * scale.to(dtype)
+    scale = (largest / INT8_MAX * (1 + 1 / 128)).clamp_min(2.0**SMALLEST_EXPONENT).bfloat16()
+    return PackedWeight((weight / scale.float()).round().to(torch.int8), scale, stored)
 
 
 class _PackedProduct(torch.autograd.Function):
     """x @ weight^T that keeps the packed weight, not its wide copy, for the gradient of x."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, stored: torch.dtype) -> Tensor:
+    def forward(ctx, x: Tensor, packed: Tensor, scale: Tensor, stored: torch.dtype | str) -> Tensor:
         ctx.save_for_backward(packed, scale)
         ctx.stored = stored
-        return F.linear(x, unpack(packed, scale, x.dtype, stored))
+        return F.linear(x, PackedWeight(packed, scale, stored).unpack(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad @ unpack(*ctx.saved_tensors, grad.dtype, ctx.stored), None, None, None
+        packed = PackedWeight(*ctx.saved_tensors, ctx.stored)
+        return grad @ packed.unpack(grad.dtype), None, None, None
 
 
 class PackedLinear(nn.Module):
     """A linear layer with packed weights, and what LoRAs add beside them; no weight gets a gradient.
 
     Attributes:
-        stored: float8_e4m3fn or int8.
-        weight: bytes of the packed weights [out, in], int8. scale: [out, 1].
+        stored, weight, scale: those of its `PackedWeight`.
         down, up: factors [rank, in] and [out, rank] of what is added to the weights; None for nothing.
         full: a whole difference [out, in]. own: the share [out] of the layer's own output that is added.
     """
@@ -67,15 +93,22 @@ class PackedLinear(nn.Module):
     full: Tensor | None
     own: Tensor | None
 
-    def __init__(self, linear: nn.Linear, stored: torch.dtype = FP8) -> None:
+    def __init__(self, packed: PackedWeight, linear: nn.Linear) -> None:
         super().__init__()
-        packed, scale = pack(linear.weight, stored)
-        self.stored = stored
-        self.register_buffer("weight", packed)
-        self.register_buffer("scale", scale)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.stored = packed.stored
+        self.register_buffer("weight", packed.data)
+        self.register_buffer("scale", packed.scale)
         for name in ("down", "up", "full", "own"):
             self.register_buffer(name, None, persistent=False)
         self.bias = linear.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Keep the scale in its dtype, whatever the model's becomes."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -95,7 +128,7 @@ class PackedLinear(nn.Module):
 
     def fill_up(self, rank: int, *, full: bool, own: bool) -> None:
         """Have what other layers have beside their weights, zeros where this one has none."""
-        rows, columns = self.weight.shape
+        rows, columns = self.out_features, self.in_features
         if rank:
             down = torch.zeros(0, columns) if self.down is None else self.down
             up = torch.zeros(rows, 0) if self.up is None else self.up
@@ -111,12 +144,18 @@ class PackedLinear(nn.Module):
         return None if tensor is None else tensor.to(self.weight.device, torch.bfloat16)
 
 
-def pack_block_linears(model: nn.Module, stored: torch.dtype = FP8) -> None:
-    """Replace each linear layer of the model's repeated blocks by a `PackedLinear`; the few others stay as
-    they are.
-    """
+def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield path, parent and name in the parent of the linear layers of repeated blocks, a model's bulk."""
+    paths = {module: path for path, module in model.named_modules()}
     for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for parent in list(blocks.modules()):
-            for name, child in parent.named_children():
+            for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(parent, name, PackedLinear(child, stored))
+                    yield f"{paths[parent]}.{name}", parent, name
+
+
+def pack_block_linears(model: nn.Module, stored: torch.dtype = FP8) -> None:
+    """Replace these linear layers by packed ones; the few others stay as they are."""
+    for _, parent, name in block_linears(model):
+        linear = getattr(parent, name)
+        setattr(parent, name, PackedLinear(pack(linear.weight, stored), linear))

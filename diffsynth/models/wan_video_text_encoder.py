@@ -150,6 +150,11 @@ class WanTextEncoder(nn.Module):
             raise ValueError(f"mask must have the shape of ids, {tuple(ids.shape)}; got {tuple(mask.shape)}")
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
+    @staticmethod
+    def official_key(key: str) -> str:
+        """Return the official name of a tensor, by its path in this module."""
+        return _official(key.removeprefix("encoder."))
+
     def state_dict(
         self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:

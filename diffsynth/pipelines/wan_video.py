@@ -38,7 +38,7 @@ from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
-from diffsynth.prompters.tokenizer import find_tokenizer
+from diffsynth.prompters.tokenizer import find_tokenizer, load_tokenizer, tokenizer_from_pieces
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
 from diffsynth.runs.cost import RunCost
 from diffsynth.vram_management import Residency, choose_device
@@ -99,12 +99,17 @@ class WanVideoPipeline:
         dit, text, vae = (
             model_manager.find(name) for name in ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
         )
-        tokenizer = find_tokenizer(text.files[0].parent) if tokenizer_path is None else Path(tokenizer_path)
+        if tokenizer_path is None and text.pieces is not None:
+            pieces = bytes(text.pieces.read().tolist())
+            tokenizer = tokenizer_from_pieces(pieces, text.pieces.file)
+        else:
+            folder = find_tokenizer(text.files[0].parent) if tokenizer_path is None else tokenizer_path
+            tokenizer = load_tokenizer(folder)
         if torch_dtype is not None:
             check_dtype(torch_dtype, WIDE_DTYPES)
             dit.model.to(torch_dtype)
             text.model.to(torch_dtype)
-        prompter = WanPrompter.from_folder(tokenizer, text_len=dit.model.text_len)
+        prompter = WanPrompter(tokenizer, dit.model.text_len)
         device = model_manager.device if device is None else device
         defaults = run_defaults(dit.files[0].parent)
         return cls(dit.model, text.model, vae.model, prompter, device, defaults)

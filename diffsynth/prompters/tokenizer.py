@@ -109,9 +109,17 @@ def _make_special_tokens_unmatchable(content: dict) -> None:
 
 
 def _from_pieces(file: Path) -> WanTokenizer:
+    return tokenizer_from_pieces(file.read_bytes(), file)
+
+
+def tokenizer_from_pieces(model: bytes, file: Path) -> WanTokenizer:
+    """Return the tokenizer of a serialised sentencepiece model that stands in a file.
+
+    Raises:
+        ValueError: it is damaged or another model, naming the file.
+    """
     from sentencepiece import SentencePieceProcessor
 
-    model = file.read_bytes()
     processor = SentencePieceProcessor()
     try:
         # A model cut between two pieces still loads, without its last words and its settings.

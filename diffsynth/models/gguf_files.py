@@ -1,0 +1,160 @@
+"""GGUF files, as city96's converter and llama.cpp write them.
+
+The DiT has its own names there, UMT5 those of llama.cpp.
+Reading needs the `gguf` package; numbers are unpacked here, on the device where they are needed. Every block
+of weights, in a row of a matrix, has its own scale d, and in some kinds a minimum m. Axes: n blocks.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# llama.cpp's names of UMT5's encoder, as transformers' names.
+_T5_TOP = {
+    "token_embd.weight": "shared.weight",
+    "enc.output_norm.weight": "encoder.final_layer_norm.weight",
+}
+_T5_BLOCK = {
+    "attn_norm": "layer.0.layer_norm",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "layer.1.layer_norm",
+    "ffn_gate": "layer.1.DenseReluDense.wi_0",
+    "ffn_up": "layer.1.DenseReluDense.wi_1",
+    "ffn_down": "layer.1.DenseReluDense.wo",
+}
+_ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of tensors with more axes than GGUF has
+
+
+def read_gguf(file: Path) -> dict[str, tuple[Tensor, str, torch.Size]]:
+    """Return the tensors of a GGUF file: their bytes [rows, n] uint8, mapped, their kind, and their shape.
+
+    Raises:
+        ImportError: the gguf package is missing.
+        ValueError: the file is damaged, or has a tensor of a kind that is not supported.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ImportError(f"{file} is a GGUF file; to read it, pip install gguf") from error
+    try:
+        reader = GGUFReader(file, "c")  # pages that are written to are copied; none is
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise ValueError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
+    found = {}
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type.name
+        if kind not in ("F32", "F16", "BF16", *UNPACK):
+            known = ", ".join(("F32", "F16", "BF16", *UNPACK))
+            raise ValueError(f"{file}: {tensor.name} is of kind {kind}; supported are {known}")
+        shape = _original_shape(reader, tensor.name) or [int(side) for side in reversed(tensor.shape)]
+        data = torch.from_numpy(tensor.data).view(torch.uint8)
+        found[_transformers_name(tensor.name)] = data.reshape(shape[0], -1), kind, torch.Size(shape)
+    return found
+
+
+def _original_shape(reader: Any, name: str) -> list[int] | None:
+    field = reader.fields.get(_ORIGINAL_SHAPE + name)
+    return None if field is None else [int(field.parts[part][0]) for part in field.data]
+
+
+def _transformers_name(name: str) -> str:
+    block = re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name)
+    if block is None or block[2] not in _T5_BLOCK:
+        return _T5_TOP.get(name, name)
+    return f"encoder.block.{block[1]}.{_T5_BLOCK[block[2]]}.weight"
+
+
+def unpack_gguf(data: Tensor, kind: str) -> Tensor:
+    """Return the numbers of a tensor, float32 [rows, columns], from its bytes [rows, n] uint8."""
+    if kind in ("F32", "F16", "BF16"):
+        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+        return data.contiguous().view(dtype).float()
+    size, unpack = UNPACK[kind]
+    return unpack(data.reshape(-1, size)).reshape(len(data), -1)
+
+
+def _halves(blocks: Tensor, start: int) -> Tensor:
+    """Return the float16 number at a byte of each block, [n, 1] float32."""
+    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Return the low halves of bytes, then the high ones: [..., b] -> [..., 2, b]."""
+    return torch.stack([packed & 15, packed >> 4], dim=-2)
+
+
+def _bits(packed: Tensor, count: int) -> Tensor:
+    """Return the bits of bytes, lowest first: [..., b] -> [..., b, count]."""
+    return packed[..., None] >> torch.arange(count, device=packed.device, dtype=torch.uint8) & 1
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    return _halves(blocks, 0) * blocks[:, 2:].view(torch.int8)
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    return _halves(blocks, 0) * (_nibbles(blocks[:, 2:]).flatten(1).float() - 8)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    return _halves(blocks, 0) * _nibbles(blocks[:, 4:]).flatten(1) + _halves(blocks, 2)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    high = _bits(blocks[:, 2:6], 8).flatten(1)
+    return _halves(blocks, 0) * ((_nibbles(blocks[:, 6:]).flatten(1) | high << 4).float() - 16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    high = _bits(blocks[:, 4:8], 8).flatten(1)
+    return _halves(blocks, 0) * (_nibbles(blocks[:, 8:]).flatten(1) | high << 4) + _halves(blocks, 2)
+
+
+def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eight scales and eight minima of six bits, from twelve bytes: [n, 12] -> two of [n, 8, 1]."""
+    low, middle, high = packed.split(4, dim=1)
+    scales = torch.cat([low & 63, high & 15 | low >> 6 << 4], dim=1)
+    minima = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4], dim=1)
+    return scales[..., None], minima[..., None]
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    numbers = _nibbles(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2)
+    return _halves(blocks, 0)[..., None] * scales * numbers - _halves(blocks, 2)[..., None] * minima
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    high = _bits(blocks[:, 16:48], 8).mT
+    numbers = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2) | high << 4
+    return _halves(blocks, 0)[..., None] * scales * numbers - _halves(blocks, 2)[..., None] * minima
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    low = _nibbles(blocks[:, :128].unflatten(1, (2, 64))).reshape(-1, 2, 4, 32)
+    shifts = torch.arange(0, 8, 2, device=blocks.device, dtype=torch.uint8)[:, None]
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3
+    numbers = ((low | high << 4).float() - 32).reshape(-1, 16, 16)
+    return _halves(blocks, 208)[..., None] * blocks[:, 192:208].view(torch.int8)[..., None] * numbers
+
+
+# Bytes of a block of each kind, and its numbers.
+UNPACK: Mapping[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "Q8_0": (34, _q8_0),
+    "Q4_0": (18, _q4_0),
+    "Q4_1": (20, _q4_1),
+    "Q5_0": (22, _q5_0),
+    "Q5_1": (24, _q5_1),
+    "Q4_K": (144, _q4_k),
+    "Q5_K": (176, _q5_k),
+    "Q6_K": (210, _q6_k),
+}
