@@ -233,7 +233,7 @@ def test_weights_of_something_else_are_refused(tmp_path):
 def test_a_model_that_is_not_loaded_is_asked_for_by_name(tiny_checkpoint):
     manager = load(tiny_checkpoint / VAE)
     with pytest.raises(ValueError, match="no model 'wan_video_dit' is loaded; loaded: wan_video_vae"):
-        manager.fetch_model("wan_video_dit")
+        manager.find("wan_video_dit")
 
 
 def test_a_single_path_instead_of_a_list_is_refused(tiny_checkpoint):

@@ -57,7 +57,7 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> WanVideo
         for files in sorted(files_of(folder), key=lambda group: sum(file.stat().st_size for file in group)):
             manager.load_model(files)
             if manager.loaded[-1].name == VAE:
-                return manager.fetch_model(VAE)
+                return manager.find(VAE).model
     except (CheckpointError, FileNotFoundError) as error:
         raise RunFailedError(f"the model cannot be loaded: {error}") from error
     raise RunFailedError(f"{folder} holds no VAE")

@@ -105,7 +105,7 @@ class RunOptions:
         Number(), "classifier-free guidance, v_neg + cfg_scale * (v_pos - v_neg); 1: without", default=5.8
     )
     sigma_shift: float = option(Number(above=0, most=1000), "shift of the noise schedule", default=7.0)
-    seed: int = option(Whole(-(2**63), 2**64 - 1), "seed of the noise; drawn if not given", default=0)
+    seed: int = option(Whole(-(2**63), 2**64 - 1), "seed of the noise; drawn if not given or -1", default=0)
     rand_device: str = option(Text(), "device on which the noise is drawn", default="cpu")
     tiled: bool | None = option(
         OrNone(Switch(), "by the memory at hand"),

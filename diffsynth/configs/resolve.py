@@ -21,6 +21,13 @@ from diffsynth.configs.options import RunOptions, Shorthands, call_options
 
 logger = logging.getLogger(__name__)
 
+# What other libraries call options of ours, for the message.
+OTHER_NAMES = {
+    "guidance_scale": "cfg_scale", "cfg": "cfg_scale", "strength": "denoising_strength", "generator": "seed",
+    "flow_shift": "sigma_shift", "shift": "sigma_shift", "cfg_merge": "batch_cfg", "video": "input_video",
+    "steps": "num_inference_steps", "num_steps": "num_inference_steps", "frames": "num_frames",
+}  # fmt: skip
+NEW_SEED = -1  # as other programs have it
 LONGEST_PROMPT = 100_000  # characters; models read 512 tokens
 
 
@@ -52,7 +59,8 @@ def resolve(
 
     Args:
         given: arguments of the call by name, as `RunOptions` and `Shorthands` state them; None counts as not
-            given. motion may also be a mapping of fields of `MotionGuidance`.
+            given, also for names that are unknown here, and seed=-1, too. motion may also be a mapping of
+            fields of `MotionGuidance`.
         defaults: the checkpoint's.
         reference: the reference video; None without one.
         model: None to check everything that can be known before the model is loaded.
@@ -61,10 +69,13 @@ def resolve(
         TypeError: an unknown argument.
         ValueError: a value that is not allowed, or arguments that contradict one another.
     """
+    given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in call_options():
-            raise TypeError(f"the call got an unexpected keyword argument {name!r}")
-    given = {name: value for name, value in given.items() if value is not None}
+            here = f"; here it is {OTHER_NAMES[name]}" if name in OTHER_NAMES else ""
+            raise TypeError(f"the call got an unexpected keyword argument {name!r}{here}")
+    if given.get("seed") == NEW_SEED:
+        del given["seed"]
     short = Shorthands(**{name: given.pop(name) for name in options_of(Shorthands) if name in given})
     defaults = defaults.with_preset(short.preset)
     options: dict[str, Any] = {name: defaults[name] for name in options_of(RunOptions)} | given

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,18 +70,20 @@ class ModelManager:
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         vae_dtype: torch.dtype | None = None,
+        model_names: Sequence[str] | None = None,
     ) -> None:
         """Load several entries; each is a weight file, a list of the shards of one model, a `*.index.json`,
         or a folder in the official or the diffusers layout, of which everything that is recognised is loaded.
 
-        torch_dtype and device replace the manager's own for these entries, vae_dtype that of a VAE. Raises
+        torch_dtype and device replace the manager's own for these entries, vae_dtype that of a VAE.
+        model_names: load models of these kinds only. Raises
         FileNotFoundError for what is missing and CheckpointError (a ValueError) for damaged, incomplete or
         foreign weights, naming the file.
         """
         if isinstance(file_path_list, str | Path):
             raise TypeError(f"file_path_list must be a list of entries; got one path, {file_path_list!s}")
         for entry in file_path_list:
-            self.load_model(entry, torch_dtype, device, vae_dtype)
+            self.load_model(entry, torch_dtype, device, vae_dtype, model_names)
 
     def load_model(
         self,
@@ -88,6 +91,7 @@ class ModelManager:
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         vae_dtype: torch.dtype | None = None,
+        model_names: Sequence[str] | None = None,
     ) -> None:
         """Load one entry of `load_models`."""
         dtype = check_dtype(torch_dtype or self.torch_dtype)
@@ -106,6 +110,8 @@ class ModelManager:
                 continue
             for held, (kind, tensors, arguments) in models:
                 name = kind.name
+                if model_names is not None and name not in model_names:
+                    continue
                 if name in loaded:
                     logger.warning("%s is a second %s in the folder; left out", source, name)
                     continue
@@ -130,9 +136,29 @@ class ModelManager:
             logger.warning("%d models %r are loaded; the last one is used", len(found), name)
         return found[-1]
 
-    def fetch_model(self, name: str) -> nn.Module:
-        """The model itself; see `find`."""
-        return self.find(name).model
+    def fetch_model(
+        self, name: str, file_path: str | Path | None = None, require_model_path: bool = False
+    ) -> Any:
+        """Return the loaded model of a kind, the last of several; None, with a warning, if there is none.
+
+        Args:
+            name: as for `find`.
+            file_path: of the weights it was loaded from, where several are.
+            require_model_path: return it with the list of its files.
+        """
+        found = [
+            entry for entry in self.loaded
+            if entry.name == name and (file_path is None or Path(file_path) in entry.files)
+        ]  # fmt: skip
+        if not found:
+            logger.warning("no model %r is loaded", name)
+            return None
+        return (found[-1].model, found[-1].files) if require_model_path else found[-1].model
+
+    def to(self, device: str | torch.device) -> None:
+        """Move all loaded models."""
+        for entry in self.loaded:
+            entry.model.to(device)
 
     def load_lora(
         self, path: str | Path = "", lora_alpha: float = 1.0, *, file_path: str | Path = ""

@@ -100,7 +100,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", packed.data)
         self.register_buffer("scale", packed.scale)
         for name in ("down", "up", "full", "own"):
-            self.register_buffer(name, None, persistent=False)
+            self.register_buffer(name, None)
         self.bias = linear.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.options import CallOptions, SavingOptions
-from diffsynth.configs.resolve import ReferenceFacts, resolve, resolve_plan, resolve_prompts
+from diffsynth.configs.resolve import NEW_SEED, ReferenceFacts, resolve, resolve_plan, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.data.frames import checked_int
 from diffsynth.data.tensors import Video, frame_size, video_to_tensor
@@ -41,6 +41,7 @@ from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import find_tokenizer, load_tokenizer, tokenizer_from_pieces
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
 from diffsynth.runs.cost import RunCost
+from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
 from diffsynth.vram_management import Residency, choose_device
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class WanVideoPipeline:
         residency = Residency(models, choose_device(device))
         self.models = Components(**models, prompter=prompter, residency=residency)
         self.defaults = RunDefaults() if defaults is None else defaults
+        self._manager: ModelManager | None = None
         self._interrupted = threading.Event()
         self._videos: list[GeneratedVideo] = []
 
@@ -84,6 +86,7 @@ class WanVideoPipeline:
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         tokenizer_path: str | Path | None = None,
+        use_usp: bool = False,
     ) -> "WanVideoPipeline":
         """Return a pipeline over the DiT, text encoder and VAE of a manager.
 
@@ -91,11 +94,14 @@ class WanVideoPipeline:
             torch_dtype: what DiT and text encoder compute in, as loaded by default; the VAE stays as loaded.
             device: the manager's by default.
             tokenizer_path: a folder; by default it is looked for beside the text encoder's weights.
+            use_usp: DiffSynth's switch for several GPUs; only False.
 
         Raises:
-            ValueError: a model is missing, or they do not belong together.
+            ValueError: a model is missing, they do not belong together, or use_usp is True.
             FileNotFoundError: there is no tokenizer.
         """
+        if use_usp:
+            raise ValueError("use_usp=True is not supported: one pipeline computes on one device")
         dit, text, vae = (
             model_manager.find(name) for name in ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
         )
@@ -112,7 +118,9 @@ class WanVideoPipeline:
         prompter = WanPrompter(tokenizer, dit.model.text_len)
         device = model_manager.device if device is None else device
         defaults = run_defaults(dit.files[0].parent)
-        return cls(dit.model, text.model, vae.model, prompter, device, defaults)
+        pipe = cls(dit.model, text.model, vae.model, prompter, device, defaults)
+        pipe._manager = model_manager
+        return pipe
 
     @classmethod
     def from_pretrained(
@@ -182,6 +190,59 @@ class WanVideoPipeline:
     @property
     def device(self) -> torch.device:
         return self.models.device
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that the DiT computes in."""
+        return self.dit.dtype
+
+    @property
+    def scheduler(self) -> FlowMatchScheduler | UniPCScheduler:
+        """A new scheduler as a run with the defaults uses it."""
+        return make_scheduler(self.defaults["sampler"], self.defaults["sigma_shift"])
+
+    def to(
+        self, device: str | torch.device | None = None, torch_dtype: torch.dtype | None = None
+    ) -> "WanVideoPipeline":
+        """Compute on another device or in another dtype; the VAE keeps its own. Returns the pipeline itself.
+
+        Raises:
+            ValueError: another dtype than float32, bfloat16 or float16.
+        """
+        if torch_dtype is not None:
+            check_dtype(torch_dtype, WIDE_DTYPES)
+            self.dit.to(torch_dtype)
+            self.text_encoder.to(torch_dtype)
+        if device is not None:
+            offload = self.residency.offload
+            self.residency.stop_streaming()
+            residency = Residency(self.residency.models, choose_device(device))
+            self.models = replace(self.models, residency=residency)
+            if offload:
+                self.enable_cpu_offload()
+        return self
+
+    def load_lora(self, module: WanModel, path: str | Path, alpha: float = 1.0) -> None:
+        """Add a LoRA file to the DiT, as DiffSynth's call does; see `ModelManager.load_lora`.
+
+        Args:
+            module: the pipeline's DiT.
+            path: the file.
+            alpha: its strength.
+
+        Raises:
+            ValueError: another module, or a pipeline that was not made from a `ModelManager`.
+        """
+        if module is not self.dit or self._manager is None:
+            raise ValueError(
+                "load_lora takes the DiT (pipe.dit) of a pipeline that a ModelManager has loaded"
+            )
+        self._manager.load_lora(path, alpha)
+
+    def clear_lora(self) -> None:
+        """Take all LoRAs out of the DiT again; its weights are bit for bit those of before."""
+        if self._manager is not None:
+            self._manager.unload_lora()
 
     def __repr__(self) -> str:
         sizes = f"DiT width {self.dit.dim}, {self.dit.num_layers} blocks, {self.dit.dtype}"
@@ -316,7 +377,7 @@ class WanVideoPipeline:
             checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
         )
         folder = None if checkpoint_dir is None else prepare_folder(checkpoint_dir)
-        if folder is not None and resume and options.get("seed") is None:
+        if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
             options["seed"] = saved_seed(folder)
         run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
         noise_generator(run)
