@@ -54,7 +54,7 @@ def tensors():
 )
 def test_an_interval_is_rounded_to_whole_steps(interval, steps):
     options = RunOptions(cfg_interval=interval, num_inference_steps=10)
-    assert list(options.guided_by_cfg) == list(steps)
+    assert list(options.cfg_steps) == list(steps)
 
 
 @pytest.mark.parametrize("wrong", [(0.5, 0.2), (-0.1, 1.0), (0, 1.5), (0.1,), 0.5, ("0", 1), (True, 1), None])

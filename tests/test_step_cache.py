@@ -75,7 +75,7 @@ def run(dit, inputs, cache=None, *, batch=False, guide=None, num_steps=STEPS, sc
     scheduler = scheduler or FlowMatchScheduler(shift=3.0)
     scheduler.set_timesteps(num_steps)
     run = RunOptions(num_inference_steps=num_steps, cfg_scale=4.0, batch_cfg=batch, **options)
-    prompts = {"positive": range(num_steps), "negative": run.guided_by_cfg}
+    prompts = {"positive": range(num_steps), "negative": run.cfg_steps}
     rules = {} if cache is None else {
         name: make_rule(cache, name, steps, num_steps) for name, steps in prompts.items()
     }  # fmt: skip

@@ -9,7 +9,7 @@ from diffsynth.configs.caches import CACHES
 from diffsynth.configs.fields import Choice, Kind, Number, Option, OrNone, Switch, Whole, options_of
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import (
-    MOTION,
+    MOTION_PREFIX,
     CacheKind,
     FileOptions,
     LoadOptions,
@@ -79,7 +79,7 @@ def add_call_options(parser: argparse.ArgumentParser) -> None:
     add_options(parser, Shorthands, "how it is made")
     add_options(parser, RunOptions, "the run (defaults: the published method's; a model may declare others)")
     title = "motion (defaults: FastVMT's; a model may declare others)"
-    add_options(parser, MotionGuidance, title, prefix=MOTION, but=("mode", "sf"))
+    add_options(parser, MotionGuidance, title, prefix=MOTION_PREFIX, but=("mode", "sf"))
 
 
 def add_models_dir(parser: argparse._ActionsContainer) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from diffsynth.cli.arguments import NOT_OFFERED
 from diffsynth.configs.fields import Kind, Text, check_value, options_of, read_value
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.configs.options import MOTION, FileOptions, call_options
+from diffsynth.configs.options import MOTION_PREFIX, FileOptions, call_options
 from diffsynth.configs.resolve import LONGEST_PROMPT
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.task import PROMPTS
@@ -117,13 +117,13 @@ def _job(
     motion = entries.pop("motion", {})
     if not isinstance(motion, dict):
         raise UsageError(f"{where}: motion must be an object of its numbers; got {motion!r}")
-    entries |= {MOTION + name: value for name, value in motion.items()}
+    entries |= {MOTION_PREFIX + name: value for name, value in motion.items()}
     kinds = _kinds()
     if unknown := sorted(entries.keys() - kinds.keys()):
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}")
     given = dict(shared)
     for name, value in entries.items():
-        if value is None and not name.startswith(MOTION):  # null in JSON: not given
+        if value is None and not name.startswith(MOTION_PREFIX):  # null in JSON: not given
             continue
         read = read_value if isinstance(value, str) else check_value
         try:
@@ -142,5 +142,5 @@ def _kinds() -> dict[str, Kind]:
     stated = {**call_options(), **options_of(FileOptions)}
     kinds = {name: option.kind for name, (option, _) in stated.items() if name not in NOT_OFFERED}
     kinds |= {short: kinds[name] for short, name in SHORT.items()}
-    numbers = {MOTION + name: option.kind for name, (option, _) in options_of(MotionGuidance).items()}
+    numbers = {MOTION_PREFIX + name: option.kind for name, (option, _) in options_of(MotionGuidance).items()}
     return {**dict.fromkeys(PROMPTS, Text(LONGEST_PROMPT)), **kinds, **numbers}

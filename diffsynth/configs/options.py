@@ -1,7 +1,8 @@
 """Every option of a run, stated once: its kind, bounds, unit, help and default.
 
-`RunOptions` is the truth that a run goes by. `Shorthands` are arguments of the call that set some of it;
-`resolve` turns both into `RunOptions`. Adding an option means a field here and the code that reads it.
+`RunOptions` are what a run goes by. `Shorthands` are arguments of the call that set some of them; `resolve`,
+in resolve.py, turns both into `RunOptions`. Defaults here are the published method's. Adding an option means a
+field here, its type for type checkers in `CallOptions`, and the code that reads it.
 """
 
 from collections import ChainMap
@@ -32,13 +33,13 @@ SAMPLERS: dict[str, str] = {
     "euler": "diffsynth.schedulers.flow_match:FlowMatchScheduler",
     "unipc": "diffsynth.schedulers.unipc:UniPCScheduler",
 }
-# Every mode, also of a descriptor that is registered later; the one without transfer is the last.
+# Every mode, also of a descriptor that is registered later. Iterated, the one without transfer is the last.
 MODES: Mapping[str, object] = ChainMap({NO_TRANSFER: None}, DESCRIPTORS)
 TILING = ("tiled", "tile_size", "tile_stride")  # as the VAE names them, too
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
-MOTION = "motion_"  # how the names of motion's numbers begin where each is an option
+MOTION_PREFIX = "motion_"  # of the names of motion's numbers on the command line and in batch files
 DEFAULT_FPS = 15.0  # of a video whose reference and checkpoint name no rate
 ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
 _ROWS_COLUMNS = ("rows", "columns")
@@ -153,7 +154,7 @@ class RunOptions:
         return {name: getattr(self, name) for name in TILING}
 
     @property
-    def guided_by_cfg(self) -> range:
+    def cfg_steps(self) -> range:
         """The steps in which classifier-free guidance is on; the bounds are rounded to whole steps."""
         first, end = (round(share * self.num_inference_steps) for share in self.cfg_interval)
         return range(first, end) if self.cfg_scale != 1 else range(0)
@@ -190,7 +191,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shorthands:
-    """Arguments of the call that set options of the run; None: not given."""
+    """Arguments of the call that set options of the run. None, or an empty text, leaves them as they are."""
 
     preset: str = option(
         Text(), "a set of defaults: exact, balanced, fast or the model's own", default="exact"

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffsynth.configs.defaults import EXACT, run_defaults
 from diffsynth.configs.descriptors import NO_TRANSFER
-from diffsynth.configs.options import DEFAULT_FPS, MOTION, FileOptions, LoadOptions, call_options
+from diffsynth.configs.options import DEFAULT_FPS, MOTION_PREFIX, FileOptions, LoadOptions, call_options
 from diffsynth.configs.resolve import resolve, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.jobs.errors import UsageError
@@ -59,15 +59,15 @@ def open_reference(path: Path) -> VideoData:
 def task_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of some values that `make_task` reads."""
     known = {*PROMPTS, *call_options(), *(item.name for item in fields(FileOptions))}
-    return {name: value for name, value in given.items() if name in known or name.startswith(MOTION)}
+    return {name: value for name, value in given.items() if name in known or name.startswith(MOTION_PREFIX)}
 
 
 def with_motion(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values in which the numbers of motion that have the prefix MOTION are gathered in `motion`."""
-    numbers = {name for name in given if name.startswith(MOTION) and name not in call_options()}
+    """Return values in which the numbers of motion, told by MOTION_PREFIX, are gathered in `motion`."""
+    numbers = {name for name in given if name.startswith(MOTION_PREFIX) and name not in call_options()}
     gathered = {name: value for name, value in given.items() if name not in numbers}
     if numbers:
-        motion = {name.removeprefix(MOTION): given[name] for name in numbers}
+        motion = {name.removeprefix(MOTION_PREFIX): given[name] for name in numbers}
         gathered["motion"] = {**gathered.get("motion", {}), **motion}
     return gathered
 
@@ -77,7 +77,7 @@ def make_task(given: Mapping[str, Any], reference: Path | None, folder: Path) ->
 
     Args:
         given: prompt, negative_prompt, options of the call and of the file by name; numbers of motion in a
-            mapping `motion`, or each with the prefix MOTION.
+            mapping `motion`, or each with the prefix MOTION_PREFIX.
         reference: the reference video; None without one.
         folder: of the checkpoint.
 

@@ -52,18 +52,34 @@ def guided_step(
     null_context: Tensor,
     guidance: MotionGuidance,
     start: tuple[Tensor, float] | None = None,
-    interrupted: Callable[[], bool] | None = None,
+    stop: Callable[[], bool] | None = None,
     memory: GradientMemory | None = None,
 ) -> tuple[Tensor, OptimizationRecord]:
-    """Move latents [1, C, F, h, w] of one denoising step towards the reference's motion.
+    """Move the latents of one denoising step towards the reference's motion.
 
-    reference: its clean latents, and noise: the run's own, both in the shape of latents. sigma: noise level
-    in 0..1, and timestep: the same on the 0..1000 scale. context, null_context [1, L, text_dim]: the positive
-    and the empty prompt. start: the run's first latents and sigma, for descriptors that use the mean velocity
-    since. interrupted: asked before each inner step. memory: one of the run, if guided steps may repeat
-    gradients of earlier ones; such a step does not run the DiT, and its record has no losses.
-    Returns latents of the given dtype and a record. The model is left as found, also after an error.
-    Raises ValueError on shapes that do not fit, NonFiniteGuidanceError on a loss that is not finite.
+    The model is left as found, also after an error.
+
+    Args:
+        dit: that denoises.
+        latents: [1, C, F, h, w], before the step.
+        reference: clean latents of the reference, in the shape of latents.
+        noise: the run's own, in the same shape.
+        sigma: noise level of the step, in 0..1.
+        timestep: the same on the 0..1000 scale.
+        context: the positive prompt, [1, L, text_dim].
+        null_context: the empty prompt, under which the reference is described.
+        guidance: the numbers.
+        start: the run's first latents and their sigma, for descriptors that use the mean velocity since.
+        stop: asked before each step of the optimiser; it ends there once this is True.
+        memory: gradients of earlier guided steps, if some may be repeated; a step that repeats them does not
+            run the DiT, and its record has no losses.
+
+    Returns:
+        The moved latents, in the given dtype, and what the optimiser did.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        NonFiniteGuidanceError: a loss or gradient that is not finite.
     """
     for name, given in (("reference", reference), ("noise", noise)):
         if latents.shape[0] != 1 or given.shape != latents.shape:
@@ -73,7 +89,7 @@ def guided_step(
             )
     sigma = float(sigma)
     descriptor = make_descriptor(guidance)
-    scale = noise_scale(sigma, guidance.coarse)
+    scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
     inputs = StepInputs(
         dit=dit,
         timestep=scale * torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(1),
@@ -94,13 +110,14 @@ def guided_step(
     def objective(x: Tensor) -> Evaluation:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
+            # Comparable with the target: tile flow looks into the windows that were found there.
             seen = descriptor.describe(observe(leaf, context), target())
-            loss, parts = descriptor.loss(seen, target())
+            loss, terms = descriptor.loss(seen, target())
             (gradient,) = torch.autograd.grad(loss, leaf)
-        return Evaluation(loss.detach(), gradient, parts)
+        return Evaluation(loss.detach(), gradient, terms)
 
     with frozen(dit):
-        moved, record = optimize_latents(latents, objective, guidance, interrupted, memory)
+        moved, record = optimize_latents(latents, objective, guidance, stop, memory)
     logger.debug("guided step at sigma %.4f: losses %s, parts %s", sigma, record.losses, record.parts)
     return moved, record
 
@@ -109,5 +126,5 @@ def _mean_velocity(latents: Tensor, sigma: float, start: tuple[Tensor, float] | 
     """The mean velocity from the run's start to here; None without a start or at the start itself."""
     if start is None or start[1] == sigma:
         return None
-    first, first_sigma = start
-    return (precise(latents) - precise(first)) / (sigma - float(first_sigma))
+    start_latents, start_sigma = start
+    return (precise(latents) - precise(start_latents)) / (sigma - float(start_sigma))

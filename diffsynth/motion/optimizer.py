@@ -53,7 +53,7 @@ class NonFiniteGuidanceError(RuntimeError):
 
 
 def learning_rate(step: int, guidance: MotionGuidance) -> float:
-    """Of an inner step, from 0."""
+    """Return the learning rate of an inner step (0-based)."""
     first, end = guidance.lr
     return first - (first - end) * step / guidance.inner_steps
 
@@ -91,13 +91,13 @@ def optimize_latents(
     latents: Tensor,
     objective: Objective,
     guidance: MotionGuidance,
-    interrupted: Callable[[], bool] | None = None,
+    stop: Callable[[], bool] | None = None,
     memory: GradientMemory | None = None,
 ) -> tuple[Tensor, OptimizationRecord]:
     """Move latents down an objective: latents of any shape -> new ones of their dtype, and a record.
 
     A float32 copy is moved: in bfloat16 most steps would round to nothing. Before each inner step
-    interrupted() may end the loop. memory: of the guided steps before; where it has their gradients repeated,
+    stop() may end the loop. memory: of the guided steps before; where it has their gradients repeated,
     the objective is not asked. Raises NonFiniteGuidanceError; the given latents are never changed.
     """
     moved = precise(latents.detach()).clone()
@@ -108,7 +108,7 @@ def optimize_latents(
     evaluations: list[Evaluation] = []
     evaluated_at, lrs = [], []
     for step in range(guidance.inner_steps):
-        if interrupted is not None and interrupted():
+        if stop is not None and stop():
             break
         if remembered is not None:
             if step in remembered:

@@ -1,14 +1,25 @@
-"""The models of a pipeline, and where they are."""
+"""The models of a pipeline: how they are loaded, what belongs together, and where they are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.resolve import ModelFacts
+from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
+from diffsynth.models.model_manager import LoadedModel, ModelManager
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.prompters import WanPrompter
+from diffsynth.prompters.tokenizer import (
+    WanTokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    tokenizer_from_pieces,
+)
 from diffsynth.vram_management import Residency
 
 
@@ -47,3 +58,42 @@ class Components:
         """Return what resolving the options of a run needs to know."""
         rows, cols = (self.vae.spatial_factor * side for side in self.dit.patch_size[1:])
         return ModelFacts(dim=self.dit.dim, num_layers=self.dit.num_layers, pixels_per_token=(rows, cols))
+
+
+def load_checkpoint(
+    path: str | Path, torch_dtype: torch.dtype, vae_dtype: torch.dtype, loras: Mapping[str | Path, float]
+) -> ModelManager:
+    """Load the three models of a checkpoint folder, or of a name as for `from_pretrained`, and LoRAs.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        CheckpointError: a file is damaged or of another kind.
+    """
+    folder = checkpoint_folder(path)
+    for file in loras:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"LoRA {file} does not exist")
+    manager = ModelManager(torch_dtype=torch_dtype)
+    manager.load_models([folder], vae_dtype=vae_dtype)
+    missing = {"wan_video_dit", "wan_video_text_encoder", "wan_video_vae"} - {m.name for m in manager.loaded}
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks the weights of {', '.join(sorted(missing))}; {DOWNLOAD_HINT}"
+        )
+    for file, strength in loras.items():
+        manager.load_lora(file, strength)
+    return manager
+
+
+def tokenizer_of(text_encoder: LoadedModel, folder: str | Path | None = None) -> WanTokenizer:
+    """Return the tokenizer in a folder, by default the one in or beside the text encoder's weights.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if folder is not None:
+        return load_tokenizer(folder)
+    if text_encoder.pieces is not None:
+        pieces = bytes(text_encoder.pieces.read().tolist())
+        return tokenizer_from_pieces(pieces, text_encoder.pieces.file)
+    return load_tokenizer(find_tokenizer(text_encoder.files[0].parent))

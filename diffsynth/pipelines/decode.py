@@ -14,7 +14,7 @@ from diffsynth.configs.options import RunOptions
 from diffsynth.data.tensors import chunks_to_uint8
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.components import Components
-from diffsynth.planning.ladder import Ladder, out_of_memory
+from diffsynth.planning.ladder import Ladder, memory_problem
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import weights_fingerprint
 from diffsynth.runs.state import load_state
@@ -131,7 +131,7 @@ def decode_saved(
                 return decode_frames(vae, latents, options)
             return decode_latents(models, latents, options)
         except (RuntimeError, MemoryError) as error:
-            problem = out_of_memory(error)
+            problem = memory_problem(error)
         options = ladder.next("decode", options, problem)
 
 

@@ -137,7 +137,7 @@ def cfg_velocity(
         rules: the step cache's rule of each prompt, "positive" and "negative"; empty for none.
     """
     positive, negative = prompt.positive, prompt.negative
-    guided = options.guided_by_cfg if negative is not None else range(0)
+    guided = options.cfg_steps if negative is not None else range(0)
     pos_cache = [rules["positive"]] if "positive" in rules else []
     neg_cache = [rules["negative"]] if "negative" in rules else []
     both = torch.cat([positive, negative]) if guided and options.batch_cfg else None
@@ -192,7 +192,7 @@ def motion_guide(
                 null_context=prompt.null,
                 guidance=guidance.faded(index),
                 start=(start, scheduler.sigmas[0].item()),
-                interrupted=stop,
+                stop=stop,
                 memory=memory,
             )
         except NonFiniteGuidanceError as error:
@@ -202,3 +202,17 @@ def motion_guide(
         return moved, record.losses
 
     return guide
+
+
+def replaced_latents(returned: object, latents: Tensor) -> Tensor:
+    """Return the latents in what a callback returned.
+
+    Raises:
+        TypeError, ValueError: they cannot replace the run's.
+    """
+    if not isinstance(returned, dict) or not isinstance(returned.get("latents"), Tensor):
+        raise TypeError(f"callback_on_step_end must return None or a dict with latents; got {returned!r:.80}")
+    if returned["latents"].shape != latents.shape:
+        shapes = f"{tuple(returned['latents'].shape)} for {tuple(latents.shape)}"
+        raise ValueError(f"callback_on_step_end returned latents of another shape: {shapes}")
+    return returned["latents"]

@@ -20,7 +20,7 @@ from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents, latents_facts
 from diffsynth.pipelines.denoise import RunEvent, cfg_velocity, denoise, motion_guide
-from diffsynth.planning.ladder import Ladder, out_of_memory, settings_of, with_settings
+from diffsynth.planning.ladder import Ladder, memory_problem, settings_of, with_settings
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost, measured
 from diffsynth.runs.state import PromptEmbeddings, RunInputs, StepState, joined, part
@@ -28,7 +28,7 @@ from diffsynth.schedulers import make_scheduler
 
 T = TypeVar("T")
 Observer = Callable[[RunEvent], None]
-# Told of each yield of the loop; latents that it returns after a whole step replace the run's.
+# Told of each yield of the loop; latents that it returns, after guidance or after a step, replace the run's.
 StepConsumer = Callable[[RunEvent], Tensor | None]
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -66,7 +66,9 @@ def generate(
     saved: SavedRun | None = None,
     fps: float | None = None,
 ) -> list[GeneratedVideo]:
-    """Make a video for each prompt; fewer if stop() becomes True.
+    """Make a video for each prompt.
+
+    Once stop() is True no further step begins; the latents that there are then become the last video.
 
     Args:
         models: of the pipeline.
@@ -74,10 +76,10 @@ def generate(
         pixels: the reference [1, 3, T, H, W] in [-1, 1]; None without one.
         options: as resolved; the ladder decides the rest.
         ladder: settings for when memory runs out.
-        on_step: consumes what the denoising loop yields.
-        observer: told of stages.
+        on_step: consumes what the denoising loop yields, after guidance and after each step.
+        observer: told when any other stage begins: encoding texts and video, decoding.
         progress: wraps the range of denoising steps, as tqdm does.
-        stop: asked before each step.
+        stop: asked before each step, inside guidance, and after each video.
         saved: where the run is saved as it proceeds, and continued from.
         fps: of the reference, for the file of final latents.
     """
@@ -87,14 +89,14 @@ def generate(
         if saved is not None:
             saved.keep_inputs(inputs)
     videos: list[GeneratedVideo] = []
-    whole = True
+    all_steps_done = True
     for index, (prompt, negative_prompt) in enumerate(prompts):
         cost = RunCost(
             options.seed, options.mode, options.num_inference_steps, stage_seconds=dict(inputs.seconds)
         )
         latents = None if saved is None else saved.finished(index, cost)
         if latents is None:
-            latents, options, whole = sample(
+            latents, options, all_steps_done = sample(
                 models,
                 index,
                 inputs,
@@ -106,7 +108,7 @@ def generate(
                 stop=stop,
                 saved=saved,
             )
-            if saved is not None and whole:
+            if saved is not None and all_steps_done:
                 saved.keep_latents(index, latents, latents_facts(models.vae, options, fps, cost))
         with stage("decode", observer, cost.stage_seconds):
             frames, options = with_ladder("decode", partial(decode_latents, models, latents), options, ladder)
@@ -115,9 +117,9 @@ def generate(
                 frames=frames, prompt=prompt, negative_prompt=negative_prompt, options=options, cost=cost
             )
         )
-        if stop():
+        if stop() or not all_steps_done:
             break
-    if saved is not None and whole and len(videos) == len(prompts):
+    if saved is not None and all_steps_done and len(videos) == len(prompts):
         saved.done()
     return videos
 
@@ -203,7 +205,9 @@ def sample(
 ) -> tuple[Tensor, RunOptions, bool]:
     """Take one prompt from noise, or the noised reference, to clean latents.
 
-    Where memory runs out, denoising continues after the last finished step, one rung down the ladder.
+    Where memory runs out, denoising continues after the last finished step, one rung down the ladder; at its
+    end `Ladder.next` raises. `event.step` of a sampling event counts the steps finished so far; a sampling
+    event is interrupted if stop() became True in the step, whose guidance may be cut short then.
 
     Args:
         index: of the prompt.
@@ -213,23 +217,23 @@ def sample(
     Returns:
         Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
     """
-    last = None if saved is None else saved.begun(index)
-    if last is not None:
-        cost.restore(last.cost)
-        options = with_settings(options, last.settings)
+    finished = None if saved is None else saved.begun(index)
+    if finished is not None:
+        cost.restore(finished.cost)
+        options = with_settings(options, finished.settings)
     guided_steps = 0 if options.motion is None else options.motion.guided_steps
     at_start = cost.state()
-    bar = iter(progress(range(0 if last is None else last.step, options.num_inference_steps)))
-    next(bar, None)
+    bar = iter(progress(range(0 if finished is None else finished.step, options.num_inference_steps)))
+    next(bar, None)  # shows the bar
     while True:
-        # What a failed attempt took is part of the cost; what it found in its last step is not.
-        found = at_start if last is None else last.cost
+        # The time of a failed attempt is part of the cost; the losses of its unfinished step are not.
+        found = at_start if finished is None else finished.cost
         cost.restore({**found, "time_gen": cost.time_gen, "dit_block_calls": cost.dit_block_calls})
         failing = "sampling"
         try:
-            with models.residency.using("dit"), measured(cost, models.dit, models.device) as seconds:
-                latents, steps, parts = begin_denoising(models, index, inputs, options, cost, stop, last)
-                done = 0 if last is None else last.step
+            with models.residency.using("dit"), measured(cost, models.dit, models.device) as elapsed:
+                latents, steps, parts = begin_denoising(models, index, inputs, options, cost, stop, finished)
+                done = 0 if finished is None else finished.step
                 with suppress(StopIteration):
                     failing = "guidance" if done < guided_steps else "sampling"
                     event = next(steps)
@@ -237,22 +241,24 @@ def sample(
                         replaced = on_step(event)
                         latents = event.latents if replaced is None else replaced
                         if event.stage == "sampling" and not event.interrupted:
-                            last = StepState(
+                            finished = StepState(
                                 step=event.step,
                                 latents=latents,
-                                parts=joined({name: part.state() for name, part in parts.items()}),
-                                cost={**cost.state(), "time_gen": seconds()},
+                                parts=joined(
+                                    {name: remembering.state() for name, remembering in parts.items()}
+                                ),
+                                cost={**cost.state(), "time_gen": elapsed()},
                                 settings=settings_of(options),
                             )
                             if saved is not None:
-                                saved.step_done(last)
+                                saved.step_done(finished)
                             next(bar, None)
                         guided_next = event.stage == "sampling" and event.step < guided_steps
                         failing = "guidance" if guided_next else "sampling"
                         event = steps.send(replaced)
-            return latents, options, last is not None and last.step == options.num_inference_steps
+            return latents, options, finished is not None and finished.step == options.num_inference_steps
         except (RuntimeError, MemoryError) as error:
-            problem = out_of_memory(error)
+            problem = memory_problem(error)
         # Outside of the except block nothing holds the failed attempt's frames and their tensors any more.
         options = ladder.next(failing, options, problem)
 
@@ -264,7 +270,7 @@ def begin_denoising(
     options: RunOptions,
     cost: RunCost,
     stop: Callable[[], bool],
-    last: StepState | None,
+    finished: StepState | None,
 ) -> tuple[Tensor, Generator[RunEvent, Tensor | None, None], dict[str, Any]]:
     """Put the denoising of one prompt together, at its start or after its last finished step.
 
@@ -280,27 +286,29 @@ def begin_denoising(
         start = scheduler.add_noise(inputs.reference, inputs.noise, scheduler.timesteps[0])
     rules = {}
     if options.cache is not None:
-        prompts = {"positive": range(num_steps), "negative": options.guided_by_cfg}
-        rules = {name: make_rule(options.cache, name, run, num_steps) for name, run in prompts.items() if run}
+        cached = {"positive": range(num_steps), "negative": options.cfg_steps}
+        rules = {
+            name: make_rule(options.cache, name, steps, num_steps) for name, steps in cached.items() if steps
+        }
     memory = GradientMemory(motion) if motion is not None and motion.recompute_every > 1 else None
     parts: dict[str, Any] = {"scheduler": scheduler, **({"memory": memory} if memory else {})}
     parts |= {f"rules.{name}": rule for name, rule in rules.items()}
-    if last is not None:
+    if finished is not None:
         for name, remembering in parts.items():
-            remembering.restore(part(last.parts, name))
+            remembering.restore(part(finished.parts, name))
     guide = None
     if motion is not None:
         guide = motion_guide(
             models.dit, prompt, inputs, motion, scheduler, start, cost, memory=memory, stop=stop
         )
-    latents = start if last is None else last.latents
+    latents = start if finished is None else finished.latents
     steps = denoise(
         latents,
         scheduler,
         cfg_velocity(models.dit, prompt, options, rules),
         guide,
         guided_steps=0 if motion is None else motion.guided_steps,
-        first=0 if last is None else last.step,
+        first=0 if finished is None else finished.step,
         stop=stop,
     )
     return latents, steps, parts
@@ -318,7 +326,7 @@ def with_ladder(
         try:
             return attempt(options), options
         except (RuntimeError, MemoryError) as error:
-            problem = out_of_memory(error)
+            problem = memory_problem(error)
         options = ladder.next(stage_name, options, problem)
 
 

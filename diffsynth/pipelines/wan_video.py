@@ -12,22 +12,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.options import CallOptions, SavingOptions
 from diffsynth.configs.resolve import NEW_SEED, ReferenceFacts, resolve, resolve_plan, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.data.frames import checked_int
 from diffsynth.data.tensors import Video, frame_size, video_to_tensor
-from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
 from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.components import Components
+from diffsynth.pipelines.components import Components, load_checkpoint, tokenizer_of
 from diffsynth.pipelines.decode import Frames
-from diffsynth.pipelines.denoise import RunEvent
+from diffsynth.pipelines.denoise import RunEvent, replaced_latents
 from diffsynth.pipelines.generate import (
     GeneratedVideo,
     Observer,
@@ -38,7 +36,6 @@ from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
-from diffsynth.prompters.tokenizer import find_tokenizer, load_tokenizer, tokenizer_from_pieces
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
 from diffsynth.runs.cost import RunCost
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
@@ -105,17 +102,11 @@ class WanVideoPipeline:
         dit, text, vae = (
             model_manager.find(name) for name in ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
         )
-        if tokenizer_path is None and text.pieces is not None:
-            pieces = bytes(text.pieces.read().tolist())
-            tokenizer = tokenizer_from_pieces(pieces, text.pieces.file)
-        else:
-            folder = find_tokenizer(text.files[0].parent) if tokenizer_path is None else tokenizer_path
-            tokenizer = load_tokenizer(folder)
         if torch_dtype is not None:
             check_dtype(torch_dtype, WIDE_DTYPES)
             dit.model.to(torch_dtype)
             text.model.to(torch_dtype)
-        prompter = WanPrompter(tokenizer, dit.model.text_len)
+        prompter = WanPrompter(tokenizer_of(text, tokenizer_path), dit.model.text_len)
         device = model_manager.device if device is None else device
         defaults = run_defaults(dit.files[0].parent)
         pipe = cls(dit.model, text.model, vae.model, prompter, device, defaults)
@@ -146,25 +137,9 @@ class WanVideoPipeline:
             FileNotFoundError: a file is missing.
             CheckpointError: a file is damaged or of another kind.
         """
-        folder = checkpoint_folder(path)
-        loras = {} if loras is None else loras
-        for file in loras:
-            if not Path(file).is_file():
-                raise FileNotFoundError(f"LoRA {file} does not exist")
         chosen = choose_device(device)
-        if torch_dtype is None:
-            torch_dtype = torch.float32 if chosen.type == "cpu" else torch.bfloat16
-        manager = ModelManager(torch_dtype=torch_dtype)
-        manager.load_models([folder], vae_dtype=check_dtype(vae_dtype, WIDE_DTYPES))
-        missing = {"wan_video_dit", "wan_video_text_encoder", "wan_video_vae"} - {
-            m.name for m in manager.loaded
-        }
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} lacks the weights of {', '.join(sorted(missing))}; {DOWNLOAD_HINT}"
-            )
-        for file, strength in loras.items():
-            manager.load_lora(file, strength)
+        dtype = torch_dtype or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)
+        manager = load_checkpoint(path, dtype, check_dtype(vae_dtype, WIDE_DTYPES), loras or {})
         return cls.from_model_manager(manager, device=chosen)
 
     @property
@@ -214,12 +189,10 @@ class WanVideoPipeline:
             self.dit.to(torch_dtype)
             self.text_encoder.to(torch_dtype)
         if device is not None:
-            offload = self.residency.offload
             self.residency.stop_streaming()
             residency = Residency(self.residency.models, choose_device(device))
+            residency.offload = self.residency.offload
             self.models = replace(self.models, residency=residency)
-            if offload:
-                self.enable_cpu_offload()
         return self
 
     def load_lora(self, module: WanModel, path: str | Path, alpha: float = 1.0) -> None:
@@ -425,17 +398,3 @@ def reference_facts(video: Video | None) -> ReferenceFacts | None:
         return None
     height, width = frame_size(video)
     return ReferenceFacts(num_frames=len(video), height=height, width=width)
-
-
-def replaced_latents(returned: object, latents: Tensor) -> Tensor:
-    """Return the latents in what a callback returned.
-
-    Raises:
-        TypeError, ValueError: they cannot replace the run's.
-    """
-    if not isinstance(returned, dict) or not isinstance(returned.get("latents"), Tensor):
-        raise TypeError(f"callback_on_step_end must return None or a dict with latents; got {returned!r:.80}")
-    if returned["latents"].shape != latents.shape:
-        shapes = f"{tuple(returned['latents'].shape)} for {tuple(latents.shape)}"
-        raise ValueError(f"callback_on_step_end returned latents of another shape: {shapes}")
-    return returned["latents"]

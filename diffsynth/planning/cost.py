@@ -52,7 +52,7 @@ def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str 
     Args:
         checkpoint: what the guidance pass keeps; the options' own by default ("auto" counts as "none").
     """
-    num_steps, motion, guided = options.num_inference_steps, options.motion, options.guided_by_cfg
+    num_steps, motion, guided = options.num_inference_steps, options.motion, options.cfg_steps
     full, skipped = forward_flops(dit, latents), embedding_flops(dit, latents)
     computed = computed_steps(options.cache, "positive", range(num_steps), num_steps)
     computed += computed_steps(options.cache, "negative", guided, num_steps)

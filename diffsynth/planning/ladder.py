@@ -96,7 +96,7 @@ class Ladder:
         Args:
             stage: in which memory ran out.
             options: with which it did.
-            problem: from `out_of_memory`.
+            problem: from `memory_problem`.
 
         Raises:
             MemoryRanOutError: no rung is left; the message says what there is and what helps.
@@ -160,7 +160,7 @@ class Ladder:
         return f"{happened}. What helps: {HELP[stage]}"
 
 
-def out_of_memory(error: BaseException) -> str:
+def memory_problem(error: BaseException) -> str:
     """Return the first line of an error that says that memory ran out. Raises any other error itself."""
     if not is_out_of_memory(error):
         raise error
