@@ -1,7 +1,7 @@
 """Every option of a run, stated once: its kind, bounds, unit, help and default.
 
 `RunOptions` are what a run goes by. `Shorthands` are arguments of the call that set some of them; `resolve`,
-in resolve.py, turns both into `RunOptions`. Defaults here are the published method's. Adding an option means a
+in resolve.py, turns both into `RunOptions`. Defaults here are the published method's. To add an option, write a
 field here, its type for type checkers in `CallOptions`, and the code that reads it.
 """
 
