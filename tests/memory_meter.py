@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from diffsynth.models import checkpointing
 from diffsynth.models.local_attention import tile_plan
 from diffsynth.models.wan_video_dit_layers import rotary_table
-from diffsynth.motion import flow
 
 _ATEN = torch.ops.aten
 
@@ -94,8 +93,6 @@ def fake_device() -> Iterator[MemoryMeter]:
         cache.cache_clear()
     try:
         with (
-            # On a CPU, flow gathers less at a time, for its cache.
-            patch.object(flow, "GATHERED_BYTES_CPU", flow.GATHERED_BYTES),
             patch.object(checkpointing, "to_host", lambda tensor: (tensor.shape, tensor.dtype)),
             patch.object(checkpointing, "to_device", lambda kept: torch.empty(kept[0], dtype=kept[1])),
             FakeTensorMode(),

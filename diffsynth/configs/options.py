@@ -1,8 +1,8 @@
 """Every option of a run, stated once: its kind, bounds, unit, help and default.
 
 `RunOptions` are what a run goes by. `Shorthands` are arguments of the call that set some of them; `resolve`,
-in resolve.py, turns both into `RunOptions`. Defaults here are the published method's. To add an option, write a
-field here, its type for type checkers in `CallOptions`, and the code that reads it.
+in resolve.py, turns both into `RunOptions`. Defaults here are the published method's. A new option is a field
+here, its type for type checkers in `CallOptions`, and the code that reads it.
 """
 
 from collections import ChainMap

@@ -24,9 +24,9 @@ Pairs = Sequence[tuple[int, int]]
 # Values are padded with zeros to a width that a fused kernel takes: on CUDA its least, on a CPU the width of
 # queries and keys. With two columns PyTorch would silently take the kernel that holds all S x S weights.
 CUDA_VALUE_WIDTH = 8
-# Bytes of keys gathered at a time for groups that see windows: on a CPU so many as stay in its cache.
-GATHERED_BYTES_CPU = 4 * 2**20
-GATHERED_BYTES = 32 * 2**20
+# Bytes of keys gathered at a time for groups that see windows. Smaller pieces stay in a CPU's cache, but their
+# many small operations wait for each other's threads where cores are busy.
+GATHERED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,8 +91,7 @@ def expected_in_windows(
         seen: [P, T, L] long: for pair (i, j), the tokens of frame j that each group of frame i sees; they may
             repeat.
     """
-    at_once = GATHERED_BYTES_CPU if q.is_cpu else GATHERED_BYTES
-    groups = max(1, at_once // (len(values) * q.shape[-1] * q.element_size()))
+    groups = max(1, GATHERED_BYTES // (len(values) * q.shape[-1] * q.element_size()))
     middle = values.mean(0)
     queries, keys = (q * (tau * q.shape[-1] ** -0.5)).unbind(0), k.flatten(1, 2).unbind(0)
     found = [
