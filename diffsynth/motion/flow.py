@@ -24,8 +24,8 @@ Pairs = Sequence[tuple[int, int]]
 # Values are padded with zeros to a width that a fused kernel takes: on CUDA its least, on a CPU the width of
 # queries and keys. With two columns PyTorch would silently take the kernel that holds all S x S weights.
 CUDA_VALUE_WIDTH = 8
-# Bytes of keys gathered at a time for groups that see windows. Smaller pieces stay in a CPU's cache, but their
-# many small operations wait for each other's threads where cores are busy.
+# Bytes of keys gathered at a time for groups that see windows. Smaller pieces stay in a CPU's cache, but
+# their many small operations wait for each other's threads where cores are busy.
 GATHERED_BYTES = 16 * 2**20
 
 
