@@ -1,6 +1,8 @@
-"""Golden tensors for the tests; one thread per worker, so that parallel workers do not fight over cores."""
+"""Golden tensors and a tiny checkpoint for the tests; what a test process needs of its surroundings."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,20 @@ GOLDEN_DIR = Path(__file__).parent / "golden"
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_per_worker():
-    torch.set_num_threads(1)
+    """Under pytest-xdist, compute with one thread a worker, so that workers do not compete for cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interrupts_are_not_ignored():
+    """Restore Python's SIGINT handler: a shell without job control starts `pytest &` with SIGINT ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
