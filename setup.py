@@ -6,8 +6,10 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 NANO = Path("models/Wan2.1-T2V-nano")
-EVAL = ["opencv-python-headless>=4.10"]
-UI = ["gradio>=6.0"]
+FIGURES = ["matplotlib>=3.8"]
+EVAL = ["opencv-python-headless>=4.10", *FIGURES]
+UI = ["gradio>=6.0", *FIGURES]
+COMPLETION = ["shtab>=1.13"]
 BROWSER = ["selenium>=4.20"]
 
 
@@ -49,7 +51,17 @@ setup(
     extras_require={
         "eval": EVAL,
         "ui": UI,
+        "completion": COMPLETION,
         "bench": ["diffusers>=0.33"],
-        "dev": [*EVAL, *UI, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8", *BROWSER],
+        "dev": [
+            *EVAL,
+            *UI,
+            *COMPLETION,
+            *BROWSER,
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "ruff>=0.8",
+        ],
     },
 )

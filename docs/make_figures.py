@@ -6,24 +6,26 @@ python docs/make_figures.py out.mp4.json
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.resolve import motion_for
-from diffsynth.evaluation import flow_to_image, reference_flow
-from diffsynth.evaluation.drawing import INK, PAPER, Sketch, draw_arrow, over, text_font
-from diffsynth.evaluation.plot import BLUE, GREEN, RED, Plot, loss_curves
-from diffsynth.motion import frame_pairs
+from diffsynth.evaluation import reference_flow
+from diffsynth.evaluation.figures import BLUE, GREEN, RED, loss_curves, new_figure
+from diffsynth.evaluation.flow_images import colour_panels, neighbour_flow
+from diffsynth.evaluation.grid import picture_grid
 from diffsynth.motion.coarse import noise_scale
 from diffsynth.runs.record import read_record
 from diffsynth.schedulers.flow_match import flow_match_sigmas
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 HERE = Path(__file__).parent
 CLIP = HERE.parent / "examples" / "data" / "bounce.mp4"
-CELL, GAP, LEFT, TOP = 150, 6, 110, 26  # pixels
+CELL = 150  # pixels
 
 
 def main() -> None:
@@ -33,65 +35,38 @@ def main() -> None:
     parser.add_argument("record", type=Path, help="of a run of the nano model with guidance")
     losses = read_record(parser.parse_args().record).cost["losses"]
     flow_picture().save(HERE / "flow_levels.png", optimize=True)
-    schedule_picture().save(HERE / "schedule.png", optimize=True)
-    loss_curves(losses).save(HERE / "losses.png", optimize=True)
+    schedule_figure().savefig(HERE / "schedule.png")
+    loss_curves(losses).savefig(HERE / "losses.png")
 
 
 def flow_picture(sigmas: tuple[float, ...] = (0.95, 0.85, 0.7, 0.5)) -> Image.Image:
-    """The reference's latent frames, and the flow to the next one as read at noise levels."""
+    """Draw the reference's latent frames, and the flow to the next one as read at noise levels."""
     pipe = WanVideoPipeline.from_pretrained("nano", device="cpu")
     motion = motion_for("nano")
     video = VideoData(CLIP, height=64, width=64)
-    rows: list[tuple[str, list[Image.Image]]] = []
-    steps = range(4)
-    rows.append(("reference", [_cell(video[4 * step]) for step in steps]))
+    rows = [[video[4 * step].resize((CELL, CELL), Image.Resampling.BICUBIC) for step in range(4)]]
     for sigma in sigmas:
-        flow = reference_flow(pipe, video, motion=motion, sigma=sigma)
-        to_next = [frame_pairs(5, motion.sf).index((step, step + 1)) for step in steps]
-        rows.append((f"sigma {sigma:g}", [_flow_cell(flow[pair]) for pair in to_next]))
-    size = (LEFT + len(steps) * (CELL + GAP), TOP + len(rows) * (CELL + GAP))
-    picture = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(picture)
-    for column in steps:
-        text = f"latent frame {column} to {column + 1}"
-        draw.text((LEFT + column * (CELL + GAP), 6), text, fill=INK, font=text_font(13))
-    for row, (label, cells) in enumerate(rows):
-        top = TOP + row * (CELL + GAP)
-        draw.text((8, top + CELL / 2), label, fill=INK, font=text_font(14), anchor="lm")
-        for column, cell in enumerate(cells):
-            picture.paste(cell, (LEFT + column * (CELL + GAP), top))
-    return picture
+        flow = neighbour_flow(reference_flow(pipe, video, motion=motion, sigma=sigma), motion.sf)
+        rows.append(colour_panels(flow, (CELL, CELL), largest=2.0))
+    labels = [[f"latent frame {step} to {step + 1}" for step in range(4)]]
+    return picture_grid(rows, labels, ["reference", *(f"sigma {sigma:g}" for sigma in sigmas)])
 
 
-def _cell(frame: Image.Image) -> Image.Image:
-    return frame.resize((CELL, CELL), Image.Resampling.BICUBIC)
-
-
-def _flow_cell(flow: torch.Tensor, largest: float = 2.0) -> Image.Image:
-    """Colours and arrows of a flow [H, W, 2]; `largest`, in tokens, has full colour."""
-    colours = flow_to_image(flow, largest).resize((CELL, CELL), Image.Resampling.NEAREST)
-    sketch = Sketch((CELL, CELL))
-    token = CELL / flow.shape[0]
-    for row, col in np.ndindex(*flow.shape[:2]):
-        x, y = (col + 0.5) * token, (row + 0.5) * token
-        drow, dcol = (flow[row, col] * token).tolist()
-        draw_arrow(sketch, (x, y), (x + dcol, y + drow), (30, 30, 30, 220), 1.6)
-    return over(colours, sketch.layer())
-
-
-def schedule_picture() -> Image.Image:
-    """Noise level of each step, guided ones as filled dots: published numbers, and the nano model's."""
+def schedule_figure() -> "Figure":
+    """Draw the noise level of each step, guided ones as dots: published numbers, and the nano model's."""
     published = flow_match_sigmas(50, 0.75, 7.0).tolist()
     nano = flow_match_sigmas(25, 1.0, 3.0).tolist()
     coarse = [sigma * noise_scale(sigma, 2) for sigma in published[:10]]
-    plot = Plot((0.0, 50.0), (0.0, 1.0), "denoising step", "noise level")
-    plot.curve(list(enumerate(published)), BLUE, filled=10)
-    plot.curve(list(enumerate(nano)), RED, filled=18)
-    plot.curve(list(enumerate(coarse)), GREEN, filled=0)
-    plot.text((27, 0.93), "50 steps, strength 0.75, shift 7; the first 10 guided", BLUE)
-    plot.text((27, 0.86), "nano: 25 steps, strength 1, shift 3; the first 18 guided", RED)
-    plot.text((27, 0.79), "what coarse guidance over 2x2 looks at, for the first", GREEN)
-    return plot.picture
+    figure = new_figure(8.6, 3.4)
+    axes = figure.add_subplot(xlabel="denoising step", ylabel="noise level", ylim=(0, 1))
+    axes.plot(published, color=BLUE, label="50 steps, strength 0.75, shift 7; the first 10 guided")
+    axes.plot(published[:10], "o", color=BLUE)
+    axes.plot(nano, color=RED, label="nano: 25 steps, strength 1, shift 3; the first 18 guided")
+    axes.plot(nano[:18], "o", color=RED)
+    axes.plot(coarse, color=GREEN, label="what coarse guidance over 2x2 looks at, for the first")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
 
 
 if __name__ == "__main__":

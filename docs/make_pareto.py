@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.quality.pairs import read_rows
-from benchmarks.quality.report import cost_picture, summarise
+from benchmarks.quality.report import cost_figure, summarise
 
 
 def main() -> None:
@@ -26,10 +26,10 @@ def main() -> None:
         for row in read_rows(path)
         if row.method not in left_out and (args.pairs is None or row.pair < args.pairs)
     ]
-    picture = cost_picture(summarise(rows))
-    if picture is None:
+    figure = cost_figure(summarise(rows))
+    if figure is None:
         parser.error("no row has both a path error and a count of forwards")
-    picture.save(args.picture)
+    figure.savefig(args.picture)
 
 
 if __name__ == "__main__":

@@ -636,25 +636,33 @@ def test_decode_makes_the_video_of_latents_that_a_stopped_run_left(
     ],
 )
 def test_bash_completes_commands_options_and_choices(words, expected, capsys, tmp_path):
+    pytest.importorskip("shtab")
     assert main(["completion", "bash"]) == 0
     script = tmp_path / "completion.bash"
     script.write_text(capsys.readouterr().out)
     quoted = " ".join(f"'{word}'" for word in words)
     place = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}"
-    code = f"source {script}; {place}; _fastvmt; echo ${{COMPREPLY[@]}}"
+    code = f"source {script}; {place}; _shtab_fastvmt; echo ${{COMPREPLY[@]}}"
     result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
     offered = result.stdout.split()
     assert [word for word in offered if not word.startswith("-") or expected[0][0] == "-"] == expected
 
 
 def test_other_shells_have_their_scripts(capsys):
+    pytest.importorskip("shtab")
     assert main(["completion", "zsh"]) == 0
-    assert "bashcompinit" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("#compdef fastvmt")
     assert main(["completion", "fish", "--json"]) == 0
     script = json.loads(capsys.readouterr().out)["script"]
-    assert re.search(r"__fish_seen_subcommand_from transfer' -l sampler -xa 'euler unipc'", script)
+    assert re.search(r"_using transfer' -l sampler -xka \"euler unipc\"", script)
     for command in COMMANDS:
-        assert f"-f -a {command} " in script
+        assert re.search(rf"_using {command}'", script)
+
+
+def test_without_shtab_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 1
+    assert "completion needs shtab: pip install 'fastvmt[completion]'" in capsys.readouterr().err
 
 
 def test_a_folder_is_checked_by_writing_to_it(tmp_path):

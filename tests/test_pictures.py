@@ -1,5 +1,7 @@
 """Pictures show what they say: paths where objects are, arrows where things go, curves as losses fall."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,8 @@ from diffsynth.evaluation import (
     track_object,
     video_grid,
 )
-from diffsynth.evaluation.compare import GAP, LABEL_HEIGHT, common_rate
-from diffsynth.evaluation.plot import BLUE, SIZE, Plot
+from diffsynth.evaluation.flow_images import SHEET_HEIGHT
+from diffsynth.evaluation.grid import GAP, LABEL_HEIGHT, picture_grid
 
 
 def grey(count=1, size=(40, 30), value=120):
@@ -90,7 +92,6 @@ def test_videos_of_different_speeds_play_at_theirs(tmp_path):
     fast = VideoData(
         save_video([np.full((32, 32, 3), 25 * t, np.uint8) for t in range(8)], tmp_path / "b.mp4", fps=10)
     )
-    assert common_rate({"a": slow, "b": fast}) == 10
     frames = video_grid({"a": slow, "b": fast}, height=32, fps=10)
     assert len(frames) == 8
     levels = [frame.getpixel((16, LABEL_HEIGHT + 16))[0] for frame in frames]
@@ -139,27 +140,47 @@ def test_flows_of_two_videos_share_a_scale():
 
 def test_a_sheet_has_each_step_with_its_flow():
     sheet = flow_sheet(grey(9, (60, 40)), moving(0, 2), sf=3)
-    assert sheet.size == (2 * (240 + 6), 22 + 2 * (160 + 6))
-    below = np.asarray(sheet)[22 + 166 + 10, 20]
+    assert sheet.size == (2 * 240 + GAP, LABEL_HEIGHT + 2 * SHEET_HEIGHT + GAP)
+    below = np.asarray(sheet)[LABEL_HEIGHT + SHEET_HEIGHT + GAP + 10, 20]
     assert below[0] > 200 > below[2]
 
 
-def test_curves_stand_where_the_numbers_are():
-    plot = Plot((0.0, 10.0), (0.0, 1.0), "x", "y")
-    plot.curve([(0.0, 0.0), (10.0, 1.0)], BLUE)
-    blue = np.abs(np.asarray(plot.picture, int) - BLUE).sum(-1) < 40
-    rows, cols = np.nonzero(blue)
-    assert np.corrcoef(rows, cols)[0, 1] < -0.99
-    assert cols.max() - cols.min() > 0.85 * SIZE[0]
-    with pytest.raises(ValueError, match="an axis must go from a number to a higher one; got 1 to 1"):
-        Plot((1, 1), (0, 1), "x", "y")
+def test_a_grid_of_pictures_has_captions_above_rows_and_labels_above_columns():
+    small, large = (grey(1, size, 0)[0] for size in ((20, 10), (41, 31)))
+    sheet = np.asarray(picture_grid([[large, small], [small]], [["one", "two"]], ["first", "second"]))
+    assert sheet.shape == (3 * LABEL_HEIGHT + 31 + GAP + 10 + 1, 41 + GAP + 20 + 1, 3), "even sides"
+    black = (sheet == 0).all(-1)
+    first, second = 2 * LABEL_HEIGHT, 3 * LABEL_HEIGHT + 31 + GAP
+    assert black[first : first + 31, :41].all()
+    assert black[first : first + 10, 41 + GAP :].sum() == 200
+    assert black[second : second + 10, 10:30].all(), "in the middle of its column"
+    assert not black[second:, :10].any()
 
 
-def test_losses_are_drawn_and_none_are_refused():
-    assert loss_curves([[100.0, 50.0], [80.0, 20.0]]).size == SIZE
+def test_a_label_that_is_too_long_is_cut():
+    sheet = np.asarray(picture_grid([[grey(1, (60, 20))[0]] * 2], [["a very long name of a video", ""]]))
+    assert (sheet[:LABEL_HEIGHT, 62:] == 255).all()
+    assert (sheet[:LABEL_HEIGHT, :60] < 100).any()
+
+
+def test_losses_are_curves_and_none_are_refused():
+    pytest.importorskip("matplotlib")
+    losses = [[100.0, 50.0], [80.0, 0.0, 20.0]]
+    (axes,) = loss_curves(losses).axes
+    assert axes.get_yscale() == "log"
+    first, second = axes.lines
+    assert (list(first.get_xdata()), list(first.get_ydata())) == ([0, 0.5], losses[0])
+    assert (second.get_xdata()[0], list(second.get_ydata())) == (1, losses[1])
+    assert first.get_color() != second.get_color()
     for nothing in ([], [[0.0]]):
         with pytest.raises(ValueError, match="losses must hold numbers above 0"):
             loss_curves(nothing)
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"figures need matplotlib: pip install 'fastvmt\[eval\]'"):
+        loss_curves([[1.0]])
 
 
 def test_the_command_draws_paths_in_a_grid(tmp_path):

@@ -31,7 +31,7 @@ from benchmarks.quality.pairs import (
 from benchmarks.quality.report import (
     as_json,
     best_method,
-    cost_picture,
+    cost_figure,
     markdown_table,
     summarise,
 )
@@ -250,11 +250,10 @@ def test_one_pair_has_no_interval_in_table_and_json():
     assert as_json(summary)["AMF"]["means"]["trajectory_error"] == {"value": 4.0, "low": None, "high": None}
 
 
-def test_the_picture_of_cost_has_the_methods_whose_cost_is_known():
+def test_the_figure_of_cost_has_the_methods_whose_cost_is_known():
     both = [row("AMF", 0, 0, 4.0, forward_equivalents=206.0), row("floor", 0, 0, 9.0)]
-    alone = cost_picture(summarise(both[:1]))
-    assert cost_picture(summarise(both)).tobytes() == alone.tobytes()
-    assert cost_picture(summarise(both[1:])) is None
+    assert [text.get_text() for text in cost_figure(summarise(both)).axes[0].texts] == ["AMF"]
+    assert cost_figure(summarise(both[1:])) is None
 
 
 def test_a_strip_keeps_every_pixel(pair, tmp_path):

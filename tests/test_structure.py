@@ -185,6 +185,7 @@ def test_public_functions_have_docstrings_and_return_types():
 @pytest.mark.parametrize("name", ["VideoData", "save_video", "ModelManager", "WanVideoPipeline"])
 def test_public_names_import_without_the_heavy_packages(name):
     heavy = ["gradio", "ray", "cv2", "transformers", "modelscope", "diffusers", "triton", "sentencepiece"]
+    heavy += ["matplotlib", "shtab"]
     code = f"import sys; from diffsynth import {name}; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

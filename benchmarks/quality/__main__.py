@@ -3,8 +3,8 @@
     python -m benchmarks.quality --model_dir nano --pairs 32 --seeds 2 --split test --workers 2
 
 Writes rows.jsonl, table.md, summary.json, sheet.png, pareto.png and videos/ to --output_dir. Call it again to
-go on where it stopped. --methods takes names, with commas between them; --list shows them. --variants: a JSON
-file of further methods, name -> {"motion": {fields of MotionGuidance}, arguments of the call}.
+continue where it stopped. --methods takes names, with commas between them; --list shows them. --variants: a
+JSON file of further methods, name -> {"motion": {fields of MotionGuidance}, arguments of the call}.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.quality.pairs import (
     run_pair,
     strip_name,
 )
-from benchmarks.quality.report import as_json, best_method, cost_picture, markdown_table, summarise
+from benchmarks.quality.report import as_json, best_method, cost_figure, markdown_table, summarise
 from diffsynth import WanVideoPipeline
 from diffsynth.configs.descriptors import NO_TRANSFER
 
@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen_methods(known: list[Method], names: str) -> list[Method]:
-    """Raises SystemExit for a name that is not known."""
+    """Return the methods of some names, with commas between them. Raises SystemExit for an unknown name."""
     if names == "all":
         return known
     by_name = {method.name: method for method in known}
@@ -74,7 +74,7 @@ def load_pipeline(args: argparse.Namespace) -> WanVideoPipeline:
 
 
 def start_worker(args: argparse.Namespace) -> None:
-    """One thread a worker: they would only fight over the cores."""
+    """Load the model in a worker, which uses one thread, since more would compete for the cores."""
     torch.set_num_threads(1)
     _worker["pipe"] = load_pipeline(args)
     _worker["videos"] = args.output_dir / "videos"
@@ -85,7 +85,7 @@ def run_job(job: Job) -> Row:
 
 
 def run_jobs(jobs: list[Job], args: argparse.Namespace) -> Iterator[Row]:
-    """Rows as they come; one worker is this process itself, as an accelerator wants it."""
+    """Yield rows as they are done; one worker is this process itself, as an accelerator needs it."""
     if args.workers == 1:
         start_worker(args)
         yield from map(run_job, jobs)
@@ -97,7 +97,7 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> Iterator[Row]:
 
 
 def report(rows: list[Row], output_dir: Path) -> str:
-    """Write table.md, summary.json and pareto.png; returns the table over all pairs."""
+    """Write table.md, summary.json and pareto.png, and return the table over all pairs."""
     groups = {
         "All references": rows,
         "References of trained shapes and paths": [row for row in rows if not row.held_out],
@@ -116,15 +116,18 @@ def report(rows: list[Row], output_dir: Path) -> str:
             table = markdown_table(against, best, ("trajectory_error",))
             texts[-1] += f"\nAgainst {best}, the best video-to-video:\n\n{table}"
             summaries[title][best] = as_json(against)
-    if picture := cost_picture(summarise(rows)):
-        picture.save(output_dir / "pareto.png")
     (output_dir / "table.md").write_text("\n".join(texts))
     (output_dir / "summary.json").write_text(json.dumps(summaries, indent=1))
+    if figure := cost_figure(summarise(rows)):
+        figure.savefig(output_dir / "pareto.png")
     return texts[0]
 
 
 def write_sheet(args: argparse.Namespace, pairs: list) -> None:
-    """The first pairs: reference, no transfer, transferred. Pairs without both videos are left out."""
+    """Write sheet.png of the first pairs: reference, no transfer, transferred.
+
+    Pairs without both videos are left out.
+    """
     videos, captions = [], []
     for pair in pairs[: args.sheet]:
         strips = [

@@ -11,7 +11,8 @@ import numpy as np
 
 from diffsynth.data.shapes import KNOWN_SHAPES, signed_distance
 from diffsynth.data.synthetic import COLOURS, SHAPES
-from diffsynth.evaluation.tracking import Frames, Track, track_object
+from diffsynth.data.tensors import Video
+from diffsynth.evaluation.tracking import Track, track_object
 
 # Side of the square in which outlines are compared, and half of it in units of sqrt(area / pi). The farthest
 # point of any shape is 2.2 such units from its centre.
@@ -38,7 +39,7 @@ class Adherence:
 
 
 def check_prompt(
-    frames: Frames, shape: str, colour: str, background: str, track: Track | None = None
+    frames: Video, shape: str, colour: str, background: str, track: Track | None = None
 ) -> Adherence:
     """Compare a video with a prompt "a <colour> <shape> on a <background> background".
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from benchmarks.quality.adherence import bilinear
 from diffsynth.data.synthetic import SyntheticClip
-from diffsynth.evaluation.tracking import Frames, Track, distance_from_background, video_array
+from diffsynth.data.tensors import Video
+from diffsynth.evaluation.tracking import Track, distance_from_background, video_array
 
 SPAN = 4  # frames from one latent frame of Wan2.1 to the next
 # Steps shorter than this over a span have no direction to speak of.
@@ -58,7 +59,7 @@ def velocity_cosine(track: Track, true_centroids: np.ndarray, span: int = SPAN) 
     return float(((own * true).sum(-1) / lengths).mean())
 
 
-def flow_error(frames: Frames, clip: SyntheticClip, span: int = SPAN) -> float:
+def flow_error(frames: Video, clip: SyntheticClip, span: int = SPAN) -> float:
     """Mean endpoint error of the video's dense motion over `span` frames against a clip's known one.
 
     Compared are the pixels of the clip's front object, for every frame that has one `span` frames later.
@@ -103,7 +104,7 @@ def _neighbour_flows(video: np.ndarray) -> list[np.ndarray]:
     return flows
 
 
-def temporal_consistency(frames: Frames, track: Track) -> tuple[float, float]:
+def temporal_consistency(frames: Video, track: Track) -> tuple[float, float]:
     """How alike neighbouring frames are, (object, background), each 1 for perfect and 0 for black to white.
 
     1 - mean absolute difference of RGB from 0 to 1. The object: its pixels in the earlier frame, looked up

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from benchmarks.quality.pairs import Row
-from benchmarks.quality.scatter import pareto_picture
+from benchmarks.quality.scatter import pareto_figure
 from benchmarks.quality.statistics import Interval, mean_interval, ratio_interval
 from diffsynth.configs.descriptors import NO_TRANSFER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Name in a Row -> (heading, digits).
 COLUMNS = {
@@ -34,9 +36,14 @@ DIFFERENCES = ("velocity_cosine", "colour_right", "background_right", "shape_rig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodSummary:
-    """A method's runs: how many, how many of them failed and how, and intervals by the name of the metric.
+    """The numbers of a method's runs.
 
-    ratios, differences: to the baseline, over the runs of the same pairs and seeds.
+    Attributes:
+        runs: how many there are.
+        errors: how many of them failed, by error.
+        means: intervals by the name of the metric.
+        ratios: to the baseline, over the runs of the same pairs and seeds, by the name of the metric.
+        differences: to the baseline, likewise.
     """
 
     runs: int
@@ -47,10 +54,16 @@ class MethodSummary:
 
 
 def summarise(rows: Sequence[Row], baseline: str = NO_TRANSFER) -> dict[str, MethodSummary]:
-    """Each method's summary, in the order in which methods first appear.
+    """Summarise each method, in the order in which methods first appear.
 
     Intervals are bootstrapped over pairs, so that several seeds of one pair do not count as independent.
-    Without rows of the baseline there are no ratios and differences. Raises ValueError for no rows.
+
+    Args:
+        rows: of all methods.
+        baseline: the method that ratios and differences are to; without its rows there are none.
+
+    Raises:
+        ValueError: there are no rows.
     """
     if not rows:
         raise ValueError("there are no rows to summarise")
@@ -95,7 +108,7 @@ def _clusters(rows: Sequence[Row]) -> list[tuple[str, int]]:
 
 
 def best_method(summaries: dict[str, MethodSummary], names: Sequence[str]) -> str | None:
-    """Of these methods the one with the least path error; None if none of them has runs."""
+    """Return which of some methods has the least path error; None if none of them has runs."""
     errors = {
         name: summaries[name].means["trajectory_error"].value
         for name in names
@@ -107,8 +120,12 @@ def best_method(summaries: dict[str, MethodSummary], names: Sequence[str]) -> st
 def markdown_table(
     summaries: dict[str, MethodSummary], baseline: str = NO_TRANSFER, columns: Sequence[str] = tuple(COLUMNS)
 ) -> str:
-    """A Markdown table, a row a method: mean [low, high], path error also over the baseline's; failed runs
-    below. columns: of COLUMNS; those without a number are left out.
+    """Return a Markdown table with a row for each method, mean [low, high], and the failed runs below it.
+
+    Args:
+        summaries: of the methods, by name.
+        baseline: the method that the ratio of path errors is to.
+        columns: of COLUMNS; those without a number are left out.
     """
     shown = [name for name in columns if any(name in summary.means for summary in summaries.values())]
     headings = ["method", "runs", f"path error / {baseline}", *(COLUMNS[name][0] for name in shown)]
@@ -132,19 +149,23 @@ def _cell(interval: Interval | None, digits: int) -> str:
     return value if math.isnan(interval.low) or low == high else f"{value} [{low}, {high}]"
 
 
-def cost_picture(summaries: dict[str, MethodSummary]) -> Image.Image | None:
-    """Path error against FFE, a point a method; None if no method has both numbers."""
+def cost_figure(summaries: dict[str, MethodSummary]) -> "Figure | None":
+    """Draw path error against FFE, a point for each method; None if no method has both numbers.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     points = {
         name: (summary.means["forward_equivalents"].value, summary.means["trajectory_error"])
         for name, summary in summaries.items()
         if {"forward_equivalents", "trajectory_error"} <= summary.means.keys()
     }
     labels = "denoising with its guidance, in full forwards of the DiT", "path error, px"
-    return pareto_picture(points, *labels) if points else None
+    return pareto_figure(points, *labels) if points else None
 
 
 def as_json(summaries: dict[str, MethodSummary]) -> dict[str, dict]:
-    """The same as plain dicts for JSON; bounds that do not exist are None."""
+    """Return summaries as plain dicts for JSON; bounds that do not exist are None."""
     return {
         method: {
             "runs": summary.runs,

@@ -10,7 +10,13 @@ RESAMPLES = 4000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """A value and the bounds of its confidence interval, which are nan if there is only one cluster."""
+    """A value and its confidence interval.
+
+    Attributes:
+        value: the estimate.
+        low: lower bound; nan if there is only one cluster.
+        high: upper bound; nan if there is only one cluster.
+    """
 
     value: float
     low: float
@@ -20,11 +26,16 @@ class Interval:
 def mean_interval(
     values: Sequence[float], clusters: Sequence[Hashable], level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """The mean of values and its percentile bootstrap interval.
+    """Return the mean of values and its percentile bootstrap interval.
 
-    clusters: for each value the name of what is drawn as one, such as the pair that a run is of.
-    Raises ValueError for lengths that differ, no values, values that are not finite, and a level that is not
-    between 0 and 1.
+    Args:
+        values: the sample.
+        clusters: for each value the name of the cluster it is drawn with, such as the pair that a run is of.
+        level: of confidence, between 0 and 1.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: lengths differ, there are no values, some are not finite, or the level is out of range.
     """
     return ratio_interval(values, np.ones(len(values)), clusters, level, seed)
 
@@ -36,10 +47,19 @@ def ratio_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """The ratio of the means of two paired samples and its percentile bootstrap interval.
+    """Return the ratio of the means of two paired samples and its percentile bootstrap interval.
 
-    The same clusters are drawn for both, so that what they share cancels. Raises ValueError as
-    `mean_interval`, and if the denominators sum to 0.
+    The same clusters are drawn for both, so that shared variation cancels.
+
+    Args:
+        numerators: the first sample.
+        denominators: the second sample.
+        clusters: as for `mean_interval`.
+        level: as for `mean_interval`.
+        seed: as for `mean_interval`.
+
+    Raises:
+        ValueError: as `mean_interval`, or the denominators sum to 0.
     """
     top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
     if not len(top) == len(bottom) == len(clusters) or not len(top):

@@ -9,8 +9,8 @@ from pathlib import Path
 from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.options import DEFAULT_FPS
 from diffsynth.data import save_video
-from diffsynth.evaluation.compare import video_grid
-from diffsynth.evaluation.motion_pictures import draw_trajectories
+from diffsynth.evaluation.drawing import draw_trajectories
+from diffsynth.evaluation.grid import video_grid
 from diffsynth.evaluation.tracking import track_object
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.publish import check_output, write_aside

@@ -22,7 +22,9 @@ EXTRA = {
     "modelscope": "fastvmt download",
     "huggingface-hub": "fastvmt download --source huggingface",
     "opencv-python-headless": "fastvmt evaluate",
+    "matplotlib": "figures of losses and probes",
     "gradio": "fastvmt ui",
+    "shtab": "fastvmt completion",
 }
 GIB = 2**30
 

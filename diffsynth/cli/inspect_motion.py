@@ -8,9 +8,8 @@ from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.options import DEFAULT_FPS
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.data import VideoData
-from diffsynth.evaluation.flow_images import save_flow_video
-from diffsynth.evaluation.motion_pictures import flow_sheet
-from diffsynth.evaluation.plot import loss_curves
+from diffsynth.evaluation.figures import loss_curves
+from diffsynth.evaluation.flow_images import flow_sheet, save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import attention_kernel, choose_model, load_options, load_pipeline
@@ -49,12 +48,12 @@ def run(options: Namespace, console: Console) -> int:
 def _draw_losses(options: Namespace, console: Console) -> int:
     """A record's losses as a picture."""
     record = read_record(options.reference)
-    picture = loss_curves(record.cost["losses"])
+    figure = loss_curves(record.cost["losses"])
     output = options.output or Path(f"{options.reference.with_suffix('').stem}-losses")
     _check_empty(output, options.overwrite)
     output.mkdir(exist_ok=True)
     path = output / "losses.png"
-    picture.save(path)
+    figure.savefig(path)
     console.say(f"{path}: the motion loss in {len(record.cost['losses'])} guided steps")
     console.result({"files": [str(path)]})
     return DONE

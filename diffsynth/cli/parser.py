@@ -86,7 +86,7 @@ where it stopped.""",
   fastvmt ui --model 1.3b --offload -o videos
   fastvmt ui --host 0.0.0.0 --auth studio:secret""",
     "completion": """
-  eval "$(fastvmt completion bash)"          in ~/.bashrc; likewise zsh in ~/.zshrc
+  eval "$(fastvmt completion bash)"          in ~/.bashrc; likewise zsh in ~/.zshrc, after compinit
   fastvmt completion fish > ~/.config/fish/completions/fastvmt.fish""",
 }
 

@@ -1,17 +1,19 @@
-"""Looking at motion, and measuring it."""
+"""Measure motion and draw it: probe, motion fidelity, tracking, similarity to texts, pictures of flow."""
 
-from diffsynth.evaluation.compare import side_by_side, video_grid
+from diffsynth.evaluation.drawing import draw_trajectories
+from diffsynth.evaluation.figures import loss_curves
 from diffsynth.evaluation.flow_images import (
+    compare_motion,
     draw_arrows,
+    flow_sheet,
     flow_to_image,
     flow_video,
     flow_wheel,
     overlay_flow,
     save_flow_video,
 )
+from diffsynth.evaluation.grid import side_by_side, video_grid
 from diffsynth.evaluation.motion_fidelity import motion_fidelity, paired_fidelity
-from diffsynth.evaluation.motion_pictures import compare_motion, draw_trajectories, flow_sheet
-from diffsynth.evaluation.plot import loss_curves
 from diffsynth.evaluation.probe import probe_motion
 from diffsynth.evaluation.probe_report import ProbeResult, suggest
 from diffsynth.evaluation.reference_flow import reference_flow

@@ -1,46 +1,52 @@
 """Pictures of motion flow: a colour for each direction, arrows over the frames.
 
-Flow is (rows, columns) in tokens: where a token of one latent frame is found in the next. Of a video of F
-latent frames there are F - 1 steps; a frame shows the step from its own latent frame to the next one.
+Flow is (rows, columns) in tokens: where a token of one latent frame is found in the next. A video of F latent
+frames has F - 1 steps; a frame shows the step from its own latent frame to the next one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diffsynth.data import VideoData, fit_frame, save_video
+from diffsynth.data import fit_frame, save_video
 from diffsynth.data.frames import rgb_frames
-from diffsynth.evaluation.drawing import Sketch, draw_arrow, legible_size, over
+from diffsynth.data.tensors import Video
+from diffsynth.evaluation.drawing import FINER, Colour, draw_arrow, fine_layer, legible_size, over
+from diffsynth.evaluation.grid import picture_grid, video_grid
 
 FRAMES_PER_LATENT = 4
 PIXELS_PER_TOKEN = 16
 WHEEL_SIZE = 72  # pixels
-# Shorter flow than this, in tokens, is rest: a dot.
+SHEET_HEIGHT = 160  # pixels of a picture of `flow_sheet`
+# Flow shorter than this, in tokens, counts as rest and is drawn as a dot.
 LEAST_ARROW = 0.25
 _SPACING = 30  # pixels between arrows, about
 _WHITE, _DARK = (255, 255, 255, 255), (25, 25, 25, 200)
 _COVER = 0.6  # opacity of the fullest colour over a frame
-_MARGIN = 6
+_MARGIN = 6  # pixels between the wheel and the corner
 
 
 def flow_to_image(flow: Tensor | np.ndarray, largest: float | None = None) -> Image.Image:
-    """Colour wheel picture of a flow [H, W, 2]: hue is direction, strength is length, white is no motion.
+    """Draw a flow in the colours of a wheel: hue is direction, strength is length, white is no motion.
 
-    largest: the length, in tokens, that gets full colour; by default the longest in this flow.
-    Right is red, down is yellow-green, left is cyan, up is violet. Raises ValueError for another shape or
-    values that are not finite.
+    Right is red, down is yellow-green, left is cyan, up is violet.
+
+    Args:
+        flow: [H, W, 2], (rows, columns) in tokens.
+        largest: the length, in tokens, that gets full colour; by default the longest in this flow.
+
+    Raises:
+        ValueError: the flow has another shape, or values that are not finite.
     """
     flow = _checked(flow, 3)
-    strength = _strength(flow, largest)
-    return _colours(flow, strength)
+    return _colours(flow, _strength(flow, largest))
 
 
 def flow_wheel(size: int = WHEEL_SIZE) -> Image.Image:
-    """The legend of the colours, RGBA of size x size pixels: a disc whose rim has full colour."""
+    """Draw the legend of the colours: a disc, RGBA of size x size pixels, whose rim has full colour."""
     finer = 4 * size
     axis = (np.arange(finer) + 0.5) / finer * 2 - 1
     directions = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
@@ -49,58 +55,100 @@ def flow_wheel(size: int = WHEEL_SIZE) -> Image.Image:
     ImageDraw.Draw(mask).ellipse([2, 2, finer - 3, finer - 3], fill=255)
     wheel.putalpha(mask)
     ImageDraw.Draw(wheel).ellipse([2, 2, finer - 3, finer - 3], outline=_DARK, width=6)
-    return wheel.convert("RGBa").resize((size, size), Image.Resampling.BOX).convert("RGBA")
+    return wheel.reduce(4)
 
 
 def neighbour_flow(amf: Tensor | np.ndarray, sf: int = 4) -> np.ndarray:
-    """The steps from each latent frame to the next: [P, H, W, 2] -> [F - 1, H, W, 2].
+    """Return the steps from each latent frame to the next: [P, H, W, 2] -> [F - 1, H, W, 2].
 
-    amf: over the pairs i <= j < i + sf of F latent frames, as `reference_flow` gives it.
-    Raises ValueError if P does not fit sf, or there is only one latent frame.
+    Args:
+        amf: flow over the pairs i <= j < i + sf of F latent frames, as `reference_flow` returns it.
+        sf: the span of the pairs.
+
+    Raises:
+        ValueError: P does not fit sf, or there is only one latent frame.
     """
     amf = _checked(amf, 4)
-    return amf[_pairs_to_next(len(amf), sf)]
+    num_frames, counts = 1, [1]
+    while sum(counts) < len(amf):
+        num_frames += 1
+        counts = [min(sf, num_frames - i) for i in range(num_frames)]
+    if sum(counts) != len(amf) or num_frames < 2 or sf < 2:
+        raise ValueError(f"{len(amf)} pairs do not make a flow of two or more latent frames with sf={sf}")
+    # The pair (i, i + 1) comes right after the pair (i, i).
+    return amf[[sum(counts[:i]) + 1 for i in range(num_frames - 1)]]
 
 
 def full_length(flow: np.ndarray) -> float:
-    """The length, in tokens, to show in full colour: of flow [..., 2], 99 of 100 are shorter."""
+    """Return the length, in tokens, to show in full colour: 99 of 100 of flow [..., 2] are shorter."""
     return float(np.percentile(np.linalg.norm(flow, axis=-1), 99))
 
 
 def draw_arrows(frame: Image.Image, flow: Tensor | np.ndarray) -> Image.Image:
-    """The frame with arrows from where tokens are to where they go, at the frame's own size.
+    """Draw arrows over a frame from where tokens are to where they go.
 
-    flow: [H, W, 2] in tokens of the frame divided into H x W. Arrows stand at every token, or farther apart
-    where those are small. Raises ValueError as `flow_to_image`.
+    Args:
+        frame: the picture.
+        flow: [H, W, 2] in tokens of the frame divided into H x W. Arrows stand at every token, or farther
+            apart where tokens are small.
+
+    Raises:
+        ValueError: the flow has another shape, or values that are not finite.
     """
     return over(frame, _arrow_layer(_checked(flow, 3), frame.size))
 
 
 def overlay_flow(frame: Image.Image, flow: Tensor | np.ndarray, largest: float | None = None) -> Image.Image:
-    """The frame with the flow's colours over it, the stronger the longer; what rests is left as it is.
+    """Draw a flow's colours over a frame, the stronger the longer; what rests is left as it is.
 
-    flow, largest: as for `flow_to_image`. Raises ValueError as that does.
+    Args:
+        frame: the picture.
+        flow: [H, W, 2] in tokens.
+        largest: as for `flow_to_image`.
+
+    Raises:
+        ValueError: the flow has another shape, or values that are not finite.
     """
     return over(frame, _colour_layer(_checked(flow, 3), largest, frame.size))
 
 
 def flow_video(
-    frames: VideoData | Sequence[Image.Image] | np.ndarray,
+    frames: Video,
     flow: Tensor | np.ndarray,
     *,
     height: int | None = None,
     largest: float | None = None,
     frames_per_latent: int = FRAMES_PER_LATENT,
 ) -> Iterator[Image.Image]:
-    """Each frame with the colours and arrows of its step of the flow [F - 1, H, W, 2], and the wheel.
+    """Draw on each frame the colours and arrows of its step, and the wheel.
 
-    height: of the pictures, in pixels; that of the frames by default, small ones enlarged. largest: as for
-    `flow_to_image`, for all frames. Raises ValueError as that does, at the call.
+    Args:
+        frames: the video.
+        flow: [F - 1, H, W, 2] in tokens.
+        height: of the pictures, in pixels; by default that of the frames, with small ones enlarged.
+        largest: as for `flow_to_image`, for all frames.
+        frames_per_latent: frames that make one latent frame, apart from the first.
+
+    Raises:
+        ValueError: at the call, as `flow_to_image`.
     """
     flow = _checked(flow, 4)
-    return _flow_video(
-        frames, flow, height, full_length(flow) if largest is None else largest, frames_per_latent
-    )
+    largest = full_length(flow) if largest is None else largest
+    return _flow_video(frames, flow, height, largest, frames_per_latent)
+
+
+def _flow_video(
+    frames: Video, flow: np.ndarray, height: int | None, largest: float, frames_per_latent: int
+) -> Iterator[Image.Image]:
+    shown, layers = -1, list[Image.Image]()
+    for index, frame in enumerate(rgb_frames(frames)):
+        size = legible_size(frame.size)
+        if height is not None:
+            size = (round(frame.width * height / frame.height), height)
+        step = _step_of_frame(index, len(flow), frames_per_latent)
+        if step != shown:
+            shown, layers = step, [_colour_layer(flow[step], largest, size), _arrow_layer(flow[step], size)]
+        yield _with_wheel(over(fit_frame(frame, size[1], size[0]), *layers))
 
 
 def save_flow_video(
@@ -108,27 +156,49 @@ def save_flow_video(
     path: str | Path,
     *,
     sf: int = 4,
-    frames: VideoData | Sequence[Image.Image] | np.ndarray | None = None,
+    frames: Video | None = None,
     fps: float = 15,
 ) -> Path:
     """Write a video of an attention motion flow: what will be transferred.
 
-    amf: [P, H, W, 2] over the pairs i <= j < i + sf of F latent frames, as `reference_flow` gives it.
-    Shown are, beside the reference's frames with its colours and arrows, the colours alone; without frames
-    the colours only, one picture a step. Returns the path.
-    Raises ValueError if P does not fit sf, or there is only one latent frame.
+    Args:
+        amf: [P, H, W, 2] over the pairs i <= j < i + sf of F latent frames, as `reference_flow` returns it.
+        path: of the video file.
+        sf: the span of the pairs.
+        frames: the reference; its frames with colours and arrows stand to the left of the colours alone.
+            Without it there are the colours only, one picture a step.
+        fps: frames a second of the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: P does not fit sf, or there is only one latent frame.
     """
     flow = neighbour_flow(amf, sf)
     shown = colour_panels(flow) if frames is None else _beside(frames, flow)
     return save_video(shown, path, fps=fps, quality=8)
 
 
+def _beside(frames: Video, flow: np.ndarray) -> Iterator[Image.Image]:
+    panels: list[Image.Image] = []
+    for index, left in enumerate(flow_video(frames, flow)):
+        panels = panels or colour_panels(flow, left.size)
+        both = Image.new("RGB", (2 * left.width, left.height))
+        both.paste(left, (0, 0))
+        both.paste(panels[_step_of_frame(index, len(flow))], (left.width, 0))
+        yield both
+
+
 def colour_panels(
     flow: np.ndarray, size: tuple[int, int] | None = None, largest: float | None = None
 ) -> list[Image.Image]:
-    """The colours of each step of a flow [F - 1, H, W, 2] with arrows on white, and the wheel.
+    """Draw the colours of each step of a flow with arrows on white, and the wheel.
 
-    size: (width, height) in pixels. largest: as for `flow_to_image`, for all steps.
+    Args:
+        flow: [F - 1, H, W, 2] in tokens.
+        size: (width, height) in pixels.
+        largest: as for `flow_to_image`, for all steps.
     """
     height, width = flow.shape[1:3]
     size = legible_size((width * PIXELS_PER_TOKEN, height * PIXELS_PER_TOKEN)) if size is None else size
@@ -140,69 +210,64 @@ def colour_panels(
     return panels
 
 
-def _flow_video(
-    frames: VideoData | Sequence[Image.Image] | np.ndarray,
-    flow: np.ndarray,
-    height: int | None,
-    largest: float,
-    frames_per_latent: int,
-) -> Iterator[Image.Image]:
-    shown, layers = -1, ()
-    for index, frame in enumerate(rgb_frames(frames)):
-        size = legible_size(frame.size)
-        if height is not None:
-            size = (round(frame.width * height / frame.height), height)
-        step = step_of_frame(index, len(flow), frames_per_latent)
-        if step != shown:
-            shown, layers = step, (_colour_layer(flow[step], largest, size), _arrow_layer(flow[step], size))
-        yield _with_wheel(over(fit_frame(frame, size[1], size[0]), *layers))
+def compare_motion(
+    videos: Mapping[str, Video], flows: Mapping[str, Tensor | np.ndarray], *, sf: int = 4, height: int = 256
+) -> list[Image.Image]:
+    """Show videos beside each other, each with the arrows and colours of its own flow, all at one scale.
+
+    Args:
+        videos: the videos by name.
+        flows: for each name [P, H, W, 2], as `reference_flow` returns it.
+        sf: the span of the pairs.
+        height: of each video, in pixels.
+
+    Raises:
+        ValueError: the names differ, or as `neighbour_flow`.
+    """
+    if videos.keys() != flows.keys() or not videos:
+        raise ValueError(f"videos and flows must have the same names; got {list(videos)} and {list(flows)}")
+    steps = {name: neighbour_flow(flow, sf) for name, flow in flows.items()}
+    largest = max(full_length(flow) for flow in steps.values())
+    drawn = {name: list(flow_video(videos[name], flow, largest=largest)) for name, flow in steps.items()}
+    return video_grid(drawn, columns=len(drawn), height=height)
 
 
-def step_of_frame(index: int, num_steps: int, frames_per_latent: int = FRAMES_PER_LATENT) -> int:
-    """Which step of the flow a frame shows: the first frame is a latent frame of its own, then
-    frames_per_latent make one; there is none to come after the last.
+def flow_sheet(frames: Video, flow: Tensor | np.ndarray, *, sf: int = 4) -> Image.Image:
+    """Draw one sheet: above, the frame at which each latent frame ends; below, the flow from it to the next.
+
+    Args:
+        frames: the video.
+        flow: [P, H, W, 2], as `reference_flow` returns it.
+        sf: the span of the pairs.
+
+    Raises:
+        ValueError: as `neighbour_flow`.
+    """
+    steps = neighbour_flow(flow, sf)
+    video = list(rgb_frames(frames))
+    size = (round(video[0].width * SHEET_HEIGHT / video[0].height), SHEET_HEIGHT)
+    above = [fit_frame(video[min(4 * step, len(video) - 1)], *size[::-1]) for step in range(len(steps))]
+    below = [panel.resize(size) for panel in colour_panels(steps)]
+    return picture_grid([above, below], [[f"frame {4 * s + 1} to {4 * s + 5}" for s in range(len(steps))]])
+
+
+def _step_of_frame(index: int, num_steps: int, frames_per_latent: int = FRAMES_PER_LATENT) -> int:
+    """Return which step a frame shows; frames of the last latent frame show the last step, too.
+
+    The first frame is a latent frame alone, then frames_per_latent make one.
     """
     return min(-(-index // frames_per_latent), num_steps - 1)
 
 
-def _beside(
-    frames: VideoData | Sequence[Image.Image] | np.ndarray, flow: np.ndarray
-) -> Iterator[Image.Image]:
-    panels: list[Image.Image] = []
-    for index, left in enumerate(flow_video(frames, flow)):
-        panels = panels or colour_panels(flow, left.size)
-        both = Image.new("RGB", (2 * left.width, left.height))
-        both.paste(left, (0, 0))
-        both.paste(panels[step_of_frame(index, len(flow))], (left.width, 0))
-        yield both
-
-
 def _checked(flow: Tensor | np.ndarray, ndim: int) -> np.ndarray:
-    array = (
-        flow.detach().float().cpu().numpy()
-        if isinstance(flow, torch.Tensor)
-        else np.asarray(flow, np.float32)
-    )
+    values = flow.detach().float().cpu().numpy() if isinstance(flow, Tensor) else flow
+    array = np.asarray(values, np.float32)
     if array.ndim != ndim or array.shape[-1] != 2 or 0 in array.shape:
         axes = {3: "[H, W, 2]", 4: "[P, H, W, 2]"}[ndim]
         raise ValueError(f"flow must be {axes}; got {list(array.shape)}")
     if not np.isfinite(array).all():
         raise ValueError("flow has values that are not finite")
     return array
-
-
-def _pairs_to_next(num_pairs: int, sf: int) -> list[int]:
-    """Places of the pairs (i, i + 1) among the pairs i <= j < i + sf, in order of i, then j."""
-    places, place, num_frames = [], 0, 1
-    while sum(min(sf, num_frames - i) for i in range(num_frames)) < num_pairs:
-        num_frames += 1
-    counts = [min(sf, num_frames - i) for i in range(num_frames)]
-    if sum(counts) != num_pairs or num_frames < 2 or sf < 2:
-        raise ValueError(f"{num_pairs} pairs do not make a flow of two or more latent frames with sf={sf}")
-    for count in counts[:-1]:
-        places.append(place + 1)
-        place += count
-    return places
 
 
 def _strength(flow: np.ndarray, largest: float | None) -> np.ndarray:
@@ -217,7 +282,7 @@ def _colours(flow: np.ndarray, saturation: np.ndarray) -> Image.Image:
 
 
 def _colour_layer(flow: np.ndarray, largest: float | None, size: tuple[int, int]) -> Image.Image:
-    """Full colours whose opacity is the length of the flow, between tokens from one to the next."""
+    """Full colours whose opacity is the length of the flow, which is interpolated between tokens."""
     sides = [Image.fromarray(np.ascontiguousarray(flow[..., axis])) for axis in (0, 1)]
     smooth = np.stack([np.asarray(side.resize(size, Image.Resampling.BILINEAR)) for side in sides], axis=-1)
     largest = float(np.linalg.norm(flow, axis=-1).max()) if largest is None else largest
@@ -228,33 +293,27 @@ def _colour_layer(flow: np.ndarray, largest: float | None, size: tuple[int, int]
 
 
 def _arrow_layer(
-    flow: np.ndarray,
-    size: tuple[int, int],
-    colour: tuple[int, ...] = _WHITE,
-    rim: tuple[int, ...] | None = _DARK,
+    flow: np.ndarray, size: tuple[int, int], colour: Colour = _WHITE, rim: Colour | None = _DARK
 ) -> Image.Image:
     """Arrows from the middles of tokens; a rim keeps them legible on any frame."""
     height, width = flow.shape[:2]
-    token = (size[0] / width, size[1] / height)
-    every = max(1, round(_SPACING / min(token)))
-    thick = max(1.5, min(token) * every / 16)
-    sketch = Sketch(size)
-    arrows = []
-    for row in range(every // 2, height, every):
-        for col in range(every // 2, width, every):
-            start = ((col + 0.5) * token[0], (row + 0.5) * token[1])
-            drow, dcol = flow[row, col] * (np.hypot(*flow[row, col]) >= LEAST_ARROW)
-            arrows.append((start, (start[0] + dcol * token[0], start[1] + drow * token[1])))
-    for start, end in arrows:
-        if rim is not None:
-            draw_arrow(sketch, start, end, rim, thick + 2)
-    for start, end in arrows:
-        draw_arrow(sketch, start, end, colour, thick)
-    return sketch.layer()
+    token = np.array([size[1] / height, size[0] / width])
+    every = max(1, round(_SPACING / token.min()))
+    thick = max(1.5, token.min() * every / 16)
+    moves = flow * (np.linalg.norm(flow, axis=-1, keepdims=True) >= LEAST_ARROW)
+    layer = fine_layer(size)
+    draw = ImageDraw.Draw(layer)
+    for ink, line in ((rim, thick + 2), (colour, thick)):
+        for row, col in np.ndindex(height, width):
+            if ink is not None and row % every == every // 2 and col % every == every // 2:
+                start = (np.array([row, col]) + 0.5) * token * FINER
+                end = start + moves[row, col] * token * FINER
+                draw_arrow(draw, (start[1], start[0]), (end[1], end[0]), ink, line * FINER)
+    return layer
 
 
 def _with_wheel(picture: Image.Image) -> Image.Image:
-    """The legend in the lower right corner."""
+    """Return the picture with the legend in its lower right corner."""
     size = min(WHEEL_SIZE, min(picture.size) // 4)
     layer = Image.new("RGBA", picture.size)
     layer.paste(flow_wheel(size), (picture.width - size - _MARGIN, picture.height - size - _MARGIN))

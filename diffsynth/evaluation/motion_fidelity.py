@@ -1,4 +1,4 @@
-"""Motion fidelity: how alike the directions of motion in two videos are, whatever they show and wherever.
+"""Motion fidelity: how alike the directions of motion in two videos are, whatever the videos show.
 
 Yatim et al., "Space-Time Diffusion Features for Zero-Shot Text-Driven Motion Transfer" (CVPR 2024): the
 measure that DiTFlow and FastVMT report too. With the steps v_k of a tracklet from frame to frame,
@@ -18,8 +18,8 @@ from os import PathLike
 import numpy as np
 import torch
 
+from diffsynth.data.tensors import Video
 from diffsynth.evaluation.trackers import Tracklets, track_points
-from diffsynth.evaluation.tracking import Frames
 
 # Shorter steps, in pixels a frame, are rest: what is left of a still picture after compression.
 LEAST_STEP = 0.1
@@ -29,33 +29,51 @@ _ROWS = 512  # tracklets that are compared at once with all of the other video
 
 
 def motion_fidelity(
-    generated: Frames,
-    reference: Frames,
+    generated: Video,
+    reference: Video,
     *,
     tracker: str = "auto",
     grid: int = 40,
     checkpoint: str | PathLike | None = None,
     device: str | torch.device = "auto",
 ) -> float:
-    """The score of two videos of as many frames, -1 to 1; 1 for a video and itself.
+    """Return the score of two videos of as many frames, -1 to 1; a video and itself score 1.
 
-    tracker, grid, checkpoint, device: see `track_points`; both videos are tracked alike. Sizes may differ.
     Scores of different trackers, grids or frame counts are not comparable.
-    Raises what `track_points` and `tracklet_fidelity` raise.
+
+    Args:
+        generated: the video to measure.
+        reference: the video whose motion it follows; its size may differ.
+        tracker: the method of `track_points`.
+        grid: as for `track_points`.
+        checkpoint: as for `track_points`.
+        device: as for `track_points`.
+
+    Raises:
+        What `track_points` and `tracklet_fidelity` raise.
     """
-    options = {"method": tracker, "grid": grid, "checkpoint": checkpoint, "device": device}
-    return tracklet_fidelity(track_points(generated, **options), track_points(reference, **options))
+    own, other = (
+        track_points(video, method=tracker, grid=grid, checkpoint=checkpoint, device=device)
+        for video in (generated, reference)
+    )
+    return tracklet_fidelity(own, other)
 
 
 def tracklet_fidelity(generated: Tracklets, reference: Tracklets, *, least_step: float = LEAST_STEP) -> float:
-    """The score of two sets of tracklets over as many frames, -1 to 1.
+    """Return the score of two sets of tracklets over as many frames, -1 to 1.
 
-    Where the published formula says nothing: steps shorter than least_step pixels are rest; two rests agree
-    (1), rest and motion neither agree nor disagree (0). corr is the mean over the steps in which both points
-    are seen at either end; it is divided by half of all steps if those are fewer. Tracklets seen in less than
-    half of their steps are left out.
-    Raises ValueError if the frame counts differ or are below 2, if least_step is negative, and if no
-    tracklet of a video is seen long enough.
+    Where the published formula says nothing: two rests agree (1), rest and motion neither agree nor disagree
+    (0). corr is the mean over the steps in which both points are seen at either end; it is divided by half of
+    all steps if those are fewer. Tracklets seen in less than half of their steps are left out.
+
+    Args:
+        generated: tracklets of the video to measure.
+        reference: tracklets of the reference.
+        least_step: shorter steps, in pixels, are rest.
+
+    Raises:
+        ValueError: the frame counts differ or are below 2, least_step is negative, or no tracklet of a video
+            is seen long enough.
     """
     _check(generated, reference, least_step)
     own, own_seen = _kept("generated", *_directions(generated, least_step))
@@ -72,12 +90,19 @@ def tracklet_fidelity(generated: Tracklets, reference: Tracklets, *, least_step:
 
 
 def paired_fidelity(generated: Tracklets, reference: Tracklets, *, least_step: float = LEAST_STEP) -> float:
-    """Mean corr, -1 to 1, of the tracklets that start at the same place of the same grid.
+    """Return the mean corr, -1 to 1, of the tracklets that start at the same place of the same grid.
 
-    Ours, not published: unlike `tracklet_fidelity` it asks that motion happens where it did, and a few
-    tracklets that go astray hardly change it. It is fair only to methods that keep the layout.
-    The rest is as in `tracklet_fidelity`; pairs seen together in less than half of their steps are left out.
-    Raises ValueError for sets of different sizes and if no pair is left, and as `tracklet_fidelity`.
+    This measure is not published. Unlike `tracklet_fidelity` it asks that motion happens at the same place,
+    and a few tracklets that go astray hardly change it. It is fair only to methods that keep the layout.
+    Pairs seen together in less than half of their steps are left out.
+
+    Args:
+        generated: tracklets of the video to measure.
+        reference: tracklets of the reference, from the same grid.
+        least_step: as for `tracklet_fidelity`.
+
+    Raises:
+        ValueError: the sets differ in size, no pair is left, or as `tracklet_fidelity`.
     """
     _check(generated, reference, least_step)
     if len(generated.points) != len(reference.points):
@@ -105,8 +130,9 @@ def _check(generated: Tracklets, reference: Tracklets, least_step: float) -> Non
 
 
 def _directions(tracklets: Tracklets, least_step: float) -> tuple[np.ndarray, np.ndarray]:
-    """Unit steps as three numbers each, (row, column, 0) or (0, 0, 1) at rest or zeros if unseen, so that
-    the product of two is their agreement: float32 [N, (T - 1) * 3]; and which are seen: float32 [N, T - 1].
+    """Return unit steps, float32 [N, (T - 1) * 3], and which of them are seen, float32 [N, T - 1].
+
+    A step is (row, column, 0), (0, 0, 1) at rest, or zeros if unseen, so that a product is an agreement.
     """
     steps = np.diff(tracklets.points, axis=1)
     seen = tracklets.visible[:, 1:] & tracklets.visible[:, :-1]
@@ -118,7 +144,7 @@ def _directions(tracklets: Tracklets, least_step: float) -> tuple[np.ndarray, np
 
 
 def _kept(name: str, directions: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the tracklets that are seen long enough."""
+    """Return those of the tracklets that are seen long enough."""
     kept = seen.mean(1) >= LEAST_SEEN
     if not kept.any():
         raise ValueError(

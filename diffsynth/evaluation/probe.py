@@ -1,7 +1,7 @@
 """How well attention motion flow (AMF) reads true motion in a checkpoint: by block, head, noise and tau.
 
 Clips with known motion are encoded and noised; for each block of the DiT, the displacement that its attention
-reads at object tokens is held against the true one. `probe_report` has what comes out.
+reads at object tokens is compared with the true one. `probe_report` holds the result.
 Axes: R readings (each head, then the two head averages), N heads, D head width, F latent frames, H/W token
 rows/columns, S = H * W, P frame pairs, M tokens compared. Displacements are (row, column) in tokens.
 """
@@ -28,11 +28,11 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 SIGMAS = (0.95, 0.85, 0.7, 0.5, 0.3)
 TAUS = (1.0, 2.0, 4.0, 8.0, 16.0)
 PROMPTS = ("", "caption")
-# Motion that can be seen: a circle that spins looks the same, and what rests says nothing.
+# Only motion that is visible: a spinning circle looks the same, and a resting object gives no signal.
 PROBE_SCENES = SceneOptions(spin=0, still=0)
-# First number of the clips' seeds, so that clips drawn elsewhere by two numbers are others.
+# First number of the clips' seeds, so that they differ from clips that are drawn elsewhere by two numbers.
 PROBE_SEED = 101
-# A DiT narrower than SMALL_DIM is a small one, made for pictures of SMALL_GRID x SMALL_GRID tokens.
+# A DiT narrower than SMALL_DIM counts as small, made for pictures of SMALL_GRID x SMALL_GRID tokens.
 SMALL_DIM = 1024
 SMALL_GRID = 8
 FULL_SIZE = (480, 832)
@@ -42,13 +42,21 @@ ATTENTION_BYTES = 64 * 2**20
 
 
 def read_displacements(q: Tensor, k: Tensor, truth: TrueFlow, taus: Sequence[float]) -> Tensor:
-    """What dense AMF reads at the counted tokens of `truth`, in each reading and at each tau.
+    """Return what dense AMF reads at the counted tokens of `truth`, in each reading and at each tau.
 
-    q, k [F, H, W, N, D] -> [R, taus, M, 2] in tokens; the readings are the N heads, then HEAD_MEANS. As
-    `attention_motion_flow`, with all heads and taus on the same logits and only the counted queries.
+    This is `attention_motion_flow` with all heads and taus on the same logits, and only the counted queries.
+
+    Args:
+        q: queries [F, H, W, N, D].
+        k: keys [F, H, W, N, D].
+        truth: true motion, which says what is counted.
+        taus: factors on the logits.
+
+    Returns:
+        [R, taus, M, 2] in tokens; the readings are the N heads, then HEAD_MEANS.
     """
     q, k = precise(q).flatten(1, 2).transpose(1, 2), precise(k).flatten(1, 2).transpose(1, 2)
-    positions = token_positions(*truth.counted.shape[1:], q)
+    positions = token_positions(truth.counted.shape[1], truth.counted.shape[2], q)
     scale = q.shape[-1] ** -0.5
     at_a_time = max(
         1, ATTENTION_BYTES // ((q.shape[1] + len(HEAD_MEANS)) * len(positions) * q.element_size())
@@ -68,9 +76,17 @@ def read_displacements(q: Tensor, k: Tensor, truth: TrueFlow, taus: Sequence[flo
 def block_features(
     dit: WanModel, latents: Tensor, timestep: Tensor, context: Tensor, blocks: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`WanModel.features` of several blocks in one run of the DiT: (q, k) [F, H, W, N, D], block by block.
+    """Yield `WanModel.features` of several blocks in one run of the DiT.
 
-    latents [1, C, F, h, w], timestep [1], context [1, L, text_dim]; blocks in rising order.
+    Args:
+        dit: the model.
+        latents: [1, C, F, h, w].
+        timestep: [1].
+        context: [1, L, text_dim].
+        blocks: from 0, in rising order.
+
+    Yields:
+        (q, k), each [F, H, W, N, D], block by block.
     """
     state = dit.embed(latents, timestep, context)
     for index, block in enumerate(dit.blocks[: blocks[-1] + 1]):
@@ -82,8 +98,10 @@ def block_features(
 
 
 def natural_size(pipe: WanVideoPipeline) -> tuple[int, int, int]:
-    """(frames, height, width) to probe at: those that the checkpoint's config.json names, else 5 latent
-    frames (17 frames at 4x) of 480 x 832 pixels, or, for a DiT narrower than 1024, of 8 x 8 tokens.
+    """Return the (frames, height, width) to probe at.
+
+    These are the ones that the checkpoint's config.json names, else 5 latent frames (17 frames at 4x) of
+    480 x 832 pixels, or, for a DiT narrower than 1024, of 8 x 8 tokens.
     """
     frames = pipe.vae.temporal_factor * (NATURAL_LATENT_FRAMES - 1) + 1
     small = pipe.dit.dim < SMALL_DIM
@@ -93,7 +111,7 @@ def natural_size(pipe: WanVideoPipeline) -> tuple[int, int, int]:
 
 
 def token_size_of(pipe: WanVideoPipeline) -> tuple[int, int]:
-    """(rows, columns) of pixels that a token of this checkpoint covers."""
+    """Return the (rows, columns) of pixels that a token of this checkpoint covers."""
     rows, cols = (pipe.vae.spatial_factor * side for side in pipe.dit.patch_size[1:])
     return rows, cols
 
@@ -116,27 +134,42 @@ def probe_motion(
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> ProbeResult:
-    """Correlation and slope of read on true displacement, per block, reading, noise level and temperature.
+    """Measure correlation and slope of read on true displacement by block, reading, noise level and tau.
 
-    clips: how many to draw, or the clips themselves. height, width, num_frames (by default `natural_size`)
-    and scenes (by default PROBE_SCENES): of drawn clips; seed: of these and of the noise, one for each clip.
-    sigmas: noise levels in (0, 1]: (1 - sigma) * clean + sigma * noise at timestep 1000 * sigma.
-    taus: factors on the logits. blocks: from 0, all by default. sf, tokens: see `true_flow`.
-    prompt: "", as a reference is read, or "caption", the clip's own.
-    progress: wraps the list of runs of the DiT, one for each clip and noise level.
-    Pooled over clips, pairs of frames, tokens and both components. Raises ValueError, naming the argument,
-    before any model runs; also if the clips have no motion. RuntimeError for features that are not finite.
+    Samples are pooled over clips, pairs of frames, tokens and both components.
+
+    Args:
+        pipe: the model.
+        clips: how many to draw, or the clips themselves.
+        sigmas: noise levels in (0, 1]: (1 - sigma) * clean + sigma * noise at timestep 1000 * sigma.
+        taus: factors on the logits.
+        blocks: of the DiT, from 0; None for all.
+        sf: as for `true_flow`.
+        tokens: as for `true_flow`.
+        prompt: "", as a reference is read, or "caption" for the clip's own.
+        height: of drawn clips, in pixels; by default as in `natural_size`, likewise the next two.
+        width: of drawn clips, in pixels.
+        num_frames: of drawn clips.
+        scenes: of drawn clips; None for PROBE_SCENES.
+        seed: of drawn clips and of the noise, of which each clip has one.
+        progress: wraps the list of runs of the DiT, one for each clip and noise level.
+
+    Raises:
+        ValueError: an argument is out of range, or the clips have no motion; raised before any model runs.
+        RuntimeError: features are not finite.
     """
     taus = tuple(map(float, taus))
     sigmas = tuple(map(float, sigmas))
     blocks = _check_options(pipe, sigmas, taus, blocks, prompt)
-    drawn = (height, width, num_frames, scenes)
-    clips = _draw(pipe, clips, *drawn, seed) if isinstance(clips, int) else _given(clips, drawn)
+    if isinstance(clips, int):
+        clips = _draw(pipe, clips, height, width, num_frames, scenes, seed)
+    else:
+        clips = _checked_clips(clips, (height, width, num_frames, scenes))
     token_size, factor = token_size_of(pipe), pipe.vae.temporal_factor
     truths = [
         true_flow(clip, token_size=token_size, temporal_factor=factor, sf=sf, tokens=tokens) for clip in clips
     ]
-    blind = agreement(sum(moments_by_distance(t, t.blind[t.counted], sf) for t in truths))
+    blind = agreement(np.sum([moments_by_distance(t, t.blind[t.counted], sf) for t in truths], axis=0))
     latents, contexts = _encode(pipe, clips, prompt)
     generator = torch.Generator().manual_seed(seed)
     noises = [torch.randn(z.shape, generator=generator).to(z) for z in latents]
@@ -182,10 +215,10 @@ def _check_options(
     blocks: Sequence[int] | None,
     prompt: str,
 ) -> tuple[int, ...]:
-    """The blocks to read, in rising order."""
-    for name, given in (("sigmas", sigmas), ("taus", taus)):
-        if not given or len(set(given)) < len(given):
-            raise ValueError(f"{name} must be one or more different numbers; got {given}")
+    """Return the blocks to read, in rising order. Raises ValueError for an option out of range."""
+    for name, numbers in (("sigmas", sigmas), ("taus", taus)):
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise ValueError(f"{name} must be one or more different numbers; got {numbers}")
     if not all(0 < sigma <= 1 for sigma in sigmas):
         raise ValueError(f"sigmas must be in (0, 1]; got {sigmas}")
     for tau in taus:
@@ -228,7 +261,7 @@ def _draw(
     ]
 
 
-def _given(clips: Sequence[SyntheticClip], drawn: tuple) -> list[SyntheticClip]:
+def _checked_clips(clips: Sequence[SyntheticClip], drawn: tuple) -> list[SyntheticClip]:
     if any(option is not None for option in drawn):
         raise ValueError("height, width, num_frames and scenes are for drawn clips; these have their own")
     sizes = {clip.frames.shape[:3] for clip in clips}
@@ -240,7 +273,7 @@ def _given(clips: Sequence[SyntheticClip], drawn: tuple) -> list[SyntheticClip]:
 def _encode(
     pipe: WanVideoPipeline, clips: list[SyntheticClip], prompt: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Clean latents [1, C, F, h, w] and context [1, L, text_dim] of each clip."""
+    """Return clean latents [1, C, F, h, w] and context [1, L, text_dim] of each clip."""
     with pipe.residency.using("vae"):
         latents = [
             pipe.vae.encode(video_to_tensor(clip.frames, *clip.frames.shape[:3]), tiled=True)

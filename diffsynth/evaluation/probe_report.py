@@ -1,4 +1,4 @@
-"""What a motion probe found: the best readings, a table, a heat map, files, and settings for guidance.
+"""The result of a motion probe: the best readings, a table, a heat map, files, settings for guidance.
 
 Axes of the arrays: blocks, readings (heads by number, then the head averages by name), sigmas, taus.
 """
@@ -6,9 +6,14 @@ Axes of the arrays: blocks, readings (heads by number, then the head averages by
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+
+from diffsynth.evaluation.figures import heat_maps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEAD_MEANS = ("mean_qk", "mean_logits")
 ARRAYS = ("correlation", "slope", "partial_correlation", "partial_slope")
@@ -17,20 +22,22 @@ KINDS = ("partial", "whole")
 GUIDED_SIGMAS = (0.5, 0.95)
 JSON_NAME, TABLE_NAME, IMAGE_NAME = "probe.json", "probe.md", "probe.png"
 
-CELL = (66, 18)  # pixels, (width, height)
-LABELS, TITLE, MARGIN = 60, 18, 12
-MOST_WIDE = 2400
-# Colours of correlation 1 and -1; 0 is white.
-POSITIVE, NEGATIVE = (178, 24, 43), (33, 102, 172)
-INK, PAPER = (30, 30, 30), (255, 255, 255)
-
 # All noise levels, one of them, or those from a lowest to a highest.
 SigmaChoice = float | tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeRow:
-    """A way to read motion. heads: as `MotionGuidance` takes them. correlation, slope: means over sigmas."""
+    """One way to read motion, and how well it follows true motion.
+
+    Attributes:
+        block: of the DiT, from 0.
+        heads: as `MotionGuidance` takes them.
+        tau: factor on the logits.
+        sigmas: noise levels of the means below.
+        correlation: of read and true displacement, mean over sigmas.
+        slope: of read on true displacement, mean over sigmas.
+    """
 
     block: int
     heads: str | tuple[int, ...]
@@ -44,14 +51,31 @@ class ProbeRow:
 class ProbeResult:
     """How well each reading of each block follows true motion.
 
-    correlation, slope, partial_correlation, partial_slope: float64 [blocks, readings, sigmas, taus] of read
-    on true displacement (`probe_truth.Agreement`); a perfect reading has 1 in all. blocks, readings, sigmas,
-    taus: what their axes are.
-    blind: the correlation of attention that sees nothing (equal weights: the way to the picture's middle).
-    It is far above 0, since what moves in a picture cannot but move inwards. The partial numbers leave that
-    out, so these rank (kind="partial"); kind="whole" ranks by the plain ones.
-    num_samples: tokens compared in each cell, over num_clips clips of size (frames, height, width).
-    sf, tokens, prompt, seed: as probed. Raises ValueError if arrays and axes do not fit.
+    A perfect reading has 1 in all four arrays, float64 [blocks, readings, sigmas, taus], of read on true
+    displacement (see `probe_truth.Agreement`). Attention that sees nothing (equal weights: the way to the
+    picture's middle) has a correlation far above 0, since what moves in a picture cannot but move inwards.
+    The partial numbers leave that out, so these rank (kind="partial"); kind="whole" ranks by the plain ones.
+
+    Attributes:
+        correlation: the plain correlations.
+        slope: the plain slopes.
+        partial_correlation: correlations without what attention that sees nothing predicts.
+        partial_slope: slopes without that.
+        blocks: of the DiT, from 0.
+        readings: heads by number, then the averages over heads by name.
+        sigmas: noise levels.
+        taus: factors on the logits.
+        blind: the plain correlation of attention that sees nothing.
+        num_clips: how many clips were read.
+        num_samples: tokens compared in each cell.
+        size: (frames, height, width) of the clips.
+        sf: pairs of latent frames up to sf - 1 apart were compared.
+        tokens: "object" or "all".
+        prompt: "" or "caption".
+        seed: of clips and noise.
+
+    Raises:
+        ValueError: arrays and axes do not fit.
     """
 
     correlation: np.ndarray
@@ -81,11 +105,17 @@ class ProbeResult:
                 )
 
     def best(self, sigma: SigmaChoice = None, count: int | None = 1, kind: str = "partial") -> list[ProbeRow]:
-        """The readings that follow motion best, best first, each at its best tau; `count` of them, or all.
+        """Return the readings that follow motion best, best first, each at its best tau.
 
-        sigma: None for the mean over all noise levels, one of them, or (lowest, highest) for those between.
         The score is the correlation; where two are equal to two decimals, the slope nearer to 1 wins.
-        Raises ValueError if no probed noise level is meant, or for an unknown kind.
+
+        Args:
+            sigma: None for the mean over all noise levels, one of them, or (lowest, highest) for a range.
+            count: how many readings; None for all.
+            kind: "partial" or "whole".
+
+        Raises:
+            ValueError: no probed noise level is in the range, or the kind is unknown.
         """
         rows = [
             min(self._at_each_tau(b, r, self._sigmas_at(sigma), kind), key=_rank)
@@ -110,7 +140,7 @@ class ProbeResult:
         ]
 
     def _values(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Correlations and slopes of a kind."""
+        """Return correlations and slopes of a kind."""
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
         if kind == "whole":
@@ -127,10 +157,14 @@ class ProbeResult:
         return at
 
     def table(self, count: int | None = None, sigma: SigmaChoice = None, kind: str = "partial") -> str:
-        """Markdown: a row for each block and reading at its best tau, best first, as `best` ranks them.
+        """Return a Markdown table of each block and reading at its best tau, in the order of `best`.
 
-        count: rows, all by default. Cells are correlation / slope of a kind at each noise level, then their
-        means over `sigma`.
+        Cells are correlation / slope at each noise level, then their means over `sigma`.
+
+        Args:
+            count: number of rows; None for all.
+            sigma: as for `best`.
+            kind: as for `best`.
         """
         correlation, slope = self._values(kind)
         frames, height, width = self.size
@@ -148,30 +182,30 @@ class ProbeResult:
         for row in self.best(sigma, count, kind):
             reading = row.heads if isinstance(row.heads, str) else row.heads[0]
             b, r, t = self.blocks.index(row.block), self.readings.index(reading), self.taus.index(row.tau)
-            cells = [
-                *zip(correlation[b, r, :, t], slope[b, r, :, t], strict=True),
-                (row.correlation, row.slope),
-            ]
-            texts = [
-                str(row.block),
-                _name(reading),
-                f"{row.tau:g}",
-                *(f"{c:.2f} / {m:.2f}" for c, m in cells),
-            ]
-            lines.append(f"| {' | '.join(texts)} |")
+            numbers = [*zip(correlation[b, r, :, t], slope[b, r, :, t], strict=True)]
+            cells = [f"{c:.2f} / {m:.2f}" for c, m in (*numbers, (row.correlation, row.slope))]
+            lines.append(f"| {' | '.join([str(row.block), _name(reading), f'{row.tau:g}', *cells])} |")
         return "\n".join(lines) + "\n"
 
-    def heat_map(self, tau: float | None = None, kind: str = "partial") -> Image.Image:
-        """Correlations of a kind, blocks by readings, a panel for each noise level; the best has a frame.
+    def heat_map(self, tau: float | None = None, kind: str = "partial") -> "Figure":
+        """Draw correlations, blocks by readings, with a panel for each noise level; the best has a frame.
 
-        tau: one of the probed ones; by default each cell shows its best tau at that noise level.
-        Raises ValueError for a tau that was not probed.
+        Args:
+            tau: one of the probed ones; None shows in each cell its best tau at that noise level.
+            kind: "partial" or "whole".
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ValueError: the tau was not probed, or the kind is unknown.
+            ImportError: matplotlib is not installed.
         """
         if tau is not None and tau not in self.taus:
             raise ValueError(f"tau must be one of the probed {self.taus}; got {tau!r}")
         correlation = self._values(kind)[0]
         shown = correlation.max(-1) if tau is None else correlation[..., self.taus.index(tau)]
-        return _draw_panels(
+        return heat_maps(
             np.moveaxis(shown, 2, 0),
             [f"sigma {sigma:g}" for sigma in self.sigmas],
             [f"block {block}" for block in self.blocks],
@@ -181,7 +215,14 @@ class ProbeResult:
         )
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write probe.json, probe.md and probe.png into a folder, over those there; returns their paths."""
+        """Write probe.json, probe.md and probe.png into a folder; existing ones are replaced.
+
+        Returns:
+            Their paths.
+
+        Raises:
+            ImportError: matplotlib is not installed; the first two files are written all the same.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -189,14 +230,19 @@ class ProbeResult:
         paths = [folder / name for name in (JSON_NAME, TABLE_NAME, IMAGE_NAME)]
         paths[0].write_text(json.dumps(values))
         paths[1].write_text(f"{self.table()}\n{self.table(kind='whole')}")
-        self.heat_map().save(paths[2])
+        self.heat_map().savefig(paths[2])
         return paths
 
     @classmethod
     def load(cls, path: str | Path) -> "ProbeResult":
-        """The result saved in a folder, or in its probe.json.
+        """Read the result saved in a folder.
 
-        Raises FileNotFoundError if there is none, ValueError if the file holds something else.
+        Args:
+            path: the folder, or the probe.json in it.
+
+        Raises:
+            FileNotFoundError: there is no result.
+            ValueError: the file holds something else.
         """
         path = Path(path)
         path = path / JSON_NAME if path.is_dir() else path
@@ -212,8 +258,14 @@ class ProbeResult:
 
 
 def suggest(result: ProbeResult, sigma: SigmaChoice = GUIDED_SIGMAS) -> dict[str, object]:
-    """Fields of `MotionGuidance` that read motion best over noise levels (by default where guidance acts):
-    block, heads, tau. Raises ValueError if no noise level there was probed.
+    """Return the fields of `MotionGuidance` that read motion best: block, heads and tau.
+
+    Args:
+        result: of `probe_motion`.
+        sigma: the noise levels that count, as for `ProbeResult.best`; by default those where guidance acts.
+
+    Raises:
+        ValueError: no noise level there was probed.
     """
     row = result.best(sigma)[0]
     return {"block": row.block, "heads": row.heads, "tau": row.tau}
@@ -225,50 +277,3 @@ def _rank(row: ProbeRow) -> tuple[float, float]:
 
 def _name(reading: int | str) -> str:
     return reading if isinstance(reading, str) else f"head {reading}"
-
-
-def _draw_panels(
-    values: np.ndarray, titles: list[str], rows: list[str], cols: list[str], headline: str
-) -> Image.Image:
-    """Values in [-1, 1], [panels, rows, columns], as tables of colours, as many side by side as fit."""
-    panel = (LABELS + len(cols) * CELL[0] + MARGIN, 2 * TITLE + len(rows) * CELL[1] + MARGIN)
-    beside = max(1, min(len(values), MOST_WIDE // panel[0]))
-    font = ImageFont.load_default()
-    probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    width = max(beside * panel[0], int(probe.textlength(headline, font)) + 2 * MARGIN)
-    image = Image.new("RGB", (width, TITLE + MARGIN + -(-len(values) // beside) * panel[1]), PAPER)
-    draw = ImageDraw.Draw(image)
-    draw.text((MARGIN, 4), headline, INK, font)
-    best = np.unravel_index(values.argmax(), values.shape)
-    for index, (table, title) in enumerate(zip(values, titles, strict=True)):
-        left = (index % beside) * panel[0]
-        top = TITLE + MARGIN + (index // beside) * panel[1]
-        draw.text((left + LABELS, top + 3), title, INK, font)
-        for col, name in enumerate(cols):
-            _centred(draw, (left + LABELS + col * CELL[0], top + TITLE), name, INK, font)
-        for row, name in enumerate(rows):
-            y = top + 2 * TITLE + row * CELL[1]
-            draw.text((left + MARGIN, y + 3), name, INK, font)
-            for col, value in enumerate(table[row]):
-                x = left + LABELS + col * CELL[0]
-                edge = INK if (index, row, col) == best else None
-                draw.rectangle(
-                    (x, y, x + CELL[0] - 2, y + CELL[1] - 2), _colour(value), edge, 2 if edge else 0
-                )
-                _centred(draw, (x, y), f"{value:.2f}", PAPER if abs(value) > 0.6 else INK, font)
-    return image
-
-
-def _centred(
-    draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, colour: tuple, font: ImageFont.ImageFont
-) -> None:
-    """Text in the middle of the cell whose upper left corner is given."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, font)
-    x = corner[0] + (CELL[0] - 1 - right - left) / 2
-    draw.text((x, corner[1] + (CELL[1] - 1 - bottom - top) / 2), text, colour, font)
-
-
-def _colour(value: float) -> tuple[int, int, int]:
-    full = np.array(POSITIVE if value > 0 else NEGATIVE)
-    red, green, blue = (np.array(PAPER) + abs(value) * (full - PAPER)).round().astype(int)
-    return int(red), int(green), int(blue)

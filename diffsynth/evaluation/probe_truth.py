@@ -1,4 +1,4 @@
-"""What a perfect reading of motion would give on a clip with known motion, and how near another comes.
+"""The true motion of a clip with known motion, and how well a reading agrees with it.
 
 Axes: F latent frames, H/W token rows/columns, P frame pairs, M tokens compared. Displacements are (row,
 column) in tokens.
@@ -18,8 +18,10 @@ TOKENS = ("object", "all")
 class TrueFlow:
     """True motion of a clip on the token grid.
 
-    pairs: P pairs (i, j) of latent frames, i < j. flow: float32 [P, H, W, 2], from i to j, in tokens.
-    counted: bool [P, H, W], the tokens of frame i to compare; flow is 0 elsewhere.
+    Attributes:
+        pairs: P pairs (i, j) of latent frames, i < j.
+        flow: float32 [P, H, W, 2], displacement from i to j in tokens; 0 where a token is not counted.
+        counted: bool [P, H, W], the tokens of frame i to compare.
     """
 
     pairs: list[tuple[int, int]]
@@ -28,9 +30,9 @@ class TrueFlow:
 
     @property
     def blind(self) -> np.ndarray:
-        """What attention that sees nothing reads, the way to the picture's middle: [P, H, W, 2]."""
+        """The reading of attention that sees nothing, the way to the picture's middle: [P, H, W, 2]."""
         grid = np.array(self.counted.shape[1:])
-        way = (grid - 1) / 2 - np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1)
+        way = (grid - 1) / 2 - np.moveaxis(np.mgrid[: grid[0], : grid[1]], 0, -1)
         return np.broadcast_to(way, self.flow.shape)
 
 
@@ -42,16 +44,24 @@ def true_flow(
     sf: int = 4,
     tokens: str = "object",
 ) -> TrueFlow:
-    """The displacements that a perfect reading gives, for pairs of latent frames i < j < i + sf.
+    """Return the displacements of a perfect reading, for pairs of latent frames i < j < i + sf.
 
-    token_size: (rows, columns) of pixels of a token. Latent frame 0 is frame 0; latent frame i > 0 covers the
-    `temporal_factor` frames up to frame i * temporal_factor (beyond the clip's end, repeats of its last one).
-    A point's position in it is the mean over these; what a token shows is taken from the middle one (the
-    later of two). A token belongs to a layer, background or object, with at least half of its pixels, and
-    moves by the mean over these.
-    tokens: "object" counts the tokens of objects; "all" those of the background, too. Tokens that end outside
-    of the picture do not count: there is nothing to attend to. An end behind another object counts.
-    Raises ValueError for sizes that do not fit, a clip of one latent frame, or another name of tokens.
+    Latent frame 0 is frame 0; latent frame i > 0 covers the `temporal_factor` frames up to frame
+    i * temporal_factor (beyond the clip's end, repeats of its last one). A point's position in it is the mean
+    over these; what a token shows is taken from the middle one (the later of two). A token belongs to a
+    layer, background or object, with at least half of its pixels, and moves by the mean over these. Tokens
+    that end outside of the picture do not count, since there is nothing to attend to; an end behind another
+    object counts.
+
+    Args:
+        clip: with known motion.
+        token_size: (rows, columns) of pixels of a token.
+        temporal_factor: frames in a latent frame.
+        sf: the span of the pairs.
+        tokens: "object" counts the tokens of objects; "all" counts those of the background, too.
+
+    Raises:
+        ValueError: sizes do not fit, the clip has one latent frame only, or `tokens` is another word.
     """
     num_frames, height, width = clip.frames.shape[:3]
     if height % token_size[0] or width % token_size[1]:
@@ -68,7 +78,7 @@ def true_flow(
         )
     covered = [_frames_of(i, temporal_factor, num_frames) for i in range(num_latents)]
     pairs = [(i, j) for i, j in frame_pairs(num_latents, sf) if i != j]
-    flow, counted = [], []
+    flow, counted = list[np.ndarray](), list[np.ndarray]()
     for i in range(num_latents - 1):
         middle = covered[i][len(covered[i]) // 2]
         pixels = _pixels_of_layers(clip, middle, token_size, tokens)
@@ -78,21 +88,19 @@ def true_flow(
             step = (moved - here) / token_size
             flow.append(step)
             counted.append(pixels.any((1, 3)) & _ends_inside(step))
-    counted = np.stack(counted)
-    return TrueFlow(
-        pairs=pairs, flow=(np.stack(flow) * counted[..., None]).astype(np.float32), counted=counted
-    )
+    mask = np.stack(counted)
+    return TrueFlow(pairs=pairs, flow=(np.stack(flow) * mask[..., None]).astype(np.float32), counted=mask)
 
 
 def _frames_of(latent: int, temporal_factor: int, num_frames: int) -> list[int]:
-    """The frames that a latent frame covers, in order."""
+    """Return the frames that a latent frame covers, in order."""
     last = temporal_factor * latent
     first = 0 if latent == 0 else last - temporal_factor + 1
     return [min(t, num_frames - 1) for t in range(first, last + 1)]
 
 
 def _by_token(pixels: np.ndarray, token_size: tuple[int, int]) -> np.ndarray:
-    """[rows, columns, ...] -> [H, th, W, tw, ...]."""
+    """Split pixels into tokens: [rows, columns, ...] -> [H, th, W, tw, ...]."""
     (th, tw), (rows, cols) = token_size, pixels.shape[:2]
     return pixels.reshape(rows // th, th, cols // tw, tw, *pixels.shape[2:])
 
@@ -100,7 +108,7 @@ def _by_token(pixels: np.ndarray, token_size: tuple[int, int]) -> np.ndarray:
 def _pixels_of_layers(
     clip: SyntheticClip, frame: int, token_size: tuple[int, int], tokens: str
 ) -> np.ndarray:
-    """In each token, the pixels of the layer that it belongs to, or none: bool [H, th, W, tw]."""
+    """Return the pixels of the layer that each token belongs to, if any: bool [H, th, W, tw]."""
     masks = clip.masks[:, frame]
     if tokens == "all":
         masks = np.concatenate([~masks.any(0, keepdims=True), masks])
@@ -112,7 +120,7 @@ def _pixels_of_layers(
 
 
 def _mean_moves(clip: SyntheticClip, start: int, ends: list[int], pixels: np.ndarray) -> np.ndarray:
-    """From frame `start` to the mean of frames `ends`, over a token's chosen pixels: [H, W, 2] in pixels."""
+    """Return how a token's chosen pixels move from `start` to the mean of `ends`: [H, W, 2] in pixels."""
     token_size = pixels.shape[1::2]
     weights = pixels / np.maximum(pixels.sum((1, 3), keepdims=True), 1)
     moves = [
@@ -123,17 +131,22 @@ def _mean_moves(clip: SyntheticClip, start: int, ends: list[int], pixels: np.nda
 
 
 def _ends_inside(step: np.ndarray) -> np.ndarray:
-    """Whether tokens [H, W, 2] end in the picture: bool [H, W]."""
+    """Return which tokens end in the picture: [H, W, 2] -> bool [H, W]."""
     grid = np.array(step.shape[:2])
-    ends = np.stack(np.mgrid[: grid[0], : grid[1]], axis=-1) + step
+    ends = np.moveaxis(np.mgrid[: grid[0], : grid[1]], 0, -1) + step
     return ((ends >= -0.5) & (ends <= grid - 0.5)).all(-1)
 
 
 def moments(true: np.ndarray, read: np.ndarray, blind: np.ndarray) -> np.ndarray:
-    """Sums that `agreement` needs; samples are pooled by adding them up.
+    """Return the sums that `agreement` needs; samples are pooled by adding them up.
 
-    true, blind [M, 2] and read [..., M, 2] -> float64 [..., 4, 4]: the sums over tokens and both components
-    of all products of 1, true, read and blind.
+    Args:
+        true: displacements [M, 2].
+        read: displacements [..., M, 2].
+        blind: displacements [M, 2] of attention that sees nothing.
+
+    Returns:
+        float64 [..., 4, 4], sums over tokens and both components of all products of 1, true, read and blind.
     """
     parts = np.broadcast_arrays(np.ones(()), true, read, blind)
     samples = np.stack([part.reshape(*part.shape[:-2], -1) for part in parts], axis=-1).astype(np.float64)
@@ -144,9 +157,14 @@ def moments(true: np.ndarray, read: np.ndarray, blind: np.ndarray) -> np.ndarray
 class Agreement:
     """How read displacements agree with true ones, each array [...]; a perfect reading has 1 in all four.
 
-    correlation (Pearson) and slope (least squares of read on true, with an intercept) over all samples.
-    partial_correlation and partial_slope: the same of what is left of both when what `blind` predicts by a
-    straight line is taken off, for each distance in time by itself. Attention that sees nothing has 0 there.
+    The partial numbers are those of what is left of both when the prediction of `blind` by a straight line is
+    taken off, for each distance in time separately. Attention that sees nothing has 0 there.
+
+    Attributes:
+        correlation: Pearson's, over all samples.
+        slope: least squares of read on true, with an intercept, over all samples.
+        partial_correlation: Pearson's, of what is left.
+        partial_slope: the slope of what is left.
     """
 
     correlation: np.ndarray
@@ -156,9 +174,13 @@ class Agreement:
 
 
 def agreement(sums: np.ndarray) -> Agreement:
-    """Agreement of pooled samples, from their `moments` by distance in time: [..., distances, 4, 4].
+    """Return the agreement of pooled samples. A reading that never changes has correlation 0.
 
-    A reading that never changes has correlation 0. Raises ValueError if the truth never changes.
+    Args:
+        sums: `moments` by distance in time, [..., distances, 4, 4].
+
+    Raises:
+        ValueError: the truth never changes.
     """
     spread, by_distance = _covariances(sums.sum(-3)), _covariances(sums)
     shared = by_distance[..., :2, 2:]
@@ -173,7 +195,7 @@ def agreement(sums: np.ndarray) -> Agreement:
 
 
 def _covariances(sums: np.ndarray) -> np.ndarray:
-    """Of true, read and blind, times the count: [..., 4, 4] -> [..., 3, 3]."""
+    """Return the covariances of true, read and blind, times the count: [..., 4, 4] -> [..., 3, 3]."""
     means = sums[..., 0, 1:] / np.maximum(sums[..., :1, 0], 1)
     return sums[..., 1:, 1:] - sums[..., 1:, :1] * means[..., None, :]
 
@@ -190,7 +212,16 @@ def _correlation_and_slope(covariance: np.ndarray, floor: np.ndarray) -> tuple[n
 
 
 def moments_by_distance(truth: TrueFlow, read: np.ndarray, sf: int) -> np.ndarray:
-    """Moments of what is read, [..., M, 2], of pairs 1 to sf - 1 latent frames apart: [..., sf - 1, 4, 4]."""
+    """Return the moments of a reading by distance in time, 1 to sf - 1 latent frames.
+
+    Args:
+        truth: true motion, of which M tokens are counted.
+        read: displacements [..., M, 2].
+        sf: the span of the pairs.
+
+    Returns:
+        [..., sf - 1, 4, 4], as `moments`.
+    """
     distances = np.array([j - i for i, j in truth.pairs]).repeat(truth.counted.sum((1, 2)))
     true, blind = truth.flow[truth.counted], truth.blind[truth.counted]
     return np.stack(

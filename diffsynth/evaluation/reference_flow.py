@@ -1,4 +1,4 @@
-"""Looking at what a reference video would transfer, without generating anything."""
+"""The flow that a reference video would transfer, read without generating anything."""
 
 import torch
 from torch import Tensor
@@ -20,11 +20,20 @@ def reference_flow(
     sigma: float = 0.7,
     seed: int = 0,
 ) -> Tensor:
-    """The attention motion flow of a video, [P, H, W, 2] in tokens, as guidance reads it at noise level
-    sigma.
+    """Return the attention motion flow of a video as guidance reads it.
 
-    motion: which flow, by its mode "effi_AMF" or "AMF"; the published numbers by default.
-    Raises ValueError for another mode, a sigma outside (0, 1], or a video of one frame.
+    Args:
+        pipe: the model.
+        video: two frames or more.
+        motion: which flow, by a mode that has one; None for the published settings.
+        sigma: noise level in (0, 1] at which the flow is read.
+        seed: of the noise.
+
+    Returns:
+        [P, H, W, 2] in tokens, (rows, columns), over the pairs i <= j < i + sf of latent frames.
+
+    Raises:
+        ValueError: the mode has no flow, sigma is out of range, or the video has one frame.
     """
     motion = MotionGuidance() if motion is None else motion
     if motion.mode not in flow_modes():

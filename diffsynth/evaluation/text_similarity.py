@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from diffsynth.data.frames import rgb_frames
-from diffsynth.evaluation.tracking import Frames
+from diffsynth.data.tensors import Video
 from diffsynth.vram_management.memory import choose_device
 
 if TYPE_CHECKING:
@@ -30,34 +30,44 @@ logger = logging.getLogger(__name__)
 DEFAULT_FOLDER = Path("models/clip-vit-base-patch32")
 FOLDER_VARIABLE = "DIFFSYNTH_CLIP"
 # Mean and deviation of RGB from 0 to 1 that CLIPs have been trained with.
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 _BATCH = 16  # frames that are embedded at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """A loaded CLIP: the model, in float32 and in eval mode on its device, and its tokenizer."""
+    """A loaded CLIP.
+
+    Attributes:
+        model: in float32 and in eval mode, on its device.
+        tokenizer: of its texts.
+    """
 
     model: "CLIPModel"
     tokenizer: "PreTrainedTokenizerBase"
 
 
 def load_clip(folder: str | PathLike | None = None, *, device: str | torch.device = "auto") -> Clip:
-    """Read a CLIP as published on Hugging Face (CLIPModel of transformers, with its tokenizer).
+    """Load a CLIP as published on Hugging Face (CLIPModel of transformers, with its tokenizer).
 
-    folder: DIFFSYNTH_CLIP of the environment if None, else models/clip-vit-base-patch32.
-    Raises FileNotFoundError, with the command that fetches it, if the folder or a file of it is not there,
-    and ValueError if its weights are not a whole CLIP.
+    Args:
+        folder: of its files; None for the environment's DIFFSYNTH_CLIP, else models/clip-vit-base-patch32.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: the folder or a file of it is missing; the message has the command that fetches it.
+        ValueError: its weights are not a whole CLIP.
     """
     folder = Path(folder or os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
     _check_files(folder)
     device = choose_device(device)
     from transformers import AutoTokenizer, CLIPModel
 
-    model, report = CLIPModel.from_pretrained(
+    loaded: Any = CLIPModel.from_pretrained(
         folder, local_files_only=True, weights_only=True, output_loading_info=True
     )
+    model, report = loaded
     if report["missing_keys"]:
         raise ValueError(
             f"{folder} is no CLIP: its weights lack {sorted(report['missing_keys'])[0]} and others"
@@ -81,14 +91,17 @@ def _check_files(folder: Path) -> None:
             )
 
 
-def text_similarity(frames: Frames, prompt: str, *, clip: Clip | str | PathLike | None = None) -> float:
-    """Mean over the frames of the cosine between a frame's embedding and the prompt's, -1 to 1.
+def text_similarity(frames: Video, prompt: str, *, clip: Clip | str | PathLike | None = None) -> float:
+    """Return the mean over the frames of the cosine between a frame's embedding and the prompt's, -1 to 1.
 
-    frames: PIL images or uint8 [T, H, W, 3]; of each, CLIP sees the largest square in the middle. Of a
-    prompt longer than CLIP reads (77 tokens), the start alone counts, with a warning in the log.
-    clip: a loaded one, or a folder, see `load_clip`.
-    Raises ValueError for an empty prompt, what `load_clip` raises, and TypeError or ValueError, naming the
-    frame, for what is no video.
+    Args:
+        frames: the video; CLIP sees the largest square in the middle of each frame.
+        prompt: the text. If CLIP reads fewer tokens (77), the start alone counts, with a warning in the log.
+        clip: a loaded one, or a folder as for `load_clip`.
+
+    Raises:
+        ValueError, TypeError: the prompt is empty, or a frame is none.
+        What `load_clip` raises.
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt must be a text with words in it; got {prompt!r}")
@@ -96,12 +109,16 @@ def text_similarity(frames: Frames, prompt: str, *, clip: Clip | str | PathLike 
     return float((_embed_frames(clip, frames) @ _embed_text(clip, prompt)).mean())
 
 
-def temporal_consistency_clip(frames: Frames, *, clip: Clip | str | PathLike | None = None) -> float:
-    """Mean cosine between the embeddings of each frame and the next, -1 to 1; 1 for a still picture.
+def temporal_consistency_clip(frames: Video, *, clip: Clip | str | PathLike | None = None) -> float:
+    """Return the mean cosine between the embeddings of each frame and the next, -1 to 1; still ones have 1.
 
-    frames, clip: as for `text_similarity`.
-    Raises ValueError for a single frame, what `load_clip` raises, and TypeError or ValueError, naming the
-    frame, for what is no video.
+    Args:
+        frames: the video, two frames or more.
+        clip: a loaded one, or a folder as for `load_clip`.
+
+    Raises:
+        ValueError, TypeError: there is a single frame, or a frame is none.
+        What `load_clip` raises.
     """
     clip = clip if isinstance(clip, Clip) else load_clip(clip)
     images = _embed_frames(clip, frames)
@@ -110,10 +127,11 @@ def temporal_consistency_clip(frames: Frames, *, clip: Clip | str | PathLike | N
     return float((images[1:] * images[:-1]).sum(-1).mean())
 
 
-def _embed_frames(clip: Clip, frames: Frames) -> torch.Tensor:
-    """Unit embeddings: float32 [T, D]."""
+def _embed_frames(clip: Clip, frames: Video) -> torch.Tensor:
+    """Return unit embeddings, float32 [T, D]."""
     model = clip.model
-    size = model.config.vision_config.image_size
+    config: Any = model.config  # transformers types its parts as dicts, too
+    size = config.vision_config.image_size
     images = rgb_frames(frames)
     embedded = []
     with torch.no_grad():
@@ -130,22 +148,26 @@ def _batches(images: Iterator[Image.Image]) -> Iterator[list[Image.Image]]:
 
 
 def _pixels(image: Image.Image, size: int) -> torch.Tensor:
-    """As CLIP has been trained: the shorter side made `size` (bicubic), the middle square, normalised."""
+    """Return the middle square, normalised, of an image whose shorter side was made `size` (bicubic).
+
+    This is how CLIP was trained.
+    """
     scale = size / min(image.size)
     width, height = (max(size, int(scale * side)) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     square = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / 255
-    return torch.from_numpy((square - np.float32(_MEAN)) / np.float32(_DEVIATION)).permute(2, 0, 1)
+    return torch.from_numpy((square - _MEAN) / _DEVIATION).permute(2, 0, 1)
 
 
 def _embed_text(clip: Clip, prompt: str) -> torch.Tensor:
-    """Unit embedding: float32 [D]."""
+    """Return the unit embedding, float32 [D]."""
     model = clip.model
-    limit = model.config.text_config.max_position_embeddings
-    given = len(clip.tokenizer(prompt, verbose=False)["input_ids"])
-    if given > limit:
-        logger.warning("CLIP reads %d tokens; the last %d of the prompt do not count", limit, given - limit)
+    config: Any = model.config
+    limit = config.text_config.max_position_embeddings
+    length = len(clip.tokenizer(prompt, verbose=False)["input_ids"])
+    if length > limit:
+        logger.warning("CLIP reads %d tokens; the last %d of the prompt do not count", limit, length - limit)
     tokens = clip.tokenizer(prompt, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
     with torch.no_grad():
         pooled = model.text_model(

@@ -1,4 +1,4 @@
-"""Follow a grid of points through a video: the tracklets that motion fidelity compares.
+"""Track a grid of points through a video: the tracklets that motion fidelity compares.
 
 Two trackers: OpenCV's pyramidal Lucas-Kanade, which needs no weights, and CoTracker3 (Karaev et al. 2024),
 whose family the published figures come from, if its code and weights are here. Nothing is downloaded.
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from diffsynth.data.frames import checked_int
-from diffsynth.evaluation.tracking import Frames, video_array
+from diffsynth.data.tensors import Video
+from diffsynth.evaluation.tracking import video_array
 from diffsynth.vram_management.memory import choose_device
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,15 @@ _LEAST_TEXTURE = 1e-3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tracklets:
-    """The ways of N points through T frames.
+    """The paths of N points through T frames.
 
-    points: float32 [N, T, 2], (row, column) in pixels, the first pixel's centre at 0.5; where a point is not
-    visible its place is a guess. visible: bool [N, T].
-    Raises ValueError if the two do not fit together.
+    Attributes:
+        points: float32 [N, T, 2], (row, column) in pixels, the first pixel's centre at 0.5. Where a point is
+            not visible, its position is a guess.
+        visible: bool [N, T].
+
+    Raises:
+        ValueError: the shapes do not fit together.
     """
 
     points: np.ndarray
@@ -53,22 +58,31 @@ class Tracklets:
 
 
 def track_points(
-    frames: Frames,
+    frames: Video,
     *,
     method: str = "auto",
     grid: int = 40,
     checkpoint: str | PathLike | None = None,
     device: str | torch.device = "auto",
 ) -> Tracklets:
-    """Follow grid x grid points, spread evenly over frame 0, through all frames.
+    """Track grid x grid points, spread evenly over frame 0, through all frames.
 
-    frames: PIL images or uint8 [T, H, W, 3]. method: "lk", "cotracker", or "auto": CoTracker if its code and
-    weights are here, else Lucas-Kanade (the log says which). A point that Lucas-Kanade has lost stays so, and
-    is reported at the last place it was seen at. checkpoint: CoTracker3's offline weights, looked for in
-    torch.hub's cache otherwise. device: where CoTracker runs; Lucas-Kanade knows the CPU alone.
-    Raises ValueError for an unknown method, a grid below 1, weights given to "lk" or of another model;
-    FileNotFoundError without CoTracker's weights and ImportError without its code or OpenCV; TypeError or
-    ValueError, naming the frame, for what is no video.
+    A point that Lucas-Kanade has lost stays lost, and is reported at the position at which it was last seen.
+
+    Args:
+        frames: the video.
+        method: "lk" (Lucas-Kanade), "cotracker", or "auto": CoTracker if its code and weights are here, else
+            Lucas-Kanade; the log says which.
+        grid: points in a row and in a column.
+        checkpoint: CoTracker3's offline weights; None to look for them in torch.hub's cache.
+        device: where CoTracker runs; Lucas-Kanade runs on the CPU.
+
+    Raises:
+        ValueError: the method is unknown, the grid is below 1, or weights are given to "lk" or are those of
+            another model.
+        FileNotFoundError: CoTracker's weights are missing.
+        ImportError: CoTracker's code or OpenCV is missing.
+        TypeError: a frame is none; also as a ValueError.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -86,7 +100,7 @@ def track_points(
 
 
 def _grid_points(height: int, width: int, grid: int) -> np.ndarray:
-    """Centres of grid x grid equal cells of the picture: float32 [N, 2], the first pixel's centre at 0.5."""
+    """Return the centres of grid x grid cells: float32 [N, 2], the first pixel's centre at 0.5."""
     steps = (np.arange(grid) + 0.5) / grid
     rows, cols = np.meshgrid(steps * height, steps * width, indexing="ij")
     return np.stack([rows.ravel(), cols.ravel()], axis=-1).astype(np.float32)
@@ -97,22 +111,24 @@ def _track_lk(video: np.ndarray, grid: int) -> Tracklets:
         import cv2
     except ImportError as error:
         raise ImportError('tracking by "lk" needs OpenCV: pip install "fastvmt[eval]"') from error
-    size = np.array(video.shape[1:3])
-    places = _grid_points(*size, grid)
+    height, width = video.shape[1:3]
+    places = _grid_points(height, width, grid)
     seen = np.ones(len(places), bool)
     points, visible = [places], [seen]
     # The coarsest picture must still hold a window on either side of a point.
-    levels = int(np.clip(np.log2(size.min() / (2 * _WINDOW)), 0, _MOST_LEVELS))
-    options = {"winSize": (_WINDOW, _WINDOW), "maxLevel": levels, "minEigThreshold": _LEAST_TEXTURE}
+    levels = int(np.clip(np.log2(min(height, width) / (2 * _WINDOW)), 0, _MOST_LEVELS))
+    tracker = cv2.SparsePyrLKOpticalFlow.create(
+        (_WINDOW, _WINDOW), maxLevel=levels, minEigThreshold=_LEAST_TEXTURE
+    )
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
     for a, b in pairwise(grey):
         start = np.ascontiguousarray(places[:, None, ::-1]) - 0.5  # OpenCV: (column, row), first centre at 0
-        end, found, _ = cv2.calcOpticalFlowPyrLK(a, b, start, None, **options)
-        back, returned, _ = cv2.calcOpticalFlowPyrLK(b, a, end, None, **options)
+        end, found, _ = tracker.calc(a, b, start, np.empty_like(start))
+        back, returned, _ = tracker.calc(b, a, end, np.empty_like(start))
         moved = end[:, 0, ::-1] + 0.5
         seen = seen & (found[:, 0] == 1) & (returned[:, 0] == 1)
         seen &= np.linalg.norm(back - start, axis=-1)[:, 0] < _LEAST_RETURN
-        seen &= ((moved >= 0) & (moved < size)).all(-1)
+        seen &= ((moved >= 0) & (moved < (height, width))).all(-1)
         places = np.where(seen[:, None], moved, places)
         points.append(places)
         visible.append(seen)
@@ -124,7 +140,7 @@ def _hub_folder() -> Path:
 
 
 def _cotracker_fault() -> str | None:
-    """Why CoTracker cannot be used here, or None if it can."""
+    """Return why CoTracker cannot be used here, or None if it can."""
     weights = _hub_folder() / "checkpoints" / COTRACKER_WEIGHTS
     if not weights.is_file():
         return f"there is no {weights}"
@@ -134,7 +150,7 @@ def _cotracker_fault() -> str | None:
 
 
 def _load_cotracker(checkpoint: str | PathLike | None, device: torch.device) -> torch.nn.Module:
-    """CoTracker3's offline predictor, from the installed package or torch.hub's copy of its repository."""
+    """Load CoTracker3's offline predictor, from the installed package or torch.hub's copy of its code."""
     weights = _hub_folder() / "checkpoints" / COTRACKER_WEIGHTS if checkpoint is None else Path(checkpoint)
     if not weights.is_file():
         raise FileNotFoundError(
@@ -143,9 +159,8 @@ def _load_cotracker(checkpoint: str | PathLike | None, device: torch.device) -> 
         )
     repository = _hub_folder() / _COTRACKER_REPOSITORY
     if importlib.util.find_spec("cotracker"):
-        from cotracker.predictor import CoTrackerPredictor
-
-        predictor = CoTrackerPredictor(checkpoint=None, window_len=60, v2=False)
+        code = importlib.import_module("cotracker.predictor")
+        predictor = code.CoTrackerPredictor(checkpoint=None, window_len=60, v2=False)
     elif repository.is_dir():
         predictor = torch.hub.load(str(repository), "cotracker3_offline", source="local", pretrained=False)
     else:
@@ -163,7 +178,7 @@ def _load_cotracker(checkpoint: str | PathLike | None, device: torch.device) -> 
 
 def _track_cotracker(model: torch.nn.Module, video: np.ndarray, grid: int) -> Tracklets:
     device = next(model.parameters()).device
-    points = _grid_points(*video.shape[1:3], grid)
+    points = _grid_points(video.shape[1], video.shape[2], grid)
     places = torch.from_numpy(points[:, ::-1] - 0.5)  # CoTracker: (frame, column, row), first centre at 0
     queries = torch.cat([torch.zeros(len(places), 1), places], dim=-1)
     clip = torch.from_numpy(video).permute(0, 3, 1, 2).float()  # 0 to 255

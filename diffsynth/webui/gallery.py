@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffsynth.data import VideoData, save_video
 from diffsynth.data.files import sha256_of_video, written_whole
-from diffsynth.evaluation.compare import side_by_side
+from diffsynth.evaluation.grid import side_by_side
 from diffsynth.runs.record import RunRecord, read_record, record_path
 
 LARGEST_RECORD = 2_000_000  # bytes

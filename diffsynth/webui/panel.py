@@ -1,15 +1,14 @@
 """The panel of a run as HTML and SVG: stages, a bar, the motion loss, a moving preview. No scripts."""
 
 import base64
-from collections.abc import Sequence
 from html import escape
 
+from diffsynth.evaluation.figures import loss_sketch
 from diffsynth.webui.gallery import PastRun
 from diffsynth.webui.queue import WAITING, RunProgress
 
 STAGES = ("encode text", "encode video", "denoise", "decode", "write")
 _OF_DENOISING = ("guidance", "sampling")
-_PLOT = (240, 72)  # pixels: width, height
 
 IDLE = (
     '<div class="fv-idle">The result appears here: the motion of the reference, what the prompt says.</div>'
@@ -35,7 +34,10 @@ def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> st
             f"src='data:image/webp;base64,{data}'><figcaption>preview</figcaption></figure>"
         )
     if len(progress.losses) > 1:
-        pictures.append(f"<figure>{_curve(progress.losses)}<figcaption>motion loss</figcaption></figure>")
+        pictures.append(
+            f"<figure><img alt='motion loss' class='fv-curve' src='{loss_sketch(progress.losses)}'>"
+            "<figcaption>motion loss</figcaption></figure>"
+        )
     parts.append(f'<div class="fv-pictures">{"".join(pictures)}</div>')
     return f'<div class="fv-run">{"".join(parts)}</div>'
 
@@ -81,17 +83,3 @@ def _line(progress: RunProgress, seconds: float) -> str:
     if progress.losses:
         words.append(f"motion loss {progress.losses[-1]:.4g}")
     return escape(" · ".join([*words, f"{seconds:.0f} s"]))
-
-
-def _curve(losses: Sequence[float]) -> str:
-    width, height = _PLOT
-    low, high = min(losses), max(losses)
-    scale = (high - low) or 1.0
-    points = " ".join(
-        f"{4 + (width - 8) * i / (len(losses) - 1):.1f},{4 + (height - 8) * (high - loss) / scale:.1f}"
-        for i, loss in enumerate(losses)
-    )
-    return (
-        f'<svg class="fv-curve" viewBox="0 0 {width} {height}" role="img" aria-label="motion loss">'
-        f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="2"/></svg>'
-    )

@@ -16,7 +16,7 @@ CSS = """
 .fv-pictures { display: flex; flex-wrap: wrap; gap: 1em; }
 .fv-pictures figure { margin: 0; }
 .fv-preview { image-rendering: pixelated; border-radius: 6px; max-width: 320px; }
-.fv-curve { width: 240px; color: var(--color-accent); }
+.fv-curve { width: 240px; }
 .fv-result { display: flex; flex-direction: column; gap: .2em; }
 .fv-result { padding: .7em 1em; border-left: 4px solid #2a9d5c; }
 """
