@@ -10,6 +10,7 @@ FIGURES = ["matplotlib>=3.8"]
 EVAL = ["opencv-python-headless>=4.10", *FIGURES]
 UI = ["gradio>=6.0", *FIGURES]
 COMPLETION = ["shtab>=1.13"]
+GGUF = ["gguf>=0.17"]
 BROWSER = ["selenium>=4.20"]
 
 
@@ -30,6 +31,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["diffsynth", "diffsynth.*"]),
+    package_data={"diffsynth": ["py.typed"]},
     cmdclass={"build_py": BuildWithNano},
     entry_points={"console_scripts": ["fastvmt = diffsynth.cli.main:main"]},
     # The same list as requirements.txt; tests/test_structure.py compares them.
@@ -52,13 +54,16 @@ setup(
         "eval": EVAL,
         "ui": UI,
         "completion": COMPLETION,
+        "gguf": GGUF,
         "bench": ["diffusers>=0.33"],
         "dev": [
             *EVAL,
             *UI,
             *COMPLETION,
+            *GGUF,
             *BROWSER,
             "hypothesis>=6.100",
+            "peft>=0.17",
             "pytest>=8",
             "pytest-xdist>=3",
             "ruff>=0.8",

@@ -54,7 +54,10 @@ class Target:
 
 @dataclass
 class Outcome:
-    """How the cases of a target ended: names of exceptions, "read" for success. slowest: seconds of processor time."""
+    """How the cases of a target ended: names of exceptions, "read" for success.
+
+    slowest: seconds of processor time.
+    """
 
     ends: Counter = field(default_factory=Counter)
     slowest: float = 0.0
