@@ -43,7 +43,7 @@ def read_gguf(file: Path) -> dict[str, tuple[Tensor, str, torch.Size]]:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ImportError(f"{file} is a GGUF file; to read it, pip install "fastvmt[gguf]" or gguf") from error
+        raise ImportError(f"{file} is a GGUF file; to read it, pip install gguf") from error
     try:
         reader = GGUFReader(file, "c")  # pages that are written to are copied; none is
     except (ValueError, KeyError, IndexError, OverflowError) as error:
