@@ -11,7 +11,7 @@ from arguments import parse_arguments
 from diffsynth import MotionGuidance, VideoData, WanVideoPipeline
 from diffsynth.cli.arguments import add_options
 from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
-from diffsynth.configs.options import DEFAULT_FPS, MOTION, LoadOptions, RunOptions
+from diffsynth.configs.options import DEFAULT_FPS, MOTION_PREFIX, LoadOptions, RunOptions
 from diffsynth.configs.resolve import motion_for
 from diffsynth.evaluation import reference_flow, save_flow_video
 from diffsynth.jobs.task import with_motion
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=0.7, help="noise level, in (0, 1] (0.7)")
     add_options(parser, RunOptions, "the size", only=("height", "width"))
     add_options(parser, LoadOptions, "the model", only=("device",))
-    add_options(parser, MotionGuidance, "motion", prefix=MOTION, but=("mode",))
+    add_options(parser, MotionGuidance, "motion", prefix=MOTION_PREFIX, but=("mode",))
     args = with_motion(vars(parse_arguments(parser)))
     motion = motion_for(args["model_dir"], args["mode"], **args.get("motion", {}))
     pipe = WanVideoPipeline.from_pretrained(args["model_dir"], device=args.get("device", "auto"))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.cli.main import main
-from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
+from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, checkpoint_folder
 from diffsynth.configs.defaults import published_defaults
 from diffsynth.configs.options import LoadOptions
 from diffsynth.configs.resolve import ReferenceFacts, resolve
@@ -67,7 +67,7 @@ def by_call(model, clip, request, numbers, _folder):
         models=pipe.residency.models,
         device=pipe.device,
         reference=clip and describe_reference(clip, len(video), video.fps),
-        model=describe_model(wan_video.checkpoint_folder(model), asdict(ON_CPU)),
+        model=describe_model(checkpoint_folder(model), asdict(ON_CPU)),
         fps=video.fps if video else pipe.defaults["fps"],
         quality=8.0,
     )
