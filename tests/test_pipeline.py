@@ -309,16 +309,16 @@ def test_interrupt_from_another_thread_ends_the_call(pipe):
     def slow_step(_pipe, step, _timestep, _kwargs):
         seen.append(step)
         started.set()
-        stopped.wait(10)
+        stopped.wait()
 
     stopped = threading.Event()
 
     def stop():
-        started.wait(10)
+        started.wait()
         pipe.interrupt()
         stopped.set()
 
-    thread = threading.Thread(target=stop)
+    thread = threading.Thread(target=stop, daemon=True)
     thread.start()
     pipe("a cat", **{**SMALL, "num_inference_steps": 50}, callback_on_step_end=slow_step)
     thread.join()

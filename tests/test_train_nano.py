@@ -20,7 +20,7 @@ SCRIPTS = Path(__file__).parent.parent / "examples" / "train_nano"
 
 def run(script, *options):
     command = [sys.executable, SCRIPTS / script, *map(str, options)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="module")
