@@ -12,6 +12,7 @@ UI = ["gradio>=6.0", *FIGURES]
 COMPLETION = ["shtab>=1.13"]
 GGUF = ["gguf>=0.17"]
 BROWSER = ["selenium>=4.20"]
+DEV = ["hypothesis>=6.100", "mypy>=1.15", "peft>=0.17", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8"]
 
 
 class BuildWithNano(build_py):
@@ -34,39 +35,13 @@ setup(
     package_data={"diffsynth": ["py.typed"]},
     cmdclass={"build_py": BuildWithNano},
     entry_points={"console_scripts": ["fastvmt = diffsynth.cli.main:main"]},
-    # The same list as requirements.txt; tests/test_structure.py compares them.
-    install_requires=[
-        "torch>=2.8",
-        "numpy>=1.24",
-        "pillow>=10.1",
-        "einops>=0.7",
-        "safetensors>=0.5",
-        "tqdm>=4.64",
-        "ftfy>=6.1",
-        "tokenizers>=0.22",
-        "transformers>=4.56",
-        "sentencepiece>=0.2",
-        "filelock>=3.12",
-        "imageio-ffmpeg>=0.6",
-        "modelscope>=1.15",
-    ],
+    install_requires=Path("requirements.txt").read_text().split(),
     extras_require={
         "eval": EVAL,
         "ui": UI,
         "completion": COMPLETION,
         "gguf": GGUF,
         "bench": ["diffusers>=0.33"],
-        "dev": [
-            *EVAL,
-            *UI,
-            *COMPLETION,
-            *GGUF,
-            *BROWSER,
-            "hypothesis>=6.100",
-            "peft>=0.17",
-            "pytest>=8",
-            "pytest-xdist>=3",
-            "ruff>=0.8",
-        ],
+        "dev": [*EVAL, *UI, *COMPLETION, *GGUF, *BROWSER, *DEV],
     },
 )

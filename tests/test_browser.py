@@ -16,7 +16,10 @@ from diffsynth import VideoData
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 pytest.importorskip("gradio", reason="needs gradio, the extra ui")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600  # seconds until a test that waits gives up

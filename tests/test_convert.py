@@ -42,6 +42,7 @@ def test_other_files_take_no_more_disk(folder, tmp_path):
     assert (output / "Wan2.1_VAE.pth").samefile(folder / "Wan2.1_VAE.pth")
 
 
+@pytest.mark.slow
 def test_the_example_converts(folder, tmp_path):
     script = Path(__file__).parents[1] / "examples" / "convert_weights.py"
     output = tmp_path / "half"

@@ -82,6 +82,7 @@ assert "KeyChanges" in [method.name for method in standard_methods(pipe)]
 """
 
 
+@pytest.mark.slow
 def test_a_descriptor_that_is_kept_as_the_document_says_is_known_everywhere(tmp_path):
     page = DOCS / "new_descriptor.md"
     ignored = shutil.ignore_patterns("__pycache__")

@@ -20,6 +20,7 @@ def run(script, *arguments, cwd=ROOT):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["wan_1.3b_text_to_video.py", "wan_14b_text_to_video.py"])
 def test_the_example_writes_a_playable_video_and_never_over_an_old_one(tiny_checkpoint, tmp_path, script):
     clip = write_clip(tmp_path / "ref.mp4", num_frames=6, height=40, width=72)
@@ -65,6 +66,7 @@ def test_the_example_makes_text_to_video_without_transfer(tiny_checkpoint, tmp_p
     assert len(VideoData(tmp_path / "text-No_transfer-seed42.mp4")) == 5
 
 
+@pytest.mark.slow
 def test_without_a_reference_the_example_moves_as_a_shipped_clip_does(tiny_checkpoint, tmp_path):
     arguments = "--frames 5 --height 32 --width 32 --steps 1 --motion-inner-steps 1 --device cpu"
     folders = ["--model_dir", tiny_checkpoint, "--output_dir", tmp_path]
@@ -85,6 +87,7 @@ def test_an_example_can_be_read_at_a_glance(script):
     assert len(script.read_text().splitlines()) <= 40
 
 
+@pytest.mark.slow
 def test_the_first_try_needs_nothing(tmp_path):
     result = run("first_try.py", cwd=tmp_path)
     for name, shape in {"out.mp4": (64, 64), "side_by_side.mp4": (280, 776)}.items():
@@ -93,6 +96,7 @@ def test_the_first_try_needs_nothing(tmp_path):
         assert str(Path("results/first_try") / name) in result.stdout
 
 
+@pytest.mark.slow
 def test_the_motion_of_a_reference_can_be_looked_at(tiny_checkpoint, tmp_path):
     clip = write_clip(tmp_path / "ref.mp4", num_frames=6, height=32, width=48)
     size = ["--height", 32, "--width", 48, "--model_dir", tiny_checkpoint, "--device", "cpu"]
@@ -103,6 +107,7 @@ def test_the_motion_of_a_reference_can_be_looked_at(tiny_checkpoint, tmp_path):
     assert (len(video), video.shape()) == (6, (256, 2 * 384))
 
 
+@pytest.mark.slow
 def test_the_python_in_the_readme_runs_as_printed(tiny_checkpoint, tmp_path):
     """All of it in one go; only the checkpoint's place, the device and the sizes are exchanged."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")

@@ -25,6 +25,7 @@ def targets(tmp_path_factory):
     return folder, make_targets(folder, record)
 
 
+@pytest.mark.slow
 def test_every_damaged_file_is_read_or_refused_as_documented(targets):
     folder, targets = targets
     total = sum(target.weight for target in targets)

@@ -11,6 +11,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
 STAGES = ("guidance", "sampling", "save state", "decode", "write video")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_a_run_killed_anywhere_goes_on_to_the_same_frames_and_no_video_is_broken(tmp_path):
     table = tmp_path / "table.json"

@@ -81,6 +81,7 @@ def test_a_storage_counts_once_and_until_nothing_looks_at_it():
         assert meter.peak == 600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num_blocks", "changes"),
     [

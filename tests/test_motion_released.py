@@ -55,7 +55,7 @@ VARIANTS = {"released": "token_groups", "corrected": "mean_qk"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", ["guidance_small", "guidance_l21"])
+@pytest.mark.parametrize("name", ["guidance_small", pytest.param("guidance_l21", marks=pytest.mark.slow)])
 def test_a_guided_step_equals_the_released_one(golden, dit, name, variant):
     g, info = golden(name)
     c, wanted = info["config"], info["results"][variant]

@@ -53,6 +53,7 @@ def test_the_vae_gives_held_out_clips_back(nano):
     assert psnr > LEAST_PSNR
 
 
+@pytest.mark.slow
 def test_motion_is_transferred_by_a_margin(nano, tmp_path):
     names = ("No_transfer", "effi_AMF")
     methods = [method for method in standard_methods(nano) if method.name in names]
@@ -62,6 +63,7 @@ def test_motion_is_transferred_by_a_margin(nano, tmp_path):
     assert summary["effi_AMF"].means["background_right"].value >= 0.75
 
 
+@pytest.mark.slow
 def test_the_eight_step_lora_transfers_motion_without_a_negative_prompt(tmp_path):
     lora = checkpoint_folder("nano") / "loras" / "eight_steps.safetensors"
     pipe = WanVideoPipeline.from_pretrained("nano", device="cpu", loras={lora: 1.0})
@@ -73,6 +75,7 @@ def test_the_eight_step_lora_transfers_motion_without_a_negative_prompt(tmp_path
     assert guided.means["background_right"].value >= 0.75
 
 
+@pytest.mark.slow
 def test_it_comes_with_an_installed_package(tmp_path):
     pytest.importorskip("setuptools")
     subprocess.run(

@@ -392,6 +392,7 @@ def test_what_is_no_result_is_refused(made, tmp_path):
         made.heat_map(tau=2)
 
 
+@pytest.mark.slow
 def test_the_script_prints_the_table_and_where_the_files_are(tiny_checkpoint, tmp_path):
     command = [sys.executable, ROOT / "examples" / "probe_motion.py", "--model_dir", tiny_checkpoint]
     options = "--clips 2 --height 64 --width 64 --tokens all --sigmas 0.7 --taus 4 --rows 3 --device cpu"

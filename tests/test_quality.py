@@ -284,6 +284,7 @@ def test_the_sheet_shows_the_first_and_last_frames_of_every_video(pair):
             contact_sheet(bad, ["one"] * len(bad), ("a", "b"))
 
 
+@pytest.mark.slow
 def test_the_script_writes_rows_table_summary_and_sheet(tiny_checkpoint, tmp_path):
     checkpoint, results = tmp_path / "quick", tmp_path / "results"
     shutil.copytree(tiny_checkpoint, checkpoint)

@@ -24,6 +24,7 @@ def costs():
         return {one.name: run.run_row(one, kinds, matmul=0.0)["FFE"] for one in runs}
 
 
+@pytest.mark.slow
 def test_presets_cost_the_shares_of_the_released_procedure_that_are_documented(costs):
     assert costs["No_transfer"] == 100
     assert costs["released"] == pytest.approx(197, abs=2)
@@ -33,5 +34,6 @@ def test_presets_cost_the_shares_of_the_released_procedure_that_are_documented(c
     assert shares["fast"] <= 0.15
 
 
+@pytest.mark.slow
 def test_flow_motion_costs_seven_forwards_a_guided_step(costs):
     assert costs["FlowMotion"] - costs["No_transfer"] == pytest.approx(70, abs=0.5)

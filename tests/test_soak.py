@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc, of Linux")
 
 
+@pytest.mark.slow
 def test_memory_and_handles_stay_as_they_are(tmp_path):
     from soak import soak
 

@@ -204,13 +204,6 @@ def test_an_unknown_public_name_is_an_attribute_error():
         diffsynth.WanPipeline  # noqa: B018
 
 
-def test_requirements_and_setup_agree():
-    setup = ast.parse((ROOT / "setup.py").read_text())
-    call = next(node for node in ast.walk(setup) if isinstance(node, ast.Call) and node.func.id == "setup")
-    required = next(ast.literal_eval(k.value) for k in call.keywords if k.arg == "install_requires")
-    assert (ROOT / "requirements.txt").read_text().split() == required
-
-
 def test_every_required_package_has_its_line_in_the_readme_and_a_tested_version():
     readme, constraints = ((ROOT / name).read_text() for name in ("README.md", "constraints.txt"))
     for line in (ROOT / "requirements.txt").read_text().split():

@@ -33,6 +33,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_a_checkpoint_of_under_20_mb_that_makes_videos(trained):
     size = sum(file.stat().st_size for file in (trained / "model").rglob("*") if file.is_file())
     assert size < 20e6
@@ -43,6 +44,7 @@ def test_what_was_trained_is_a_checkpoint_of_under_20_mb_that_makes_videos(train
     assert frames.shape == (5, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_reconstruction_is_measured_as_in_training(trained):
     logged = [json.loads(line) for line in (trained / "vae.jsonl").read_text().splitlines()][-1]["psnr"]
     *_, seen_by_vae = run("reconstruction.py", "--model_dir", trained / "model", "--clips", 1).splitlines()
@@ -50,6 +52,7 @@ def test_reconstruction_is_measured_as_in_training(trained):
     assert [float(number) for number in numbers.groups()] == pytest.approx([logged] * 2, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_few_step_lora_is_distilled_from_what_was_trained(trained):
     lora = trained / "few_steps.safetensors"
     options = ["--steps", 2, "--batch", 2, "--clips", 4, "--workers", 1]
@@ -66,6 +69,7 @@ def test_a_few_step_lora_is_distilled_from_what_was_trained(trained):
     assert frames.shape == (5, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_more_steps_train_on_from_where_the_last_run_ended(trained):
     lines = [json.loads(line) for line in (trained / "vae.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4
@@ -95,6 +99,7 @@ def test_the_packaged_vae_has_normalised_latents_and_the_same_pixels(monkeypatch
     torch.testing.assert_close(folded.encode_moments(clip)[1], variance, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_reads_prompts_as_people_write_them(trained, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     from captions import END, UNKNOWN, numbers_of

@@ -66,6 +66,7 @@ def clip(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clips") / "ref.mp4", num_frames=5, height=32, width=32)
 
 
+@pytest.mark.slow
 def test_many_requests_of_several_visitors_are_served_or_refused_clearly(server, clip):
     address, session = server
 
@@ -83,6 +84,7 @@ def test_many_requests_of_several_visitors_are_served_or_refused_clearly(server,
     assert len(list(session.output_dir.glob("*.mp4"))) == len(made)
 
 
+@pytest.mark.slow
 def test_the_server_goes_on_after_a_cancelled_and_a_failed_run(server, clip):
     address, session = server
     client = gradio_client.Client(address, verbose=False)
