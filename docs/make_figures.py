@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 CLIP = HERE.parent / "examples" / "data" / "bounce.mp4"
-CELL = 150  # pixels
+CELL = 200  # pixels
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def schedule_figure() -> "Figure":
     axes.plot(nano, color=RED, label="nano: 25 steps, strength 1, shift 3; the first 18 guided")
     axes.plot(nano[:18], "o", color=RED)
     axes.plot(coarse, color=GREEN, label="what coarse guidance over 2x2 looks at, for the first")
-    axes.legend()
+    figure.legend(loc="outside upper center")
     axes.grid(alpha=0.3)
     return figure
 

@@ -15,7 +15,6 @@ from diffsynth.jobs.publish import publish
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
-from diffsynth.webui.failures import failure_text
 from diffsynth.webui.gallery import compared, find_run, past_runs, poster
 from diffsynth.webui.previews import fit_colours, latent_frames
 from diffsynth.webui.queue import (
@@ -209,7 +208,7 @@ def test_a_job_that_fails_does_not_stop_the_queue(queue):
     bad = queue.submit(lambda _job: 1 / 0)
     assert queue.submit(lambda _job: 1).result(PATIENCE) == 1
     assert bad.state == FAILED
-    assert "division by zero" in failure_text(bad.error())
+    assert "division by zero" in panel.failure_text(bad.error())
 
 
 @pytest.mark.parametrize(
@@ -222,7 +221,7 @@ def test_a_job_that_fails_does_not_stop_the_queue(queue):
     ],
 )
 def test_failures_are_told_in_words(error, said):
-    assert said in failure_text(error)
+    assert said in panel.failure_text(error)
 
 
 def test_what_is_told_is_no_html_of_visitors():

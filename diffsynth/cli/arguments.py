@@ -50,13 +50,15 @@ def add_options(
     only: Collection[str] | None = None,
     but: Collection[str] = NOT_OFFERED,
 ) -> None:
-    """Add the options of a dataclass as a group. Those that are not given are absent from the namespace.
+    """Add the options of a dataclass as a group. Those that are not named are absent from the namespace.
 
     Args:
+        parser: to add them to.
         owner: a dataclass whose fields are options.
         title: of the group.
         prefix: of the names on the command line.
         only: the names that are offered; None for all but those of `but`.
+        but: the names that are not offered.
     """
     group = parser.add_argument_group(title)
     for name, (stated, default) in options_of(owner).items():
@@ -67,9 +69,11 @@ def add_options(
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of one video: prompts, the pipeline's call, motion, the file."""
     group = parser.add_argument_group("what is shown")
-    text = {"metavar": "TEXT", "default": argparse.SUPPRESS}
-    group.add_argument("--prompt", help="what the video should show", **text)
-    group.add_argument("--negative-prompt", help="what it should not show; the model's by default", **text)
+    for name, text in (
+        ("--prompt", "what the video should show"),
+        ("--negative-prompt", "what it should not show; the model's by default"),
+    ):
+        group.add_argument(name, metavar="TEXT", default=argparse.SUPPRESS, help=text)
     add_call_options(parser)
     add_options(parser, FileOptions, "the file")
 
@@ -144,7 +148,7 @@ def _add(group: argparse._ArgumentGroup, name: str, stated: Option, default: Any
 
 
 def _lora(text: str) -> tuple[str, float]:
-    """A LoRA's file and strength, "style.safetensors=0.8"; 1 if it is not given. Paths become absolute."""
+    """Read a LoRA's absolute path and strength, "style.safetensors=0.8"; the strength is 1 by default."""
     file, _, strength = text.rpartition("=")
     if not file or Path(text).is_file():
         file, strength = text, "1"

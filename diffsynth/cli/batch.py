@@ -1,4 +1,4 @@
-"""`fastvmt batch`: many videos with one load of the model; started again, it goes on where it stopped.
+"""`fastvmt batch`: make many videos with one load of the model; started again, it continues.
 
 A job is done when a video with a record of the same job is in the output folder. The record is inside the
 video, and the video appears whole, so a kill at any moment leaves a job either done or not begun.
@@ -37,7 +37,16 @@ _ERRORS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Do the jobs that are not done; one that fails does not stop the others. Returns 1 if any failed."""
+    """Do the jobs that are not done; one that fails does not stop the others.
+
+    Returns:
+        The exit code, 1 if a job failed.
+
+    Raises:
+        UsageError: the jobs file or an option is wrong.
+        RunFailedError: the model cannot be loaded, or another batch writes to the folder.
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
     folder: Path = options.output_dir
     if options.checkpoint_dir is not None:
         raise UsageError("--checkpoint-dir is for one video; --resume has a folder for each")
@@ -68,7 +77,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 class _Batch:
-    """What the jobs share: the model, loaded when the first job needs it."""
+    """The model that the jobs share, loaded when the first job needs it."""
 
     def __init__(self, options: Namespace, console: Console) -> None:
         self._options, self._console = options, console
@@ -78,7 +87,11 @@ class _Batch:
         self._pipe: WanVideoPipeline | None = None
 
     def do(self, job: JobLine) -> dict[str, Any]:
-        """Do one job, unless it is done; the facts for the summary. RunFailedError if no model loads."""
+        """Do one job, unless it is done, and return the facts for the summary.
+
+        Raises:
+            RunFailedError: the model cannot be loaded.
+        """
         try:
             task = self._prepared(job)
         except _ERRORS as error:
@@ -96,19 +109,19 @@ class _Batch:
         return {"line": job.line, "state": "done", "output": str(path)}
 
     def _prepared(self, job: JobLine) -> VideoTask | None:
-        """The task of a job; None if it is done."""
-        task = make_task(job.given, job.reference, self._checkpoint)
+        """Return the task of a job; None if it is done."""
+        task = make_task(job.options, job.reference, self._checkpoint)
         identity = job_hash(job, task.reference, self._model)
         # A name that is the same for the same job, wherever it stands in the file.
         name = f"{'text' if job.reference is None else job.reference.stem}-{identity[:10]}.mp4"
         output = job.output or self._options.output_dir / name
         finished = finished_record(output)
-        same = finished is not None and finished.job == identity
-        if same and not differences(finished, task.reference, self._model):
-            self._console.note(f"{output} was done before")
-            return None
-        if finished is not None and not self._options.overwrite:
-            raise UsageError(f"{output} exists, made in another way; name another or --overwrite")
+        if finished is not None:
+            if finished.job == identity and not differences(finished, task.reference, self._model):
+                self._console.note(f"{output} was done before")
+                return None
+            if not self._options.overwrite:
+                raise UsageError(f"{output} exists, made in another way; name another or --overwrite")
         output.parent.mkdir(parents=True, exist_ok=True)
         check_output(output, self._options.overwrite)
         saving = saving_arguments(self._options, output)
@@ -122,9 +135,12 @@ class _Batch:
 
 
 def finished_record(video: Path) -> RunRecord | None:
-    """The record of a finished video, from inside it or, if it is too long for that, from beside it.
+    """Return the record of a finished video, from inside it or, if it is too long for that, from beside it.
 
-    A record that is missing beside the video is written again. None if there is no video, or no record.
+    A record that is missing beside the video is written again.
+
+    Returns:
+        The record; None if there is no video, or no record.
     """
     if not video.is_file():
         return None
@@ -144,7 +160,7 @@ def _record_of(file: Path) -> RunRecord | None:
 
 @contextmanager
 def _only_batch(folder: Path) -> Iterator[None]:
-    """A context in which no other batch writes to a folder. Raises RunFailedError if one does."""
+    """Return a context in which no other batch writes to a folder. Raises RunFailedError if one does."""
     try:
         with locked(folder / LOCK, f"another batch is writing to {folder}; wait for its end"):
             yield

@@ -1,4 +1,4 @@
-"""`fastvmt compare`: videos beside each other, with labels."""
+"""`fastvmt compare`: show videos beside each other, with labels."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.options import DEFAULT_FPS
 from diffsynth.data import save_video
+from diffsynth.data.tensors import Video
 from diffsynth.evaluation.drawing import draw_trajectories
 from diffsynth.evaluation.grid import video_grid
 from diffsynth.evaluation.tracking import track_object
@@ -18,13 +19,18 @@ from diffsynth.jobs.task import open_reference
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Write the video that shows them all."""
+    """Write the video that shows them all.
+
+    Raises:
+        UsageError: there are too few videos, or labels or output do not fit.
+    """
     if len(options.videos) < 2:
         raise UsageError("give two or more videos to compare")
     labels = labels_of(options.videos, options.labels)
     check_output(options.output, options.overwrite)
-    videos = {label: open_reference(path) for label, path in zip(labels, options.videos, strict=True)}
-    fps = options.fps or next(iter(videos.values())).fps or DEFAULT_FPS
+    opened = [open_reference(path) for path in options.videos]
+    fps = options.fps or opened[0].fps or DEFAULT_FPS
+    videos: dict[str, Video] = dict(zip(labels, opened, strict=True))
     if options.paths:
         videos = {label: draw_trajectories(v, [track_object(v).centroids]) for label, v in videos.items()}
     frames = video_grid(videos, columns=options.columns, height=options.height, until=options.until)
@@ -35,12 +41,16 @@ def run(options: Namespace, console: Console) -> int:
     return DONE
 
 
-def labels_of(videos: Sequence[Path], given: Sequence[str] | None) -> list[str]:
-    """A label for each video: as given, else its name, with a number where two are alike."""
-    if given is not None:
-        if len(given) != len(videos) or len(set(given)) != len(given):
-            raise UsageError(f"--labels must be {len(videos)} different texts; got {', '.join(given)}")
-        return list(given)
+def labels_of(videos: Sequence[Path], asked: Sequence[str] | None) -> list[str]:
+    """Return a label for each video: those asked for, else names, with a number where two are alike.
+
+    Raises:
+        UsageError: the labels asked for are too few, too many or not different.
+    """
+    if asked is not None:
+        if len(asked) != len(videos) or len(set(asked)) != len(asked):
+            raise UsageError(f"--labels must be {len(videos)} different texts; got {', '.join(asked)}")
+        return list(asked)
     labels: list[str] = []
     for name in (path.resolve().stem for path in videos):
         numbered = (f"{name} ({number})" for number in count(2))

@@ -1,8 +1,9 @@
-"""`fastvmt decode`: the video of final latents that a run left when it was stopped or ran out of memory."""
+"""`fastvmt decode`: make the video of final latents that an interrupted run left."""
 
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,23 +19,26 @@ from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.decode import decode_saved, read_latents_facts
 from diffsynth.vram_management import choose_device
 
-VAE = "wan_video_vae"
-
 
 def run(options: Namespace, console: Console) -> int:
-    """Decode the latents with the model's VAE; its other parts are not needed."""
+    """Decode the latents with the model's VAE; its other parts are not loaded.
+
+    Raises:
+        UsageError: the output cannot be written.
+        RunFailedError: the model has no whole VAE.
+    """
     check_output(options.output, options.overwrite)
     facts = read_latents_facts(options.latents)
     folder = choose_model(options.model, options.models_dir, console.note)
-    given = vars(options)
-    tiling = {name: given[name] for name in TILING if name in given}
+    asked = vars(options)
+    tiling = {name: asked[name] for name in TILING if name in asked}
     RunOptions(**tiling)
-    file = FileOptions(**{name: given[name] for name in ("fps", "quality") if name in given})
+    file = FileOptions(**{name: asked[name] for name in ("fps", "quality") if name in asked})
     console.note("load the VAE")
-    dtype = getattr(torch, given.get("vae_dtype") or "float32")
-    vae = load_vae(folder, choose_device(given.get("device") or "auto"), dtype)
+    dtype = getattr(torch, asked.get("vae_dtype") or "float32")
+    vae = load_vae(folder, choose_device(asked.get("device") or "auto"), dtype)
     console.note("decode")
-    frames = decode_saved(options.latents, vae, **tiling)
+    frames: Any = decode_saved(options.latents, vae, **tiling)  # PIL images by default
     console.note("write")
     fps = file.fps or facts["fps"] or DEFAULT_FPS
     save = partial(save_video, frames, fps=fps, quality=file.quality)
@@ -56,8 +60,9 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> WanVideo
         # The VAE is the smallest file of the published checkpoints.
         for files in sorted(files_of(folder), key=lambda group: sum(file.stat().st_size for file in group)):
             manager.load_model(files)
-            if manager.loaded[-1].name == VAE:
-                return manager.find(VAE).model
+            for loaded in manager.loaded:
+                if isinstance(loaded.model, WanVideoVAE):
+                    return loaded.model
     except (CheckpointError, FileNotFoundError) as error:
         raise RunFailedError(f"the model cannot be loaded: {error}") from error
     raise RunFailedError(f"{folder} holds no VAE")

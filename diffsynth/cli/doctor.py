@@ -1,10 +1,9 @@
-"""`fastvmt doctor`: is everything there that a run needs, and what would it run on."""
+"""`fastvmt doctor`: whether everything that a run needs is installed, and which device it would use."""
 
 import platform
 import shutil
 import subprocess
 from argparse import Namespace
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from diffsynth.configs.download import missing_files
 from diffsynth.version import __version__
 
 NEEDED = ("torch", "numpy", "pillow", "einops", "safetensors", "tqdm", "ftfy", "tokenizers", "imageio-ffmpeg")
-# What they add, where they are not needed by every run.
+# Packages that not every run needs, and what needs them.
 EXTRA = {
     "sentencepiece": "checkpoints without a tokenizer.json",
     "transformers": "fastvmt evaluate --clip",
@@ -30,7 +29,7 @@ GIB = 2**30
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Look, tell, and return 1 if something that every run needs is not there."""
+    """Print what was found, and return 1 if something that every run needs is missing."""
     facts, problems = examine(options.models_dir)
     for heading, values in facts.items():
         console.say(heading.replace("_", " "))
@@ -44,7 +43,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def examine(models_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What there is, by heading and name, and what is wrong."""
+    """Return the facts, by heading and name, and the problems."""
     versions = {"fastvmt": __version__, "python": platform.python_version()}
     versions |= {name: installed_version(name) or "missing" for name in NEEDED}
     problems = [f"package {n} is missing: pip install {n}" for n in NEEDED if versions[n] == "missing"]
@@ -59,7 +58,7 @@ def examine(models_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package; None if it is not there."""
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -86,16 +85,16 @@ def _device() -> dict[str, dict[str, Any]]:
     return {"device": described, "attention_kernels": kernels}
 
 
-def _ffmpeg(problems: list[str]) -> Mapping[str, str]:
+def _ffmpeg(problems: list[str]) -> dict[str, Any]:
     try:
-        from imageio_ffmpeg import get_ffmpeg_exe
+        from imageio_ffmpeg import get_ffmpeg_exe  # type: ignore[import-untyped]  # it has no stubs
 
         program = get_ffmpeg_exe()
-        said = subprocess.run([program, "-version"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([program, "-version"], capture_output=True, text=True, check=True).stdout
     except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
         problems.append(f"ffmpeg does not run, so videos can neither be read nor written: {error}")
         return {"program": "missing"}
-    return {"program": program, "version": said.split("\n")[0]}
+    return {"program": program, "version": text.split("\n")[0]}
 
 
 def _models(models_dir: Path, problems: list[str]) -> dict[str, str]:
@@ -115,6 +114,6 @@ def _models(models_dir: Path, problems: list[str]) -> dict[str, str]:
             models[name] = f"incomplete in {folder}: {faults}; go on with: fastvmt download {name}"
         else:
             models[name] = f"complete in {folder}"
-    place = next(p for p in (models_dir.absolute(), *models_dir.absolute().parents) if p.exists())
-    models["free disk space"] = f"{shutil.disk_usage(place).free / GIB:.1f} GiB"
+    folder = next(p for p in (models_dir.absolute(), *models_dir.absolute().parents) if p.exists())
+    models["free disk space"] = f"{shutil.disk_usage(folder).free / GIB:.1f} GiB"
     return models

@@ -8,7 +8,7 @@ from diffsynth.configs.download import download, missing_files
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Fetch what is missing of one size, or of all."""
+    """Fetch the missing files of one size, or of all."""
     folders = {}
     for name in PUBLISHED if options.model == "all" else [options.model]:
         checkpoint = PUBLISHED[name]

@@ -1,6 +1,8 @@
-"""`fastvmt evaluate`: how well a video follows a reference's motion and, with a CLIP, its prompt."""
+"""`fastvmt evaluate`: measure how well a video follows a reference's motion and, with a CLIP, its prompt."""
 
 from argparse import Namespace
+from itertools import islice
+from typing import Any
 
 from diffsynth.cli.console import DONE, Console
 from diffsynth.data import VideoData
@@ -10,7 +12,7 @@ from diffsynth.evaluation.trackers import Tracklets, track_points
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Measure and tell."""
+    """Print the measures."""
     values = measure(options)
     for name, value in values.items():
         number = f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -20,7 +22,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def measure(options: Namespace) -> dict[str, float | int]:
-    """What was measured, by name.
+    """Return the measures by name.
 
     The reference is brought to the generated video's size, as the pipeline does, and the longer video is cut
     to the length of the shorter.
@@ -33,16 +35,15 @@ def measure(options: Namespace) -> dict[str, float | int]:
     height, width = generated.shape()
     reference = VideoData(options.reference, height=height, width=width)
     count = min(len(generated), len(reference))
-    frames = generated[:count]
-    tracking = {name: getattr(options, name) for name in ("grid", "checkpoint", "device")}
-    tracking["method"] = options.tracker
-    own, other = (track_points(video, **tracking) for video in (frames, reference[:count]))
+    frames, others = (list(islice(video, count)) for video in (generated, reference))
+    tracking: dict[str, Any] = {name: getattr(options, name) for name in ("grid", "checkpoint", "device")}
+    own, other = (track_points(video, method=options.tracker, **tracking) for video in (frames, others))
     backwards = Tracklets(points=other.points[:, ::-1], visible=other.visible[:, ::-1])
     values = {
         "frames_compared": count,
         "motion_fidelity_at_same_place": paired_fidelity(own, other),
         "motion_fidelity": tracklet_fidelity(own, other),
-        # What a wrong motion of the same kind scores: the figure above says little if it is no higher.
+        # The score of a wrong motion of the same kind: the one above says little if it is no higher.
         "motion_fidelity_of_reference_backwards": tracklet_fidelity(backwards, other),
     }
     if clip is not None:

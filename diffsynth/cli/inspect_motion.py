@@ -1,4 +1,4 @@
-"""`fastvmt inspect`: the motion that a reference would transfer, or the losses of a run that is done."""
+"""`fastvmt inspect`: show the motion that a reference would transfer, or the losses of a finished run."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -20,7 +20,12 @@ from diffsynth.runs.record import read_record
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Write the flow as a video and a sheet: arrows over the frames, colours beside them."""
+    """Write the flow as a video and a sheet: arrows over the frames, colours beside them.
+
+    Raises:
+        UsageError: the output is a file, or a folder with files in it.
+        ImportError: matplotlib is not installed, which draws losses.
+    """
     if options.reference.suffix == ".json":
         return _draw_losses(options, console)
     output = options.output or Path(f"{options.reference.resolve().stem}-motion")
@@ -46,7 +51,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def _draw_losses(options: Namespace, console: Console) -> int:
-    """A record's losses as a picture."""
+    """Write a record's losses as a figure."""
     record = read_record(options.reference)
     figure = loss_curves(record.cost["losses"])
     output = options.output or Path(f"{options.reference.with_suffix('').stem}-losses")
@@ -60,18 +65,17 @@ def _draw_losses(options: Namespace, console: Console) -> int:
 
 
 def _as_transferred(options: Namespace, folder: Path) -> VideoData:
-    """The reference at the size and length at which a run would take it."""
+    """Open the reference at the size and length at which a run would use it."""
     size = {name: value for name, value in vars(options).items() if name in ("height", "width")}
     video = open_reference(options.reference)
     run = resolve(size, run_defaults(folder), reference_facts(video))
-    source = {"image_folder" if options.reference.is_dir() else "video_file": options.reference}
-    fitted = VideoData(**source, height=run.height, width=run.width)
+    fitted = open_reference(options.reference, height=run.height, width=run.width)
     fitted.set_length(run.num_frames)
     return fitted
 
 
 def _check_empty(folder: Path, overwrite: bool) -> None:
-    """Raises UsageError if the folder cannot be made, or has files in it."""
+    """Raise UsageError if the folder cannot be made, or has files in it."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder} is a file; give the name of a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:

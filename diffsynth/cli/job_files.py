@@ -25,23 +25,30 @@ class JobLine:
     """One video of a batch.
 
     Attributes:
-        line: of the jobs file.
-        given: its options, those of the batch among them.
-        reference: its path; None without one.
-        output: of its video, inside the output folder; None for a name of the reference's and the job's hash.
+        line: its number in the jobs file.
+        options: its options, among them those of the batch.
+        reference: path of the reference video; None without one.
+        output: path of its video, inside the output folder; None for a name made of reference and job hash.
     """
 
     line: int
-    given: Mapping[str, Any]
+    options: Mapping[str, Any]
     reference: Path | None
     output: Path | None
 
 
 def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[JobLine]:
-    """Return the jobs of a file. shared: options that hold where a job does not name them.
+    """Read the jobs of a file.
 
-    Raises FileNotFoundError without the file, and UsageError that names the line for what cannot be read, for
-    unknown options, for an output outside of output_dir, and for one that two jobs name.
+    Args:
+        path: a .jsonl or .csv file.
+        output_dir: of the videos.
+        shared: options that hold where a job does not name them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UsageError: the file cannot be read, or a job has an unknown option, an option that is not allowed, an
+            output outside of output_dir, or the output of another job; the message names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"jobs file {path} does not exist")
@@ -58,17 +65,22 @@ def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[J
 
 
 def job_hash(job: JobLine, reference: Mapping[str, Any] | None, model: Mapping[str, Any]) -> str:
-    """What tells a job from others: its options, its reference's content, the model's files, LoRAs and types.
+    """Return the hash that identifies a job: its options, reference, model files, LoRAs and dtypes.
 
-    Not where it runs: a batch may go on elsewhere, or with other settings for memory.
+    Where it runs does not count: a batch may be continued elsewhere, or with other settings for memory.
+
+    Args:
+        job: the job.
+        reference: description of its reference video; None without one.
+        model: description of the model.
     """
     facts = {
-        "given": dict(job.given),
+        "given": dict(job.options),
         "reference": reference and reference["sha256"],
         "model": {name: file["bytes"] for name, file in model["files"].items()},
         "types": [model["setup"][name] for name in ("dtype", "vae_dtype")],
     }
-    if model["setup"].get("loras"):  # not named otherwise, so that jobs without them keep their hash
+    if model["setup"].get("loras"):  # absent otherwise, so that jobs without them keep their hash
         facts["loras"] = model["setup"]["loras"]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -92,7 +104,7 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in rows:
             if None in row or None in row.values():
                 raise UsageError(f"{path}, line {rows.line_num}: not as many cells as the first line has")
-            # An empty cell is an option that the job does not name.
+            # An empty cell leaves the option unset.
             yield rows.line_num, {name: text for name, text in row.items() if text}
     except csv.Error as error:
         raise UsageError(f"{path}, line {rows.line_num}: {error}") from error
@@ -121,24 +133,24 @@ def _job(
     kinds = _kinds()
     if unknown := sorted(entries.keys() - kinds.keys()):
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}")
-    given = dict(shared)
+    options = dict(shared)
     for name, value in entries.items():
-        if value is None and not name.startswith(MOTION_PREFIX):  # null in JSON: not given
+        if value is None and not name.startswith(MOTION_PREFIX):  # null in JSON leaves it unset
             continue
         read = read_value if isinstance(value, str) else check_value
         try:
-            given[SHORT.get(name, name)] = read(name, kinds[name], value)
+            options[SHORT.get(name, name)] = read(name, kinds[name], value)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
     reference = None if paths["reference"] is None else file.parent / paths["reference"]
     output = None if paths["output"] is None else output_dir / paths["output"]
     if output is not None and output_dir.resolve() not in output.resolve().parents:
         raise UsageError(f"{where}: output {paths['output']!r} is outside of the output folder {output_dir}")
-    return JobLine(line=line, given=given, reference=reference, output=output)
+    return JobLine(line=line, options=options, reference=reference, output=output)
 
 
 def _kinds() -> dict[str, Kind]:
-    """The kind of value of each option that a job may have, by all its names."""
+    """Return the kind of value of each option that a job may have, by all its names."""
     stated = {**call_options(), **options_of(FileOptions)}
     kinds = {name: option.kind for name, (option, _) in stated.items() if name not in NOT_OFFERED}
     kinds |= {short: kinds[name] for short, name in SHORT.items()}

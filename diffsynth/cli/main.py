@@ -1,4 +1,4 @@
-"""`fastvmt`: reads the command line, runs the command, turns what goes wrong into a line and an exit code."""
+"""`fastvmt`: reads the command line, runs the command, turns an error into a line and an exit code."""
 
 import logging
 import sys
@@ -29,8 +29,13 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fastvmt` with these arguments, the process's own by default, and return its exit code:
-    0 done, 1 failed, 2 bad arguments, 130 interrupted.
+    """Run `fastvmt`.
+
+    Args:
+        arguments: of the command line; None for those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad arguments, 130 interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else [str(argument) for argument in arguments]
     try:
@@ -41,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(done.code or 0)
     console = Console(json=options.json, quiet=options.quiet)
     run: Callable[[Namespace, Console], int] = import_module(COMMANDS[options.command]).run
+    reason: Exception
     with _log_to_stderr(logging.INFO if options.verbose else logging.WARNING):
         try:
             return run(options, console)

@@ -1,8 +1,9 @@
-"""The command line of `fastvmt`: its commands, their options and examples. Needs no torch."""
+"""The command line of `fastvmt`: its commands, their options and examples. It needs no torch."""
 
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 from diffsynth.cli.arguments import (
     add_call_options,
@@ -99,25 +100,25 @@ _USAGES = {
 }
 
 
-# Examples stay as they are written, and options have a column that most of them fit in.
+# Examples keep their line breaks, and options have a column that most of them fit in.
 _HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises UsageError where argparse's own would end the process."""
 
-    def __init__(self, *, examples: str = "", **options: object) -> None:
+    def __init__(self, *, examples: str = "", **options: Any) -> None:
         options.setdefault("formatter_class", _HELP)
         epilog = f"examples:{examples}" if examples else None
         super().__init__(allow_abbrev=False, epilog=epilog, **options)
 
-    def error(self, message: str) -> None:
-        """Raises UsageError with what is wrong and where the options are listed."""
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with the message and where the options are listed."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def build_parser() -> Parser:
-    """The parser of the whole command."""
+    """Return the parser of the whole command."""
     parser = Parser(
         prog="fastvmt",
         description="Video motion transfer without training: a reference's motion, a prompt's content.",

@@ -1,4 +1,4 @@
-"""`fastvmt plan`: memory and cost of a run, before it is started and without its weights."""
+"""`fastvmt plan`: predict memory and cost of a run before it starts, without its weights."""
 
 import json
 from argparse import Namespace
@@ -18,10 +18,14 @@ from diffsynth.planning.sizes import ModelSizes, published_sizes
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Print the plan. Raises RunFailedError, with what would help, if no settings fit."""
+    """Print the plan.
+
+    Raises:
+        RunFailedError: no settings fit; the message says what would help.
+    """
     sizes, defaults, facts = _model(options, console)
-    given = with_motion({name: value for name, value in vars(options).items() if value is not None})
-    call = {name: value for name, value in given.items() if name in call_options()}
+    asked = with_motion({name: value for name, value in vars(options).items() if value is not None})
+    call = {name: value for name, value in asked.items() if name in call_options()}
     run_options = resolve_plan(call, defaults, facts)
     try:
         plan = plan_run(
@@ -35,7 +39,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def _model(options: Namespace, console: Console) -> tuple[ModelSizes, RunDefaults, ModelFacts]:
-    """Sizes, defaults and facts of a model: of a published one by its name, else of the loaded one."""
+    """Return sizes, defaults and facts of a model: of a published one by its name, else of the loaded one."""
     dtype = torch.bfloat16 if options.dtype is None else getattr(torch, options.dtype)
     if options.model in PUBLISHED:
         sizes = published_sizes(options.model, dtype)

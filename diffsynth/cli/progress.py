@@ -1,4 +1,4 @@
-"""How a command runs a task: what saves it, its progress on stderr, and Ctrl-C, which asks it to stop."""
+"""How a command runs a task: saved or not, with progress on stderr, and stopped by Ctrl-C."""
 
 import signal
 import sys
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from diffsynth.cli.arguments import flag
 from diffsynth.cli.console import Console
@@ -27,19 +27,24 @@ INTERRUPTED_TEXT = "interrupted; no video was written"
 def saving_arguments(options: Namespace, output: Path | None) -> dict[str, Any]:
     """Return the arguments of the run that `add_saving_options` asks for; empty if nothing is saved.
 
+    Args:
+        options: of the command line.
+        output: path of the video, which has a default folder; None if it has no name yet.
+
     Raises:
-        UsageError: there is no folder for it, or details are given where nothing is saved.
+        UsageError: there is no folder, or there are details of saving although nothing is saved.
     """
-    given = {name: value for name, value in vars(options).items() if name in options_of(SavingOptions)}
-    resume = given.pop("resume", None)
-    if resume is None and options.checkpoint_dir is None:
-        if given:
-            raise UsageError(f"{flag(min(given))} needs --resume or --checkpoint-dir")
+    details = {name: value for name, value in vars(options).items() if name in options_of(SavingOptions)}
+    resume, folder = details.pop("resume", None), options.checkpoint_dir
+    if resume is None and folder is None:
+        if details:
+            raise UsageError(f"{flag(min(details))} needs --resume or --checkpoint-dir")
         return {}
-    if options.checkpoint_dir is None and output is None:
-        raise UsageError("--resume needs -o OUT, or --checkpoint-dir")
-    folder = options.checkpoint_dir or saving_folder(output)
-    return {"checkpoint_dir": folder, "resume": resume is not False, **given}
+    if folder is None:
+        if output is None:
+            raise UsageError("--resume needs -o OUT, or --checkpoint-dir")
+        folder = saving_folder(output)
+    return {"checkpoint_dir": folder, "resume": resume is not False, **details}
 
 
 def run_watched(
@@ -49,16 +54,20 @@ def run_watched(
     loaded: LoadOptions,
     console: Console,
 ) -> tuple[Path, RunRecord]:
-    """Run a task with progress on stderr; see `run_task`. Ctrl-C ends it by KeyboardInterrupt.
+    """Run a task with progress on stderr, as `run_task`.
 
-    A run that is saved stops at once, as `runs.signals` does; another one after the step that it is in.
+    Ctrl-C stops a saved run at once, as in `runs.signals`, and another run after its current step.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
+        What `run_task` raises.
     """
     progress = StageProgress(console)
     try:
         with stopping_on_interrupt(pipe, progress, console, at_once=bool(task.saving)):
             path, record = run_task(pipe, task, model, loaded, progress)
     except (ValueError, RuntimeError, OSError) as error:
-        # Ctrl-C reaches the ffmpeg that decodes the reference, too, and the run misses its frames.
+        # Ctrl-C also reaches the ffmpeg that decodes the reference, and the run then lacks its frames.
         if progress.stopping:
             raise KeyboardInterrupt(INTERRUPTED_TEXT) from error
         raise
@@ -112,9 +121,12 @@ class StageProgress:
 def stopping_on_interrupt(
     pipe: WanVideoPipeline, progress: StageProgress, console: Console, *, at_once: bool
 ) -> Iterator[None]:
-    """Inside this context the first Ctrl-C asks the pipeline to stop; a second one stops at once.
+    """Return a context in which the first Ctrl-C asks the pipeline to stop, and the second stops at once.
 
     Args:
+        pipe: the pipeline that runs.
+        progress: observer of the run, which ends it.
+        console: for a message.
         at_once: leave the signal to the run, which is saved.
     """
 

@@ -1,4 +1,4 @@
-"""`fastvmt transfer`: one video, from options or from the record of an earlier run."""
+"""`fastvmt transfer`: make one video, from options or from the record of an earlier run."""
 
 from argparse import Namespace
 from collections.abc import Mapping
@@ -25,7 +25,12 @@ from diffsynth.runs.record import (
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Make the video. What can be known to be wrong is told before the model loads."""
+    """Make the video. Errors that can be known beforehand are raised before the model loads.
+
+    Raises:
+        UsageError: an option is wrong or missing, or a recorded run cannot be repeated.
+        RunFailedError: the model cannot be loaded.
+    """
     if options.output is None:
         check_folder(Path.cwd())
     else:
@@ -36,8 +41,8 @@ def run(options: Namespace, console: Console) -> int:
         loaded = load_options(vars(options))
         task = make_task(task_options(vars(options)), options.reference, folder)
     else:
-        if given := task_options(vars(options)):
-            raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, given))}")
+        if asked := task_options(vars(options)):
+            raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, asked))}")
         recorded = read_record(options.record)
         folder = choose_model(options.model or recorded.model["folder"], options.models_dir, console.note)
         loaded = load_options(vars(options), recorded.model["setup"])
@@ -60,7 +65,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
-    """The task that a record repeats; the reference may have another path now."""
+    """Return the task that a record repeats; the reference may have another path now."""
     path = options.reference
     if path is None and record.reference is not None:
         path = Path(record.reference["path"])
@@ -82,7 +87,7 @@ def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
 def _check_unchanged(
     record: RunRecord, task: VideoTask, model: Mapping[str, Any], force: bool, console: Console
 ) -> None:
-    """Raises UsageError if what the run was made from has changed, unless force."""
+    """Raise UsageError if reference, model or weights have changed since the record, unless force."""
     found = differences(record, task.reference, model)
     if found and not force:
         raise UsageError(f"the run cannot be repeated: {'; '.join(found)} (--force to run it all the same)")
@@ -91,7 +96,7 @@ def _check_unchanged(
 
 
 def _compared(recorded: RunRecord | None, record: RunRecord, console: Console) -> dict[str, bool]:
-    """Tell whether a repetition gave the recorded frames, and if not, what was otherwise."""
+    """Say whether a repetition gave the recorded frames, and if not, which versions differ."""
     if recorded is None:
         return {}
     same = recorded.video["frames_sha256"] == record.video["frames_sha256"]

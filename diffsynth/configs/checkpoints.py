@@ -130,7 +130,8 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
     key = next(
         (key for key, known in PUBLISHED.items() if str(name) == key or Path(name).name == known.folder), None
     )
-    folder = Path(root) / PUBLISHED[name].folder if name in PUBLISHED else Path(name)
+    known = PUBLISHED.get(name) if isinstance(name, str) else None
+    folder = Path(name) if known is None else Path(root) / known.folder
     if folder.is_dir():
         return folder
     if key is None:

@@ -148,11 +148,11 @@ def _huggingface() -> tuple[Callable[..., str], ModuleType]:
     return snapshot_download, errors
 
 
-def _error_classes(errors: ModuleType) -> list[type[Exception]]:
+def _error_classes(errors: ModuleType) -> tuple[type[Exception], ...]:
     """Return all exceptions of a hub's errors module: they share no base class in all its versions."""
-    return [
+    return tuple(
         value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)
-    ]
+    )
 
 
 def _explain(checkpoint: PublishedCheckpoint, folder: Path, source: str, reason: str) -> str:

@@ -18,7 +18,9 @@ _COUNTS = {2: "two", 3: "three"}
 class Kind(Protocol):
     """The values that an option may take; str(kind) describes them, as in "must be {kind}"."""
 
-    metavar: str
+    @property
+    def metavar(self) -> str:
+        """What stands for a value in the help of the command line."""
 
     def read(self, text: str) -> Any:
         """Return the value that a text stands for. Raises ValueError if it stands for none."""
@@ -44,10 +46,14 @@ class Whole:
         return self.check(int(text))
 
     def check(self, value: Any) -> int:
-        good = isinstance(value, Integral) and not isinstance(value, bool) and value >= self.least
-        if not good or (self.most is not None and value > self.most) or (self.odd and value % 2 == 0):
+        if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError
-        return int(value)
+        number = int(value)
+        if number < self.least or (self.most is not None and number > self.most):
+            raise ValueError
+        if self.odd and number % 2 == 0:
+            raise ValueError
+        return number
 
 
 @dataclass(frozen=True, slots=True)

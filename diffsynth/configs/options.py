@@ -34,7 +34,7 @@ SAMPLERS: dict[str, str] = {
     "unipc": "diffsynth.schedulers.unipc:UniPCScheduler",
 }
 # Every mode, also of a descriptor that is registered later. Iterated, the one without transfer is the last.
-MODES: Mapping[str, object] = ChainMap({NO_TRANSFER: None}, DESCRIPTORS)
+MODES: Mapping[str, Any] = ChainMap({NO_TRANSFER: None}, DESCRIPTORS)
 TILING = ("tiled", "tile_size", "tile_stride")  # as the VAE names them, too
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")

@@ -156,11 +156,9 @@ def _size(
     model: ModelFacts | None,
 ) -> tuple[int, int]:
     """Height and width in pixels; the declared size is turned for an upright reference."""
-    declared = defaults.options.get("height"), defaults.options.get("width")
-    if None in declared:
-        declared = (
-            (reference.height, reference.width) if reference else (defaults["height"], defaults["width"])
-        )
+    declared: tuple[int, int] = (defaults["height"], defaults["width"])
+    if reference is not None and not defaults.options.keys() >= {"height", "width"}:
+        declared = (reference.height, reference.width)
     upright = reference is not None and reference.height > reference.width
     if upright and declared[0] < declared[1]:
         declared = declared[::-1]
@@ -205,7 +203,9 @@ def _motion(
 ) -> MotionGuidance | None:
     """The guidance that motion, mode, sf and motion_scale ask for together; None for no transfer."""
     mode = short.mode
-    if mode is None and not isinstance(motion, MotionGuidance):
+    if mode is None and isinstance(motion, MotionGuidance):
+        mode = motion.mode
+    elif mode is None:
         mode = NO_TRANSFER if num_frames is None and not motion else DEFAULT_MODE
         logger.info("no mode is named: %s", mode)
     if mode == NO_TRANSFER:
@@ -217,8 +217,7 @@ def _motion(
     if not isinstance(motion, MotionGuidance):
         numbers = {**defaults.motion.get(mode, {}), **(motion or {})}
         motion = MotionGuidance.for_mode(mode, numbers)
-    changes = {"mode": mode, "sf": short.sf}
-    motion = replace(motion, **{name: value for name, value in changes.items() if value is not None})
+    motion = replace(motion, mode=mode, sf=motion.sf if short.sf is None else short.sf)
     if short.motion_scale is not None:
         motion = motion.scaled(short.motion_scale)
     if num_frames is None:

@@ -101,7 +101,7 @@ def draw_trajectories(
                 _dot(draw, points[-1], radius * FINER, ink)
             if isinstance(paths, Mapping):
                 place = (points[-1][0] + 9 * FINER, points[-1][1])
-                rim = {"stroke_width": 2 * FINER, "stroke_fill": PAPER}
-                draw.text(place, name, INK, text_font(14 * FINER), "lm", **rim)
+                font = text_font(14 * FINER)
+                draw.text(place, name, INK, font, "lm", stroke_width=2 * FINER, stroke_fill=PAPER)
         drawn.append(over(fit_frame(frame, size[1], size[0]), layer))
     return drawn

@@ -50,6 +50,7 @@ def loss_curves(losses: Sequence[Sequence[float]]) -> "Figure":
     for step, values in enumerate(losses):
         times = [step + index / len(values) for index in range(len(values))]
         axes.plot(times, values, ".-", color=(BLUE, RED)[step % 2])
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3, which="both")
     return figure
 

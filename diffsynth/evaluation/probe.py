@@ -8,6 +8,7 @@ rows/columns, S = H * W, P frame pairs, M tokens compared. Displacements are (ro
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from diffsynth.data.synthetic import SceneOptions, SyntheticClip, make_clip
 from diffsynth.data.tensors import video_to_tensor
 from diffsynth.evaluation.probe_report import HEAD_MEANS, ProbeResult
 from diffsynth.evaluation.probe_truth import TrueFlow, agreement, moments_by_distance, true_flow
-from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_dit import DiTBlock, WanModel
 from diffsynth.motion.flow import token_positions
 from diffsynth.motion.heads import precise
 from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -89,7 +90,8 @@ def block_features(
         (q, k), each [F, H, W, N, D], block by block.
     """
     state = dit.embed(latents, timestep, context)
-    for index, block in enumerate(dit.blocks[: blocks[-1] + 1]):
+    for index, module in enumerate(dit.blocks[: blocks[-1] + 1]):
+        block = cast(DiTBlock, module)
         if index in blocks:
             q, k = block.queries_keys(state.tokens, state)
             yield q[0].unflatten(0, state.grid), k[0].unflatten(0, state.grid)

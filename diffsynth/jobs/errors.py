@@ -1,9 +1,9 @@
-"""What ends a task early."""
+"""Errors that end a task early."""
 
 
 class UsageError(ValueError):
-    """The user asks for what cannot be done; nothing heavy has run."""
+    """Raised for a request that cannot be fulfilled, before anything heavy has run."""
 
 
 class RunFailedError(RuntimeError):
-    """A run could not be finished."""
+    """Raised when a run cannot be finished."""

@@ -17,8 +17,12 @@ from diffsynth.models.checkpoint_files import CheckpointError
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 
-def load_options(given: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> LoadOptions:
-    """Return how a model is loaded: what is given, and where nothing is, what a record says.
+def load_options(asked: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> LoadOptions:
+    """Return how a model is loaded.
+
+    Args:
+        asked: options by name, which take precedence; others are ignored.
+        recorded: options of a run that is repeated.
 
     Raises:
         ValueError: the record names an unknown option, or a value is not allowed.
@@ -27,7 +31,7 @@ def load_options(given: Mapping[str, Any], recorded: Mapping[str, Any] | None = 
     before = {} if recorded is None else recorded
     if unknown := sorted(before.keys() - known):
         raise ValueError(f"the record's setup has {', '.join(unknown)}, which is unknown here")
-    options = {**before, **{name: given[name] for name in known if given.get(name) is not None}}
+    options = {**before, **{name: asked[name] for name in known if asked.get(name) is not None}}
     return LoadOptions(**{**options, "loras": dict(options["loras"]) if options.get("loras") else None})
 
 
@@ -49,7 +53,7 @@ def choose_model(name: str | None, root: str | Path, note: Callable[[str], None]
     """
     if name is not None:
         return checkpoint_folder(name, root)
-    for key, checkpoint in reversed(PUBLISHED.items()):
+    for key, checkpoint in reversed(list(PUBLISHED.items())):
         folder = Path(root) / checkpoint.folder
         if folder.is_dir() and not missing_files(folder, checkpoint):
             note(f"model: {key}, the largest complete one below {root} (--model chooses another)")

@@ -1,10 +1,10 @@
-"""Output files: checked before the work, published whole after it, never over something that was there."""
+"""Output files: checked before a run, published whole after it, never over an existing file unasked."""
 
 import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -16,7 +16,7 @@ from diffsynth.runs.record import RunRecord, read_record, record_path, save_with
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UsageError unless files can be made in the folder."""
+    """Raise UsageError unless files can be made in the folder."""
     if not folder.is_dir():
         raise UsageError(f"output folder {folder} does not exist; make it first: mkdir -p {folder}")
     try:
@@ -27,7 +27,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises UsageError if a video cannot be written to path, or would replace something unasked."""
+    """Raise UsageError if a video cannot be written to path, or would replace something unasked."""
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         raise UsageError(f"output {path} must end in one of {', '.join(VIDEO_SUFFIXES)}")
     if path.is_dir():
@@ -42,9 +42,8 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def reserve_name(folder: Path, stem: str, suffix: str = ".mp4") -> Path:
-    """Make an empty new file, so that no earlier result is lost and no other run takes its name."""
-    for number in itertools.count(1):
-        path = folder / f"{stem}{'' if number == 1 else f'-{number}'}{suffix}"
+    """Make an empty file with a free name, so that no earlier result is lost and no other run takes it."""
+    for path in _numbered(folder / f"{stem}{suffix}"):
         with contextlib.suppress(FileExistsError):
             path.open("x").close()
             return path
@@ -52,9 +51,16 @@ def reserve_name(folder: Path, stem: str, suffix: str = ".mp4") -> Path:
 
 
 def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, overwrite: bool = False) -> Path:
-    """Write a video with its record inside, and the record beside it; return the video's path.
+    """Write a video with its record inside, and the record beside it. The video appears whole.
 
-    The video appears whole. Without overwrite, a name that was taken meanwhile gets a number.
+    Args:
+        frames: of the video.
+        path: of the video.
+        record: of the run.
+        overwrite: replace an existing file; otherwise a name that was taken meanwhile gets a number.
+
+    Returns:
+        The path that the video has.
     """
     final = write_aside(path, lambda file: save_with_metadata(frames, file, record), overwrite)
     write_record(record, final)
@@ -62,10 +68,15 @@ def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, ove
 
 
 def write_aside(path: Path, write: Callable[[Path], object], overwrite: bool) -> Path:
-    """Have a file written beside `path` and moved there; return the path that it has then.
+    """Have a file written beside `path` and moved there; an error leaves no trace.
 
-    With overwrite it replaces what is there; otherwise a name that was taken meanwhile gets a number. An
-    error leaves no trace.
+    Args:
+        path: of the file.
+        write: called with the hidden path to write to.
+        overwrite: replace an existing file; otherwise a name that was taken meanwhile gets a number.
+
+    Returns:
+        The path that the file has.
     """
     if overwrite:
         with written_whole(path.resolve()) as temporary:
@@ -78,9 +89,8 @@ def write_aside(path: Path, write: Callable[[Path], object], overwrite: bool) ->
 
 
 def _place(file: Path, target: Path) -> Path:
-    """Give a file the name of target, or the next one that is free; return it."""
-    for number in itertools.count(1):
-        path = target if number == 1 else target.with_stem(f"{target.stem}-{number}")
+    """Give a file the name of target, or the next free one, and return that."""
+    for path in _numbered(target):
         try:
             os.link(file, path)
         except FileExistsError:
@@ -90,6 +100,13 @@ def _place(file: Path, target: Path) -> Path:
             os.replace(file, path)
         return path
     raise AssertionError("unreachable")
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """Yield a path, then the same with -2, -3, ... at the end of its name."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def _is_record(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""One video to make: from options to the arguments of the pipeline's run, and from its frames to a file."""
+"""A task is one video to make: from options to the pipeline's run, and from its frames to a file."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,12 +31,13 @@ class VideoTask:
         call: arguments of the pipeline's run, all but input_video and saving.
         video: the reference; None without one.
         reference: its description for the record.
-        fps: frames a second of the file; quality: of its encoding.
-        output: None for a new name in `folder`.
-        folder: for a new name.
+        fps: frames a second of the file.
+        quality: of its encoding, 0 to 10.
+        output: path of the file; None for a new name in `folder`.
+        folder: of a new name.
         overwrite: replace output if it exists.
         saving: arguments of the run that save it as it proceeds.
-        job: as in the record.
+        job: hash of a batch job, for the record.
     """
 
     call: Mapping[str, Any]
@@ -51,55 +52,61 @@ class VideoTask:
     job: str | None = None
 
 
-def open_reference(path: Path) -> VideoData:
-    """Open a reference video: a file or a folder of images."""
-    return VideoData(image_folder=path) if path.is_dir() else VideoData(path)
+def open_reference(path: Path, *, height: int | None = None, width: int | None = None) -> VideoData:
+    """Open a reference video, a file or a folder of images; height and width as for `VideoData`."""
+    file, folder = (None, path) if path.is_dir() else (path, None)
+    return VideoData(video_file=file, image_folder=folder, height=height, width=width)
 
 
-def task_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of some values that `make_task` reads."""
+def task_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of some options that `make_task` reads."""
     known = {*PROMPTS, *call_options(), *(item.name for item in fields(FileOptions))}
-    return {name: value for name, value in given.items() if name in known or name.startswith(MOTION_PREFIX)}
+    return {name: value for name, value in options.items() if name in known or name.startswith(MOTION_PREFIX)}
 
 
-def with_motion(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values in which the numbers of motion, told by MOTION_PREFIX, are gathered in `motion`."""
-    numbers = {name for name in given if name.startswith(MOTION_PREFIX) and name not in call_options()}
-    gathered = {name: value for name, value in given.items() if name not in numbers}
+def with_motion(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in which the numbers of motion, told by MOTION_PREFIX, are gathered in `motion`."""
+    numbers = {name for name in options if name.startswith(MOTION_PREFIX) and name not in call_options()}
+    gathered = {name: value for name, value in options.items() if name not in numbers}
     if numbers:
-        motion = {name.removeprefix(MOTION_PREFIX): given[name] for name in numbers}
+        motion = {name.removeprefix(MOTION_PREFIX): options[name] for name in numbers}
         gathered["motion"] = {**gathered.get("motion", {}), **motion}
     return gathered
 
 
-def make_task(given: Mapping[str, Any], reference: Path | None, folder: Path) -> VideoTask:
+def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) -> VideoTask:
     """Return the task that options ask for, checked as far as is possible before the model loads.
 
     Args:
-        given: prompt, negative_prompt, options of the call and of the file by name; numbers of motion in a
+        options: prompt, negative_prompt, options of the call and of the file by name; numbers of motion in a
             mapping `motion`, or each with the prefix MOTION_PREFIX.
-        reference: the reference video; None without one.
+        reference: path of the reference video; None without one.
         folder: of the checkpoint.
 
     Raises:
-        ValueError, TypeError: an option that is not allowed; UsageError for one that is missing.
+        UsageError: an option is missing.
+        ValueError, TypeError: an option is not allowed.
         FileNotFoundError: there is no such reference.
     """
-    if "prompt" not in given:
+    if "prompt" not in options:
         raise UsageError("--prompt is missing: what shall the video show?")
-    if reference is None and given.get("mode") != NO_TRANSFER:
+    if reference is None and options.get("mode") != NO_TRANSFER:
         raise UsageError("a reference video is missing; for a video from text alone give --mode No_transfer")
-    given, defaults = with_motion(given), run_defaults(folder)
+    options, defaults = with_motion(options), run_defaults(folder)
     video = None if reference is None else open_reference(reference)
-    call = {name: given[name] for name in call_options() if name in given}
-    resolve_prompts(given["prompt"], given.get("negative_prompt"), defaults)
+    call = {name: options[name] for name in call_options() if name in options}
+    resolve_prompts(options["prompt"], options.get("negative_prompt"), defaults)
     resolve(call, defaults, reference_facts(video))
-    file = FileOptions(**{item.name: given[item.name] for item in fields(FileOptions) if item.name in given})
-    rate = None if video is None else video.fps
+    of_file = {item.name: options[item.name] for item in fields(FileOptions) if item.name in options}
+    file = FileOptions(**of_file)
+    described, rate = None, None
+    if reference is not None and video is not None:
+        rate = video.fps
+        described = describe_reference(reference, len(video), rate)
     return VideoTask(
-        call={**{name: given[name] for name in PROMPTS if name in given}, **call},
+        call={**{name: options[name] for name in PROMPTS if name in options}, **call},
         video=video,
-        reference=None if video is None else describe_reference(reference, len(video), rate),
+        reference=described,
         fps=file.fps or rate or defaults["fps"] or DEFAULT_FPS,
         quality=file.quality,
     )
@@ -119,8 +126,8 @@ def run_task(
         task: what to make.
         model: its description for the record.
         loaded: how it was loaded.
-        observer: told of stages and steps; whatever it raises ends the task, also in the stage "write",
-            before which nothing is written.
+        observer: called at each stage and step; an error that it raises ends the task. Nothing is written
+            before the stage "write".
 
     Returns:
         The path that the video has, and the record.
@@ -133,8 +140,9 @@ def run_task(
             **task.call, **task.saving, input_video=task.video, observer=observer, progress_bar_cmd=iter
         )
     observer(RunEvent(stage="write"))
+    frames: Any = made.frames  # PIL images, since a task has no output_type
     record = make_record(
-        made.frames,
+        frames,
         prompt=made.prompt,
         negative_prompt=made.negative_prompt,
         preset=task.call.get("preset", EXACT),
@@ -149,12 +157,12 @@ def run_task(
         job=task.job,
     )
     if task.output is not None:
-        path = publish(made.frames, task.output, record, overwrite=task.overwrite)
+        path = publish(frames, task.output, record, overwrite=task.overwrite)
     else:
         name = "text" if task.reference is None else Path(task.reference["path"]).stem
         path = reserve_name(task.folder, f"{name}-{made.options.mode}-seed{made.options.seed}")
         try:
-            publish(made.frames, path, record, overwrite=True)
+            publish(frames, path, record, overwrite=True)
         except BaseException:
             path.unlink()
             record_path(path).unlink(missing_ok=True)
@@ -165,13 +173,17 @@ def run_task(
 
 
 def summary(path: Path, record: RunRecord) -> str:
-    """Return one line that says what was written and what it took."""
-    video, cost = record.video, record.cost
-    seconds = cost["time_gen"] + sum(cost["stage_seconds"].values())
+    """Return one line that says what was written and how long it took."""
+    video = record.video
     return (
         f"{path}: {video['frames']} frames of {video['width']}x{video['height']} at {video['fps']:g} frames "
-        f"a second, seed {record.options['seed']}, {seconds:.1f} s"
+        f"a second, seed {record.options['seed']}, {run_seconds(record):.1f} s"
     )
+
+
+def run_seconds(record: RunRecord) -> float:
+    """Return how long a run took, in seconds."""
+    return record.cost["time_gen"] + sum(record.cost["stage_seconds"].values())
 
 
 def saving_folder(output: Path) -> Path:
@@ -180,7 +192,7 @@ def saving_folder(output: Path) -> Path:
 
 
 def _forget(folder: Path, output: Path | None) -> None:
-    """Remove what a run left in its folder, and the folder too if it is the default one."""
+    """Remove the saved state of a run, and its folder too if that is the default one."""
     clear_checkpoints(folder)
     if output is not None and folder == saving_folder(output):
         (folder / LOCK).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The page itself: what stands where, and what happens on a click."""
+"""The page: its layout, and the handlers of its buttons."""
 
 import logging
 import os
@@ -14,31 +14,29 @@ from diffsynth.configs.defaults import EXACT
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.configs.options import MODES
 from diffsynth.webui import panel
-from diffsynth.webui.failures import failure_text
 from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
 from diffsynth.webui.references import starting_clips
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard
 from diffsynth.webui.session import Session, make_video, show_motion
-from diffsynth.webui.style import CSS
 from diffsynth.webui.uploads import keep_upload
 
 logger = logging.getLogger(__name__)
 
 LOOKS_PER_SECOND = 4
-VISITORS = 40  # whose pages are served at a time; their runs wait in one queue
+VISITORS = 40  # pages that are served at a time; their runs wait in one queue
 # The options that the page has, in its order.
 _FIELDS = (
     "prompt", "negative_prompt", "preset", "mode", "seed", "denoising_strength", "num_inference_steps",
     "motion_scale", "height", "width", "num_frames",
 )  # fmt: skip
-# Numbers, since a field for numbers is never empty, that leave the choice to the model or the preset.
-_OWN = {"seed": -1, "num_inference_steps": 0, "height": 0, "width": 0, "num_frames": 0}
+# A field for numbers is never empty: these values leave the choice to the model or the preset.
+_UNSET = {"seed": -1, "num_inference_steps": 0, "height": 0, "width": 0, "num_frames": 0}
 
 
 def import_gradio() -> Any:
-    """gradio, silent and local. Raises ImportError with the command that installs it."""
+    """Return gradio, silent and local. Raises ImportError with the command that installs it."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -57,27 +55,28 @@ class Page:
         self._gradio = import_gradio()
 
     def pick(self, name: str | None) -> str | None:
-        """A shipped reference."""
+        """Return the path of a shipped reference."""
         return str(self.clips[name]) if name in self.clips else None
 
     def generate(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
-        """Progress of a run until it ends: panel, id of the job, videos, files, gallery."""
+        """Yield progress of a run until it ends: panel, id of the job, videos, files, gallery."""
 
         def start() -> QueuedJob:
             request = self._request(values)
-            alone = uploaded is None or request["mode"] == NO_TRANSFER
-            reference = None if alone else self._kept(uploaded)
+            reference = None
+            if uploaded is not None and request["mode"] != NO_TRANSFER:
+                reference = self._kept(uploaded)
             return self.queue.submit(lambda job: make_video(self.session, request, reference, job))
 
         yield from self._follow(start, self._show_run, num_shown=4)
 
     def inspect(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
-        """Progress of reading a reference's motion: panel, id of the job, video of the motion."""
+        """Yield progress of reading a reference's motion: panel, id of the job, video of the motion."""
 
         def start() -> QueuedJob:
             if uploaded is None:
                 raise ValueError("choose or upload a reference video first")
-            # Its motion does not depend on what the prompt says.
+            # The prompt has no influence on a reference's motion, but it must not be empty.
             request, reference = self._request(("motion", *values[1:])), self._kept(uploaded)
             return self.queue.submit(lambda job: show_motion(self.session, request, reference, job))
 
@@ -87,27 +86,28 @@ class Page:
         yield from self._follow(start, show, num_shown=1)
 
     def cancel(self, job_id: str | None) -> str | Any:
-        """Ask the visitor's own run to stop."""
+        """Ask the visitor's run to stop, and return the panel."""
         if self.queue.cancel(job_id):
             return panel.message("Stopping after this step.")
         return self._gradio.skip()
 
     def gallery(self) -> list[tuple[str, str]]:
-        """Posters and names of past runs."""
+        """Return posters and names of past runs."""
         posters = ((self._poster(run), run.video.name) for run in past_runs(self.session.output_dir))
         return [(str(picture), name) for picture, name in posters if picture is not None]
 
     def open_past(self, name: str) -> tuple:
-        """What the page shows of the run of that name."""
+        """Return panel, videos and files of the past run of that name."""
         try:
             return self._files_of(find_run(self.session.output_dir, name))
         except (ValueError, OSError) as error:
-            return (panel.message(failure_text(error), "error"), *[self._gradio.skip()] * 3)
+            return (panel.failed(error), *[self._gradio.skip()] * 3)
 
     def _request(self, values: tuple) -> dict[str, Any]:
-        given = dict(zip(_FIELDS, values, strict=True))
-        own = {name for name, value in given.items() if value is None or value == _OWN.get(name)}
-        return checked_request({name: value for name, value in given.items() if name not in own})
+        asked = dict(zip(_FIELDS, values, strict=True))
+        return checked_request(
+            {name: v for name, v in asked.items() if v is not None and v != _UNSET.get(name)}
+        )
 
     def _kept(self, uploaded: str) -> Path:
         arrived = Path(os.environ["GRADIO_TEMP_DIR"])
@@ -116,7 +116,13 @@ class Page:
     def _follow(
         self, start: Callable[[], QueuedJob], show: Callable[[Any], tuple], num_shown: int
     ) -> Iterator[tuple]:
-        """(panel, job id, *the num_shown other things), several times a second until the job ends."""
+        """Yield (panel, job id, *shown outputs) several times a second until the job ends.
+
+        Args:
+            start: queues the job.
+            show: returns panel and outputs of the job's result.
+            num_shown: number of outputs.
+        """
         unchanged = [self._gradio.skip()] * num_shown
         try:
             job = start()
@@ -125,14 +131,14 @@ class Page:
                 yield (panel.running(job.progress, job.state, ahead, job.seconds), job.id, *unchanged)
                 time.sleep(1 / LOOKS_PER_SECOND)
             error = job.error()
-            said, *shown = (None, *unchanged) if error else show(job.result())
+            status, *shown = (None, *unchanged) if error else show(job.result())
         except (ValueError, TypeError, RuntimeError, OSError) as problem:
             error, shown = problem, unchanged
         if isinstance(error, JobCancelledError | CancelledError):
-            said = panel.message("Cancelled; nothing was written.")
+            status = panel.message("Cancelled; nothing was written.")
         elif error is not None:
-            said = panel.message(failure_text(error), "error")
-        yield (said, None, *shown)
+            status = panel.failed(error)
+        yield (status, None, *shown)
 
     def _show_run(self, run: PastRun) -> tuple:
         return (*self._files_of(run), self.gallery())
@@ -154,7 +160,7 @@ class Page:
         )
 
     def _shown(self, path: Path) -> Path:
-        """A copy that the server may give away: it serves no other folder."""
+        """Return a copy that the server may give away: it serves no other folder."""
         folder = self.session.cache / str(path.stat().st_mtime_ns)
         folder.mkdir(exist_ok=True)
         target = folder / path.name
@@ -164,7 +170,7 @@ class Page:
 
 
 def build(page: Page) -> Any:
-    """The gradio Blocks of the page."""
+    """Return the gradio Blocks of the page."""
     gr, session = import_gradio(), page.session
     defaults = session.pipe.defaults
     with gr.Blocks(title="FastVMT", analytics_enabled=False, fill_width=True) as demo:
@@ -198,7 +204,7 @@ def build(page: Page) -> Any:
                             for name in ("Steps", "Height", "Width", "Frames")
                         )
             with gr.Column(scale=3):
-                said = gr.HTML(panel.IDLE, elem_id="panel")
+                status = gr.HTML(panel.IDLE, elem_id="panel")
                 both = gr.Video(label="Reference | result", interactive=False, loop=True, autoplay=True)
                 with gr.Row():
                     result = gr.Video(
@@ -218,20 +224,27 @@ def build(page: Page) -> Any:
         clip.input(page.pick, clip, reference, api_name=False)
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
         go.click(
-            page.generate, [reference, *asked], [said, job_id, *shown, past], api_name="generate", **many
+            page.generate, [reference, *asked], [status, job_id, *shown, past], api_name="generate", **many
         )
-        look.click(page.inspect, [reference, *asked], [said, job_id, motion], api_name="inspect", **many)
-        stop.click(page.cancel, job_id, said, api_name="cancel", queue=False)
+        look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
+        stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
 
-        def open_past(event: gr.SelectData) -> tuple:
+        def open_past(event: Any) -> tuple:
             return page.open_past(event.value["caption"])
 
-        past.select(open_past, None, [said, *shown], api_name=False)
+        open_past.__annotations__["event"] = gr.SelectData  # by which gradio knows what to pass
+        past.select(open_past, None, [status, *shown], api_name=False)
     return demo.queue(max_size=4 * VISITORS)
 
 
 def make_app(page: Page, auth: tuple[str, str] | None = None, root_path: str | None = None) -> Guard:
-    """The server's application."""
+    """Return the server's application.
+
+    Args:
+        page: its handlers.
+        auth: user and password to ask for; None to ask for none.
+        root_path: of the page behind a proxy.
+    """
     gr = import_gradio()
     from fastapi import FastAPI
 
@@ -246,13 +259,13 @@ def make_app(page: Page, auth: tuple[str, str] | None = None, root_path: str | N
         max_file_size=f"{page.session.limits.megabytes:g}mb",
         footer_links=[],
         theme=gr.themes.Soft(font=local, font_mono=("ui-monospace", "monospace")),
-        css=CSS,
+        css=panel.CSS,
     )
     return Guard(app)
 
 
 def temporary_folders() -> tuple[tempfile.TemporaryDirectory, Path]:
-    """A folder that is removed at exit, and in it one for what the page shows; uploads arrive beside it."""
+    """Return a folder that is removed at exit, and the cache in it; uploads arrive beside the cache."""
     held = tempfile.TemporaryDirectory(prefix="fastvmt-ui-")
     uploads, cache = Path(held.name, "uploads").resolve(), Path(held.name, "cache").resolve()
     uploads.mkdir()

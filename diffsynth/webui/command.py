@@ -1,4 +1,4 @@
-"""`fastvmt ui`: the web page."""
+"""`fastvmt ui`: serve the web page."""
 
 import socket
 from argparse import Namespace
@@ -16,7 +16,13 @@ from diffsynth.webui.uploads import UploadLimits
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        UsageError: an option is wrong, or the output folder cannot be written to.
+        RunFailedError: the port is taken, or the model cannot be loaded.
+        ImportError: gradio is not installed.
+    """
     try:
         auth = read_auth(options.auth)
         limits = UploadLimits(megabytes=options.max_upload, frames=options.max_frames)
@@ -57,7 +63,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Raises RunFailedError if the port is taken."""
+    """Return a socket that listens. Raises RunFailedError if the port is taken."""
     try:
         return socket.create_server((host, port))
     except (OSError, OverflowError) as error:

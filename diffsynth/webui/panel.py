@@ -1,27 +1,86 @@
-"""The panel of a run as HTML and SVG: stages, a bar, the motion loss, a moving preview. No scripts."""
+"""The panel of a run as HTML without scripts: messages, stages, a bar, the motion loss, a preview."""
 
 import base64
+import errno
+import logging
 from html import escape
 
 from diffsynth.evaluation.figures import loss_sketch
+from diffsynth.jobs.task import run_seconds
+from diffsynth.planning.ladder import MemoryRanOutError, is_out_of_memory
 from diffsynth.webui.gallery import PastRun
-from diffsynth.webui.queue import WAITING, RunProgress
+from diffsynth.webui.queue import WAITING, QueueFullError, RunProgress
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("encode text", "encode video", "denoise", "decode", "write")
 _OF_DENOISING = ("guidance", "sampling")
 
+# Errors whose messages are shown to the user as they are.
+_CLEAR = (ValueError, TypeError, FileNotFoundError, MemoryRanOutError, QueueFullError)
+_LONGEST = 600  # characters of an error
+
 IDLE = (
     '<div class="fv-idle">The result appears here: the motion of the reference, what the prompt says.</div>'
 )
+# Gradio's variables give the colours, so that dark pages work.
+CSS = """
+.fv-message { padding: .7em 1em; border-radius: 8px; background: var(--background-fill-secondary); }
+.fv-done { border-left: 4px solid #2a9d5c; }
+.fv-error { border-left: 4px solid #c0392b; }
+.fv-idle { padding: 1.2em; opacity: .75; }
+.fv-stages { display: flex; flex-wrap: wrap; gap: .5em 1.2em; }
+.fv-stages { list-style: none; padding: 0; margin: 0 0 .5em; }
+.fv-stages li { opacity: .45; }
+.fv-stages .done { opacity: .8; }
+.fv-stages .now { opacity: 1; font-weight: 600; }
+.fv-bar { height: 8px; border-radius: 4px; background: var(--background-fill-secondary); overflow: hidden; }
+.fv-bar i { display: block; height: 100%; background: var(--color-accent); transition: width .3s; }
+.fv-line { margin: .4em 0; }
+.fv-pictures { display: flex; flex-wrap: wrap; gap: 1em; }
+.fv-pictures figure { margin: 0; }
+.fv-preview { image-rendering: pixelated; border-radius: 6px; max-width: 320px; }
+.fv-curve { width: 240px; }
+.fv-result { display: flex; flex-direction: column; gap: .2em; }
+.fv-result { padding: .7em 1em; border-left: 4px solid #2a9d5c; }
+"""
 
 
 def message(text: str, kind: str = "note") -> str:
-    """A line of text in a box. kind: note, done or error."""
+    """Return a line of text in a box; its kind is note, done or error."""
     return f'<div class="fv-message fv-{escape(kind)}" role="status">{escape(text)}</div>'
 
 
+def failed(error: BaseException) -> str:
+    """Return the message about an error; see `failure_text`."""
+    return message(failure_text(error), "error")
+
+
+def failure_text(error: BaseException) -> str:
+    """Return a sentence or two for the user; the log gets the whole of an unforeseen error."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, _CLEAR):
+        return text[:_LONGEST]
+    if is_out_of_memory(error):
+        return (
+            "Memory ran out. Choose a smaller size, fewer frames or the preset fast; "
+            f"the page goes on working. ({text.splitlines()[0][:200]})"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full: the video could not be written. ({error.strerror})"
+    logger.error("a job failed", exc_info=error)
+    return f"The run failed: {text[:_LONGEST]}"
+
+
 def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> str:
-    """The panel of a job that is not done."""
+    """Return the panel of a job that is not done.
+
+    Args:
+        progress: of the job.
+        state: of the job.
+        ahead: how many jobs come before it.
+        seconds: how long it has run.
+    """
     if state == WAITING:
         others = "1 run comes" if ahead == 1 else f"{ahead} runs come"
         return message(f"Waiting: {others} first." if ahead else "Waiting for the model.")
@@ -43,7 +102,7 @@ def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> st
 
 
 def finished(run: PastRun) -> str:
-    """A few words about a run that is done."""
+    """Return the facts of a finished run."""
     record = run.record
     motion = record.options["motion"]
     facts = [
@@ -52,7 +111,7 @@ def finished(run: PastRun) -> str:
         f"seed {record.options['seed']}",
         f"{record.options['num_inference_steps']} steps",
         f"{record.video['width']}x{record.video['height']}, {record.video['frames']} frames",
-        f"{run.seconds:.1f} s",
+        f"{run_seconds(record):.1f} s",
     ]
     return (
         f'<div class="fv-result"><strong>{escape(record.prompt)}</strong>'

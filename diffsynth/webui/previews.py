@@ -1,4 +1,4 @@
-"""What latents show, cheaply: a linear map from their channels to colours, fitted to the VAE at hand."""
+"""Cheap previews of latents: a linear map from their channels to colours, fitted to the VAE."""
 
 import io
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from diffsynth.data.tensors import video_to_tensor
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
-# Of the clips that the map is fitted to; their colours and places vary.
+# Seeds, frames and side of the clips that the map is fitted to; their colours and positions vary.
 _SEEDS, _FRAMES, _SIDE = (1, 2, 3, 4), 9, 128
 SHOWN_SIDE = 192  # pixels, of the shorter side
 MOST_SHOWN = 12  # frames
@@ -29,7 +29,7 @@ class Previews:
         self._colours = fit_colours(pipe)
 
     def of(self, event: RunEvent) -> bytes | None:
-        """An animated WebP of an event's clean latents; None where it is not this step's turn."""
+        """Return an animated WebP of an event's clean latents; None for steps without a preview."""
         every = max(1, event.steps // PREVIEWS_OF_A_RUN)
         if event.clean is None or event.step % every:
             return None
@@ -38,8 +38,10 @@ class Previews:
 
 @torch.no_grad()
 def fit_colours(pipe: WanVideoPipeline) -> Tensor:
-    """The linear map of the pipeline's VAE, [C + 1, 3], that best gives the colours, in [-1, 1], of what it
-    encoded; the last row is added.
+    """Fit the linear map from latent channels to colours to the pipeline's VAE.
+
+    Returns:
+        [C + 1, 3], to colours in [-1, 1]; the last row is the constant.
     """
     rows, colours = [], []
     for seed in _SEEDS:
@@ -47,8 +49,9 @@ def fit_colours(pipe: WanVideoPipeline) -> Tensor:
         video = video_to_tensor([Image.fromarray(frame) for frame in frames], _FRAMES, _SIDE, _SIDE)
         with pipe.residency.using("vae"):
             latents = pipe.vae.encode(video, tiled=True).float().cpu()
-        # The first frame is a latent frame of its own, and looks like those that follow it.
-        seen = adaptive_avg_pool3d(video.float().cpu(), latents.shape[2:])
+        # The first frame is one latent frame, and looks like those that follow it.
+        length, height, width = latents.shape[2:]
+        seen = adaptive_avg_pool3d(video.float().cpu(), (length, height, width))
         rows.append(latents[0].flatten(1).T)
         colours.append(seen[0].flatten(1).T)
     known = torch.cat(rows).double()
@@ -57,7 +60,15 @@ def fit_colours(pipe: WanVideoPipeline) -> Tensor:
 
 
 def latent_frames(latents: Tensor, colours: Tensor) -> list[Image.Image]:
-    """Small pictures, one a latent frame, of latents [1, C, F, h, w]."""
+    """Return small pictures of latents.
+
+    Args:
+        latents: [1, C, F, h, w].
+        colours: the map, [C + 1, 3].
+
+    Returns:
+        F pictures of w x h pixels.
+    """
     channels = latents[0].detach().float().cpu()
     pixels = torch.einsum("cfhw,cd->fhwd", channels, colours[:-1]) + colours[-1]
     bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).nan_to_num().round().to(torch.uint8)
@@ -65,10 +76,11 @@ def latent_frames(latents: Tensor, colours: Tensor) -> list[Image.Image]:
 
 
 def animated(frames: Sequence[Image.Image]) -> bytes:
-    """At most MOST_SHOWN of the frames as an endless WebP."""
+    """Return at most MOST_SHOWN of the frames as an endless WebP."""
     step = -(-len(frames) // MOST_SHOWN)
-    shorter = min(frames[0].size)
-    size = tuple(round(n * SHOWN_SIDE / shorter) for n in frames[0].size)
+    width, height = frames[0].size
+    scale = SHOWN_SIDE / min(width, height)
+    size = (round(width * scale), round(height * scale))
     first, *others = (frame.resize(size, Image.Resampling.BICUBIC) for frame in frames[::step])
     file = io.BytesIO()
     first.save(

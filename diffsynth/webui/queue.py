@@ -1,6 +1,6 @@
-"""One thing at a time: whoever asks, jobs wait in one queue, so that two runs never share the memory.
+"""The page's queue: jobs run one after the other, so that two runs never share the memory.
 
-A job is a function of its `QueuedJob`, through which it tells how far it is and learns that it is cancelled.
+The work of a job is a function of its `QueuedJob`, to which it reports progress and by which it is cancelled.
 """
 
 import secrets
@@ -21,15 +21,21 @@ class QueueFullError(RuntimeError):
 
 
 class JobCancelledError(RuntimeError):
-    """The job was asked to stop."""
+    """Raised in a job that was cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProgress:
-    """How far a run is.
+    """Progress of a run.
 
-    stage: what it does now. step of steps: denoising steps done. guided of guided_steps: guided ones.
-    losses: the motion loss after each guided step. preview: an animated WebP of what it is to become.
+    Attributes:
+        stage: the current one.
+        step: denoising steps done.
+        steps: denoising steps in all.
+        guided: guided steps done.
+        guided_steps: guided steps in all.
+        losses: the motion loss after each guided step.
+        preview: an animated WebP of the result.
     """
 
     stage: str = "start"
@@ -42,7 +48,13 @@ class RunProgress:
 
 
 class QueuedJob:
-    """A piece of work in a queue. id: not to be guessed, so that nobody cancels the job of another."""
+    """A piece of work in a queue.
+
+    Attributes:
+        id: cannot be guessed, so that no visitor cancels the job of another.
+        progress: of the run.
+        future: of the result.
+    """
 
     def __init__(self) -> None:
         self.id = secrets.token_urlsafe(16)
@@ -66,32 +78,37 @@ class QueuedJob:
 
     @property
     def seconds(self) -> float:
-        """How long it has run, waiting aside."""
+        """How long it has run, in seconds, without waiting."""
         if self._started is None:
             return 0.0
         return (self._ended or time.monotonic()) - self._started
 
     def error(self) -> BaseException | None:
-        """What ended it; None while it goes on, and after success."""
+        """Return the error that ended it; None while it is not done, and after success."""
         if not self.future.done():
             return None
         return CancelledError() if self.future.cancelled() else self.future.exception()
 
     def result(self, timeout: float | None = None) -> Any:
-        """What its work returned; waits for it. Raises what the work raised, TimeoutError after timeout s."""
+        """Wait for the work and return its result.
+
+        Raises:
+            TimeoutError: it is not done after `timeout` seconds.
+            What the work raised.
+        """
         return self.future.result(timeout)
 
     def report(self, **changes: Any) -> None:
-        """Fields of `RunProgress` that changed."""
+        """Set fields of `RunProgress`."""
         self.progress = replace(self.progress, **changes)
 
     def check(self) -> None:
-        """Raises JobCancelledError once the job is to stop."""
+        """Raise JobCancelledError if the job was cancelled."""
         if self._asked_to_stop.is_set():
             raise JobCancelledError("cancelled; no video was written")
 
     def cancel(self) -> None:
-        """Ask it to stop: at once if it waits, else as soon as its work looks."""
+        """Cancel it: at once if it waits, else at the next `check` of its work."""
         self._asked_to_stop.set()
         if self.future.cancel():
             return
@@ -101,7 +118,7 @@ class QueuedJob:
 
     @contextmanager
     def interruptible(self, interrupt: Callable[[], None]) -> Iterator[None]:
-        """Inside this context cancelling the job calls interrupt; never after it, when another may run."""
+        """Return a context in which cancelling the job calls interrupt; it is never called after it."""
         with self._lock:
             self._interrupt = interrupt
         try:
@@ -112,7 +129,7 @@ class QueuedJob:
                 self._interrupt = None
 
     def run(self, work: Callable[["QueuedJob"], Any]) -> Any:
-        """Do the work; for the queue."""
+        """Do the work; called by the queue."""
         self._started = time.monotonic()
         try:
             self.check()
@@ -122,7 +139,7 @@ class QueuedJob:
 
 
 class JobQueue:
-    """Runs jobs one after the other in a thread of its own, in the order in which they came."""
+    """Runs jobs one after the other in one thread, in the order in which they were submitted."""
 
     def __init__(self, most_waiting: int = MOST_WAITING) -> None:
         self._most_waiting = most_waiting
@@ -131,7 +148,7 @@ class JobQueue:
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[QueuedJob], Any]) -> QueuedJob:
-        """Queue the work. Raises QueueFullError if too many wait already."""
+        """Queue the work. Raises QueueFullError if too many jobs wait already."""
         job = QueuedJob()
         with self._lock:
             waiting = max(0, len(self._unfinished) - 1)
@@ -143,20 +160,20 @@ class JobQueue:
         return job
 
     def cancel(self, job_id: str | None) -> bool:
-        """Cancel the unfinished job of that id; whether there was one."""
+        """Cancel the unfinished job of that id, and return whether there was one."""
         job = self._unfinished.get(job_id or "")
         if job is not None:
             job.cancel()
         return job is not None
 
     def ahead(self, job: QueuedJob) -> int:
-        """How many unfinished jobs came before this one."""
+        """Return how many unfinished jobs come before this one."""
         with self._lock:
             ids = list(self._unfinished)
         return ids.index(job.id) if job.id in ids else 0
 
     def close(self) -> None:
-        """Cancel everything, and return when the worker has stopped."""
+        """Cancel all jobs, and wait until the worker has stopped."""
         for job in list(self._unfinished.values()):
             job.cancel()
         self._worker.shutdown(cancel_futures=True)

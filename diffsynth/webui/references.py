@@ -1,4 +1,4 @@
-"""Reference clips to begin with: those of the clone, or, in an installed package, drawn ones like them."""
+"""Reference clips to choose from: those of the clone, or drawn ones like them in an installed package."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from diffsynth.data import save_video
 from diffsynth.data.synthetic import PLAIN, make_clip
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "data"
-# path -> seed, shape and colours of a clip.
+# Trajectory -> seed, shape, colour and background of a clip.
 DRAWN: Mapping[str, tuple[int, str, str, str]] = MappingProxyType(
     {
         "bounce": (21, "circle", "red", "white"),
@@ -19,7 +19,7 @@ DRAWN: Mapping[str, tuple[int, str, str, str]] = MappingProxyType(
 
 
 def starting_clips(folder: Path, examples: Path = EXAMPLES) -> list[Path]:
-    """Videos to pick from, sorted by name: those in `examples`, else clips drawn into `folder`."""
+    """Return videos to choose from, sorted by name: those in `examples`, else clips drawn into `folder`."""
     shipped = sorted(path for path in examples.glob("*.mp4") if path.is_file())
     return shipped or [_drawn(name, folder) for name in sorted(DRAWN)]
 

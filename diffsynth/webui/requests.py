@@ -1,4 +1,4 @@
-"""What the page asks for, checked before it joins the queue."""
+"""A visitor's request, checked before it joins the queue."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.configs.fields import Kind, Number, Text, Whole, check_value
 from diffsynth.configs.options import call_options
 
-# What one visitor may ask of a machine that others share, where that is less than the call allows.
+# Bounds for a visitor of a shared machine, where they are narrower than those of the call.
 PAGE_BOUNDS: Mapping[str, Kind] = {
     "prompt": Text(4000),
     "negative_prompt": Text(4000),
@@ -22,12 +22,15 @@ PAGE_BOUNDS: Mapping[str, Kind] = {
 
 
 def checked_request(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the call that a visitor asks for; those that are None count as not asked for.
+    """Return the options of the call that a visitor asks for.
+
+    Args:
+        asked: options by name; None leaves an option unset.
 
     Raises:
-        ValueError: one that is not allowed, or no prompt; the message names it.
+        ValueError: an option is not allowed, or the prompt is empty; the message names it.
     """
-    request = {"mode": DEFAULT_MODE}
+    request: dict[str, Any] = {"mode": DEFAULT_MODE}
     for name, value in asked.items():
         if value is None:
             continue

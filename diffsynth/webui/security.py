@@ -1,4 +1,4 @@
-"""What the server lets through: browsers stay here, and nothing is fetched on a visitor's behalf."""
+"""Protection of the server: browsers load nothing from elsewhere, and nothing is fetched for a visitor."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from ipaddress import ip_address
@@ -27,7 +27,7 @@ _FETCHING = ("/proxy=", "/file=http:", "/file=https:", "/file/http:", "/file/htt
 
 
 class Guard:
-    """An ASGI layer around the app: refuses to fetch for visitors, and tells browsers to stay here."""
+    """An ASGI layer around the app that refuses to fetch for visitors and sets the security headers."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -51,7 +51,7 @@ class Guard:
 
 
 def is_local(host: str) -> bool:
-    """Whether an address that a server listens at can be reached from this machine alone."""
+    """Return whether an address that a server listens at can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -61,7 +61,7 @@ def is_local(host: str) -> bool:
 
 
 def read_auth(text: str | None) -> tuple[str, str] | None:
-    """ "user:password" in two. Raises ValueError if a part is missing."""
+    """Split USER:PASSWORD. Raises ValueError if a part is missing."""
     if text is None:
         return None
     user, colon, password = text.partition(":")

@@ -1,4 +1,4 @@
-"""What the page does with the model: makes videos, and shows the motion of a reference."""
+"""The page's work with the model: make videos, and show the motion of a reference."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,11 +9,10 @@ from typing import Any
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER, flow_modes
 from diffsynth.configs.options import DEFAULT_FPS, LoadOptions
 from diffsynth.configs.resolve import motion_for, resolve
-from diffsynth.data import VideoData
 from diffsynth.evaluation.flow_images import save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.jobs.models import attention_kernel, choose_model, load_pipeline
-from diffsynth.jobs.task import PROMPTS, make_task, run_task
+from diffsynth.jobs.task import PROMPTS, make_task, open_reference, run_task
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline, reference_facts
 from diffsynth.runs.record import describe_model
@@ -30,9 +29,10 @@ class Session:
     Attributes:
         pipe: the model.
         folder: of its checkpoint.
-        loaded: how it was loaded; model: its description; both for the record.
-        output_dir: of videos and records, with the references of runs in references/.
-        cache: of what the page shows and what was uploaded; may be lost.
+        loaded: how it was loaded, for the record.
+        model: its description, for the record.
+        output_dir: folder of videos and records, with the references of runs in references/.
+        cache: folder of what the page shows; it may be lost.
         limits: of uploads.
         previews: of running jobs.
     """
@@ -48,6 +48,7 @@ class Session:
 
     @property
     def references(self) -> Path:
+        """Folder of the references of runs."""
         return self.output_dir / "references"
 
 
@@ -62,8 +63,17 @@ def open_session(
 ) -> Session:
     """Load a model, found as `fastvmt transfer --model` does.
 
+    Args:
+        model: its name; None for the default.
+        models_dir: where published models are.
+        loaded: how it is loaded.
+        output_dir: folder of videos and records; made if it is missing.
+        cache: folder of what the page shows.
+        limits: of uploads.
+
     Raises:
-        What loading raises, and OSError if the output folder cannot be written to.
+        OSError: the output folder cannot be written to.
+        What loading raises.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "references").mkdir(exist_ok=True)
@@ -87,8 +97,14 @@ def make_video(
     """Make the video and write it with its record; nothing is written if the job is cancelled or fails.
 
     Args:
+        session: the model and the folders.
         request: from `checked_request`.
-        reference: the reference video; None without one.
+        reference: path of the reference video; None without one.
+        job: to report to.
+
+    Raises:
+        ValueError: the reference is missing.
+        What `run_task` raises.
     """
     if reference is None and request["mode"] != NO_TRANSFER:
         raise ValueError("upload a reference video, or choose the mode without transfer")
@@ -100,10 +116,17 @@ def make_video(
 
 
 def show_motion(session: Session, request: Mapping[str, Any], reference: Path, job: QueuedJob) -> Path:
-    """Return a video in the cache of the flow that a request would transfer: arrows over frames, colours."""
+    """Make a video in the cache of the flow that a request would transfer, and return its path.
+
+    Args:
+        session: the model and the folders.
+        request: from `checked_request`.
+        reference: path of the reference video.
+        job: to report to.
+    """
     mode = request["mode"] if request["mode"] in flow_modes() else DEFAULT_MODE
     call = {name: value for name, value in request.items() if name not in PROMPTS} | {"mode": mode}
-    with VideoData(reference) as video:
+    with open_reference(reference) as video:
         run = resolve(call, session.pipe.defaults, reference_facts(video), session.pipe.models.facts())
     motion = motion_for(session.folder, mode)
     asked = f"{reference.name} {run.height} {run.width} {run.num_frames} {motion}"
@@ -111,17 +134,15 @@ def show_motion(session: Session, request: Mapping[str, Any], reference: Path, j
     if path.is_file():
         return path
     job.report(stage="read the motion")
-    with (
-        VideoData(reference, height=run.height, width=run.width) as video,
-        attention_kernel(session.loaded),
-    ):
+    sized = open_reference(reference, height=run.height, width=run.width)
+    with sized as video, attention_kernel(session.loaded):
         video.set_length(run.num_frames)
         flow = reference_flow(session.pipe, video, motion=motion)
         return save_flow_video(flow, path, sf=motion.sf, frames=video, fps=video.fps or DEFAULT_FPS)
 
 
 class JobObserver:
-    """Tells a job how far its run is, and ends the run once the job is cancelled."""
+    """Reports the progress of a run to its job, and ends the run once the job is cancelled."""
 
     def __init__(self, job: QueuedJob, previews: Previews) -> None:
         self._job, self._previews = job, previews

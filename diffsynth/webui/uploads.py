@@ -1,6 +1,6 @@
-"""Reference videos that strangers send: looked at before anything decodes them, and kept under safe names.
+"""Uploaded reference videos: checked before anything decodes them, and kept under safe names.
 
-A playlist that calls itself mp4 would make ffmpeg read other files; so the content decides what a file is.
+A playlist named .mp4 would make ffmpeg read other files, so the content decides what a file is.
 """
 
 import hashlib
@@ -28,12 +28,22 @@ _SIGNS: Mapping[str, tuple[tuple[int, bytes], ...]] = MappingProxyType(
 )
 _HEAD = 16  # bytes
 _CHUNK = 1 << 20
-MARK_LENGTH = 12  # of a file's hash, in its name
+HASH_LENGTH = 12  # of a file's hash, in its name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UploadLimits:
-    """megabytes: of the file. frames: of the video. pixels: of a frame. seconds: for decoding it once."""
+    """Limits of an upload.
+
+    Attributes:
+        megabytes: size of the file.
+        frames: length of the video.
+        pixels: of a frame.
+        seconds: for decoding the video once.
+
+    Raises:
+        ValueError: a limit is not a number above 0.
+    """
 
     megabytes: float = 200
     frames: int = 2000
@@ -47,19 +57,28 @@ class UploadLimits:
 
 
 def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLimits) -> Path:
-    """Check an upload and copy it to `kept_in` under a name made of its own and its hash; return the copy.
+    """Check an upload and copy it under a safe name made of its name and hash; equal files are kept once.
 
-    folder: where uploads arrive. The same content is kept once. Raises ValueError, with words for the page,
-    for a file outside of the folder, a link, one too large or too long, or what is no video; nothing is left
-    then.
+    Args:
+        path: of the upload.
+        folder: where uploads arrive.
+        kept_in: where references are kept; made if it is missing.
+        limits: of the upload.
+
+    Returns:
+        The path of the copy.
+
+    Raises:
+        ValueError: the file is outside of the folder, a link, too large, too long or no video. The message is
+            shown to the user, and nothing is left in `kept_in`.
     """
     kept_in.mkdir(parents=True, exist_ok=True)
     temporary = kept_in / f".uploading-{uuid.uuid4().hex}"
     try:
         with _open_inside(Path(path), folder) as source:
             kind = _kind(source)
-            mark = _copy(source, temporary, limits)[:MARK_LENGTH]
-        kept = kept_in / f"{safe_stem(Path(path).stem)}-{mark}{kind}"
+            digest = _copy(source, temporary, limits)[:HASH_LENGTH]
+        kept = kept_in / f"{safe_stem(Path(path).stem)}-{digest}{kind}"
         if kept.is_symlink() or not kept.is_file():
             _check_decodes(temporary, limits)
             os.replace(temporary, kept)
@@ -69,12 +88,12 @@ def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLim
 
 
 def safe_stem(name: str) -> str:
-    """Letters, digits, dashes and underscores of a name, at most 40; "reference" if none is left."""
+    """Return a name's letters, digits, dashes and underscores, at most 40; "reference" if none is left."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40].strip("-") or "reference"
 
 
 def _open_inside(path: Path, folder: Path) -> BinaryIO:
-    """The opened file. What is checked is what is read: the name may change meanwhile, the file may not."""
+    """Open the upload, so that the file that is checked is the one that is read."""
     folder = folder.resolve()
     refused = ValueError("the reference is not a file that was uploaded here; upload it again")
     try:
@@ -106,20 +125,18 @@ def _copy(source: BinaryIO, target: Path, limits: UploadLimits) -> str:
     with target.open("xb") as file:
         while chunk := source.read(_CHUNK):
             size += len(chunk)
-            _check_size(size, limits)
+            if size > limits.megabytes * 2**20:
+                raise ValueError(
+                    f"the uploaded file is larger than {limits.megabytes:g} MB, which is the limit here"
+                )
             digest.update(chunk)
             file.write(chunk)
     return digest.hexdigest()
 
 
-def _check_size(size: int, limits: UploadLimits) -> None:
-    if size > limits.megabytes * 2**20:
-        raise ValueError(f"the uploaded file is larger than {limits.megabytes:g} MB, which is the limit here")
-
-
 def _check_decodes(path: Path, limits: UploadLimits) -> None:
     """Decode the file once, without keeping frames, within the limits."""
-    from imageio_ffmpeg import get_ffmpeg_exe
+    from imageio_ffmpeg import get_ffmpeg_exe  # type: ignore[import-untyped]  # it has no stubs
 
     command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-max_pixels", str(limits.pixels)]
     command += ["-i", f"file:{path.absolute()}", "-map", "0:V:0", "-fps_mode", "passthrough"]
