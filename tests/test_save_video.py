@@ -182,7 +182,7 @@ def test_wrong_options_are_refused_and_the_old_file_stays(tmp_path, options, err
     assert listing(tmp_path) == ["out.mp4"]
 
 
-@pytest.mark.parametrize("name", ["out.txt", "out", "out.webm"])
+@pytest.mark.parametrize("name", ["out.txt", "out", "out.ogv"])
 def test_an_unknown_extension_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=rf"path must end in one of \.mp4, .*got '{name}'"):
         save_video(smooth_frames(2, 16, 16), tmp_path / name)
@@ -227,7 +227,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(target)], stdout=subprocess.PIPE)
     try:
         assert process.stdout.readline().strip() == b"writing"
-        assert any(name.startswith(".saving-") for name in listing(tmp_path))
+        assert any(name.startswith(".writing-") for name in listing(tmp_path))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     finally:

@@ -2,7 +2,6 @@
 
 import platform
 import shutil
-import subprocess
 from argparse import Namespace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from diffsynth.cli.console import DONE, FAILED, Console
 from diffsynth.configs.checkpoints import PUBLISHED, checkpoint_folder
 from diffsynth.configs.download import missing_files
+from diffsynth.data.ffmpeg import FfmpegError, check_ffmpeg
 from diffsynth.version import __version__
 
 NEEDED = ("torch", "numpy", "pillow", "einops", "safetensors", "tqdm", "ftfy", "tokenizers", "imageio-ffmpeg")
@@ -87,14 +87,13 @@ def _device() -> dict[str, dict[str, Any]]:
 
 def _ffmpeg(problems: list[str]) -> dict[str, Any]:
     try:
-        from imageio_ffmpeg import get_ffmpeg_exe  # type: ignore[import-untyped]  # it has no stubs
-
-        program = get_ffmpeg_exe()
-        text = subprocess.run([program, "-version"], capture_output=True, text=True, check=True).stdout
-    except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        problems.append(f"ffmpeg does not run, so videos can neither be read nor written: {error}")
+        told = check_ffmpeg()
+    except FfmpegError as error:
+        problems.append(str(error))
         return {"program": "missing"}
-    return {"program": program, "version": text.split("\n")[0]}
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    return {"program": get_ffmpeg_exe(), "version": told}
 
 
 def _models(models_dir: Path, problems: list[str]) -> dict[str, str]:

@@ -37,6 +37,7 @@ SAMPLERS: dict[str, str] = {
 MODES: Mapping[str, Any] = ChainMap({NO_TRANSFER: None}, DESCRIPTORS)
 TILING = ("tiled", "tile_size", "tile_stride")  # as the VAE names them, too
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+FITS = ("crop", "pad", "stretch")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
 MOTION_PREFIX = "motion_"  # of the names of motion's numbers on the command line and in batch files
@@ -264,6 +265,29 @@ class FileOptions:
         OrNone(Number(above=0), "the reference's, else the model's"), "frames a second", default=None
     )
     quality: float = option(Number(least=0, most=10), "0 (small file) to 10 (best)", default=8.0)
+    lossless: bool = option(Switch(), "keep every pixel to the bit; for .mkv, .avi and .webm", default=False)
+    keep_audio: bool = option(Switch(), "keep the sound of the reference", default=False)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceOptions:
+    """What is used of a reference video. Raises ValueError, naming the option, for what is not allowed."""
+
+    ref_fps: float | None = option(
+        OrNone(Number(above=0), "its own"), "frames a second at which the reference is read", default=None
+    )
+    start: float | None = option(
+        OrNone(Number(least=0)), "second of the reference at which its use begins", default=None
+    )
+    end: float | None = option(
+        OrNone(Number(above=0)), "second of the reference at which its use ends", default=None
+    )
+    fit: str = option(
+        Choice(FITS), "how the reference's frames are brought to another aspect", default="crop"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

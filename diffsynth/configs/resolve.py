@@ -5,6 +5,7 @@ published method.
 """
 
 import logging
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,11 +34,19 @@ LONGEST_PROMPT = 100_000  # characters; models read 512 tokens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceFacts:
-    """What resolving needs of a reference video: its frames, and their height and width in pixels."""
+    """What resolving needs of a reference video.
+
+    Attributes:
+        num_frames: number of its frames.
+        height: of its frames in pixels.
+        width: of its frames in pixels.
+        fps: frames a second; None if it does not say.
+    """
 
     num_frames: int
     height: int
     width: int
+    fps: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,16 +178,29 @@ def _size(
 
 def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: ReferenceFacts | None) -> int:
     """Frames: as many as are asked for, else the declared number, at most the reference's."""
+    asked = given.get("num_frames")
+    if asked is not None:
+        asked = check_value("num_frames", Whole(1), asked)
     if reference is None:
-        return given.get("num_frames", defaults["num_frames"])
+        return defaults["num_frames"] if asked is None else asked
     available = reference.num_frames
-    if "num_frames" in given:
-        asked = check_value("num_frames", Whole(1), given["num_frames"])
-        if asked > available:
-            raise ValueError(f"num_frames is {asked}, but input_video has {available} frames")
-        return asked
-    length = min(available, defaults.options.get("num_frames", available))
-    if length < available:
+    if asked is None:
+        length = min(available, defaults.options.get("num_frames", available))
+    elif asked > available:
+        raise ValueError(f"num_frames is {asked}, but input_video has {available} frames")
+    else:
+        length = asked
+    if length < available and reference.fps:
+        logger.warning(
+            "the reference has %d frames: the first %d are used, %.3g of its %.3g seconds; "
+            "reading it at %.3g frames a second (ref_fps) covers all",
+            available,
+            length,
+            length / reference.fps,
+            available / reference.fps,
+            math.floor(100 * length / available * reference.fps) / 100,
+        )
+    elif length < available:
         logger.warning("the reference has %d frames: its first %d are used", available, length)
     return length
 

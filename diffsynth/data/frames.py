@@ -4,16 +4,22 @@ A frame is a PIL image of mode RGB, upright. Image sizes are (width, height) as 
 are height first.
 """
 
+import logging
+import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FITS = ("crop", "pad", "stretch")  # how a frame is brought to another size
+logger = logging.getLogger(__name__)
+
 EXIF_ORIENTATION = 0x0112
 EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 # PIL refuses pictures of more than 179 million pixels as decompression bombs.
@@ -27,27 +33,89 @@ def checked_int(name: str, value: int, minimum: int = 1) -> int:
     return int(value)
 
 
-def fit_frame(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Crop the centre of image to the aspect width:height, then resize (Lanczos, antialiased) to that size.
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite real number, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
-    Returns the very same image if it has that size already. The mode is kept; give RGB or L.
+
+def fit_frame(image: Image.Image, height: int, width: int, fit: str = "crop") -> Image.Image:
+    """Bring an image to a size in pixels with a bicubic filter; the very same image if it has that size.
+
+    Cropping takes whole pixels around the centre, rounded down, as DiffSynth-Studio and the released FastVMT
+    do, so that references give the same latents.
+
+    Args:
+        image: of mode RGB or L, which is kept.
+        height: of the result.
+        width: of the result.
+        fit: "crop" what is too wide or too high, "pad" with black, or "stretch".
 
     Raises:
         TypeError: image is no PIL image.
-        ValueError: height or width is not a positive integer.
+        ValueError: height or width is not a positive integer, or fit is unknown.
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL image, got {type(image).__name__}")
     size = (checked_int("width", width), checked_int("height", height))
-    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+    if image.size == size:
+        return image
+    if fit == "pad":
+        return ImageOps.pad(image, size, Image.Resampling.BICUBIC)
+    if fit == "crop":
+        image = image.crop(crop_box(image.size, size))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def crop_box(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of what `fit_frame` leaves of a picture when it crops.
+
+    Args:
+        source: (width, height) of the picture.
+        target: (width, height) that it is brought to.
+    """
+    width, height = source
+    if height / width < target[1] / target[0]:
+        width = max(1, int(height / target[1] * target[0]))
+    else:
+        height = max(1, int(width / target[0] * target[1]))
+    left, top = (source[0] - width) // 2, (source[1] - height) // 2
+    return left, top, left + width, top + height
+
+
+def warn_of_cropping(source: tuple[int, int], target: tuple[int, int]) -> None:
+    """Log a warning if `fit_frame` crops away more than a tenth of a picture.
+
+    Args:
+        source: (width, height) of the picture.
+        target: (width, height) that it is brought to.
+    """
+    left, top, right, bottom = crop_box(source, target)
+    lost = {"width": 1 - (right - left) / source[0], "height": 1 - (bottom - top) / source[1]}
+    side = max(lost, key=lambda name: lost[name])
+    if lost[side] > 0.1:
+        logger.warning(
+            "%dx%d -> %dx%d cuts off %.0f %% of the %s; fit pad or stretch keeps it",
+            *source,
+            *target,
+            100 * lost[side],
+            side,
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return image in mode RGB: transparency is dropped, grey of 16 bits is scaled to 8 bits."""
+    """Return image in mode RGB: transparent pixels lie over black, grey of 16 bits is scaled to 8 bits."""
     if image.mode.startswith("I"):
         # PIL clips these at 255 instead of scaling, so that most of a 16-bit picture would turn white.
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "RGB":
+        return image
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(black, image).convert("RGB")
 
 
 def load_image(path: Path) -> Image.Image:
@@ -170,7 +238,7 @@ class ImageFolder:
         """Frame at 0 <= index < len, RGB and upright."""
         return load_image(self._paths[index])
 
-    def stream(self) -> Iterator[Image.Image]:
+    def stream(self) -> Generator[Image.Image, None, None]:
         """All frames in order, one in memory at a time."""
         for path in self._paths:
             yield load_image(path)

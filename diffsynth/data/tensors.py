@@ -1,4 +1,4 @@
-"""Between frames as people have them and the tensors that the VAE reads and writes."""
+"""Frames to the tensors that the VAE reads, and back; what the frames of a reference show of its motion."""
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -9,7 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.data import VideoData, fit_frame
-from diffsynth.data.frames import rgb_frames
+from diffsynth.data.frames import rgb_frames, warn_of_cropping
+
+# Mean change between frames, in levels of 255.
+STILL = 0.5  # at most: compression and rounding alone
+CUT = 12.0  # at least, and by CUT_JUMP more than in the frames around it
+CUT_JUMP = 1.8
 
 Video = VideoData | Sequence[Image.Image] | np.ndarray
 
@@ -31,7 +36,7 @@ def frame_size(video: Video) -> tuple[int, int]:
 
 
 def video_to_tensor(video: Video | None, num_frames: int, height: int, width: int) -> Tensor | None:
-    """Return the first frames, centre-cropped and resized where needed; None without a video.
+    """Return the first frames, fitted to a size as the video's `fit` says; None without a video.
 
     Returns:
         [1, 3, T, H, W] in [-1, 1], float32 on the CPU.
@@ -40,10 +45,36 @@ def video_to_tensor(video: Video | None, num_frames: int, height: int, width: in
         return None
     out = torch.empty(1, 3, num_frames, height, width)
     frames = video if isinstance(video, VideoData) else rgb_frames(video)
+    fit = video.fit if isinstance(video, VideoData) else "crop"
     for index, frame in enumerate(islice(frames, num_frames)):
-        pixels = torch.from_numpy(np.array(fit_frame(frame, height, width)))
+        if index == 0 and fit == "crop":
+            warn_of_cropping(frame.size, (width, height))
+        pixels = torch.from_numpy(np.array(fit_frame(frame, height, width, fit)))
         out[0, :, index] = pixels.permute(2, 0, 1)
     return out.mul_(2 / 255).sub_(1)
+
+
+def changes(pixels: Tensor) -> Tensor:
+    """Return how much each frame [1, 3, T, H, W] differs from the one before: [T - 1], levels of 255."""
+    grey = pixels[0, :, :, ::4, ::4].mean(0) * 127.5
+    return grey.diff(dim=0).abs().mean((1, 2))
+
+
+def is_still(pixels: Tensor) -> bool:
+    """Return whether nothing moves in frames [1, 3, T, H, W]."""
+    change = changes(pixels)
+    return len(change) > 0 and float(change.max()) < STILL
+
+
+def find_cuts(pixels: Tensor) -> list[int]:
+    """Return the numbers of the frames, from 0, of [1, 3, T, H, W] with which another shot begins."""
+    change = changes(pixels)
+    found = []
+    for index, value in enumerate(change.tolist()):
+        around = torch.cat([change[max(0, index - 2) : index], change[index + 1 : index + 3]])
+        if len(around) and value > max(CUT, CUT_JUMP * (1 + float(around.max()))):
+            found.append(index + 1)
+    return found
 
 
 def chunks_to_uint8(chunks: Iterable[Tensor], num_frames: int) -> np.ndarray:

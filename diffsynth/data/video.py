@@ -1,169 +1,96 @@
-"""Reference videos: VideoData gives the frames of a video file or an image folder as PIL images.
-
-Files are decoded by the ffmpeg binary that imageio-ffmpeg brings along. It passes every decoded frame on once
-(no frame is doubled or dropped to even out a variable frame rate) and turns frames upright.
-"""
+"""Reference videos: VideoData gives the frames of a video file or an image folder as PIL images."""
 
 import logging
 import operator
-import re
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from fractions import Fraction
 from os import PathLike
 from pathlib import Path
+from typing import Any, SupportsIndex, overload
 
+import numpy as np
 from PIL import Image
 
-from diffsynth.data.frames import ImageFolder, checked_int, fit_frame, write_pngs
+from diffsynth.data.ffmpeg import reported
+from diffsynth.data.frames import (
+    FITS,
+    ImageFolder,
+    checked_int,
+    fit_frame,
+    is_number,
+    warn_of_cropping,
+    write_pngs,
+)
+from diffsynth.data.stream import EVERY_FRAME_ONCE, EXACT_SCALING, VIDEO_STREAM, probe_video
 
 logger = logging.getLogger(__name__)
 
-# V: the first true video stream, not the cover picture of a song.
-EVERY_FRAME_ONCE = ("-map", "0:V:0", "-fps_mode", "passthrough")
-# "[h264 @ 0x55] [error] words": the tag counts before the words only: a file may be named "[error].mp4".
-COMPLAINT = re.compile(r"^(?:\[[^\]]+ @ \w+\] )*\[(?:error|fatal)\] (.*)$", re.MULTILINE)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoFacts:
-    """What decoding a file showed.
-
-    num_frames: frames that decode; size: their (width, height), upright; fps: the mean rate, 0.0 if unknown;
-    promised_frames: what the header says, from duration and rate (so about); error: first complaint of the
-    decoder, or None.
-    """
-
-    num_frames: int
-    size: tuple[int, int]
-    fps: float
-    promised_frames: int
-    error: str | None
-
-
-def probe_video(path: Path) -> VideoFacts:
-    """Decode the whole file once, without keeping frames, and report the facts.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a folder, empty, no video, or none of its frames decodes; the message says which.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"video file {path} does not exist")
-    if not path.is_file():
-        raise ValueError(f"video file {path} is not a file; for a folder of images give image_folder")
-    if path.stat().st_size == 0:
-        raise ValueError(f"video file {path} is empty (0 bytes)")
-    command = [
-        *_ffmpeg_input(path, "level+info"),
-        *EVERY_FRAME_ONCE,
-        "-f",
-        "null",
-        "-progress",
-        "pipe:1",
-        "-",
-    ]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    log = result.stderr.decode(errors="replace")
-    errors = COMPLAINT.findall(log)
-    if any("matches no streams" in error for error in errors):
-        raise ValueError(f"video file {path} has no video stream")
-    with closing(decode_video(path)) as decoder:
-        first = next(decoder, None)
-    counts = re.findall(rb"^frame=\s*(\d+)", result.stdout, re.MULTILINE)
-    if first is None or not counts or int(counts[-1]) == 0:
-        reason = errors[0] if errors else "no frame decodes"
-        raise ValueError(f"video file {path} cannot be decoded, it is damaged or no video: {reason}")
-    num_frames = int(counts[-1])
-    duration = _duration(log)
-    fps = _frame_rate(log) or (num_frames / duration if duration else 0.0)
-    promised = round(duration * fps)
-    error = errors[0] if errors else None
-    return VideoFacts(num_frames=num_frames, size=first.size, fps=fps, promised_frames=promised, error=error)
-
-
-def _ffmpeg_input(path: Path, loglevel: str) -> list[str]:
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    # "file:" keeps names with a colon or a leading dash from being read as a protocol or an option.
-    options = ["-nostdin", "-hide_banner", "-nostats", "-loglevel", loglevel]
-    return [get_ffmpeg_exe(), *options, "-i", f"file:{path.absolute()}"]
-
-
-def _duration(log: str) -> float:
-    match = re.search(r"Duration: (\d+):(\d+):(\d+\.?\d*)", log)
-    if match is None:
-        return 0.0
-    hours, minutes, seconds = (float(part) for part in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def _frame_rate(log: str) -> float:
-    line = next((line for line in log.splitlines() if "Stream #" in line and "Video:" in line), "")
-    match = re.search(r" (\d+\.?\d*)(k?) fps", line)
-    return float(match[1]) * (1000 if match[2] else 1) if match else 0.0
-
-
-def decode_video(path: Path) -> Iterator[Image.Image]:
-    """Yield every frame of the file in order; the decoder process ends with the generator."""
-    command = [*_ffmpeg_input(path, "quiet"), *EVERY_FRAME_ONCE]
-    # PPM pictures say their own size, so turned frames need no second source for it.
-    command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    try:
-        while process.stdout.readline().strip() == b"P6":
-            width, height = (int(word) for word in process.stdout.readline().split())
-            process.stdout.readline()
-            pixels = process.stdout.read(3 * width * height)
-            if len(pixels) < 3 * width * height:
-                return
-            yield Image.frombytes("RGB", (width, height), pixels)
-    finally:
-        process.stdout.close()
-        process.kill()
-        process.wait()
-
-
-def _promised_frames(path: Path, num_frames: int) -> Iterator[Image.Image]:
-    """The first num_frames frames of path; ValueError if the file changed and has fewer by now.
-
-    No method, so that the running generator does not keep the VideoFile alive that holds it.
-    """
-    with closing(decode_video(path)) as decoder:
-        for index in range(num_frames):
-            image = next(decoder, None)
-            if image is None:
-                raise ValueError(f"{path} changed: {index} frames decode, {num_frames} when it was opened")
-            yield image
+TICK = 1e-4  # seconds by which a time may be rounded
+Frames = Generator[Image.Image, None, None]
 
 
 class VideoFile:
-    """Frames of a video file.
+    """Frames of a video file, or of a part of it.
 
-    One decoder stays open between calls of `frame` and only moves forward; an earlier frame starts it again.
+    A constant rate is read frame by frame, none doubled or dropped; a variable one at its constant mean, so
+    that things move at the speed that the camera saw. One decoder stays open between calls of `frame` and
+    only moves forward; an earlier frame starts it again.
+
+    Args:
+        path: of the file.
+        fps: frames a second to read it at; None for its own rate.
+        start: second from which on frames are read.
+        end: second before which they are read; None for all.
+
+    Attributes:
+        fps: frames a second, exactly.
+
+    Raises:
+        ValueError, FileNotFoundError: as `probe_video`; ValueError also if no frame lies in the part.
     """
 
-    def __init__(self, path: Path) -> None:
-        facts = probe_video(path)
-        # The error decides, not the promise: a sound track longer than the pictures makes that too high.
-        if facts.error is not None:
+    def __init__(
+        self, path: Path, fps: float | None = None, start: float = 0.0, end: float | None = None
+    ) -> None:
+        stream = probe_video(path)
+        if stream.error is not None:
             logger.warning(
                 "%s is damaged: %d frames decode, its header promises about %d (%s)",
                 path,
-                facts.num_frames,
-                facts.promised_frames,
-                facts.error,
+                len(stream.times),
+                stream.promised,
+                stream.error,
             )
+        stop = stream.end if end is None else min(end, stream.end)
+        inside = np.flatnonzero((stream.times >= start - TICK) & (stream.times < stop - TICK))
+        if len(inside) == 0:
+            raise ValueError(f"no frame of {path} lies from {start=} to {end=}; it lasts {stream.end:g} s")
         self._path = path
-        self._num_frames = facts.num_frames
-        self._size = facts.size
-        self.fps = facts.fps
-        self._decoder: Iterator[Image.Image] | None = None
+        self._size = stream.size
+        self._num_frames = len(inside)
+        self.fps = stream.rate if fps is None else Fraction(float(fps)).limit_denominator(100_000)
+        notes, filters = list(stream.notes), list(stream.filters)
+        if stream.variable or self.fps != stream.rate:
+            self._num_frames = max(1, round((stop - stream.times[inside[0]]) * float(self.fps)))
+            # Where rounding leaves the last frame out, the one before it is held.
+            filters += [f"fps={self.fps}", "tpad=stop=2:stop_mode=clone"]
+            told = f"a rate of {float(stream.rate):g} frames a second"
+            told = "a variable rate, " + told.removeprefix("a rate of ") if stream.variable else told
+            notes.append(f"{told}, read at {float(self.fps):g}")
+        width, height = stream.size
+        filters += [f"scale={width}:{height}:{EXACT_SCALING}", "format=rgb24"]
+        self._input_params = list(stream.decoder)
+        if inside[0] > 0:
+            # From the middle between two frames on, so that rounding picks neither the wrong one.
+            between = (stream.times[inside[0] - 1] + stream.times[inside[0]]) / 2
+            self._input_params += ["-ss", f"{between:.6f}"]
+        self._output_params = [*VIDEO_STREAM, *EVERY_FRAME_ONCE, "-vf", ",".join(filters)]
+        self._decoder: Frames | None = None
         self._position = 0
         self._last: Image.Image | None = None
+        for note in notes:
+            logger.info("%s: %s", path.name, note)
 
     def __len__(self) -> int:
         return self._num_frames
@@ -174,25 +101,24 @@ class VideoFile:
 
     def frame(self, index: int) -> Image.Image:
         """Frame at 0 <= index < len, upright RGB; a copy, so that drawing on it changes nothing here."""
-        if index < self._position - 1 or (self._decoder is None and index != self._position - 1):
-            self.close()
-            self._decoder = self.stream()
-            self._position = 0
-        while self._position <= index:
-            self._last = self._next_frame()
-            self._position += 1
+        if self._last is None or index != self._position - 1:
+            if self._decoder is None or index < self._position:
+                self.close()
+                self._decoder = self.stream()
+                self._position = 0
+            while self._position <= index:
+                try:
+                    self._last = next(self._decoder)
+                except ValueError:
+                    self.close()
+                    raise
+                self._position += 1
+        assert self._last is not None  # a stream yields every frame, or raises
         return self._last.copy()
 
-    def _next_frame(self) -> Image.Image:
-        try:
-            return next(self._decoder)
-        except ValueError:
-            self.close()
-            raise
-
-    def stream(self) -> Iterator[Image.Image]:
+    def stream(self) -> Frames:
         """All frames in order from a decoder of its own."""
-        return _promised_frames(self._path, self._num_frames)
+        return _decode(self._path, self._num_frames, self._input_params, self._output_params)
 
     def close(self) -> None:
         """Stop the decoder; the frame given last is kept."""
@@ -201,19 +127,58 @@ class VideoFile:
             self._decoder = None
 
 
+def _decode(path: Path, num_frames: int, input_params: list[str], output_params: list[str]) -> Frames:
+    """Yield num_frames frames of a file; ValueError if fewer decode.
+
+    No method, so that the running generator does not keep the VideoFile alive that holds it.
+    """
+    import imageio.v3 as iio
+
+    options: Any = {"input_params": input_params, "output_params": output_params}
+    first, index = None, 0
+    with reported() as (complaints, starting):
+        with starting():
+            frames: Any = iio.imiter(path.absolute(), plugin="FFMPEG", extension=".mp4", **options)
+            try:
+                first = next(frames, None)
+            except (OSError, RuntimeError) as error:
+                logger.debug("%s: %s", path, error)
+        with closing(frames):
+            while first is not None and index < num_frames:
+                yield Image.fromarray(first)
+                index += 1
+                first = next(frames, None) if index < num_frames else None
+        problem = complaints().split("\n")[0]
+    if index < num_frames:
+        raise ValueError(
+            f"{path} is damaged or has changed: {index} frames decode, {num_frames} when it was opened "
+            f"({problem or 'no complaint of ffmpeg'}); end= or num_frames= uses fewer"
+        )
+    if problem:
+        logger.warning("%s is damaged, some of its frames may show it: %s", path, problem)
+
+
 class VideoData:
     """Frames of a video file or of a folder of images, as upright PIL images of mode RGB.
 
     Behaves as a sequence: `len`, `video[i]` (negative too), `video[a:b]` (a list), iteration. Frames are read
-    when asked for, going forward decodes each once, and iteration holds one at a time. A video file is
-    decoded once on opening, so that `len` is the number of frames that truly decode, whatever the header
-    says; a damaged file is used as far as it decodes, with a warning in the log. The decoder is freed at the
-    last frame, by `close()`, at the end of a `with` block, or with the object.
+    when asked for, going forward decodes each once, and iteration holds one at a time. Opening reads the
+    times of a file's frames without decoding them; only a damaged file is decoded then, and used as far as
+    that goes, with a warning in the log. The decoder is freed at the last frame, by `close()`, at the end of
+    a `with` block, or with the object.
+
+    Frames are upright and have square pixels; interlaced video is deinterlaced, HDR tone-mapped, transparent
+    pixels lie over black, and a variable rate is read at its constant mean. The log names what is done.
 
     Args:
         video_file: path of a video; exactly one of video_file and image_folder is given.
         image_folder: path of a folder of png, jpg, jpeg, webp, bmp files, in natural order (2 before 10).
-        height, width: size in pixels to bring frames to (see `fit_frame`); both or neither.
+        height: of the frames in pixels; given together with width, or neither.
+        width: of the frames in pixels.
+        fps: frames a second to read a video file at, none twice as slow or fast; None for its own rate.
+        start: second of the video from which on frames are read.
+        end: second before which they are read; None for all.
+        fit: how frames are brought to height and width: "crop", "pad" or "stretch" (see `fit_frame`).
 
     Raises:
         FileNotFoundError: the file or folder does not exist.
@@ -228,6 +193,11 @@ class VideoData:
         image_folder: str | PathLike | None = None,
         height: int | None = None,
         width: int | None = None,
+        *,
+        fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        fit: str = "crop",
     ) -> None:
         if (video_file is None) == (image_folder is None):
             raise ValueError(
@@ -235,21 +205,46 @@ class VideoData:
             )
         if (height is None) != (width is None):
             raise ValueError(f"give both height and width or neither, got height={height!r}, width={width!r}")
-        target = None if height is None else (checked_int("height", height), checked_int("width", width))
-        self._path = Path(image_folder if video_file is None else video_file)
-        self._source = ImageFolder(self._path) if video_file is None else VideoFile(self._path)
-        self._shape = target or self._source.common_size()[::-1]
+        if fit not in FITS:
+            raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+        shape = None
+        if height is not None and width is not None:
+            shape = checked_int("height", height), checked_int("width", width)
+        part = {"fps": fps, "start": start, "end": end}
+        for name, value in part.items():
+            if value is not None and not (is_number(value) and value >= 0 and (value > 0 or name == "start")):
+                allowed = "0 or more seconds" if name == "start" else "above 0"
+                raise ValueError(f"{name} must be a number, {allowed}, got {value!r}")
+        self._source: VideoFile | ImageFolder
+        if video_file is not None:
+            self._path = Path(video_file)
+            self._source = VideoFile(self._path, fps, start or 0.0, end)
+        elif image_folder is not None:
+            self._path = Path(image_folder)
+            self._source = ImageFolder(self._path)
+            if given := [f"{name}={value!r}" for name, value in part.items() if value is not None]:
+                raise ValueError(f"{', '.join(given)} need a video file: the images of a folder have no rate")
+        self.fit = fit
         self._length = len(self._source)
+        self._shape = shape or self._source.common_size()[::-1]
+        if shape is not None:
+            self._tell_of_cropping()
 
     @property
     def fps(self) -> float | None:
-        """Frames per second (the mean of a variable rate; 0.0 if the file tells none); None for folders."""
-        return self._source.fps
+        """Frames per second; 0.0 if the file tells none, None for folders."""
+        return None if self._source.fps is None else float(self._source.fps)
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, item: int | slice) -> Image.Image | list[Image.Image]:
+    @overload
+    def __getitem__(self, item: slice) -> list[Image.Image]: ...
+
+    @overload
+    def __getitem__(self, item: SupportsIndex) -> Image.Image: ...
+
+    def __getitem__(self, item: slice | SupportsIndex) -> Image.Image | list[Image.Image]:
         if isinstance(item, slice):
             indices = range(self._length)[item]
             frames = [self[index] for index in sorted(indices)]
@@ -260,12 +255,12 @@ class VideoData:
         image = self._source.frame(index % self._length)
         if index % self._length == self._length - 1:
             self._source.close()
-        return fit_frame(image, *self._shape)
+        return fit_frame(image, *self._shape, self.fit)
 
     def __iter__(self) -> Iterator[Image.Image]:
         with closing(self._source.stream()) as stream:
             for _ in range(self._length):
-                yield fit_frame(next(stream), *self._shape)
+                yield fit_frame(next(stream), *self._shape, self.fit)
 
     def __repr__(self) -> str:
         height, width = self._shape
@@ -286,6 +281,15 @@ class VideoData:
         if checked_int("n", n) > len(self._source):
             raise ValueError(f"n must be at most {len(self._source)}, the frames of {self._path}, got {n}")
         self._length = int(n)
+
+    def set_shape(self, height: int, width: int) -> None:
+        """Bring frames to a size in pixels; ValueError unless both are integers above 0."""
+        self._shape = checked_int("height", height), checked_int("width", width)
+        self._tell_of_cropping()
+
+    def _tell_of_cropping(self) -> None:
+        if self.fit == "crop" and isinstance(self._source, VideoFile):
+            warn_of_cropping(self._source.common_size(), self._shape[::-1])
 
     def shape(self) -> tuple[int, int]:
         """(height, width) of the frames given out."""

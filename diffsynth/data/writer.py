@@ -5,73 +5,105 @@ a broken file where a good one was.
 """
 
 import logging
-import math
-import os
-import subprocess
-import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing
 from fractions import Fraction
-from numbers import Real
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from diffsynth.data.frames import rgb_frames, write_pngs
-from diffsynth.data.video import probe_video
+from diffsynth.data.ffmpeg import file_url, reported, run_ffmpeg
+from diffsynth.data.files import written_whole
+from diffsynth.data.frames import is_number, rgb_frames, write_pngs
+from diffsynth.data.stream import EXACT_SCALING, probe_video
 
 logger = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".avi")
-FASTSTART_SUFFIXES = (".mp4", ".m4v", ".mov")
-WORST_CRF = 51
+QUICKTIME = (".mp4", ".m4v", ".mov")
+VIDEO_SUFFIXES = (*QUICKTIME, ".mkv", ".avi", ".webm", ".gif")
+LOSSLESS_SUFFIXES = (".mkv", ".avi", ".webm")
+_TO_BT709 = f"scale=out_color_matrix=bt709:out_range=tv:{EXACT_SCALING}"
+_BT709 = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+_SOUND_CODECS = {**dict.fromkeys((*QUICKTIME, ".mkv"), "aac"), ".avi": "libmp3lame", ".webm": "libopus"}
+_GIF_PALETTE = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=sierra2_4a"
 
 
 def save_video(
     frames: Iterable[Image.Image | np.ndarray] | np.ndarray,
-    path: str | PathLike,
+    path: str | PathLike | None = None,
     fps: float = 15,
     quality: float = 5,
     ffmpeg_params: Sequence[str] | None = None,
+    *,
+    lossless: bool = False,
+    audio_from: str | PathLike | None = None,
+    audio_start: float = 0.0,
+    save_path: str | PathLike | None = None,
 ) -> Path:
-    """Encode frames as H.264 video, at exactly their size, and return the path.
+    """Encode frames as a video, at exactly their size, and return the path.
 
-    An existing file is replaced, but only once the new one is complete and checked to decode to as many
-    frames of the same size; on an error it stays as it was. A killed process may leave a hidden `.saving-*`
-    file beside it. Frames of odd height or width are stored as 4:4:4 (4:2:0 has even sizes only), which some
-    players refuse.
+    The suffix decides the kind: H.264 for .mp4, .m4v, .mov, .mkv and .avi, VP9 for .webm, or a .gif. Colours
+    are converted by ITU-R BT.709 and the file says so, which is what players assume for video of any size
+    that tells nothing else. Frames of odd height or width are stored as 4:4:4 (4:2:0 has even sizes only),
+    which some players refuse.
+
+    An existing file is replaced, but only once the new one is complete and checked to hold as many frames of
+    the same size; on an error it stays as it was. A killed process may leave a hidden `.writing-*` file
+    beside it.
 
     Args:
         frames: PIL images (any mode, converted to RGB) or uint8 arrays [H, W, 3], also from a generator, read
             frame by frame; or one uint8 array [T, H, W, 3]. All of one size.
-        path: ends in .mp4, .m4v, .mov, .mkv or .avi; missing parent folders are made.
+        path: of the file; missing parent folders are made.
         fps: frames per second, above 0.
-        quality: 0 (smallest file) to 10 (best), the constant rate factor 51 to 1 of x264.
+        quality: 0 (smallest file) to 10 (best): the constant rate factor 51 to 1 of x264, 63 to 1 of VP9.
         ffmpeg_params: further output options for ffmpeg; they come last and so win over ours.
+        lossless: keep every pixel to the bit: FFV1 in .mkv and .avi, lossless VP9 in .webm.
+        audio_from: video or audio file whose sound is kept, if it has any, up to the last frame.
+        audio_start: second of that sound at which the frames begin.
+        save_path: the same as path, as DiffSynth-Studio calls it.
 
     Raises:
         ValueError, TypeError: an argument or a frame is not as above (see `rgb_frames`).
         RuntimeError: ffmpeg failed, or the file does not hold the frames that were asked for.
+        OSError: the disk is full, or the folder cannot be written to.
     """
-    path = Path(path)
+    name = path if save_path is None else save_path
+    if name is None or (path is not None and save_path is not None):
+        raise TypeError("save_video needs one path: save_video(frames, 'out.mp4')")
+    asked = Path(name)
     # A link stays a link: what it points to is replaced.
-    target = path.resolve()
-    options = [*_output_options(target, fps, quality), *_checked_params(ffmpeg_params)]
+    target = asked.resolve()
+    encoding = _encoding(target, fps, quality, lossless)
+    params = _checked_params(ffmpeg_params)
     images = rgb_frames(frames)
     first = next(images)
+    if (first.width % 2 or first.height % 2) and encoding["pixelformat"] == "yuv420p":
+        logger.info("%dx%d is an odd size: stored as 4:4:4, which some players refuse", *first.size)
+        encoding["pixelformat"] = "yuv444p"
+    if audio_from is not None:
+        rest = list(images)  # the sound is cut to their number
+        images = iter(rest)
+        _add_sound(encoding, target, Path(audio_from), audio_start, (1 + len(rest)) / fps)
+    encoding["output_params"] += params
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".saving-{uuid.uuid4().hex}{target.suffix}")
-    rate = str(Fraction(float(fps)).limit_denominator(100_000))
-    try:
-        num_frames = _encode(first, images, temporary, rate, options)
-        _check_written(temporary, num_frames, first.size, path)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    with written_whole(target) as temporary:
+        num_frames = _encode(first, images, temporary, encoding)
+        try:
+            written = probe_video(temporary)
+        except (ValueError, FileNotFoundError) as error:
+            raise RuntimeError(f"{asked} was not written: ffmpeg made no readable video ({error})") from error
+        found = (len(written.times), *written.size)
+        if found != (num_frames, *first.size):
+            raise RuntimeError(
+                "{} was not written: the encoded video has {} frames of {}x{}, asked were {} of {}x{}".format(
+                    asked, *found, num_frames, *first.size
+                )
+            )
+    return asked
 
 
 def save_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray, folder: str | PathLike) -> Path:
@@ -89,23 +121,63 @@ def save_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray, folder:
     return folder
 
 
-def _output_options(target: Path, fps: float, quality: float) -> list[str]:
-    if target.suffix.lower() not in VIDEO_SUFFIXES:
+def _encoding(target: Path, fps: float, quality: float, lossless: bool) -> dict[str, Any]:
+    """Return the arguments of imageio's writer of FFMPEG."""
+    suffix = target.suffix.lower()
+    if suffix not in VIDEO_SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(VIDEO_SUFFIXES)}, got {target.name!r}")
+    if lossless and suffix not in LOSSLESS_SUFFIXES:
+        allowed = ", ".join(LOSSLESS_SUFFIXES)
+        raise ValueError(f"lossless video needs a path that ends in one of {allowed}, got {target.name!r}")
     if target.is_dir():
         raise ValueError(f"path {target} is a folder, give the name of a video file")
-    if not _is_number(fps) or not 1e-4 <= fps <= 1e5:
+    if not is_number(fps) or not 1e-4 <= fps <= 1e5:
         raise ValueError(f"fps must be a number above 0 (at most 100000), got {fps!r}")
-    if not _is_number(quality) or not 0 <= quality <= 10:
+    if not is_number(quality) or not 0 <= quality <= 10:
         raise ValueError(f"quality must be a number from 0 to 10, got {quality!r}")
-    # Rate factor 0 would switch to the lossless profile, which hardly any player knows.
-    rate_factor = max(1, int((1 - quality / 10) * WORST_CRF))
-    options = ["-an", "-c:v", "libx264", "-crf", str(rate_factor)]
-    return [*options, "-movflags", "+faststart"] if target.suffix.lower() in FASTSTART_SUFFIXES else options
+    worst = 63 if suffix == ".webm" else 51
+    # Rate factor 0 of x264 would switch to its lossless profile, which hardly any player knows.
+    rate_factor = str(max(1, int((1 - quality / 10) * worst)))
+    if suffix == ".gif":
+        codec, pixel_format, options = "gif", "pal8", ["-filter_complex", _GIF_PALETTE]
+    elif suffix == ".webm" and lossless:
+        codec, pixel_format, options = "libvpx-vp9", "gbrp", ["-lossless", "1"]
+    elif lossless:
+        codec, pixel_format, options = "ffv1", "bgr0", []
+    else:
+        codec, pixel_format = ("libvpx-vp9" if suffix == ".webm" else "libx264"), "yuv420p"
+        options = ["-vf", _TO_BT709, *_BT709, "-crf", rate_factor]
+    if codec == "libvpx-vp9":
+        options += ["-b:v", "0", "-cpu-used", "4", "-row-mt", "1"]
+    if suffix in QUICKTIME:
+        options += ["-movflags", "+faststart"]
+    # Read as a fraction: 29.97... frames a second are 30000/1001.
+    rate = str(Fraction(float(fps)).limit_denominator(100_000))
+    return {
+        "codec": codec,
+        "pixelformat": pixel_format,
+        "macro_block_size": 1,  # imageio would resize frames to multiples of 16
+        "input_params": ["-r", rate],
+        "output_params": options,
+        "ffmpeg_log_level": "quiet",
+    }
 
 
-def _is_number(value: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def _add_sound(encoding: dict[str, Any], target: Path, source: Path, start: float, duration: float) -> None:
+    """Have the encoder take the sound of a file from a second of it on, with silence after its end."""
+    if not source.is_file():
+        raise FileNotFoundError(f"audio_from {source} does not exist")
+    codec = _SOUND_CODECS.get(target.suffix.lower())
+    if codec is None:
+        raise ValueError(
+            f"a {target.suffix} file has no sound: leave out audio_from, or choose another suffix"
+        )
+    if "Audio:" not in run_ffmpeg(["-i", file_url(source)])[1]:
+        logger.info("%s has no sound to keep", source)
+        return
+    cut = f"atrim=start={float(start)}:duration={duration},asetpts=PTS-STARTPTS,apad=whole_dur={duration}"
+    encoding.update(audio_path=file_url(source), audio_codec=codec)
+    encoding["output_params"] += ["-af", cut]
 
 
 def _checked_params(params: Sequence[str] | None) -> list[str]:
@@ -118,62 +190,27 @@ def _checked_params(params: Sequence[str] | None) -> list[str]:
     return list(params)
 
 
-def _encode(
-    first: Image.Image, rest: Iterator[Image.Image], path: Path, rate: str, options: list[str]
-) -> int:
-    """Pipe the frames into ffmpeg and return how many there were; RuntimeError with its words if it fails."""
-    from imageio_ffmpeg import get_ffmpeg_exe
+def _encode(first: Image.Image, rest: Iterator[Image.Image], path: Path, encoding: dict[str, Any]) -> int:
+    """Write the frames and return how many there were; RuntimeError with ffmpeg's words if that fails."""
+    import imageio.v3 as iio
 
-    width, height = first.size
-    odd = width % 2 or height % 2
-    if odd:
-        logger.info("%dx%d is an odd size: stored as 4:4:4, which some players cannot show", width, height)
-    command = [get_ffmpeg_exe(), "-y", "-hide_banner", "-loglevel", "error", "-f", "rawvideo"]
-    command += ["-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", rate, "-i", "pipe:0"]
-    command += ["-pix_fmt", "yuv444p" if odd else "yuv420p", *options, f"file:{path}"]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
-        try:
-            num_frames = _feed(process, first, rest)
-            process.wait()
-        finally:
-            # Reached with a live process only when a frame raised: the file is given up.
-            process.kill()
-            with suppress(BrokenPipeError):
-                process.stdin.close()
-            process.wait()
-        if process.returncode != 0:
-            log.seek(0)
-            words = log.read().decode(errors="replace").strip()
-            raise RuntimeError(
-                f"ffmpeg could not write the video (exit status {process.returncode}): {words}"
-            )
-    return num_frames
-
-
-def _feed(process: subprocess.Popen, first: Image.Image, rest: Iterator[Image.Image]) -> int:
     num_frames = 0
-    image = first
-    # A closed pipe means that ffmpeg ended early: its exit status and words tell why, not the pipe.
-    while image is not None:
-        try:
-            process.stdin.write(image.tobytes())
-        except BrokenPipeError:
-            return num_frames
-        num_frames += 1
-        image = next(rest, None)
-    with suppress(BrokenPipeError):
-        process.stdin.close()
+    image: Image.Image | None = first
+    with reported() as (complaints, starting):
+        # The name ends in the suffix that ffmpeg goes by; imageio knows only some of them.
+        opened = iio.imopen(path, "w", plugin="FFMPEG", extension=".mp4", legacy_mode=True)
+        with opened as file, closing(file.legacy_get_writer(**encoding)) as writer:
+            while image is not None:
+                try:
+                    if num_frames == 0:
+                        with starting():
+                            writer.append_data(np.asarray(image))
+                    else:
+                        writer.append_data(np.asarray(image))
+                except OSError as error:  # ffmpeg has ended early
+                    raise RuntimeError(f"ffmpeg could not write the video: {complaints()}") from error
+                num_frames += 1
+                image = next(rest, None)
+        if problem := complaints():
+            raise RuntimeError(f"ffmpeg could not write the video: {problem}")
     return num_frames
-
-
-def _check_written(temporary: Path, num_frames: int, size: tuple[int, int], path: Path) -> None:
-    try:
-        written = probe_video(temporary)
-    except (ValueError, FileNotFoundError) as error:
-        raise RuntimeError(f"{path} was not written: ffmpeg made no readable video ({error})") from error
-    if (written.num_frames, written.size) != (num_frames, size):
-        raise RuntimeError(
-            f"{path} was not written: the encoded video has {written.num_frames} frames of "
-            f"{written.size[0]}x{written.size[1]}, asked were {num_frames} of {size[0]}x{size[1]}"
-        )

@@ -17,7 +17,7 @@ from diffsynth.configs.options import CallOptions, SavingOptions
 from diffsynth.configs.resolve import NEW_SEED, ReferenceFacts, resolve, resolve_plan, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.data.frames import checked_int
-from diffsynth.data.tensors import Video, frame_size, video_to_tensor
+from diffsynth.data.tensors import Video, find_cuts, frame_size, is_still, video_to_tensor
 from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
@@ -359,6 +359,8 @@ class WanVideoPipeline:
         logger.info("generating %d video(s): %s", len(prompts), run)
         self._interrupted.clear()
         pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
+        if pixels is not None and run.motion is not None:
+            _warn_of_reference(pixels)
         with open_run(folder, saving, self.residency, prompts, pixels, run, self.interrupt) as saved:
             videos = generate(
                 self.models,
@@ -387,6 +389,17 @@ class WanVideoPipeline:
         return replaced
 
 
+def _warn_of_reference(pixels: Tensor) -> None:
+    """Log a warning for a reference [1, 3, T, H, W] without motion, or with more than one shot."""
+    if is_still(pixels):
+        logger.warning("nothing moves in the reference: there is no motion to transfer")
+    if cuts := find_cuts(pixels):
+        logger.warning(
+            "the reference has a cut at frame %s: motion is not followed across it; start and end pick one shot",
+            ", ".join(map(str, cuts)),
+        )
+
+
 def reference_facts(video: Video | None) -> ReferenceFacts | None:
     """Return number and size of the frames of a reference video; None without one.
 
@@ -397,4 +410,5 @@ def reference_facts(video: Video | None) -> ReferenceFacts | None:
     if video is None:
         return None
     height, width = frame_size(video)
-    return ReferenceFacts(num_frames=len(video), height=height, width=width)
+    fps = video.fps if isinstance(video, VideoData) else None
+    return ReferenceFacts(num_frames=len(video), height=height, width=width, fps=fps)

@@ -6,7 +6,6 @@ It is written beside the video as JSON (out.mp4.json) and, the same text, into t
 import json
 import platform
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from diffsynth.configs.options import RunOptions
+from diffsynth.data.ffmpeg import file_url, run_ffmpeg
 from diffsynth.data.files import sha256_of_file, sha256_of_frames, sha256_of_video, written_whole
 from diffsynth.data.writer import save_video
 from diffsynth.models.checkpoint_files import files_of
@@ -287,13 +287,8 @@ def read_record(path: str | Path) -> RunRecord:
 
 
 def _metadata_comment(path: Path) -> str:
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", f"file:{path.absolute()}"]
-    result = subprocess.run(
-        [*command, "-f", "ffmetadata", "-"], stdin=subprocess.DEVNULL, capture_output=True, check=False
-    )
-    match = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", result.stdout.decode(errors="replace"), re.M | re.I)
+    metadata, _ = run_ffmpeg(["-i", file_url(path), "-f", "ffmetadata", "-"])
+    match = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", metadata.decode(errors="replace"), re.M | re.I)
     # ffmpeg puts a backslash before characters that mean something in its own format.
     return "" if match is None else re.sub(r"\\(.)", r"\1", match[1])
 

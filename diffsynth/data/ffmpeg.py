@@ -1,0 +1,100 @@
+"""The ffmpeg program that imageio-ffmpeg finds: its version, and what it complains of."""
+
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+OLDEST = (5, 1)  # -fps_mode is new in it
+# "[h264 @ 0x55] [error] words": the level counts before the words only; a file may be named "[error].mp4".
+_COMPLAINT = re.compile(r"^(?:\[[^\]]+ @ \w+\] )*\[(?:error|fatal)\] (.*)$", re.MULTILINE)
+_REPORT = threading.Lock()  # FFREPORT belongs to the whole process
+
+
+class FfmpegError(RuntimeError):
+    """The ffmpeg program is missing, does not start or is too old."""
+
+
+def run_ffmpeg(arguments: Sequence[str]) -> tuple[bytes, str]:
+    """Run ffmpeg to its end, whatever its exit status.
+
+    Returns:
+        What it writes to its standard output, and its log; each line of the log has its level.
+
+    Raises:
+        FfmpegError: it cannot run, or is older than 5.1.
+    """
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        command = [get_ffmpeg_exe(), "-nostdin", "-nostats", "-loglevel", "level+info", *arguments]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise FfmpegError(
+            f"ffmpeg, which reads and writes videos, does not run: {error}. Reinstall imageio-ffmpeg, or "
+            f"name the program in the environment variable IMAGEIO_FFMPEG_EXE"
+        ) from error
+    log = done.stderr.decode(errors="replace")
+    version = re.search(r"ffmpeg version n?(\d+)\.(\d+)", log + done.stdout[:200].decode(errors="replace"))
+    if version and (int(version[1]), int(version[2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise FfmpegError(f"ffmpeg {version[1]}.{version[2]} is too old: {oldest} is needed; {command[0]}")
+    return done.stdout, log
+
+
+def check_ffmpeg() -> str:
+    """Return the first line of what ffmpeg says of its version. Raises FfmpegError as `run_ffmpeg`."""
+    return run_ffmpeg(["-version"])[0].decode(errors="replace").split("\n")[0]
+
+
+def file_url(path: Path) -> str:
+    """Return the name of a file for ffmpeg, whatever characters are in it."""
+    # "file:" keeps names with a colon or a leading dash from being read as a protocol or an option.
+    return f"file:{path.absolute()}"
+
+
+def complaints(log: str) -> list[str]:
+    """Return the errors in the log of `run_ffmpeg`."""
+    return _COMPLAINT.findall(log)
+
+
+@contextmanager
+def reported() -> Iterator[tuple[Callable[[], str], Callable]]:
+    """A context in which imageio's ffmpeg processes are started so that what they complain of can be read.
+
+    imageio keeps ffmpeg's log to itself; ffmpeg writes its errors also to the file that the environment
+    variable FFREPORT names when it starts.
+
+    Yields:
+        A function that returns the errors so far, and a context in which the process is started.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastvmt-") as folder:
+        file = Path(folder) / "ffmpeg.log"
+
+        def read() -> str:
+            text = file.read_text(errors="replace") if file.is_file() else ""
+            return re.sub(r"\ACommand line:\n.*\n", "", text).strip()
+
+        @contextmanager
+        def starting() -> Iterator[None]:
+            name = re.sub(r"([\\:'])", r"\\\1", str(file))
+            its_log = logging.getLogger("imageio_ffmpeg")
+            with _REPORT:
+                # It warns of frames that a filter makes larger or smaller than those of the file.
+                level, before = its_log.level, os.environ.get("FFREPORT")
+                its_log.setLevel(logging.ERROR)
+                os.environ["FFREPORT"] = f"file={name}:level=16"
+                try:
+                    yield
+                finally:
+                    its_log.setLevel(level)
+                    os.environ.pop("FFREPORT")
+                    if before is not None:
+                        os.environ["FFREPORT"] = before
+
+        yield read, starting
