@@ -32,7 +32,7 @@ from diffsynth.jobs.publish import check_folder, reserve_name
 from diffsynth.models.attention import BACKENDS
 from diffsynth.models.model_manager import DTYPES
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.wan_video import reference_facts
+from diffsynth.pipelines.components import reference_facts
 from diffsynth.runs.record import read_record, record_path
 from diffsynth.testing import write_clip
 
@@ -236,7 +236,7 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
     ("changes", "message"),
     [
         ({"reference": "none.mp4"}, "video file none.mp4 does not exist"),
-        ({"-o": "out.gif"}, "output out.gif must end in one of .mp4, .m4v, .mov, .mkv, .avi"),
+        ({"-o": "out.ogv"}, "output out.ogv must end in one of .mp4, .m4v, .mov, .mkv, .avi"),
         ({"-o": "none/out.mp4"}, "output folder none does not exist; make it first: mkdir -p none"),
         ({"-o": "folder.mp4"}, "output folder.mp4 is a folder; give the name of a video file"),
         ({"-o": "there.mp4"}, "output there.mp4 exists; give another name, or --overwrite"),
@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(capsys, clip):
     assert "output folder /proc cannot be written to" in capsys.readouterr().err
 
 
-def test_overwrite_replaces_a_video_and_a_failed_run_keeps_it(transferring, tmp_path, monkeypatch):
+def test_overwrite_replaces_a_video_and_a_failed_run_keeps_it(transferring, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.mp4"
     out.write_bytes(b"precious")
 
@@ -310,8 +310,17 @@ def test_overwrite_replaces_a_video_and_a_failed_run_keeps_it(transferring, tmp_
             publish, "save_with_metadata", lambda *_a, **_k: (_ for _ in ()).throw(OSError("disk full"))
         )
         assert main([*transferring, "--overwrite"]) == 1
-    assert (out.read_bytes(), visible(tmp_path)) == (b"precious", ["out.mp4"])
+    kept = tmp_path / "out-latents.safetensors"
+    assert (out.read_bytes(), visible(tmp_path)) == (b"precious", [kept.name, "out.mp4"])
+    message = capsys.readouterr().err
+    assert (
+        f"could not be written: disk full; its final latents are kept: fastvmt decode {kept} -o OUT"
+        in message
+    )
+    model = transferring[transferring.index("--model") + 1]
+    assert main(["decode", kept, "-o", tmp_path / "late.mp4", "--model", model]) == 0
     assert main([*transferring, "--overwrite"]) == 0
+    assert read_record(out).video["frames"] == len(VideoData(tmp_path / "late.mp4"))
     assert len(VideoData(out)) == 5
 
 
@@ -471,14 +480,14 @@ def test_published_models_run_at_their_size_length_and_negative_prompt_by_comman
     wide = write_clip(tmp_path / "wide.mp4", num_frames=85, height=36, width=64)
     tall = write_clip(tmp_path / "tall.mp4", num_frames=3, height=64, width=36)
     made = task.make_task({"prompt": "a cat"}, wide, folder)
-    assert (made.call, made.fps) == ({"prompt": "a cat"}, 15.0)
+    assert (made.call, made.file.fps) == ({"prompt": "a cat"}, 15.0)
 
     def resolved(reference, **given):
         return resolve(given, run_defaults(folder), reference_facts(VideoData(reference)))
 
     run = resolved(wide)
     assert (run.height, run.width, run.num_frames) == (480, 832, 81)
-    assert "the reference has 85 frames: its first 81 are used" in caplog.text
+    assert "the reference has 85 frames: the first 81 are used, 5.4 of its 5.67 seconds" in caplog.text
     run = resolved(tall)
     assert (run.height, run.width, run.num_frames) == (832, 480, 3)
     assert resolved(tall, height=320).height == 320

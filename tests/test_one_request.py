@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.cli.main import main
 from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, checkpoint_folder
 from diffsynth.configs.defaults import published_defaults
-from diffsynth.configs.options import LoadOptions
+from diffsynth.configs.options import FileOptions, LoadOptions
 from diffsynth.configs.resolve import ReferenceFacts, resolve
 from diffsynth.pipelines import wan_video
 from diffsynth.pipelines.components import Components
@@ -68,8 +69,7 @@ def by_call(model, clip, request, numbers, _folder):
         device=pipe.device,
         reference=clip and describe_reference(clip, len(video), video.fps),
         model=describe_model(checkpoint_folder(model), asdict(ON_CPU)),
-        fps=video.fps if video else pipe.defaults["fps"],
-        quality=8.0,
+        file=FileOptions(fps=video.fps if video else pipe.defaults["fps"]),
     )
 
 
@@ -168,7 +168,9 @@ def published(tmp_path, monkeypatch):
         frames = [Image.new("RGB", (options.width, options.height))] * 2
         cost = RunCost(options.seed, options.mode, options.num_inference_steps)
         return [
-            GeneratedVideo(frames=frames, prompt=p, negative_prompt=n, options=options, cost=cost)
+            GeneratedVideo(
+                frames=frames, latents=torch.zeros(1), prompt=p, negative_prompt=n, options=options, cost=cost
+            )
             for p, n in prompts
         ]
 

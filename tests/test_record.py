@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from diffsynth import ModelManager, VideoData, WanVideoPipeline, __version__
 from diffsynth.cli.main import main
 from diffsynth.configs.caches import CacheOptions
-from diffsynth.configs.options import RunOptions
+from diffsynth.configs.options import FileOptions, RunOptions
 from diffsynth.data.files import sha256_of_file, sha256_of_frames, sha256_of_video
 from diffsynth.motion import MotionGuidance
 from diffsynth.runs.identity import weights_fingerprint
@@ -84,6 +84,10 @@ def test_the_record_holds_everything_that_made_the_video(run_folder, record, tin
         "sha256": sha256_of_video(clip),
         "frames": 5,
         "fps": 15.0,
+        "ref_fps": None,
+        "start": None,
+        "end": None,
+        "fit": "crop",
     }
     files = record.model["files"]
     on_disk = {
@@ -196,7 +200,7 @@ def test_options_beside_a_record_are_refused(run_folder, tmp_path, capsys):
     [
         ("{", "is no record of a run: it is not valid JSON"),
         ("[1]", "is no record of a run: it lacks 'fastvmt_record'"),
-        ('{"fastvmt_record": 7}', "is a record of version 7; 1 is read here"),
+        ('{"fastvmt_record": 7}', "is a record of version 7; 1 and 2 are read here"),
         ('{"fastvmt_record": 1}', "is no whole record: cost, created, device"),
     ],
 )
@@ -246,7 +250,7 @@ def test_a_cache_comes_back_from_the_record_as_it_was(tiny_checkpoint):
     record = make_record(
         frames, prompt="a cat", negative_prompt="", preset="exact", options=made.options, cost=made.cost,
         models=pipe.residency.models, device=pipe.device, reference=None,
-        model=describe_model(tiny_checkpoint, {}), fps=15, quality=8,
+        model=describe_model(tiny_checkpoint, {}), file=FileOptions(fps=15),
     )  # fmt: skip
     call = RunRecord.from_json(json.loads(json.dumps(record.to_json()))).call_arguments()
     assert call["cache"] == CacheOptions(name="first_block", threshold=0.3)

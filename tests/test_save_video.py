@@ -196,8 +196,8 @@ def test_a_folder_as_target_is_refused(tmp_path):
 
 
 def test_an_unreadable_result_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_encode", lambda *arguments: len(arguments))
-    with pytest.raises(RuntimeError, match=r"out\.mp4 was not written: ffmpeg made no readable video"):
+    monkeypatch.setattr(writer, "_encode", lambda *arguments: (len(arguments), "No space left"))
+    with pytest.raises(RuntimeError, match=r"out\.mp4: ffmpeg could not write the video: No space left"):
         save_video(smooth_frames(2, 16, 16), tmp_path / "out.mp4")
     assert listing(tmp_path) == []
 

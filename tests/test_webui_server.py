@@ -18,6 +18,7 @@ gradio_client = pytest.importorskip("gradio_client", reason="needs gradio, the e
 
 MOST_WAITING = 6
 VISITORS, REQUESTS = 4, 20
+WHOLE = (0, 0, 0, "crop")  # start, end and rate of the reference, and its fit
 PATIENCE = 600  # seconds until a test that waits gives up
 
 
@@ -56,9 +57,8 @@ def server(tmp_path_factory):
 
 def request_of(client, clip, prompt, steps=2):
     video = gradio_client.handle_file(str(clip))
-    return client.submit(
-        video, prompt, "", "exact", "effi_AMF", 3, 0.75, steps, 1, 32, 32, 5, api_name="/generate"
-    )
+    asked = (video, prompt, "", "exact", "effi_AMF", 3, 0.75, steps, 1, 32, 32, 5, *WHOLE)
+    return client.submit(*asked, api_name="/generate")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,7 @@ def test_many_requests_of_several_visitors_are_served_or_refused_clearly(server,
         said = [text for texts in visitors.map(visit, range(VISITORS)) for text in texts]
     made = [text for text in said if "fv-result" in text]
     refused = [text for text in said if f"{MOST_WAITING} runs are waiting already" in text]
+    assert [text for text in said if text not in made + refused] == []
     assert len(made) + len(refused) == REQUESTS
     assert len(made) > MOST_WAITING
     assert len(list(session.output_dir.glob("*.mp4"))) == len(made)
@@ -105,11 +106,13 @@ def test_the_motion_is_shown_whatever_the_mode(server, clip):
     video = gradio_client.handle_file(str(clip))
     for mode in ("AMF", "No_transfer"):
         said, shown = client.predict(
-            video, "", "", "exact", mode, 3, 0.75, 2, 1, 32, 32, 5, api_name="/inspect"
+            video, "", "", "exact", mode, 3, 0.75, 2, 1, 32, 32, 5, *WHOLE, api_name="/inspect"
         )
         assert "where it moves" in said
         assert shown["video"].endswith(".mp4") if isinstance(shown, dict) else shown.endswith(".mp4")
-    said, _shown = client.predict(None, "", "", "exact", "AMF", 3, 0.75, 2, 1, 0, 0, 0, api_name="/inspect")
+    said, _shown = client.predict(
+        None, "", "", "exact", "AMF", 3, 0.75, 2, 1, 0, 0, 0, 0, 0, 0, "crop", api_name="/inspect"
+    )
     assert "choose or upload a reference video first" in said
 
 

@@ -13,6 +13,7 @@ from diffsynth.configs.options import (
     CacheKind,
     FileOptions,
     LoadOptions,
+    ReferenceOptions,
     RunOptions,
     SavingOptions,
     Shorthands,
@@ -75,6 +76,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     ):
         group.add_argument(name, metavar="TEXT", default=argparse.SUPPRESS, help=text)
     add_call_options(parser)
+    add_options(parser, ReferenceOptions, "what is used of the reference")
     add_options(parser, FileOptions, "the file")
 
 

@@ -18,7 +18,7 @@ from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.data.files import FileInUseError, locked
 from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
-from diffsynth.jobs.publish import check_folder, check_output
+from diffsynth.jobs.publish import check_folder, check_output, check_space
 from diffsynth.jobs.task import VideoTask, make_task, summary, task_options
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.record import (
@@ -124,6 +124,7 @@ class _Batch:
                 raise UsageError(f"{output} exists, made in another way; name another or --overwrite")
         output.parent.mkdir(parents=True, exist_ok=True)
         check_output(output, self._options.overwrite)
+        check_space(output, task.num_bytes, task.file.lossless)
         saving = saving_arguments(self._options, output)
         return replace(task, output=output, overwrite=self._options.overwrite, saving=saving, job=identity)
 
@@ -142,7 +143,7 @@ def finished_record(video: Path) -> RunRecord | None:
     Returns:
         The record; None if there is no video, or no record.
     """
-    if not video.is_file():
+    if not video.exists():
         return None
     inside, beside = _record_of(video), _record_of(record_path(video))
     if inside is None:

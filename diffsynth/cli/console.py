@@ -41,5 +41,7 @@ class Console:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    stream.write(text + "\n")
+    # A name that the terminal's encoding lacks must not end a run.
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     stream.flush()

@@ -5,10 +5,12 @@ from itertools import islice
 from typing import Any
 
 from diffsynth.cli.console import DONE, Console
+from diffsynth.configs.options import ReferenceOptions
 from diffsynth.data import VideoData
 from diffsynth.evaluation.motion_fidelity import paired_fidelity, tracklet_fidelity
 from diffsynth.evaluation.text_similarity import load_clip, temporal_consistency_clip, text_similarity
 from diffsynth.evaluation.trackers import Tracklets, track_points
+from diffsynth.jobs.task import fields_of, open_reference
 
 
 def run(options: Namespace, console: Console) -> int:
@@ -33,7 +35,8 @@ def measure(options: Namespace) -> dict[str, float | int]:
         clip = load_clip(options.clip, device=options.device)
     generated = VideoData(options.generated)
     height, width = generated.shape()
-    reference = VideoData(options.reference, height=height, width=width)
+    used = fields_of(ReferenceOptions, vars(options))
+    reference = open_reference(options.reference, used, height=height, width=width)
     count = min(len(generated), len(reference))
     frames, others = (list(islice(video, count)) for video in (generated, reference))
     tracking: dict[str, Any] = {name: getattr(options, name) for name in ("grid", "checkpoint", "device")}

@@ -5,17 +5,18 @@ from pathlib import Path
 
 from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.defaults import run_defaults
-from diffsynth.configs.options import DEFAULT_FPS
+from diffsynth.configs.options import DEFAULT_FPS, ReferenceOptions
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.data import VideoData
+from diffsynth.data.tensors import find_cuts, is_still, video_to_tensor, warn_of_reference
 from diffsynth.evaluation.figures import loss_curves
-from diffsynth.evaluation.flow_images import flow_sheet, save_flow_video
+from diffsynth.evaluation.flow_images import displacements, flow_sheet, save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import attention_kernel, choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder
-from diffsynth.jobs.task import open_reference
-from diffsynth.pipelines.wan_video import reference_facts
+from diffsynth.jobs.task import fields_of, open_reference
+from diffsynth.pipelines.components import reference_facts
 from diffsynth.runs.record import read_record
 
 
@@ -46,7 +47,15 @@ def run(options: Namespace, console: Console) -> int:
     flow_sheet(video, flow, sf=motion.sf).save(sheet)
     pairs, rows, cols = flow.shape[:3]
     console.say(f"{path}, {sheet}: flow of {pairs} pairs of latent frames, {rows}x{cols} tokens")
-    console.result({"files": [str(path), str(sheet)], "pairs": pairs, "token_grid": [rows, cols]})
+    pixels = video_to_tensor(video, len(video), *video.shape())
+    facts = {"still": is_still(pixels), "cuts": find_cuts(pixels), **displacements(flow, motion.sf)}
+    warn_of_reference(pixels)
+    console.say(
+        f"displacement {facts['mean_displacement']:.2f} pixels a frame in the mean, "
+        f"{facts['largest_displacement']:.2f} at most; {facts['share_moving']:.0%} of the tokens move"
+    )
+    files = {"files": [str(path), str(sheet)], "pairs": pairs, "token_grid": [rows, cols]}
+    console.result({**files, **facts})
     return DONE
 
 
@@ -67,9 +76,10 @@ def _draw_losses(options: Namespace, console: Console) -> int:
 def _as_transferred(options: Namespace, folder: Path) -> VideoData:
     """Open the reference at the size and length at which a run would use it."""
     size = {name: value for name, value in vars(options).items() if name in ("height", "width")}
-    video = open_reference(options.reference)
+    used = fields_of(ReferenceOptions, vars(options))
+    video = open_reference(options.reference, used)
     run = resolve(size, run_defaults(folder), reference_facts(video))
-    fitted = open_reference(options.reference, height=run.height, width=run.width)
+    fitted = open_reference(options.reference, used, height=run.height, width=run.width)
     fitted.set_length(run.num_frames)
     return fitted
 

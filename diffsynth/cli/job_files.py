@@ -12,7 +12,7 @@ from typing import Any
 from diffsynth.cli.arguments import NOT_OFFERED
 from diffsynth.configs.fields import Kind, Text, check_value, options_of, read_value
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.configs.options import MOTION_PREFIX, FileOptions, call_options
+from diffsynth.configs.options import MOTION_PREFIX, FileOptions, ReferenceOptions, call_options
 from diffsynth.configs.resolve import LONGEST_PROMPT
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.task import PROMPTS
@@ -151,7 +151,7 @@ def _job(
 
 def _kinds() -> dict[str, Kind]:
     """Return the kind of value of each option that a job may have, by all its names."""
-    stated = {**call_options(), **options_of(FileOptions)}
+    stated = {**call_options(), **options_of(FileOptions), **options_of(ReferenceOptions)}
     kinds = {name: option.kind for name, (option, _) in stated.items() if name not in NOT_OFFERED}
     kinds |= {short: kinds[name] for short, name in SHORT.items()}
     numbers = {MOTION_PREFIX + name: option.kind for name, (option, _) in options_of(MotionGuidance).items()}

@@ -20,7 +20,7 @@ from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
 from diffsynth.configs.download import SOURCES
 from diffsynth.configs.fields import Whole
-from diffsynth.configs.options import DTYPES, TILING, FileOptions, LoadOptions, RunOptions
+from diffsynth.configs.options import DTYPES, TILING, FileOptions, LoadOptions, ReferenceOptions, RunOptions
 from diffsynth.jobs.errors import UsageError
 from diffsynth.version import __version__
 
@@ -182,6 +182,7 @@ def _add_inspect(parser: Parser) -> None:
     )
     parser.add_argument("--sigma", type=number, default=0.7, metavar="X", help="noise level, in (0, 1] (0.7)")
     add_options(parser, RunOptions, "the size; as for transfer", only=("height", "width"))
+    add_options(parser, ReferenceOptions, "what is used of the reference")
     add_model_options(parser)
 
 
@@ -206,6 +207,7 @@ def _add_evaluate(parser: Parser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="CoTracker's weights")
     parser.add_argument("--grid", type=whole, default=40, metavar="N", help="points in a row and column (40)")
     parser.add_argument("--device", default="auto", help="where CLIP and CoTracker run (auto)")
+    add_options(parser, ReferenceOptions, "what is used of the reference; as for transfer")
 
 
 def _add_ui(parser: Parser) -> None:
@@ -252,7 +254,7 @@ def _add_decode(parser: Parser) -> None:
     add_models_dir(parser)
     add_options(parser, LoadOptions, "where it runs", only=("device", "vae_dtype"))
     add_options(parser, RunOptions, "how it is decoded", only=TILING)
-    add_options(parser, FileOptions, "the file")
+    add_options(parser, FileOptions, "the file", but=("keep_audio",))
 
 
 def _add_run(parser: Parser) -> None:

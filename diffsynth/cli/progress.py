@@ -14,7 +14,7 @@ from diffsynth.cli.arguments import flag
 from diffsynth.cli.console import Console
 from diffsynth.configs.fields import options_of
 from diffsynth.configs.options import LoadOptions, SavingOptions
-from diffsynth.jobs.errors import UsageError
+from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.task import VideoTask, run_task, saving_folder
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -66,6 +66,8 @@ def run_watched(
     try:
         with stopping_on_interrupt(pipe, progress, console, at_once=bool(task.saving)):
             path, record = run_task(pipe, task, model, loaded, progress)
+    except FileNotFoundError as error:
+        raise RunFailedError(str(error)) from error  # bad usage is known before a run
     except (ValueError, RuntimeError, OSError) as error:
         # Ctrl-C also reaches the ffmpeg that decodes the reference, and the run then lacks its frames.
         if progress.stopping:

@@ -9,9 +9,10 @@ from typing import Any
 from diffsynth.cli.arguments import flag
 from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.progress import run_watched, saving_arguments
+from diffsynth.data.ffmpeg import check_ffmpeg
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
-from diffsynth.jobs.publish import check_folder, check_output
+from diffsynth.jobs.publish import check_folder, check_output, check_space
 from diffsynth.jobs.task import VideoTask, make_task, open_reference, summary, task_options
 from diffsynth.runs.record import (
     RunRecord,
@@ -21,6 +22,8 @@ from diffsynth.runs.record import (
     fingerprints,
     read_record,
     record_path,
+    recorded_file,
+    recorded_reference,
 )
 
 
@@ -47,6 +50,7 @@ def run(options: Namespace, console: Console) -> int:
         folder = choose_model(options.model or recorded.model["folder"], options.models_dir, console.note)
         loaded = load_options(vars(options), recorded.model["setup"])
         task = _repetition(recorded, options)
+    check_space(options.output or Path.cwd() / "out.mp4", task.num_bytes, task.file.lossless)
     saving = saving_arguments(options, options.output)
     task = replace(task, output=options.output, overwrite=options.overwrite, saving=saving)
     model = describe_model(folder, asdict(loaded))
@@ -74,13 +78,19 @@ def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
                 f"the recorded reference {path} is not there; name its new place: "
                 f"fastvmt transfer REF --from {options.record}"
             )
-    video = None if path is None else open_reference(path)
+    video, reference = None, None
+    if path is not None:
+        used = recorded_reference(record.reference or {})
+        video = open_reference(path, used)
+        reference = describe_reference(path, len(video), video.fps, used)
+    check_ffmpeg()
+    call = record.call_arguments()
     return VideoTask(
-        call=record.call_arguments(),
+        call=call,
         video=video,
-        reference=None if video is None else describe_reference(path, len(video), video.fps),
-        fps=record.video["fps"],
-        quality=record.video["quality"],
+        reference=reference,
+        file=recorded_file(record.video),
+        num_bytes=3 * call["num_frames"] * call["height"] * call["width"],
     )
 
 

@@ -33,7 +33,8 @@ def run_ffmpeg(arguments: Sequence[str]) -> tuple[bytes, str]:
         from imageio_ffmpeg import get_ffmpeg_exe
 
         command = [get_ffmpeg_exe(), "-nostdin", "-nostats", "-loglevel", "level+info", *arguments]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        env = {name: value for name, value in os.environ.copy().items() if name != "FFREPORT"}
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=env)
     except (ImportError, RuntimeError, OSError) as error:
         raise FfmpegError(
             f"ffmpeg, which reads and writes videos, does not run: {error}. Reinstall imageio-ffmpeg, or "
@@ -68,7 +69,8 @@ def reported() -> Iterator[tuple[Callable[[], str], Callable]]:
     """A context in which imageio's ffmpeg processes are started so that what they complain of can be read.
 
     imageio keeps ffmpeg's log to itself; ffmpeg writes its errors also to the file that the environment
-    variable FFREPORT names when it starts.
+    variable FFREPORT names when it starts. Another thread that starts an ffmpeg at that moment may write to
+    it too: this is for messages, not for decisions.
 
     Yields:
         A function that returns the errors so far, and a context in which the process is started.
@@ -78,7 +80,7 @@ def reported() -> Iterator[tuple[Callable[[], str], Callable]]:
 
         def read() -> str:
             text = file.read_text(errors="replace") if file.is_file() else ""
-            return re.sub(r"\ACommand line:\n.*\n", "", text).strip()
+            return re.sub(r"\ACommand line:\n.*\n", "", text).strip("\0\n ")
 
         @contextmanager
         def starting() -> Iterator[None]:

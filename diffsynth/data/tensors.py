@@ -1,5 +1,6 @@
 """Frames to the tensors that the VAE reads, and back; what the frames of a reference show of its motion."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from diffsynth.data import VideoData, fit_frame
 from diffsynth.data.frames import rgb_frames, warn_of_cropping
+
+logger = logging.getLogger(__name__)
 
 # Mean change between frames, in levels of 255.
 STILL = 0.5  # at most: compression and rounding alone
@@ -75,6 +78,17 @@ def find_cuts(pixels: Tensor) -> list[int]:
         if len(around) and value > max(CUT, CUT_JUMP * (1 + float(around.max()))):
             found.append(index + 1)
     return found
+
+
+def warn_of_reference(pixels: Tensor) -> None:
+    """Log a warning for a reference [1, 3, T, H, W] without motion, or with more than one shot."""
+    if is_still(pixels):
+        logger.warning("nothing moves in the reference: there is no motion to transfer")
+    if cuts := find_cuts(pixels):
+        logger.warning(
+            "the reference has a cut at frame %s; motion is not followed over it; start and end pick a shot",
+            ", ".join(map(str, cuts)),
+        )
 
 
 def chunks_to_uint8(chunks: Iterable[Tensor], num_frames: int) -> np.ndarray:

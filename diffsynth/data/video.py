@@ -154,7 +154,7 @@ def _decode(path: Path, num_frames: int, input_params: list[str], output_params:
             f"{path} is damaged or has changed: {index} frames decode, {num_frames} when it was opened "
             f"({problem or 'no complaint of ffmpeg'}); end= or num_frames= uses fewer"
         )
-    if problem:
+    if problem.startswith("["):  # the part of ffmpeg that complains
         logger.warning("%s is damaged, some of its frames may show it: %s", path, problem)
 
 

@@ -91,11 +91,12 @@ def save_video(
     encoding["output_params"] += params
     target.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(target) as temporary:
-        num_frames = _encode(first, images, temporary, encoding)
+        num_frames, problem = _encode(first, images, temporary, encoding)
         try:
             written = probe_video(temporary)
         except (ValueError, FileNotFoundError) as error:
-            raise RuntimeError(f"{asked} was not written: ffmpeg made no readable video ({error})") from error
+            words = problem or error
+            raise RuntimeError(f"{asked}: ffmpeg could not write the video: {words}") from error
         found = (len(written.times), *written.size)
         if found != (num_frames, *first.size):
             raise RuntimeError(
@@ -190,8 +191,10 @@ def _checked_params(params: Sequence[str] | None) -> list[str]:
     return list(params)
 
 
-def _encode(first: Image.Image, rest: Iterator[Image.Image], path: Path, encoding: dict[str, Any]) -> int:
-    """Write the frames and return how many there were; RuntimeError with ffmpeg's words if that fails."""
+def _encode(
+    first: Image.Image, rest: Iterator[Image.Image], path: Path, encoding: dict[str, Any]
+) -> tuple[int, str]:
+    """Write the frames; return how many there were, and what ffmpeg complains of."""
     import imageio.v3 as iio
 
     num_frames = 0
@@ -211,6 +214,4 @@ def _encode(first: Image.Image, rest: Iterator[Image.Image], path: Path, encodin
                     raise RuntimeError(f"ffmpeg could not write the video: {complaints()}") from error
                 num_frames += 1
                 image = next(rest, None)
-        if problem := complaints():
-            raise RuntimeError(f"ffmpeg could not write the video: {problem}")
-    return num_frames
+        return num_frames, complaints()

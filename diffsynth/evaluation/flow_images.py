@@ -79,6 +79,26 @@ def neighbour_flow(amf: Tensor | np.ndarray, sf: int = 4) -> np.ndarray:
     return amf[[sum(counts[:i]) + 1 for i in range(num_frames - 1)]]
 
 
+def displacements(amf: Tensor | np.ndarray, sf: int = 4) -> dict[str, float]:
+    """Return how far tokens move: the mean and the largest displacement, and the share of tokens that move.
+
+    Args:
+        amf: flow over the pairs i <= j < i + sf of latent frames, as `reference_flow` returns it.
+        sf: the span of the pairs.
+
+    Returns:
+        mean_displacement and largest_displacement in pixels a frame; share_moving, from 0 to 1, of the tokens
+        that move by at least a quarter of a token from one latent frame to the next.
+    """
+    tokens = np.linalg.norm(neighbour_flow(amf, sf), axis=-1)
+    pixels = tokens * PIXELS_PER_TOKEN / FRAMES_PER_LATENT
+    return {
+        "mean_displacement": float(pixels.mean()),
+        "largest_displacement": float(pixels.max()),
+        "share_moving": float((tokens >= LEAST_ARROW).mean()),
+    }
+
+
 def full_length(flow: np.ndarray) -> float:
     """Return the length, in tokens, to show in full colour: 99 of 100 of flow [..., 2] are shorter."""
     return float(np.percentile(np.linalg.norm(flow, axis=-1), 99))

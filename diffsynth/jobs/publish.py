@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffsynth.data.files import written_whole
-from diffsynth.data.writer import VIDEO_SUFFIXES
+from diffsynth.data.writer import VIDEO_SUFFIXES, save_frames
 from diffsynth.jobs.errors import UsageError
 from diffsynth.runs.record import RunRecord, read_record, record_path, save_with_metadata, write_record
 
@@ -28,17 +29,50 @@ def check_folder(folder: Path) -> None:
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise UsageError if a video cannot be written to path, or would replace something unasked."""
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
-        raise UsageError(f"output {path} must end in one of {', '.join(VIDEO_SUFFIXES)}")
-    if path.is_dir():
-        raise UsageError(f"output {path} is a folder; give the name of a video file")
     check_folder(path.parent)
-    if overwrite:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(record_path(path).with_name(f".{path.name}.json"))  # the longest name that is derived
+    except OSError as error:
+        raise UsageError(f"output {path} cannot be written: {error.strerror}") from error
+    if is_png_folder(path):
+        if path.is_dir() and any(path.iterdir()):
+            raise UsageError(f"output folder {path} has files in it; give an empty or a new one")
+    elif path.suffix.lower() not in VIDEO_SUFFIXES:
+        kinds = ", ".join(VIDEO_SUFFIXES)
+        raise UsageError(
+            f"output {path} must end in one of {kinds}, or have no suffix: a folder of PNG files"
+        )
+    elif path.is_dir():
+        raise UsageError(f"output {path} is a folder; give the name of a video file")
+    if overwrite or is_png_folder(path):
         return
     if path.exists() or path.is_symlink():
         raise UsageError(f"output {path} exists; give another name, or --overwrite")
     if record_path(path).exists() and not _is_record(record_path(path)):
         raise UsageError(f"{record_path(path)} exists and is no record of a run; give another name")
+
+
+def check_space(path: Path, num_bytes: int, lossless: bool) -> None:
+    """Raise UsageError if the disk of an output has too little room for it.
+
+    Args:
+        path: of the output.
+        num_bytes: size of its frames in memory.
+        lossless: whether they are kept to the bit.
+    """
+    # Of a noisy video at the best quality H.264 keeps a tenth.
+    needed = (num_bytes if lossless or is_png_folder(path) else num_bytes // 10) + 2**20
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise UsageError(
+            f"{path.parent} has {free / 2**20:.1f} MiB free; the video may take {needed / 2**20:.1f}"
+        )
+
+
+def is_png_folder(path: Path) -> bool:
+    """Return whether an output is a folder of PNG files: a path without a suffix."""
+    return path.suffix == ""
 
 
 def reserve_name(folder: Path, stem: str, suffix: str = ".mp4") -> Path:
@@ -62,7 +96,10 @@ def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, ove
     Returns:
         The path that the video has.
     """
-    final = write_aside(path, lambda file: save_with_metadata(frames, file, record), overwrite)
+    if is_png_folder(path):
+        final = save_frames(frames, path)
+    else:
+        final = write_aside(path, lambda file: save_with_metadata(frames, file, record), overwrite)
     write_record(record, final)
     return final
 

@@ -1,26 +1,42 @@
 """A task is one video to make: from options to the pipeline's run, and from its frames to a file."""
 
-from collections.abc import Mapping
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from PIL import Image
+from torch import Tensor
 
 from diffsynth.configs.defaults import EXACT, run_defaults
 from diffsynth.configs.descriptors import NO_TRANSFER
-from diffsynth.configs.options import DEFAULT_FPS, MOTION_PREFIX, FileOptions, LoadOptions, call_options
+from diffsynth.configs.options import (
+    DEFAULT_FPS,
+    MOTION_PREFIX,
+    FileOptions,
+    LoadOptions,
+    ReferenceOptions,
+    call_options,
+)
 from diffsynth.configs.resolve import resolve, resolve_prompts
 from diffsynth.data import VideoData
-from diffsynth.jobs.errors import UsageError
+from diffsynth.data.ffmpeg import check_ffmpeg
+from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import attention_kernel
 from diffsynth.jobs.publish import publish, reserve_name
+from diffsynth.pipelines.components import reference_facts
+from diffsynth.pipelines.decode import latents_facts, save_latents
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import Observer
-from diffsynth.pipelines.wan_video import WanVideoPipeline, reference_facts
+from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
 from diffsynth.runs.record import RunRecord, describe_reference, make_record, record_path
 
 PROMPTS = ("prompt", "negative_prompt")
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +47,8 @@ class VideoTask:
         call: arguments of the pipeline's run, all but input_video and saving.
         video: the reference; None without one.
         reference: its description for the record.
-        fps: frames a second of the file.
-        quality: of its encoding, 0 to 10.
+        file: how its frames are written; fps is decided.
+        num_bytes: size of its frames in memory.
         output: path of the file; None for a new name in `folder`.
         folder: of a new name.
         overwrite: replace output if it exists.
@@ -43,8 +59,8 @@ class VideoTask:
     call: Mapping[str, Any]
     video: VideoData | None
     reference: Mapping[str, Any] | None
-    fps: float
-    quality: float
+    file: FileOptions
+    num_bytes: int
     output: Path | None = None
     folder: Path = Path()
     overwrite: bool = False
@@ -52,15 +68,44 @@ class VideoTask:
     job: str | None = None
 
 
-def open_reference(path: Path, *, height: int | None = None, width: int | None = None) -> VideoData:
-    """Open a reference video, a file or a folder of images; height and width as for `VideoData`."""
+def open_reference(
+    path: Path, used: ReferenceOptions | None = None, *, height: int | None = None, width: int | None = None
+) -> VideoData:
+    """Open a reference video, a file or a folder of images.
+
+    Args:
+        path: of the file or folder.
+        used: what is used of it; None for all.
+        height: as for `VideoData`.
+        width: as for `VideoData`.
+    """
     file, folder = (None, path) if path.is_dir() else (path, None)
-    return VideoData(video_file=file, image_folder=folder, height=height, width=width)
+    used = used or ReferenceOptions()
+    return VideoData(
+        video_file=file,
+        image_folder=folder,
+        height=height,
+        width=width,
+        fps=used.ref_fps,
+        start=used.start,
+        end=used.end,
+        fit=used.fit,
+    )
+
+
+def fields_of(owner: type[Options], options: Mapping[str, Any]) -> Options:
+    """Return the dataclass of options that has those of its fields that are named.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+    return owner(**{item.name: options[item.name] for item in fields(owner) if item.name in options})
 
 
 def task_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of some options that `make_task` reads."""
-    known = {*PROMPTS, *call_options(), *(item.name for item in fields(FileOptions))}
+    others = (item.name for owner in (FileOptions, ReferenceOptions) for item in fields(owner))
+    known = {*PROMPTS, *call_options(), *others}
     return {name: value for name, value in options.items() if name in known or name.startswith(MOTION_PREFIX)}
 
 
@@ -78,8 +123,8 @@ def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) 
     """Return the task that options ask for, checked as far as is possible before the model loads.
 
     Args:
-        options: prompt, negative_prompt, options of the call and of the file by name; numbers of motion in a
-            mapping `motion`, or each with the prefix MOTION_PREFIX.
+        options: prompt, negative_prompt, options of the call, the reference and the file by name; numbers of
+            motion in a mapping `motion`, or each with the prefix MOTION_PREFIX.
         reference: path of the reference video; None without one.
         folder: of the checkpoint.
 
@@ -87,28 +132,30 @@ def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) 
         UsageError: an option is missing.
         ValueError, TypeError: an option is not allowed.
         FileNotFoundError: there is no such reference.
+        FfmpegError: ffmpeg does not run.
     """
     if "prompt" not in options:
         raise UsageError("--prompt is missing: what shall the video show?")
     if reference is None and options.get("mode") != NO_TRANSFER:
         raise UsageError("a reference video is missing; for a video from text alone give --mode No_transfer")
     options, defaults = with_motion(options), run_defaults(folder)
-    video = None if reference is None else open_reference(reference)
+    used = fields_of(ReferenceOptions, options)
+    video = None if reference is None else open_reference(reference, used)
     call = {name: options[name] for name in call_options() if name in options}
     resolve_prompts(options["prompt"], options.get("negative_prompt"), defaults)
-    resolve(call, defaults, reference_facts(video))
-    of_file = {item.name: options[item.name] for item in fields(FileOptions) if item.name in options}
-    file = FileOptions(**of_file)
+    run = resolve(call, defaults, reference_facts(video))
+    file = fields_of(FileOptions, options)
     described, rate = None, None
     if reference is not None and video is not None:
         rate = video.fps
-        described = describe_reference(reference, len(video), rate)
+        described = describe_reference(reference, len(video), rate, used)
+    check_ffmpeg()
     return VideoTask(
         call={**{name: options[name] for name in PROMPTS if name in options}, **call},
         video=video,
         reference=described,
-        fps=file.fps or rate or defaults["fps"] or DEFAULT_FPS,
-        quality=file.quality,
+        file=replace(file, fps=file.fps or rate or defaults["fps"] or DEFAULT_FPS),
+        num_bytes=3 * run.num_frames * run.height * run.width,
     )
 
 
@@ -133,7 +180,8 @@ def run_task(
         The path that the video has, and the record.
 
     Raises:
-        What the pipeline raises, and OSError if the video cannot be written.
+        RunFailedError: the video cannot be written; the message says where its latents are kept.
+        What the pipeline raises.
     """
     with attention_kernel(loaded):
         (made,) = pipe.run(
@@ -152,24 +200,50 @@ def run_task(
         device=pipe.device,
         reference=task.reference,
         model=model,
-        fps=task.fps,
-        quality=task.quality,
+        file=task.file,
         job=task.job,
     )
-    if task.output is not None:
-        path = publish(frames, task.output, record, overwrite=task.overwrite)
-    else:
-        name = "text" if task.reference is None else Path(task.reference["path"]).stem
-        path = reserve_name(task.folder, f"{name}-{made.options.mode}-seed{made.options.seed}")
-        try:
-            publish(frames, path, record, overwrite=True)
-        except BaseException:
-            path.unlink()
-            record_path(path).unlink(missing_ok=True)
-            raise
+    name = "text" if task.reference is None else Path(task.reference["path"]).stem
+    name = f"{name}-{made.options.mode}-seed{made.options.seed}"
+    try:
+        if task.output is not None:
+            path = publish(frames, task.output, record, overwrite=task.overwrite)
+        else:
+            path = _publish_named(frames, task.folder, name, record)
+    except (OSError, RuntimeError) as error:
+        facts = latents_facts(pipe.vae, made.options, task.file.fps, made.cost)
+        kept = _keep_latents(made.latents, facts, task.output or task.folder / f"{name}.mp4")
+        raise RunFailedError(f"the video could not be written: {error}; {kept}") from error
     if task.saving:
         _forget(task.saving["checkpoint_dir"], task.output)
     return path, record
+
+
+def _publish_named(frames: Sequence[Image.Image], folder: Path, stem: str, record: RunRecord) -> Path:
+    """Publish a video under a free name in a folder."""
+    path = reserve_name(folder, stem)
+    try:
+        return publish(frames, path, record, overwrite=True)
+    except BaseException:
+        path.unlink()
+        record_path(path).unlink(missing_ok=True)
+        raise
+
+
+def _keep_latents(latents: Tensor, facts: Mapping[str, object], output: Path) -> str:
+    """Save the final latents of a video that cannot be written, and say how to make the video of them."""
+    for folder in (output.parent, Path(tempfile.gettempdir()), Path.home()):
+        with suppress(OSError):
+            path = reserve_name(folder, f"{output.stem}-latents", ".safetensors")
+            try:
+                save_latents(path, latents, facts)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+            return (
+                f"its final latents are kept: fastvmt decode {shlex.quote(str(path))} -o OUT makes it of them"
+            )
+    return "its final latents cannot be kept either"
 
 
 def summary(path: Path, record: RunRecord) -> str:

@@ -1,4 +1,4 @@
-"""The models of a pipeline: how they are loaded, what belongs together, and where they are."""
+"""The models of a pipeline, how they are loaded and where they are; facts of models and videos for a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from diffsynth.configs.checkpoints import checkpoint_folder
-from diffsynth.configs.resolve import ModelFacts
+from diffsynth.configs.resolve import ModelFacts, ReferenceFacts
+from diffsynth.data import VideoData
+from diffsynth.data.tensors import Video, frame_size
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
 from diffsynth.models.model_manager import LoadedModel, ModelManager
 from diffsynth.models.wan_video_dit import WanModel
@@ -97,3 +99,17 @@ def tokenizer_of(text_encoder: LoadedModel, folder: str | Path | None = None) ->
         pieces = bytes(text_encoder.pieces.read().tolist())
         return tokenizer_from_pieces(pieces, text_encoder.pieces.file)
     return load_tokenizer(find_tokenizer(text_encoder.files[0].parent))
+
+
+def reference_facts(video: Video | None) -> ReferenceFacts | None:
+    """Return number and size of the frames of a reference video; None without one.
+
+    Raises:
+        TypeError: it is no VideoData, images or uint8 array.
+        ValueError: it has no frames.
+    """
+    if video is None:
+        return None
+    height, width = frame_size(video)
+    fps = video.fps if isinstance(video, VideoData) else None
+    return ReferenceFacts(num_frames=len(video), height=height, width=width, fps=fps)

@@ -17,7 +17,7 @@ from diffsynth.pipelines.components import Components
 from diffsynth.planning.ladder import Ladder, memory_problem
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import weights_fingerprint
-from diffsynth.runs.state import load_state
+from diffsynth.runs.state import load_state, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,11 @@ def latents_facts(vae: WanVideoVAE, options: RunOptions, fps: float | None, cost
         "vae": weights_fingerprint(vae),
         "cost": cost.state(),
     }
+
+
+def save_latents(path: Path, latents: Tensor, facts: Mapping[str, object]) -> None:
+    """Save final latents [1, C, F, h, w] with their `latents_facts` for `decode_saved`."""
+    save_state(path, {"latents": latents}, facts)
 
 
 def read_latents_facts(path: str | Path) -> Mapping[str, Any]:

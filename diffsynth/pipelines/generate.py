@@ -39,12 +39,14 @@ class GeneratedVideo:
 
     Attributes:
         frames: of the type that options.output_type names.
+        latents: [1, C, F, h, w] that they were decoded from, on the CPU.
         prompt: what the video should show; negative_prompt: what it should not.
         options: the options in force at the end; memory that ran out may have changed some.
         cost: what it took.
     """
 
     frames: Frames
+    latents: Tensor
     prompt: str
     negative_prompt: str
     options: RunOptions
@@ -114,7 +116,12 @@ def generate(
             frames, options = with_ladder("decode", partial(decode_latents, models, latents), options, ladder)
         videos.append(
             GeneratedVideo(
-                frames=frames, prompt=prompt, negative_prompt=negative_prompt, options=options, cost=cost
+                frames=frames,
+                latents=latents.cpu(),
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                options=options,
+                cost=cost,
             )
         )
         if stop() or not all_steps_done:

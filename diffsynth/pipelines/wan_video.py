@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.options import CallOptions, SavingOptions
-from diffsynth.configs.resolve import NEW_SEED, ReferenceFacts, resolve, resolve_plan, resolve_prompts
+from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_plan, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.data.frames import checked_int
-from diffsynth.data.tensors import Video, find_cuts, frame_size, is_still, video_to_tensor
+from diffsynth.data.tensors import Video, video_to_tensor, warn_of_reference
 from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.components import Components, load_checkpoint, tokenizer_of
+from diffsynth.pipelines.components import Components, load_checkpoint, reference_facts, tokenizer_of
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
 from diffsynth.pipelines.generate import (
@@ -360,7 +360,7 @@ class WanVideoPipeline:
         self._interrupted.clear()
         pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
         if pixels is not None and run.motion is not None:
-            _warn_of_reference(pixels)
+            warn_of_reference(pixels)
         with open_run(folder, saving, self.residency, prompts, pixels, run, self.interrupt) as saved:
             videos = generate(
                 self.models,
@@ -387,28 +387,3 @@ class WanVideoPipeline:
             replaced = None if returned is None else replaced_latents(returned, event.latents)
         observer(event if replaced is None else replace(event, latents=replaced))
         return replaced
-
-
-def _warn_of_reference(pixels: Tensor) -> None:
-    """Log a warning for a reference [1, 3, T, H, W] without motion, or with more than one shot."""
-    if is_still(pixels):
-        logger.warning("nothing moves in the reference: there is no motion to transfer")
-    if cuts := find_cuts(pixels):
-        logger.warning(
-            "the reference has a cut at frame %s: motion is not followed across it; start and end pick one shot",
-            ", ".join(map(str, cuts)),
-        )
-
-
-def reference_facts(video: Video | None) -> ReferenceFacts | None:
-    """Return number and size of the frames of a reference video; None without one.
-
-    Raises:
-        TypeError: it is no VideoData, images or uint8 array.
-        ValueError: it has no frames.
-    """
-    if video is None:
-        return None
-    height, width = frame_size(video)
-    fps = video.fps if isinstance(video, VideoData) else None
-    return ReferenceFacts(num_frames=len(video), height=height, width=width, fps=fps)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffsynth.configs.options import RunOptions
+from diffsynth.configs.options import DEFAULT_FPS, FileOptions, ReferenceOptions, RunOptions
 from diffsynth.data.ffmpeg import file_url, run_ffmpeg
 from diffsynth.data.files import sha256_of_file, sha256_of_frames, sha256_of_video, written_whole
 from diffsynth.data.writer import save_video
@@ -29,7 +29,8 @@ from diffsynth.runs.identity import weights_fingerprint
 from diffsynth.version import __version__
 
 FORMAT_KEY = "fastvmt_record"
-VERSION = 1
+# 2: references are read in true colours, cropped by whole pixels, and a part of them can be used.
+VERSION, READ_VERSIONS = 2, (1, 2)
 # Longer texts do not fit into one argument of a process everywhere.
 LARGEST_METADATA = 100_000  # bytes
 _TOKENIZER_FILES = ("*.json", "spiece.model")
@@ -52,10 +53,10 @@ class RunRecord:
     Attributes:
         prompt: of the call; likewise negative_prompt and preset.
         options: fields of `RunOptions` in force at the end, seed and motion among them.
-        reference: path, sha256, frames, fps; None without one.
+        reference: path, sha256, frames, fps and the fields of `ReferenceOptions`; None without one.
         model: folder; files with their bytes, and the sha256 of configs and tokenizer; weights, a fingerprint
             of each model as it ran; setup, how it was loaded.
-        video: frames, height, width, fps, quality and the hash of the frames before encoding.
+        video: frames, height, width, fields of `FileOptions`, and the hash of the frames before encoding.
         versions: of the packages that decide how numbers are rounded.
         device: kind, name and threads.
         cost: fields of `RunCost`, and what was to be computed in full forwards of the DiT (see `run_cost`).
@@ -89,9 +90,9 @@ class RunRecord:
         """
         if not isinstance(content, dict) or FORMAT_KEY not in content:
             raise ValueError(f"{source} is no record of a run: it lacks {FORMAT_KEY!r}")
-        if content[FORMAT_KEY] != VERSION:
-            version = content[FORMAT_KEY]
-            raise ValueError(f"{source} is a record of version {version!r}; {VERSION} is read here")
+        if content[FORMAT_KEY] not in READ_VERSIONS:
+            version, read = content[FORMAT_KEY], " and ".join(map(str, READ_VERSIONS))
+            raise ValueError(f"{source} is a record of version {version!r}; {read} are read here")
         values = {name: value for name, value in content.items() if name != FORMAT_KEY}
         names = {field.name for field in fields(cls)}
         if values.keys() != names:
@@ -128,8 +129,7 @@ def make_record(
     device: torch.device,
     reference: Mapping[str, Any] | None,
     model: Mapping[str, Any],
-    fps: float,
-    quality: float,
+    file: FileOptions,
     job: str | None = None,
 ) -> RunRecord:
     """Return the record of a run.
@@ -142,7 +142,7 @@ def make_record(
         device: on which they ran.
         reference: from `describe_reference`.
         model: from `describe_model`.
-        fps, quality: of the file.
+        file: how the frames are written.
         job: the hash of a batch's job.
     """
     sizes = ModelSizes.of(models)
@@ -160,8 +160,7 @@ def make_record(
             "frames": len(frames),
             "height": frames[0].height,
             "width": frames[0].width,
-            "fps": fps,
-            "quality": quality,
+            **asdict(file),
             "frames_sha256": sha256_of_frames(frames),
         },
         versions={
@@ -177,10 +176,19 @@ def make_record(
     )
 
 
-def describe_reference(path: Path, num_frames: int, fps: float | None) -> dict[str, Any]:
-    """Return path, sha256, frames and rate of a reference video: the `reference` of a record."""
-    path = path.resolve()
-    return {"path": str(path), "sha256": sha256_of_video(path), "frames": num_frames, "fps": fps}
+def describe_reference(
+    path: Path, num_frames: int, fps: float | None, used: ReferenceOptions | None = None
+) -> dict[str, Any]:
+    """Return the `reference` of a record: path, sha256, frames, rate and what is used of a video."""
+    path, used = path.resolve(), used or ReferenceOptions()
+    facts = {"path": str(path), "sha256": sha256_of_video(path), "frames": num_frames, "fps": fps}
+    return {**facts, **asdict(used)}
+
+
+def recorded_reference(reference: Mapping[str, Any]) -> ReferenceOptions:
+    """Return what a record says was used of the reference."""
+    names = {field.name for field in fields(ReferenceOptions)}
+    return ReferenceOptions(**{name: value for name, value in reference.items() if name in names})
 
 
 def describe_model(folder: Path, setup: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,8 +235,11 @@ def differences(
     then = record.reference
     if (then is None) != (reference is None):
         found.append(f"the run had {'no' if then is None else 'a'} reference")
-    elif then is not None and reference is not None and then["sha256"] != reference["sha256"]:
-        found.append(f"reference {reference['path']} is not the recorded one (its sha256 differs)")
+    elif then is not None and reference is not None:
+        if then["sha256"] != reference["sha256"]:
+            found.append(f"reference {reference['path']} is not the recorded one (its sha256 differs)")
+        if "fit" not in then:
+            found.append("the record is of version 1, when frames of references had other colours and crops")
     files = record.model["files"]
     for name in sorted(files.keys() | model["files"].keys()):
         was, now = files.get(name), model["files"].get(name)
@@ -251,8 +262,25 @@ def save_with_metadata(frames: Sequence[Image.Image], path: Path, record: RunRec
     """Save a video with the record in its metadata, unless it is too long for that."""
     text = json.dumps(record.to_json())
     metadata = ["-metadata", f"comment={text}"] if len(text) <= LARGEST_METADATA else []
-    fps, quality = record.video["fps"], record.video["quality"]
-    return save_video(frames, path, fps=fps, quality=quality, ffmpeg_params=metadata)
+    file, source = recorded_file(record.video), None
+    if file.keep_audio and record.reference is not None:
+        source = record.reference["path"]
+    return save_video(
+        frames,
+        path,
+        fps=file.fps or DEFAULT_FPS,
+        quality=file.quality,
+        ffmpeg_params=metadata,
+        lossless=file.lossless,
+        audio_from=source,
+        audio_start=(record.reference or {}).get("start") or 0.0,
+    )
+
+
+def recorded_file(video: Mapping[str, Any]) -> FileOptions:
+    """Return how a record says that the frames were written."""
+    names = {field.name for field in fields(FileOptions)}
+    return FileOptions(**{name: value for name, value in video.items() if name in names})
 
 
 def write_record(record: RunRecord, video: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffsynth.configs.defaults import EXACT
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
-from diffsynth.configs.options import MODES
+from diffsynth.configs.options import FITS, MODES
 from diffsynth.webui import panel
 from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
@@ -29,10 +29,12 @@ VISITORS = 40  # pages that are served at a time; their runs wait in one queue
 # The options that the page has, in its order.
 _FIELDS = (
     "prompt", "negative_prompt", "preset", "mode", "seed", "denoising_strength", "num_inference_steps",
-    "motion_scale", "height", "width", "num_frames",
+    "motion_scale", "height", "width", "num_frames", "start", "end", "ref_fps", "fit",
 )  # fmt: skip
 # A field for numbers is never empty: these values leave the choice to the model or the preset.
-_UNSET = {"seed": -1, "num_inference_steps": 0, "height": 0, "width": 0, "num_frames": 0}
+_UNSET = {"seed": -1} | dict.fromkeys(
+    ("num_inference_steps", "height", "width", "num_frames", "start", "end", "ref_fps"), 0
+)
 
 
 def import_gradio() -> Any:
@@ -203,6 +205,16 @@ def build(page: Page) -> Any:
                             gr.Number(0, precision=0, label=name, elem_id=name.lower())
                             for name in ("Steps", "Height", "Width", "Frames")
                         )
+                    with gr.Row():
+                        start, end, rate = (
+                            gr.Number(0, label=label, elem_id=name)
+                            for name, label in (
+                                ("start", "Reference from second"),
+                                ("end", "to second"),
+                                ("ref_fps", "at frames a second"),
+                            )
+                        )
+                        fit = gr.Dropdown(list(FITS), value="crop", label="Fit", elem_id="fit")
             with gr.Column(scale=3):
                 status = gr.HTML(panel.IDLE, elem_id="panel")
                 both = gr.Video(label="Reference | result", interactive=False, loop=True, autoplay=True)
@@ -220,6 +232,7 @@ def build(page: Page) -> Any:
             page.gallery, label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
         )
         asked = [prompt, negative, preset, mode, seed, strength, steps, scale, height, width, length]
+        asked += [start, end, rate, fit]
         shown = [both, result, files]
         clip.input(page.pick, clip, reference, api_name=False)
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}

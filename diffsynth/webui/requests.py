@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
-from diffsynth.configs.fields import Kind, Number, Text, Whole, check_value
-from diffsynth.configs.options import call_options
+from diffsynth.configs.fields import Kind, Number, Text, Whole, check_value, options_of
+from diffsynth.configs.options import ReferenceOptions, call_options
 
 # Bounds for a visitor of a shared machine, where they are narrower than those of the call.
 PAGE_BOUNDS: Mapping[str, Kind] = {
@@ -18,6 +18,7 @@ PAGE_BOUNDS: Mapping[str, Kind] = {
     "height": Whole(16, 2160),
     "width": Whole(16, 2160),
     "num_frames": Whole(1, 481),
+    "ref_fps": Number(above=0, most=240),
 }
 
 
@@ -25,18 +26,19 @@ def checked_request(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the call that a visitor asks for.
 
     Args:
-        asked: options by name; None leaves an option unset.
+        asked: options of the call and of the reference by name; None leaves an option unset.
 
     Raises:
         ValueError: an option is not allowed, or the prompt is empty; the message names it.
     """
+    stated = {**call_options(), **options_of(ReferenceOptions)}
     request: dict[str, Any] = {"mode": DEFAULT_MODE}
     for name, value in asked.items():
         if value is None:
             continue
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        kind = PAGE_BOUNDS[name] if name in PAGE_BOUNDS else call_options()[name][0].kind
+        kind = PAGE_BOUNDS[name] if name in PAGE_BOUNDS else stated[name][0].kind
         request[name] = check_value(name, kind, value)
     if not request.get("prompt", "").strip():
         raise ValueError("prompt is empty: say what the video shall show")

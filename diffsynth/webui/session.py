@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER, flow_modes
-from diffsynth.configs.options import DEFAULT_FPS, LoadOptions
+from diffsynth.configs.options import DEFAULT_FPS, LoadOptions, ReferenceOptions, call_options
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.evaluation.flow_images import save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.jobs.models import attention_kernel, choose_model, load_pipeline
-from diffsynth.jobs.task import PROMPTS, make_task, open_reference, run_task
+from diffsynth.jobs.task import fields_of, make_task, open_reference, run_task
+from diffsynth.pipelines.components import reference_facts
 from diffsynth.pipelines.denoise import RunEvent
-from diffsynth.pipelines.wan_video import WanVideoPipeline, reference_facts
+from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.record import describe_model
 from diffsynth.webui.gallery import PastRun
 from diffsynth.webui.previews import Previews
@@ -125,16 +126,17 @@ def show_motion(session: Session, request: Mapping[str, Any], reference: Path, j
         job: to report to.
     """
     mode = request["mode"] if request["mode"] in flow_modes() else DEFAULT_MODE
-    call = {name: value for name, value in request.items() if name not in PROMPTS} | {"mode": mode}
-    with open_reference(reference) as video:
+    used = fields_of(ReferenceOptions, request)
+    call = {name: value for name, value in request.items() if name in call_options()} | {"mode": mode}
+    with open_reference(reference, used) as video:
         run = resolve(call, session.pipe.defaults, reference_facts(video), session.pipe.models.facts())
     motion = motion_for(session.folder, mode)
-    asked = f"{reference.name} {run.height} {run.width} {run.num_frames} {motion}"
+    asked = f"{reference.name} {run.height} {run.width} {run.num_frames} {motion} {used}"
     path = session.cache / f"motion-{hashlib.sha256(asked.encode()).hexdigest()[:20]}.mp4"
     if path.is_file():
         return path
     job.report(stage="read the motion")
-    sized = open_reference(reference, height=run.height, width=run.width)
+    sized = open_reference(reference, used, height=run.height, width=run.width)
     with sized as video, attention_kernel(session.loaded):
         video.set_length(run.num_frames)
         flow = reference_flow(session.pipe, video, motion=motion)

@@ -1,0 +1,196 @@
+"""`fastvmt` at its edges: parts of references, kinds of outputs, and what is checked before a run."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffsynth import VideoData, save_video
+from diffsynth.cli.main import main
+from diffsynth.data import ffmpeg
+from diffsynth.data.files import sha256_of_frames
+from diffsynth.jobs import publish
+from diffsynth.runs.record import read_record
+from diffsynth.testing import write_clip
+
+QUICK = [
+    "--steps",
+    "2",
+    "--motion-guided-steps",
+    "1",
+    "--motion-inner-steps",
+    "1",
+    "--seed",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """Two seconds at 30 frames a second."""
+    folder = tmp_path_factory.mktemp("clips")
+    frames = list(VideoData(write_clip(folder / "slow.mp4", num_frames=60, height=48, width=32)))
+    return save_video(frames, folder / "ref.mp4", fps=30)
+
+
+@pytest.fixture
+def transfer(tiny_checkpoint, clip):
+    def run(output, *more, reference=clip):
+        words = ["transfer", reference, "--prompt", "a cat", "--model", tiny_checkpoint, "-o", output, *QUICK]
+        return main([*words, "--height", 32, "--width", 32, *more])
+
+    return run
+
+
+def test_a_part_of_the_reference_is_used_recorded_and_repeated(transfer, tmp_path, capsys):
+    part = ("--start", 0.5, "--end", 1.5, "--ref-fps", 5, "--fit", "pad")
+    assert transfer(tmp_path / "a.mp4", *part) == 0
+    record = read_record(tmp_path / "a.mp4")
+    used = {name: record.reference[name] for name in ("ref_fps", "start", "end", "fit")}
+    assert used == {"ref_fps": 5.0, "start": 0.5, "end": 1.5, "fit": "pad"}
+    assert (record.reference["frames"], record.video["frames"], record.video["fps"]) == (5, 5, 5.0)
+    assert main(["transfer", "--from", tmp_path / "a.mp4.json", "-o", tmp_path / "b.mp4"]) == 0
+    assert "every frame is as recorded" in capsys.readouterr().out
+    assert transfer(tmp_path / "c.mp4", *part[:6]) == 0  # cropped instead
+    assert read_record(tmp_path / "c.mp4").video["frames_sha256"] != record.video["frames_sha256"]
+
+
+def test_a_part_that_is_not_there_is_bad_usage(transfer, tmp_path, capsys):
+    assert transfer(tmp_path / "a.mp4", "--start", 7) == 2
+    assert "lies from start=7.0 to end=None; it lasts 2 s" in capsys.readouterr().err
+    assert transfer(tmp_path / "a.mp4", "--fit", "zoom") == 2
+    assert transfer(tmp_path / "a.mp4", "--ref-fps", 0) == 2
+
+
+def test_what_is_left_out_and_cut_off_is_told(transfer, tmp_path, capsys):
+    assert transfer(tmp_path / "a.mp4", "--num-frames", 5) == 0
+    told = capsys.readouterr().err
+    assert "the first 5 are used, 0.167 of its 2 seconds; reading it at 2.5 frames a second" in told
+    assert "32x48 -> 32x32 cuts off 33 % of the height; fit pad or stretch keeps it" in told
+
+
+def test_a_batch_has_parts_of_references(tiny_checkpoint, clip, tmp_path):
+    jobs = tmp_path / "jobs.jsonl"
+    job = {"prompt": "a cat", "reference": str(clip), "height": 32, "width": 32, "steps": 2, "ref_fps": 5}
+    jobs.write_text(
+        json.dumps({**job, "output": "a.mp4"}) + "\n" + json.dumps({**job, "end": 1.0, "output": "b"})
+    )
+    command = ["batch", jobs, "-o", tmp_path / "out", "--model", tiny_checkpoint, *QUICK]
+    assert main(command) == 0
+    assert len(VideoData(tmp_path / "out" / "a.mp4")) == 10
+    assert len(VideoData(image_folder=tmp_path / "out" / "b")) == 5
+    assert main([*command, "--json"]) == 0  # both were done before
+
+
+def test_the_frames_are_the_same_in_every_lossless_kind(transfer, tmp_path):
+    assert transfer(tmp_path / "a.mkv", "--lossless", "--num-frames", 5) == 0
+    assert transfer(tmp_path / "png", "--num-frames", 5) == 0
+    hashes = {
+        sha256_of_frames(list(VideoData(tmp_path / "a.mkv"))),
+        sha256_of_frames(list(VideoData(image_folder=tmp_path / "png"))),
+        read_record(tmp_path / "png.json").video["frames_sha256"],
+        read_record(tmp_path / "a.mkv").video["frames_sha256"],
+    }
+    assert len(hashes) == 1
+    assert transfer(tmp_path / "png") == 2  # it has files in it
+
+
+@pytest.mark.parametrize("name", ["a.webm", "a.gif"])
+def test_webm_and_gif_are_outputs(transfer, tmp_path, name):
+    assert transfer(tmp_path / name, "--num-frames", 5) == 0
+    assert len(VideoData(tmp_path / name)) == 5
+    assert read_record(tmp_path / f"{name}.json").video["frames"] == 5
+
+
+def test_sound_is_kept(transfer, clip, tmp_path):
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    sound = ["-f", "lavfi", "-i", "sine=d=2", "-map", "0:v", "-map", "1:a", "-c:v", "copy"]
+    subprocess.run([get_ffmpeg_exe(), "-v", "error", "-i", clip, *sound, tmp_path / "ref.mp4"], check=True)
+    assert transfer(tmp_path / "a.mp4", "--keep-audio", "--ref-fps", 5, reference=tmp_path / "ref.mp4") == 0
+    assert "Audio:" in ffmpeg.run_ffmpeg(["-i", str(tmp_path / "a.mp4")])[1]
+    assert transfer(tmp_path / "b.mp4", "--ref-fps", 5, reference=tmp_path / "ref.mp4") == 0
+    assert "Audio:" not in ffmpeg.run_ffmpeg(["-i", str(tmp_path / "b.mp4")])[1]
+
+
+@pytest.fixture
+def no_load(monkeypatch):
+    def load(*_given):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("diffsynth.cli.transfer.load_pipeline", load)
+
+
+@pytest.mark.usefixtures("no_load")
+def test_no_ffmpeg_is_known_before_the_run(transfer, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(5):
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(folder / f"{index}.png")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nowhere"))
+    for more in ({"reference": folder}, {}):
+        assert transfer(tmp_path / "a.mp4", **more) == 1
+        assert "ffmpeg, which reads and writes videos, does not run" in capsys.readouterr().err
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\necho ffmpeg version 4.4.2-0ubuntu0.22.04.1 Copyright\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(old))
+    assert transfer(tmp_path / "a.mp4", reference=folder) == 1
+    assert "ffmpeg 4.4 is too old: 5.1 is needed" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_load")
+def test_room_and_names_are_known_before_the_run(transfer, tmp_path, monkeypatch, capsys):
+    assert transfer(tmp_path / f"{'a' * 250}.mp4") == 2
+    assert "cannot be written: File name too long" in capsys.readouterr().err
+    monkeypatch.setattr(publish.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 2**14})())
+    assert transfer(tmp_path / "a.mp4") == 2
+    assert "has 0.0 MiB free; the video may take" in capsys.readouterr().err
+
+
+def test_a_file_that_goes_missing_during_a_run_is_no_bad_usage(transfer, tmp_path, monkeypatch, capsys):
+    def gone(*_given, **_named):
+        raise FileNotFoundError("the drive was pulled out")
+
+    monkeypatch.setattr("diffsynth.jobs.task.make_record", gone)
+    assert transfer(tmp_path / "a.mp4", "--num-frames", 5) == 1
+    assert "the drive was pulled out" in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_a_letter_loses_no_job(transfer, tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    assert transfer(tmp_path / "лиса.mp4", "--num-frames", 5) == 0
+    assert rb"\u043b\u0438\u0441\u0430.mp4: 5 frames" in raw.getvalue()
+
+
+def test_a_reference_without_motion_or_with_a_cut_is_told(transfer, tiny_checkpoint, tmp_path, capsys):
+    still, cut = tmp_path / "still", tmp_path / "cut"
+    for folder in (still, cut):
+        folder.mkdir()
+    rng = np.random.default_rng(0)
+    shots = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(2)]
+    for index in range(9):
+        Image.fromarray(shots[0]).save(still / f"{index}.png")
+        Image.fromarray(shots[index >= 4]).save(cut / f"{index}.png")
+    assert transfer(tmp_path / "a.mp4", reference=still) == 0
+    assert "nothing moves in the reference" in capsys.readouterr().err
+    inspect = ["inspect", cut, "-o", tmp_path / "i", "--model", tiny_checkpoint, "--json", "--device", "cpu"]
+    assert main([*inspect, "--height", 32, "--width", 32]) == 0
+    told = capsys.readouterr()
+    facts = json.loads(told.out)
+    assert (facts["cuts"], facts["still"]) == ([4], False)
+    assert "the reference has a cut at frame 4" in told.err
+    assert 0 <= facts["share_moving"] <= 1
+    assert 0 <= facts["mean_displacement"] <= facts["largest_displacement"]
