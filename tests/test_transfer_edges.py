@@ -194,3 +194,15 @@ def test_a_reference_without_motion_or_with_a_cut_is_told(transfer, tiny_checkpo
     assert "the reference has a cut at frame 4" in told.err
     assert 0 <= facts["share_moving"] <= 1
     assert 0 <= facts["mean_displacement"] <= facts["largest_displacement"]
+
+
+def test_a_saved_transfer_starts_four_ffmpeg_processes(transfer, tmp_path, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def noted(command, *args, **kwargs):
+        started.extend([command] if "ffmpeg" in str(command[0]) else [])
+        return popen(command, *args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    assert transfer(tmp_path / "a.mp4", "--num-frames", 5, "--resume") == 0
+    assert len(started) <= 4

@@ -83,7 +83,8 @@ def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
         used = recorded_reference(record.reference or {})
         video = open_reference(path, used)
         reference = describe_reference(path, len(video), video.fps, used)
-    check_ffmpeg()
+    if path is None or path.is_dir():  # a video file has shown it
+        check_ffmpeg()
     call = record.call_arguments()
     return VideoTask(
         call=call,

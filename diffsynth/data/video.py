@@ -79,7 +79,8 @@ class VideoFile:
             told = "a variable rate, " + told.removeprefix("a rate of ") if stream.variable else told
             notes.append(f"{told}, read at {float(self.fps):g}")
         width, height = stream.size
-        filters += [f"scale={width}:{height}:{EXACT_SCALING}", "format=rgb24"]
+        # In planes first: exact conversion to packed pixels takes twice as long, for the same numbers.
+        filters += [f"scale={width}:{height}:{EXACT_SCALING}", "format=gbrp", "format=rgb24"]
         self._input_params = list(stream.decoder)
         if inside[0] > 0:
             # From the middle between two frames on, so that rounding picks neither the wrong one.

@@ -149,7 +149,8 @@ def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) 
     if reference is not None and video is not None:
         rate = video.fps
         described = describe_reference(reference, len(video), rate, used)
-    check_ffmpeg()
+    if reference is None or reference.is_dir():  # a video file has shown it
+        check_ffmpeg()
     return VideoTask(
         call={**{name: options[name] for name in PROMPTS if name in options}, **call},
         video=video,
