@@ -93,7 +93,7 @@ def _write_sharded(directory: Path, dit: WanModel, num_shards: int = 2) -> None:
 
     weights = _weights(dit, torch.float32)
     names = list(weights)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(num_shards):
         file = f"diffusion_pytorch_model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
         keys = names[shard * len(names) // num_shards : (shard + 1) * len(names) // num_shards]

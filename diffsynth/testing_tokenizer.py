@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 _SENTENCES = """
 A red car drives along a wet road at night.
@@ -69,6 +70,7 @@ def _train(vocab_size: int) -> bytes:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
+    ids: dict[str, Any] = {f"{name}_id": number for name, (_, number) in _SPECIAL.items()}
     SentencePieceTrainer.train(
         sentence_iterator=iter(_SENTENCES),
         model_writer=model,
@@ -78,7 +80,7 @@ def _train(vocab_size: int) -> bytes:
         normalization_rule_name="identity",
         num_threads=1,
         minloglevel=2,
-        **{f"{name}_id": number for name, (_, number) in _SPECIAL.items()},
+        **ids,
     )
     return model.getvalue()
 

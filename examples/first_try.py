@@ -30,8 +30,8 @@ def main() -> None:
     transferred = pipe(args.prompt, input_video=clip, mode="effi_AMF", seed=args.seed)
     without = pipe(args.prompt, seed=args.seed)
     out = save_video(transferred, args.output_dir / "out.mp4", fps=clip.fps, quality=8)
-    videos = {"reference": clip, "no transfer": without, "transferred": transferred}
-    sheet = save_video(side_by_side(videos), args.output_dir / "side_by_side.mp4", fps=clip.fps, quality=8)
+    beside = side_by_side({"reference": clip, "no transfer": without, "transferred": transferred})
+    sheet = save_video(beside, args.output_dir / "side_by_side.mp4", fps=clip.fps, quality=8)
     print(f"transferred:  {out}\nside by side: {sheet}")
 
 

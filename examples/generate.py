@@ -1,6 +1,7 @@
 """One generation with the options of `fastvmt transfer`; shared by the scripts of the published models."""
 
 from functools import partial
+from typing import Any
 
 from arguments import CLIP, generation_parser, parse_arguments
 
@@ -26,9 +27,12 @@ def main(model_dir: str) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    latency = {"test_latency": args.test_latency, "latency_dir": args.latency_dir or args.output_dir}
+    latency: dict[str, Any] = {
+        "test_latency": args.test_latency,
+        "latency_dir": args.latency_dir or args.output_dir,
+    }
     with attention_kernel(loaded):
         frames = pipe(**task.call, **latency, input_video=task.video)
     stem = f"{reference.stem if reference else 'text'}-{pipe.costs[0].mode}-seed{pipe.costs[0].seed}"
-    write = partial(save_video, frames, fps=task.fps, quality=task.quality)
+    write = partial(save_video, frames, fps=task.file.fps, quality=task.file.quality)
     print(write_aside(args.output_dir / f"{stem}.mp4", write, overwrite=False))

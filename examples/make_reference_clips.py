@@ -5,18 +5,19 @@ python examples/make_reference_clips.py --output_dir examples/data
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from diffsynth import save_video
 from diffsynth.data.synthetic import PLAIN, make_clip
 
 # name -> seed and what make_clip is asked for
-CLIPS = {
+CLIPS: dict[str, tuple[int, dict[str, Any]]] = {
     "bounce": (21, {"trajectory": "bounce", "shape": "circle", "colour": "red", "background": "white"}),
     "circle": (22, {"trajectory": "circle", "shape": "square", "colour": "green", "background": "black"}),
     "zigzag": (23, {"trajectory": "zigzag", "shape": "triangle", "colour": "purple", "background": "yellow"}),
 }
-SMALL = {"num_frames": 17, "height": 256, "width": 256}
-LARGE = {"num_frames": 81, "height": 480, "width": 832}
+SMALL: dict[str, Any] = {"num_frames": 17, "height": 256, "width": 256}
+LARGE: dict[str, Any] = {"num_frames": 81, "height": 480, "width": 832}
 
 
 def main() -> None:

@@ -12,7 +12,9 @@ from diffsynth import WanVideoPipeline
 from diffsynth.evaluation import probe_motion, suggest
 from diffsynth.evaluation.probe_report import GUIDED_SIGMAS
 
-KINDS = dict.fromkeys(("clips", "height", "width", "num_frames", "blocks", "sf", "seed"), int)
+KINDS: dict[str, type] = dict.fromkeys(
+    ("clips", "height", "width", "num_frames", "blocks", "sf", "seed"), int
+)
 KINDS |= {"sigmas": float, "taus": float, "tokens": str, "prompt": str}
 
 

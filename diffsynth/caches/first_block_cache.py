@@ -40,6 +40,7 @@ class FirstBlockCache(StepCache):
     def decide(self, probe: Probe) -> bool:
         """Return True if the other blocks must run, given what the first one added [1, S, D]."""
         residual = probe.residual
+        assert residual is not None  # one block runs before the decision
         if self._reference is not None:
             change = (residual - self._reference).abs().mean() / self._reference.abs().mean()
             self.relative_change = change.item()

@@ -48,9 +48,14 @@ class MagCache(StepCache):
     @classmethod
     def from_options(cls, options: CacheOptions, prompt: str, steps: range, num_steps: int) -> "MagCache":
         """Return the rule of a run's options; see `make_rule`."""
-        ratios = options.ratios.for_steps(num_steps).of(prompt)
-        limits = {"max_skip": options.max_skip, "retention": options.retention}
-        return cls(ratios, options.threshold, **limits, first_step=steps.start)
+        assert options.ratios is not None  # resolving the options has put the checkpoint's there
+        return cls(
+            options.ratios.for_steps(num_steps).of(prompt),
+            options.threshold,
+            max_skip=options.max_skip,
+            retention=options.retention,
+            first_step=steps.start,
+        )
 
     def decide(self, _probe: Probe) -> bool:
         """Return True if the blocks must run at this step, False if `residual` may stand for them.

@@ -7,7 +7,7 @@ that both prompts in one DiT call and each in its own decide alike.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,8 +117,7 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
 
 def _samples(state: DiTState, chosen: Sequence[int]) -> DiTState:
     """The state of some samples of a batch; by slices, as an index list would wait for the device."""
-    tensors = {n: getattr(state, n) for n in ("tokens", "time", "modulation", "context", "image_context")}
-    return replace(
-        state,
-        **{name: torch.cat([t[i : i + 1] for i in chosen]) for name, t in tensors.items() if t is not None},
-    )
+    names = ("tokens", "time", "modulation", "context", "image_context")
+    tensors = {name: tensor for name in names if (tensor := getattr(state, name)) is not None}
+    rows: dict[str, Any] = {n: torch.cat([t[i : i + 1] for i in chosen]) for n, t in tensors.items()}
+    return replace(state, **rows)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 # Options with which the published text-to-video checkpoints are run unless the caller says otherwise.
 PUBLISHED_DEFAULTS: Mapping[str, object] = MappingProxyType(
@@ -52,7 +53,7 @@ class PublishedCheckpoint:
     folder: str
     files: Mapping[str, int | None]
     num_parameters: int
-    dit_kwargs: Mapping[str, object]
+    dit_kwargs: Mapping[str, Any]
 
     def expected_bytes(self, path: str) -> int:
         """Return the size of one of `files`: the published one, or an even share of the DiT for a shard."""
@@ -65,7 +66,7 @@ class PublishedCheckpoint:
         return 4 * self.num_parameters // num_shards
 
 
-def _dit_kwargs(dim: int, ffn_dim: int, num_heads: int, num_layers: int) -> Mapping[str, object]:
+def _dit_kwargs(dim: int, ffn_dim: int, num_heads: int, num_layers: int) -> Mapping[str, Any]:
     return MappingProxyType(
         {
             "dim": dim,

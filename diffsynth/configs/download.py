@@ -123,9 +123,10 @@ def _fetch(checkpoint: PublishedCheckpoint, folder: Path, paths: list[str], sour
     snapshot_download, errors = _modelscope() if source == "modelscope" else _huggingface()
     # allow_file_pattern: the one name that every ModelScope version knows.
     patterns = {"allow_file_pattern" if source == "modelscope" else "allow_patterns": paths}
+    failures: tuple[type[BaseException], ...] = (OSError, *_error_classes(errors))
     try:
         snapshot_download(checkpoint.model_id, local_dir=str(folder), **patterns)
-    except (OSError, *_error_classes(errors)) as error:
+    except failures as error:
         first_line = str(error).strip().split("\n")[0]
         reason = f"{type(error).__name__}: {first_line}"
         raise DownloadError(_explain(checkpoint, folder, source, reason)) from error

@@ -80,7 +80,7 @@ def sha256_of_frames(frames: Sequence[Image.Image]) -> str:
     for frame in frames:
         pixels = np.ascontiguousarray(frame.convert("RGB"))
         digest.update(f"{pixels.shape} ".encode())
-        digest.update(pixels)
+        digest.update(pixels.data)
     return digest.hexdigest()
 
 

@@ -158,7 +158,7 @@ def make_clip(
     chosen = {"shape": shape, "colour": colour, "trajectory": trajectory}
     objects = [_draw_object(rng, options, ground[1], chosen)]
     if rng.random() < options.second_object:
-        other = {"shape": None, "colour": None, "trajectory": None}
+        other: dict[str, str | None] = {"shape": None, "colour": None, "trajectory": None}
         objects.insert(0, _draw_object(rng, options, ground[1], other, avoid=objects[0].colour))
     times = np.linspace(0, 1, num_frames) if num_frames > 1 else np.zeros(1)
     side = min(height, width)
@@ -279,7 +279,7 @@ def _inverse(maps: np.ndarray) -> np.ndarray:
 
 
 def _pixel_centres(height: int, width: int) -> np.ndarray:
-    return np.stack(np.mgrid[0:height, 0:width], axis=-1) + 0.5
+    return np.moveaxis(np.mgrid[0:height, 0:width], 0, -1) + 0.5
 
 
 def _render(
@@ -322,7 +322,7 @@ def _object_picture(
     scale = np.sqrt(np.linalg.det(layer[:, :2]))
     start = np.maximum(np.floor(layer[:, 2] - scale - 1), 0).astype(int)
     stop = np.maximum(np.ceil(layer[:, 2] + scale + 1), 0).astype(int)
-    area = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    area = (slice(start[0], stop[0]), slice(start[1], stop[1]))
     inverse = _inverse(layer)
     own = pixels[area] @ inverse[:, :2].T + inverse[:, 2]
     cover = (0.5 - scale * signed_distance(item.shape, own)).clip(0, 1)

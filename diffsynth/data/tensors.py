@@ -38,14 +38,12 @@ def frame_size(video: Video) -> tuple[int, int]:
     return first.height, first.width
 
 
-def video_to_tensor(video: Video | None, num_frames: int, height: int, width: int) -> Tensor | None:
-    """Return the first frames, fitted to a size as the video's `fit` says; None without a video.
+def video_to_tensor(video: Video, num_frames: int, height: int, width: int) -> Tensor:
+    """Return the first frames, fitted to a size as the video's `fit` says.
 
     Returns:
         [1, 3, T, H, W] in [-1, 1], float32 on the CPU.
     """
-    if video is None:
-        return None
     out = torch.empty(1, 3, num_frames, height, width)
     frames = video if isinstance(video, VideoData) else rgb_frames(video)
     fit = video.fit if isinstance(video, VideoData) else "crop"

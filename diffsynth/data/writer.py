@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 QUICKTIME = (".mp4", ".m4v", ".mov")
 VIDEO_SUFFIXES = (*QUICKTIME, ".mkv", ".avi", ".webm", ".gif")
+DEFAULT_FPS = 15
 LOSSLESS_SUFFIXES = (".mkv", ".avi", ".webm")
 _TO_BT709 = f"scale=out_color_matrix=bt709:out_range=tv:{EXACT_SCALING}"
 _BT709 = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
@@ -34,7 +35,7 @@ _GIF_PALETTE = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=di
 def save_video(
     frames: Iterable[Image.Image | np.ndarray] | np.ndarray,
     path: str | PathLike | None = None,
-    fps: float = 15,
+    fps: float | None = 15,
     quality: float = 5,
     ffmpeg_params: Sequence[str] | None = None,
     *,
@@ -58,7 +59,7 @@ def save_video(
         frames: PIL images (any mode, converted to RGB) or uint8 arrays [H, W, 3], also from a generator, read
             frame by frame; or one uint8 array [T, H, W, 3]. All of one size.
         path: of the file; missing parent folders are made.
-        fps: frames per second, above 0.
+        fps: frames per second, above 0; None for 15.
         quality: 0 (smallest file) to 10 (best): the constant rate factor 51 to 1 of x264, 63 to 1 of VP9.
         ffmpeg_params: further output options for ffmpeg; they come last and so win over ours.
         lossless: keep every pixel to the bit: FFV1 in .mkv and .avi, lossless VP9 in .webm.
@@ -77,6 +78,7 @@ def save_video(
     asked = Path(name)
     # A link stays a link: what it points to is replaced.
     target = asked.resolve()
+    fps = DEFAULT_FPS if fps is None else fps
     encoding = _encoding(target, fps, quality, lossless)
     params = _checked_params(ffmpeg_params)
     images = rgb_frames(frames)
@@ -201,7 +203,7 @@ def _encode(
     image: Image.Image | None = first
     with reported() as (complaints, starting):
         # The name ends in the suffix that ffmpeg goes by; imageio knows only some of them.
-        opened = iio.imopen(path, "w", plugin="FFMPEG", extension=".mp4", legacy_mode=True)
+        opened: Any = iio.imopen(path, "w", plugin="FFMPEG", extension=".mp4", legacy_mode=True)
         with opened as file, closing(file.legacy_get_writer(**encoding)) as writer:
             while image is not None:
                 try:

@@ -72,7 +72,9 @@ def load_pipeline(folder: Path, options: LoadOptions) -> WanVideoPipeline:
         RunFailedError: its weights are damaged or incomplete.
     """
     dtypes = {"torch_dtype": options.dtype, "vae_dtype": options.vae_dtype}
-    chosen = {name: getattr(torch, dtype) for name, dtype in dtypes.items() if dtype is not None}
+    chosen: dict[str, Any] = {
+        name: getattr(torch, dtype) for name, dtype in dtypes.items() if dtype is not None
+    }
     try:
         pipe = WanVideoPipeline.from_pretrained(
             folder, device=options.device or "auto", loras=options.loras, **chosen

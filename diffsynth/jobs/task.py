@@ -36,7 +36,7 @@ from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
 from diffsynth.runs.record import RunRecord, describe_reference, make_record, record_path
 
 PROMPTS = ("prompt", "negative_prompt")
-Options = TypeVar("Options")
+Options = TypeVar("Options", FileOptions, ReferenceOptions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _flash_attn(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class AttentionBackend:
         return None
 
 
-_HALF_ON_CUDA = {"devices": ("cuda",), "dtypes": HALF_TYPES}
+_HALF_ON_CUDA: dict[str, Any] = {"devices": ("cuda",), "dtypes": HALF_TYPES}
 # In order of preference.
 BACKENDS: dict[str, AttentionBackend] = {
     "flash_attn_3": AttentionBackend(

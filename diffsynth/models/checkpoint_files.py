@@ -209,7 +209,11 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} does not hold a state dict (names and tensors)")
-    return {str(name): StoredTensor(file, t.shape, lambda t=t: t) for name, t in content.items()}
+    return {str(name): StoredTensor(file, t.shape, partial(_itself, t)) for name, t in content.items()}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _is_dict(content: dict, name: str) -> bool:

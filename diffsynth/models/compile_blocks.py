@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Both are true of what attention does before its kernel, run uncompiled, and nothing that a user can change.
 EXPECTED = r"\s*Dynamo (does not know how to trace|detected a call to a `functools.lru_cache`)"
-Forward = Callable[[torch.nn.Module, Tensor, DiTState], Tensor]
+Forward = Callable[[DiTBlock, Tensor, DiTState], Tensor]
 
 
 def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
@@ -45,7 +45,7 @@ def _compiled(forward: Forward, backend: str) -> Forward:
     run = torch.compile(forward, backend=backend, dynamic=False)
     counters = torch._dynamo.utils.counters
 
-    def timed(block: torch.nn.Module, tokens: Tensor, state: DiTState) -> Tensor:
+    def timed(block: DiTBlock, tokens: Tensor, state: DiTState) -> Tensor:
         before, started = counters["stats"]["unique_graphs"], time.perf_counter()
         result = run(block, tokens, state)
         if (graphs := counters["stats"]["unique_graphs"] - before) > 0:

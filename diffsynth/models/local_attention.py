@@ -46,7 +46,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
     grid this is `attention`. Masks and indices are made once per grid and window.
     Raises ValueError on a window that is not allowed or a grid of another number of tokens.
     """
-    grid, window = tuple(grid), check_value("attention_window", ATTENTION_WINDOW, window)
+    frames, rows, columns = grid
+    grid, window = (frames, rows, columns), check_value("attention_window", ATTENTION_WINDOW, window)
     if q.shape[1] != prod(grid) or k.shape != q.shape:
         raise ValueError(
             f"q and k must be [B, S, N, D] with S tokens of the grid {grid}; "
@@ -145,11 +146,11 @@ def attend_in_tiles(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> Tensor:
     ]
     seen = []
     for group, *parts in zip(plan.groups, *tiles, strict=True):
-        heads = [
+        q_heads, k_heads, v_heads = (
             rearrange(x, "(t m) (b n d) -> (t b) n m d", t=len(group.queries), b=len(q), n=q.shape[2])
             for x in parts
-        ]
-        out = F.scaled_dot_product_attention(*heads, attn_mask=group.mask)
+        )
+        out = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, attn_mask=group.mask)
         seen.append(rearrange(out, "(t b) n m d -> (t m) b n d", b=len(q)))
     return torch.cat(seen).index_select(0, plan.places).transpose(0, 1)
 

@@ -7,6 +7,7 @@ would round a small change away: the changes stand beside them (`PackedLinear.ch
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ def merge(
         elif f"{name}.weight" in base:
             weight = base[f"{name}.weight"].read().float()
             added = [strength * weight_change(parts, weight) for strength, parts in changes]
-            module.weight.data = sum(added, weight).to(module.weight)
+            own = cast(Tensor, module.weight)
+            own.data = sum(added, weight).to(own)
         for tensor, parts_of in (("bias", ("diff_b", "up_bias")), ("modulation", ("diff_m",))):
             if f"{name}.{tensor}" in base and getattr(module, tensor, None) is not None:
                 value = base[f"{name}.{tensor}"].read().float()

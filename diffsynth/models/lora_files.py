@@ -250,7 +250,8 @@ def _check_sizes(lora: str, layer: str, parts: Mapping[str, StoredTensor], modul
     for part in ("diff_b", "up_bias"):
         if part in parts and (bias is None or parts[part].shape != bias.shape):
             raise CheckpointError(f"{lora} does not fit the bias of {layer}; it is for another model")
-    if "diff_m" in parts and parts["diff_m"].shape.numel() != module.modulation.numel():
+    modulation = getattr(module, "modulation", None)
+    if "diff_m" in parts and (modulation is None or parts["diff_m"].shape.numel() != modulation.numel()):
         raise CheckpointError(f"{lora} does not fit the modulation of {layer}; it is for another model")
     if (shape := _weight_shape(module)) is not None and not _fits(parts, shape):
         sizes = ", ".join(f"{part} {tuple(stored.shape)}" for part, stored in parts.items())
@@ -260,7 +261,8 @@ def _check_sizes(lora: str, layer: str, parts: Mapping[str, StoredTensor], modul
 
 
 def _weight_shape(module: nn.Module) -> torch.Size | None:
-    return None if getattr(module, "weight", None) is None else module.weight.shape
+    weight = getattr(module, "weight", None)
+    return None if weight is None else weight.shape
 
 
 def _fits(parts: Mapping[str, StoredTensor], shape: torch.Size) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -250,14 +250,16 @@ def _build(kind: ModelKind, arguments: dict, tensors: Mapping[str, StoredTensor]
         except ValueError as error:
             raise CheckpointError(f"{source} and the config.json beside it do not agree: {error}") from error
     check_complete(model, tensors, source)
-    name_of = getattr(model, "official_key", str)
+    name_of: Callable[[str], str] = getattr(model, "official_key", str)
     linears = {name_of(f"{path}.weight"): (parent, name) for path, parent, name in block_linears(model)}
     packed = {key for key, tensor in tensors.items() if tensor.packed is not None and key in linears}
     state = {key: tensor.read() for key, tensor in tensors.items() if key not in packed}
     model.load_state_dict(state, strict=False, assign=True)
     for key in packed:
         parent, name = linears[key]
-        setattr(parent, name, PackedLinear(tensors[key].packed(), getattr(parent, name)))
+        unpacked = tensors[key].packed
+        assert unpacked is not None  # those are the keys
+        setattr(parent, name, PackedLinear(unpacked(), getattr(parent, name)))
     return model.eval().requires_grad_(False)
 
 

@@ -75,8 +75,8 @@ class _PackedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        packed = PackedWeight(*ctx.saved_tensors, ctx.stored)
-        return grad @ packed.unpack(grad.dtype), None, None, None
+        packed, scale = ctx.saved_tensors
+        return grad @ PackedWeight(packed, scale, ctx.stored).unpack(grad.dtype), None, None, None
 
 
 class PackedLinear(nn.Module):
@@ -88,6 +88,8 @@ class PackedLinear(nn.Module):
         full: a whole difference [out, in]. own: the share [out] of the layer's own output that is added.
     """
 
+    weight: Tensor
+    scale: Tensor
     down: Tensor | None
     up: Tensor | None
     full: Tensor | None

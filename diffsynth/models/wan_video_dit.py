@@ -9,6 +9,7 @@ weights.
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,8 @@ class WanModel(nn.Module):
         self.dim, self.in_dim, self.out_dim = dim, in_dim, out_dim
         self.ffn_dim, self.text_dim, self.freq_dim, self.text_len = ffn_dim, text_dim, freq_dim, text_len
         self.num_heads, self.num_layers, self.eps = num_heads, num_layers, eps
-        self.patch_size = tuple(patch_size)
+        frames, rows, columns = patch_size
+        self.patch_size = (frames, rows, columns)
         self.has_image_input = has_image_input
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.text_embedding = nn.Sequential(
@@ -281,5 +283,5 @@ class WanModel(nn.Module):
         tokens = self.run_blocks(
             state, stop=block, checkpoint_blocks=checkpoint_blocks, offload_inputs=offload_inputs
         )
-        q, k = self.blocks[block].queries_keys(tokens, state)
+        q, k = cast(DiTBlock, self.blocks[block]).queries_keys(tokens, state)
         return q.unflatten(1, state.grid), k.unflatten(1, state.grid)

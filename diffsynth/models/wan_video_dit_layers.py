@@ -4,6 +4,7 @@ Axes and precision: see `wan_video_dit`.
 """
 
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -80,8 +81,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def linear_in(dtype: torch.dtype, layer: nn.Linear, x: Tensor) -> Tensor:
+def linear_in(dtype: torch.dtype, layer: nn.Module, x: Tensor) -> Tensor:
     """Run a linear layer in `dtype`, whatever its weights are stored in."""
+    layer = cast(nn.Linear, layer)  # a Sequential tells modules only
     return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
 

@@ -120,8 +120,8 @@ class WanTextEncoder(nn.Module):
             layer_norm_epsilon=NORM_EPS,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
-            attn_implementation="eager",
         )
+        config._attn_implementation = "eager"
         # The stack alone: around it is only a second name of the embedding, which would have to be kept tied.
         self.encoder = UMT5EncoderModel(config).encoder
         self.num_loads = 0
@@ -155,7 +155,7 @@ class WanTextEncoder(nn.Module):
         """Return the official name of a tensor, by its path in this module."""
         return _official(key.removeprefix("encoder."))
 
-    def state_dict(
+    def state_dict(  # type: ignore[override]  # the base also has a deprecated positional form
         self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:
         """The weights under their official names; arguments as in `torch.nn.Module`."""

@@ -200,7 +200,7 @@ class WanVideoVAE(nn.Module):
         """The tiles of a latent picture [h, w]; None where one tile holds it all."""
         if not tiled:
             return None
-        grid = TileGrid(shape=tuple(shape), size=tile_size, stride=tile_stride)
+        grid = TileGrid(shape=(shape[0], shape[1]), size=tile_size, stride=tile_stride)
         return grid if len(grid.tiles()) > 1 else None
 
     def _check_video(self, video: Tensor) -> None:

@@ -8,7 +8,8 @@ Precision: the dtype of the weights, but for the norms, which compute in float32
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        norm1, conv1, norm2, conv2 = self.residual.values()
+        norm1, conv1, norm2, conv2 = cast(Iterable[CausalConv3d], self.residual.values())
         # Statement by statement, so that no more than two tensors are alive beside x.
         hidden = F.silu(norm1(x), inplace=True)
         hidden = conv1.with_past(hidden, cache)
@@ -161,7 +162,7 @@ def _head(in_channels: int, out_channels: int) -> nn.ModuleDict:
 
 
 def _run_head(head: nn.ModuleDict, x: Tensor, cache: Cache) -> Tensor:
-    norm, conv = head.values()
+    norm, conv = cast(Iterable[CausalConv3d], head.values())
     return conv(conv.with_past(F.silu(norm(x), inplace=True), cache))
 
 

@@ -61,7 +61,7 @@ class DenseAMF:
 class TileAMF(DenseAMF):
     """Tile flow; the generated side looks into the windows that were found on the reference."""
 
-    def describe(self, features: Features, reference: TileFlow | None = None) -> TileFlow:
+    def describe(self, features: Features, reference: MotionFlow | None = None) -> TileFlow:
         g = self.guidance
         described = tile_motion_flow(
             *features,
@@ -69,7 +69,7 @@ class TileAMF(DenseAMF):
             window=g.window,
             tile=g.tile,
             tau=g.tau,
-            windows=None if reference is None else reference.windows,
+            windows=reference.windows if isinstance(reference, TileFlow) else None,
             heads=g.heads,
             chunk=g.chunk,
         )

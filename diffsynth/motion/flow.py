@@ -72,7 +72,7 @@ def expected_positions(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: in
         chunk: pairs at a time, at most.
     """
     check_value("chunk", Whole(1), chunk)
-    positions, scale = token_positions(*k.shape[1:3], k), tau * k.shape[-1] ** -0.5
+    positions, scale = token_positions(k.shape[1], k.shape[2], k), tau * k.shape[-1] ** -0.5
     keys = k.flatten(1, 2)
     found = [
         attend(q[i].expand(count, -1, -1), keys[j : j + count], positions, scale)

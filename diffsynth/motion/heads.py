@@ -38,7 +38,7 @@ def reduce_heads(q: Tensor, k: Tensor, heads: Heads = "mean_qk") -> tuple[Tensor
         return q.mean(-2), k.mean(-2)
     if heads == "token_groups":
         return average_token_groups(q), average_token_groups(k)
-    if heads != "mean_logits":
+    if not isinstance(heads, str):
         if max(heads) >= q.shape[3]:
             raise ValueError(f"heads must be in 0..{q.shape[3] - 1} for these features; got {list(heads)}")
         q, k = q[..., list(heads), :], k[..., list(heads), :]

@@ -6,6 +6,8 @@
 Axes: F latent frames, H/W token rows/columns, P frame pairs, T tiles, d feature width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,9 @@ from torch import Tensor
 Pairs = list[tuple[int, int]]
 
 
-def pair_weights(pairs: Pairs, sf: int, weights: tuple[float, float], intra_weight: float) -> list[float]:
+def pair_weights(
+    pairs: Sequence[tuple[int, int]], sf: int, weights: tuple[float, float], intra_weight: float
+) -> list[float]:
     """The weight of each pair: linear from weights[0] (j = i) to weights[1] (j = i + sf - 1).
 
     Pairs j = i, which hold the layout but no motion, are multiplied by intra_weight.

@@ -120,7 +120,7 @@ def optimize_latents(
             reuse.fresh(step, evaluation.gradient)
             if memory is not None:
                 memory.keep(step, evaluation.gradient)
-            evaluations.append(evaluation._replace(gradient=None))
+            evaluations.append(evaluation._replace(gradient=torch.empty(0)))
             evaluated_at.append(step)
         lrs.append(learning_rate(step, guidance) * reuse.rate(step))
         move(reuse.current(step), lrs[-1])

@@ -7,6 +7,7 @@ guided step; `GradientMemory` carries gradients from one guided step to those af
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class GradientReuse:
     def current(self, step: int) -> Tensor:
         """The gradient to step on: the last one, or by the rule "extrapolate" the one that lies on the line
         through the last two, as in a secant method."""
+        assert self._last is not None  # the first step is due
         age = step - self._evaluated_at[-1]
         if age == 0 or self._before is None or self._rule != "extrapolate":
             return self._last
@@ -54,11 +56,11 @@ class GradientReuse:
         age = step - self._evaluated_at[-1]
         return 1 - age / self._interval if self._rule == "falling" else 1.0
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """The series so far, as tensors and plain numbers by name."""
         return {"last": self._last, "before": self._before, "evaluated_at": list(self._evaluated_at)}
 
-    def restore(self, state: Mapping[str, object]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with the series of a `state`."""
         self._last, self._before = state["last"], state["before"]
         self._evaluated_at = list(state["evaluated_at"])
@@ -66,7 +68,7 @@ class GradientReuse:
     def _turning(self) -> bool:
         if self._above is None:
             return False
-        if self._before is None:
+        if self._last is None or self._before is None:
             return True
         cosine = torch.cosine_similarity(self._last.flatten(), self._before.flatten(), dim=0)
         return cosine.item() < self._above
@@ -101,13 +103,13 @@ class GradientMemory:
             self._steps.fresh(self._step, gradient)
         self._gradients[inner_step] = gradient
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """What the guided steps so far left, as tensors and plain numbers by name."""
         kept = {f"steps.{name}": value for name, value in self._steps.state().items()}
         kept |= {f"gradient.{inner_step}": gradient for inner_step, gradient in self._gradients.items()}
         return {**kept, "step": self._step, "inner_steps": list(self._gradients)}
 
-    def restore(self, state: Mapping[str, object]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`: the guided steps that follow repeat the same gradients."""
         self._step = state["step"]
         self._gradients = {k: state[f"gradient.{k}"] for k in state["inner_steps"]}

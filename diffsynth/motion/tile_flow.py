@@ -60,7 +60,7 @@ def tile_motion_flow(
     check_value("tau", TAU, tau)
     check_value("window", SEARCH_WINDOW, window)
     check_value("tile", TILE, tile)
-    grid = tuple(q.shape[1:3])
+    grid = q.shape[1], q.shape[2]
     sides = (min(window, grid[0]), min(window, grid[1]))
     pairs = frame_pairs(len(q), sf)
     within, between = [p for p in pairs if p[0] == p[1]], [p for p in pairs if p[0] < p[1]]
@@ -94,7 +94,7 @@ def centre_positions(
     q: Tensor, k: Tensor, pairs: Pairs, tile: tuple[int, int], tau: float, chunk: int
 ) -> Tensor:
     """Expected position in frame j of each tile's centre query: reduced q, k [F, H, W, d] -> [P, T, 2]."""
-    rows, cols = tile_centres(tuple(q.shape[1:3]), tile)
+    rows, cols = tile_centres((q.shape[1], q.shape[2]), tile)
     return expected_positions(q[:, rows][:, :, cols].flatten(1, 2), k, pairs, tau, chunk)
 
 
@@ -127,7 +127,7 @@ def _flow_in_windows(
     q: Tensor, k: Tensor, pairs: Pairs, windows: Tensor, tile: tuple[int, int], sides: tuple[int, int],
     tau: float,
 ) -> Tensor:  # fmt: skip
-    grid = tuple(q.shape[1:3])
+    grid = q.shape[1], q.shape[2]
     seen = window_tokens(windows, sides, grid)
     in_window = expected_in_windows(to_tiles(q, tile), k, pairs, token_positions(*sides, q), seen, tau)
     expected = from_tiles(in_window + windows[:, :, None], tile, grid)

@@ -1,7 +1,7 @@
 """The models of a pipeline, how they are loaded and where they are; facts of models and videos for a run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from diffsynth.configs.resolve import ModelFacts, ReferenceFacts
 from diffsynth.data import VideoData
 from diffsynth.data.tensors import Video, frame_size
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
-from diffsynth.models.model_manager import LoadedModel, ModelManager
+from diffsynth.models.model_manager import LoadedModel, ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -22,7 +22,10 @@ from diffsynth.prompters.tokenizer import (
     load_tokenizer,
     tokenizer_from_pieces,
 )
-from diffsynth.vram_management import Residency
+from diffsynth.vram_management import Residency, choose_device
+
+# What models can compute in; eight bits are for storage.
+WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +59,21 @@ class Components:
         """The compute device."""
         return self.residency.device
 
+    def to(
+        self, device: str | torch.device | None = None, torch_dtype: torch.dtype | None = None
+    ) -> "Components":
+        """Return the models on another device, or with DiT and text encoder in another dtype."""
+        if torch_dtype is not None:
+            check_dtype(torch_dtype, WIDE_DTYPES)
+            self.dit.to(torch_dtype)
+            self.text_encoder.to(torch_dtype)
+        if device is None:
+            return self
+        self.residency.stop_streaming()
+        residency = Residency(self.residency.models, choose_device(device))
+        residency.offload = self.residency.offload
+        return replace(self, residency=residency)
+
     def facts(self) -> ModelFacts:
         """Return what resolving the options of a run needs to know."""
         rows, cols = (self.vae.spatial_factor * side for side in self.dit.patch_size[1:])
@@ -63,7 +81,10 @@ class Components:
 
 
 def load_checkpoint(
-    path: str | Path, torch_dtype: torch.dtype, vae_dtype: torch.dtype, loras: Mapping[str | Path, float]
+    path: str | Path,
+    torch_dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    loras: Mapping[str, float] | Mapping[Path, float],
 ) -> ModelManager:
     """Load the three models of a checkpoint folder, or of a name as for `from_pretrained`, and LoRAs.
 

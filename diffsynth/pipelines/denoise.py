@@ -140,10 +140,12 @@ def cfg_velocity(
     guided = options.cfg_steps if negative is not None else range(0)
     pos_cache = [rules["positive"]] if "positive" in rules else []
     neg_cache = [rules["negative"]] if "negative" in rules else []
-    both = torch.cat([positive, negative]) if guided and options.batch_cfg else None
+    both = None
+    if negative is not None and guided and options.batch_cfg:
+        both = torch.cat([positive, negative])
 
     def velocity(step: int, x: Tensor, t: Tensor) -> Tensor:
-        if step not in guided:
+        if negative is None or step not in guided:
             return dit_velocity(dit, x, t, positive, pos_cache)
         if both is not None:
             v_both = dit_velocity(dit, x.expand(2, -1, -1, -1, -1), t, both, pos_cache + neg_cache)
@@ -178,18 +180,22 @@ def motion_guide(
         stop: ends a guided step early.
     """
 
+    reference, null_context = inputs.reference, prompt.null
+    if reference is None or null_context is None:
+        raise ValueError("motion guidance needs a reference and the empty prompt")
+
     def guide(index: int, latents: Tensor, timestep: Tensor) -> tuple[Tensor, tuple[float, ...]]:
         started = time.perf_counter()
         try:
             moved, record = guided_step(
                 dit,
                 latents,
-                reference=inputs.reference,
+                reference=reference,
                 noise=inputs.noise,
                 sigma=scheduler.sigmas[index].item(),
                 timestep=timestep,
                 context=prompt.positive,
-                null_context=prompt.null,
+                null_context=null_context,
                 guidance=guidance.faded(index),
                 start=(start, scheduler.sigmas[0].item()),
                 stop=stop,

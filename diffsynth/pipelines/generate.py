@@ -159,7 +159,7 @@ def encode(
         groups = [group.split(1) for group in rows.split(len(prompts))]
         return [PromptEmbeddings(**dict(zip(texts, row, strict=True))) for row in zip(*groups, strict=True)]
 
-    def encode_video(options: RunOptions) -> Tensor:
+    def encode_video(pixels: Tensor, options: RunOptions) -> Tensor:
         with models.residency.using("vae"):
             return models.vae.encode(pixels, **options.tiling)
 
@@ -168,7 +168,7 @@ def encode(
     reference = None
     if pixels is not None:
         with stage("encode video", observer, seconds):
-            reference, options = with_ladder("encode video", encode_video, options, ladder)
+            reference, options = with_ladder("encode video", partial(encode_video, pixels), options, ladder)
     noise = draw_noise(models, options)
     return RunInputs(prompts=embeddings, noise=noise, reference=reference, seconds=seconds), options
 
@@ -246,6 +246,7 @@ def sample(
                     event = next(steps)
                     while True:
                         replaced = on_step(event)
+                        assert event.latents is not None  # of a step there are
                         latents = event.latents if replaced is None else replaced
                         if event.stage == "sampling" and not event.interrupted:
                             finished = StepState(

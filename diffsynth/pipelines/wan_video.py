@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,15 +25,16 @@ from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.components import Components, load_checkpoint, reference_facts, tokenizer_of
+from diffsynth.pipelines.components import (
+    WIDE_DTYPES,
+    Components,
+    load_checkpoint,
+    reference_facts,
+    tokenizer_of,
+)
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
-from diffsynth.pipelines.generate import (
-    GeneratedVideo,
-    Observer,
-    generate,
-    noise_generator,
-)
+from diffsynth.pipelines.generate import GeneratedVideo, Observer, generate, noise_generator
 from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
@@ -46,8 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What models can compute in; eight bits are for storage.
-WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Callback = Callable[["WanVideoPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
@@ -68,9 +69,10 @@ class WanVideoPipeline:
         device: str | torch.device = "auto",
         defaults: RunDefaults | None = None,
     ) -> None:
-        models = {"dit": dit, "text_encoder": text_encoder, "vae": vae}
-        residency = Residency(models, choose_device(device))
-        self.models = Components(**models, prompter=prompter, residency=residency)
+        residency = Residency({"dit": dit, "text_encoder": text_encoder, "vae": vae}, choose_device(device))
+        self.models = Components(
+            dit=dit, text_encoder=text_encoder, vae=vae, prompter=prompter, residency=residency
+        )
         self.defaults = RunDefaults() if defaults is None else defaults
         self._manager: ModelManager | None = None
         self._interrupted = threading.Event()
@@ -102,16 +104,12 @@ class WanVideoPipeline:
         dit, text, vae = (
             model_manager.find(name) for name in ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
         )
-        if torch_dtype is not None:
-            check_dtype(torch_dtype, WIDE_DTYPES)
-            dit.model.to(torch_dtype)
-            text.model.to(torch_dtype)
-        prompter = WanPrompter(tokenizer_of(text, tokenizer_path), dit.model.text_len)
+        models: Any = dit.model, text.model, vae.model
+        prompter = WanPrompter(tokenizer_of(text, tokenizer_path), models[0].text_len)
         device = model_manager.device if device is None else device
-        defaults = run_defaults(dit.files[0].parent)
-        pipe = cls(dit.model, text.model, vae.model, prompter, device, defaults)
+        pipe = cls(models[0], models[1], models[2], prompter, device, run_defaults(dit.files[0].parent))
         pipe._manager = model_manager
-        return pipe
+        return pipe.to(torch_dtype=torch_dtype)
 
     @classmethod
     def from_pretrained(
@@ -120,7 +118,7 @@ class WanVideoPipeline:
         torch_dtype: torch.dtype | None = None,
         device: str | torch.device = "auto",
         vae_dtype: torch.dtype = torch.float32,
-        loras: Mapping[str | Path, float] | None = None,
+        loras: Mapping[str, float] | Mapping[Path, float] | None = None,
     ) -> "WanVideoPipeline":
         """Return a pipeline over a checkpoint.
 
@@ -184,15 +182,7 @@ class WanVideoPipeline:
         Raises:
             ValueError: another dtype than float32, bfloat16 or float16.
         """
-        if torch_dtype is not None:
-            check_dtype(torch_dtype, WIDE_DTYPES)
-            self.dit.to(torch_dtype)
-            self.text_encoder.to(torch_dtype)
-        if device is not None:
-            self.residency.stop_streaming()
-            residency = Residency(self.residency.models, choose_device(device))
-            residency.offload = self.residency.offload
-            self.models = replace(self.models, residency=residency)
+        self.models = self.models.to(device, torch_dtype)
         return self
 
     def load_lora(self, module: WanModel, path: str | Path, alpha: float = 1.0) -> None:
@@ -207,9 +197,7 @@ class WanVideoPipeline:
             ValueError: another module, or a pipeline that was not made from a `ModelManager`.
         """
         if module is not self.dit or self._manager is None:
-            raise ValueError(
-                "load_lora takes the DiT (pipe.dit) of a pipeline that a ModelManager has loaded"
-            )
+            raise ValueError("load_lora takes pipe.dit of a pipeline that a ModelManager has loaded")
         self._manager.load_lora(path, alpha)
 
     def clear_lora(self) -> None:
@@ -286,6 +274,21 @@ class WanVideoPipeline:
         """What the videos of the last finished call cost, in their order."""
         return [video.cost for video in self._videos]
 
+    # fmt: off
+    @overload
+    def __call__(self, prompt: str, negative_prompt: Any = ..., input_video: Any = ..., *,
+                 output_type: Literal["pil"] = ..., **more: Any) -> list[Image.Image]: ...
+    @overload
+    def __call__(self, prompt: str, negative_prompt: Any = ..., input_video: Any = ..., *,
+                 output_type: Literal["np"], **more: Any) -> np.ndarray: ...
+    @overload
+    def __call__(self, prompt: str, negative_prompt: Any = ..., input_video: Any = ..., *,
+                 output_type: str, **more: Any) -> Tensor: ...
+    @overload
+    def __call__(self, prompt: list[str] | tuple[str, ...], negative_prompt: Any = ...,
+                 input_video: Any = ..., **more: Any) -> list[Any]: ...
+    # fmt: on
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -358,9 +361,11 @@ class WanVideoPipeline:
         run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
         logger.info("generating %d video(s): %s", len(prompts), run)
         self._interrupted.clear()
-        pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
-        if pixels is not None and run.motion is not None:
-            warn_of_reference(pixels)
+        pixels = None
+        if input_video is not None:
+            pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
+            if run.motion is not None:
+                warn_of_reference(pixels)
         with open_run(folder, saving, self.residency, prompts, pixels, run, self.interrupt) as saved:
             videos = generate(
                 self.models,
@@ -375,15 +380,21 @@ class WanVideoPipeline:
                 saved=saved,
                 fps=input_video.fps if isinstance(input_video, VideoData) else None,
             )
-        for video in videos if test_latency else ():
-            video.cost.append_to(latency_dir)
+        if test_latency and latency_dir is not None:
+            for video in videos:
+                video.cost.append_to(latency_dir)
         return videos
 
     def _on_step(self, callback: Callback | None, observer: Observer, event: RunEvent) -> Tensor | None:
         """Tell callback and observer of a step; return the latents that replace the run's, if any."""
-        replaced = None
-        if callback is not None and event.stage == "sampling":
-            returned = callback(self, event.step - 1, event.timestep, {"latents": event.latents})
-            replaced = None if returned is None else replaced_latents(returned, event.latents)
+        replaced, latents, timestep = None, event.latents, event.timestep
+        if (
+            callback is not None
+            and event.stage == "sampling"
+            and latents is not None
+            and timestep is not None
+        ):
+            returned = callback(self, event.step - 1, timestep, {"latents": latents})
+            replaced = None if returned is None else replaced_latents(returned, latents)
         observer(event if replaced is None else replace(event, latents=replaced))
         return replaced

@@ -107,9 +107,8 @@ def guidance_cost(
     share: cost of a guided pass through the blocks that are run, of a full one (see `guided_share`).
     computes_again: whether activations are computed again in the backward, one more forward a gradient.
     """
-    references, gradients = guidance_passes(motion, num_steps)
-    if gradient_evaluations is not None:
-        gradients = gradient_evaluations
+    references, planned = guidance_passes(motion, num_steps)
+    gradients = planned if gradient_evaluations is None else gradient_evaluations
     if not DESCRIPTORS[motion.mode].needs_backward:
         return references + gradients * _forwards_a_gradient(motion)
     passes = references + (4 if computes_again else 3) * gradients
@@ -155,7 +154,7 @@ def guided_flops(dit: DiTSize, latents: Shape, motion: MotionGuidance) -> tuple[
     tokens, num_blocks = prod(grid), motion.block_for(dit.num_layers)
     read = 4 * tokens * dit.dim**2
     patches = 2 * tokens * dit.dim * prod(dit.patch_size) * dit.in_dim
-    coarse = (latents[0], *(rows * p for rows, p in zip(grid[1:], dit.patch_size[1:], strict=True)))
+    coarse = (latents[0], grid[1] * dit.patch_size[1], grid[2] * dit.patch_size[2])
     head = 2 * tokens * dit.dim * prod(dit.patch_size) * dit.out_dim
     forward = num_blocks * _guided_block(dit, latents, motion) + read + embedding_flops(dit, coarse) - head
     attention = 4 * tokens * dit.dim * (_seen(grid, motion.attention_window) + dit.text_len)

@@ -8,10 +8,12 @@ import gc
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 
 from diffsynth.configs.options import TILING, RunOptions
+from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.planning.memory import guided_pass_bytes, sampling_pass_bytes
 from diffsynth.planning.plan import GB, plan_run
@@ -39,13 +41,13 @@ class MemoryRanOutError(RuntimeError):
     """Memory ran out in a stage that has nothing left to give up."""
 
 
-def settings_of(options: RunOptions) -> dict[str, object]:
+def settings_of(options: RunOptions) -> dict[str, Any]:
     """Return the options that the ladder may change, as JSON holds them."""
     checkpoint = None if options.motion is None else options.motion.checkpoint
     return {**{name: getattr(options, name) for name in _OF_OPTIONS}, "checkpoint": checkpoint}
 
 
-def with_settings(options: RunOptions, settings: Mapping[str, object]) -> RunOptions:
+def with_settings(options: RunOptions, settings: Mapping[str, Any]) -> RunOptions:
     """Return options with those of `settings_of` put back."""
     motion = options.motion and replace(options.motion, checkpoint=settings["checkpoint"])
     return replace(options, motion=motion, **{name: settings[name] for name in _OF_OPTIONS})
@@ -108,7 +110,9 @@ class Ladder:
             stage,
             now,
             accelerator=self._residency is not None and self._device.type != "cpu",
-            num_blocks=0 if self._residency is None else len(self._residency.models["dit"].blocks),
+            num_blocks=0
+            if self._residency is None
+            else cast(WanModel, self._residency.models["dit"]).num_layers,
             picture=(options.height // self._vae.spatial_factor, options.width // self._vae.spatial_factor),
         )
         words, settings = next(below, ("", None))
@@ -137,6 +141,8 @@ class Ladder:
         """The first that fits of what guidance may keep; on a CPU, moving it to the CPU gains nothing."""
         motion = options.motion
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
+        if motion is None:
+            return keeping(None)[-1]
         kept = keeping(motion)[: 2 if self._device.type == "cpu" else None]
         free = FILL * available_memory(self._device)
         fits = (name for name in kept if guided_pass_bytes(sizes.dit, latents, motion, name) <= free)

@@ -82,7 +82,8 @@ def num_tokens(dit: DiTSize, latents: Shape, coarse: int = 1) -> int:
 def token_grid(dit: DiTSize, latents: Shape, coarse: int = 1) -> Shape:
     """Token frames, rows and columns, as `num_tokens`."""
     sides = (latents[0], *(-(-side // coarse) for side in latents[1:]))
-    return tuple(-(-side // patch) for side, patch in zip(sides, dit.patch_size, strict=True))
+    frames, rows, cols = (-(-side // patch) for side, patch in zip(sides, dit.patch_size, strict=True))
+    return frames, rows, cols
 
 
 def guided_pass_bytes(dit: DiTSize, latents: Shape, motion: MotionGuidance, checkpoint: str) -> int:

@@ -7,6 +7,7 @@ whole, the VAE untiled, both prompts in one DiT call.
 
 import json
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.fields import Number, check_value
@@ -139,13 +140,14 @@ def plan_run(
     settings = next((rung for rung in ladder if peak(rung) <= usable), None)
     if settings is None:
         raise _not_enough(sizes, options, int(usable + RESERVED), with_reference)
-    wishes: dict[str, bool] = {"stream_text_encoder": False}
+    wishes: dict[str, Any] = {"stream_text_encoder": False}
     if options.tiled is None:
         wishes["tiled"] = False
     if options.batch_cfg is None:
         wishes["batch_cfg"] = options.cfg_scale != 1
     for name, wish in wishes.items():
-        trial = replace(settings, **{name: wish})
+        changed: dict[str, Any] = {name: wish}
+        trial = replace(settings, **changed)
         settings = trial if peak(trial) <= usable else settings
     resident = settings.resident_blocks
     latents = sizes.latent_shape(options.height, options.width, options.num_frames)
@@ -180,7 +182,7 @@ def _not_enough(
     def least(run: RunOptions) -> StageMemory:
         return max(predict_stages(sizes, run, _frugal(run), with_reference), key=lambda stage: stage.total)
 
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "half the frames": {"num_frames": -(-options.num_frames // 2)},
         "half of height and width": {"height": options.height // 2, "width": options.width // 2},
     }

@@ -7,9 +7,12 @@ less for the gradient, because at sizes that do not fit blocks compute for longe
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.vram_management import Residency
 from diffsynth.vram_management.streaming import tensors_of
 
@@ -51,11 +54,12 @@ class Settings:
             return
         residency.rest()
         if self.resident_blocks is not None:
-            blocks = residency.models["dit"].blocks
+            blocks = cast(WanModel, residency.models["dit"]).blocks
             staying = [t.numel() for block in blocks[: self.resident_blocks] for t in tensors_of(block)]
             residency.stream("dit", blocks, sum(staying))
         if self.stream_text_encoder:
-            residency.stream("text_encoder", residency.models["text_encoder"].encoder.block)
+            text_encoder = cast(WanTextEncoder, residency.models["text_encoder"])
+            residency.stream("text_encoder", text_encoder.encoder.block)
 
 
 def keeping(motion: MotionGuidance | None) -> tuple[str, ...]:

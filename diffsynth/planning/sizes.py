@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae_layers import ResidualBlock
 
 # umt5-xxl, the text encoder of every published checkpoint; the defaults of `WanTextEncoder`.
 UMT5_XXL: Mapping[str, int] = {
@@ -116,7 +119,8 @@ class VAESize:
                 temporal.append(block.time_conv is not None)
                 levels.append([])
             else:
-                levels[-1].append(block.residual["6"].out_channels)
+                last = cast(ResidualBlock, block).residual["6"]
+                levels[-1].append(cast(nn.Conv3d, last).out_channels)
         return cls(
             z_dim=vae.z_dim,
             widths=tuple(level[-1] for level in levels),
@@ -139,7 +143,8 @@ class ModelSizes:
     @classmethod
     def of(cls, models: Mapping[str, nn.Module]) -> "ModelSizes":
         """Return the sizes of loaded models: "dit", "text_encoder" and "vae"."""
-        dit, text_encoder = models["dit"], models["text_encoder"]
+        dit = cast(WanModel, models["dit"])
+        text_encoder = cast(WanTextEncoder, models["text_encoder"])
         encoder = text_encoder.encoder
         return cls(
             name=f"DiT of width {dit.dim}, {dit.num_layers} blocks",
@@ -147,7 +152,7 @@ class ModelSizes:
             text_encoder=TextEncoderSize(
                 num_heads=encoder.config.num_heads, weights=_bytes_of(text_encoder, encoder.block)
             ),
-            vae=VAESize.of(models["vae"]),
+            vae=VAESize.of(cast(WanVideoVAE, models["vae"])),
         )
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:

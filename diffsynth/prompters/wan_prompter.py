@@ -30,8 +30,14 @@ class TextEncoder(Protocol):
     vocab: int
     dim: int
     num_loads: int
-    dtype: torch.dtype
-    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its results."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids [B, L] -> [B, L, dim]."""
@@ -80,8 +86,8 @@ class WanPrompter:
         than the encoder, RuntimeError if the encoder gives values that are not finite.
         """
         sequences, most = self._tokenise(prompt), self.text_len
-        where = {"dtype": text_encoder.dtype, "device": text_encoder.device}
-        rows = torch.zeros(len(sequences), most, text_encoder.dim, **where)
+        shape = len(sequences), most, text_encoder.dim
+        rows = torch.zeros(shape, dtype=text_encoder.dtype, device=text_encoder.device)
         for i, ids in enumerate(sequences):
             if (over := len(ids) - most) > 0:
                 told = "prompt %d has %d tokens; the last %d are cut, %d are used"
@@ -92,7 +98,7 @@ class WanPrompter:
 
     def cached(self, prompt: str | Sequence[str], text_encoder: TextEncoder) -> bool:
         """Whether `encode_prompt` would find everything remembered, and so not run the encoder."""
-        results = self._results.get(text_encoder, {})
+        results = self._results.get(text_encoder, OrderedDict())
         return all(_key(cut(ids, self.text_len), text_encoder) in results for ids in self._tokenise(prompt))
 
     def clear(self) -> None:

@@ -163,8 +163,10 @@ class SavedRun:
                 "or another folder"
             )
         prompts = [PromptEmbeddings(**part(state, f"context.{i}")) for i in range(facts["prompts"])]
-        tensors = {"noise": state["noise"], "reference": state.get("reference")}
-        self.inputs = RunInputs(prompts=prompts, **tensors, seconds=facts["seconds"])
+        reference = state.get("reference")
+        self.inputs = RunInputs(
+            prompts=prompts, noise=state["noise"], reference=reference, seconds=facts["seconds"]
+        )
         self._inputs_saved = True
         logger.info("going on with the run in %s", self._folder)
 

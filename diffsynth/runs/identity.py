@@ -35,7 +35,7 @@ def run_identity(
         if item.name != "output_type":
             identity |= _named(item.name, getattr(options, item.name))
     if pixels is not None:
-        identity["input_video"] = f"frames of hash {_hash(pixels.numpy())}"
+        identity["input_video"] = f"frames of hash {_hash(pixels.numpy().data)}"
     for name, model in models.items():
         identity[f"weights of {name}"] = weights_fingerprint(model)
     return identity
@@ -74,7 +74,7 @@ def weights_fingerprint(model: nn.Module) -> str:
             sampled.setdefault(tensor.device, []).append(values)
     # One copy from each device instead of one for each tensor.
     for samples in sampled.values():
-        digest.update(torch.cat(samples).cpu().numpy())
+        digest.update(torch.cat(samples).cpu().numpy().data)
     return digest.hexdigest()[:12]
 
 
@@ -91,5 +91,5 @@ def _short(value: object) -> str:
     return text if len(text) <= LONG else f"{text[:60]}... of hash {_hash(text.encode())}"
 
 
-def _hash(content: object) -> str:
+def _hash(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:12]

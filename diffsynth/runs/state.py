@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def joined(states: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
     return {f"{name}.{entry}": value for name, state in states.items() for entry, value in state.items()}
 
 
-def part(state: Mapping[str, object], name: str) -> dict[str, object]:
+def part(state: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The state that `joined` took in under a name; empty if there is none."""
     start = f"{name}."
     return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
@@ -99,7 +99,7 @@ def save_state(path: Path, state: Mapping[str, object], facts: Mapping[str, obje
         temporary.write_bytes(save(tensors, metadata))
 
 
-def load_state(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, object], dict[str, object]]:
+def load_state(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """The state and the facts that `save_state` wrote, tensors on a device.
 
     Raises FileNotFoundError if there is no such file, ValueError, naming it, if it is of another kind, cut
@@ -138,5 +138,5 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         head = f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}"
         crc = zlib.crc32(head.encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"

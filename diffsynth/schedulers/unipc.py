@@ -13,6 +13,7 @@ the call that the next step makes anyway.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ class UniPCScheduler:
                 kept |= {f"{name}.sigma": prediction.sigma, f"{name}.x0": prediction.x0}
         return kept
 
-    def restore(self, state: Mapping[str, object]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`, after set_timesteps: the steps that follow give the same bits.
 
         Raises ValueError for a state that is not of these timesteps.

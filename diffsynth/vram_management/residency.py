@@ -36,7 +36,9 @@ class Residency:
         """Names of the models whose blocks are streamed."""
         return tuple(self._streams)
 
-    def stream(self, name: str, blocks: Sequence[nn.Module], num_persistent_params: int = 0) -> None:
+    def stream(
+        self, name: str, blocks: Sequence[nn.Module] | nn.ModuleList, num_persistent_params: int = 0
+    ) -> None:
         """From the next stage on, stream these blocks of a model, but the first ones, which stay on the
         device through their stage: as many as have at most num_persistent_params numbers together.
 
@@ -101,7 +103,7 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device)
 
 
-def page_lock(blocks: Sequence[nn.Module]) -> None:
+def page_lock(blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
     """Move the blocks' weights to page-locked CPU memory, if they take at most half of what is free."""
     tensors = [tensor for block in blocks for tensor in tensors_of(block)]
     if sum(tensor.nbytes for tensor in tensors) > available_memory(CPU) // 2:

@@ -51,7 +51,9 @@ class BlockStream:
     Raises ValueError for blocks whose tensors differ in shape or dtype.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, copies: ImmediateCopies) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module] | nn.ModuleList, device: torch.device, copies: ImmediateCopies
+    ) -> None:
         self._blocks, self._device, self._copies = list(blocks), device, copies
         self._tensors: list[list[Tensor]] = []
         self._home: list[list[Tensor]] = []
@@ -104,7 +106,7 @@ class BlockStream:
 
     def _before(self, index: int, last: bool = False) -> None:
         """A block of a forward pass is next."""
-        if self._going_back and self._active.block == index:
+        if self._going_back and self._active is not None and self._active.block == index:
             return  # a checkpoint that is computed again: its weights are there
         self._going_back = False
         if index == 0:
@@ -170,7 +172,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def resident_blocks(blocks: Sequence[nn.Module], num_params: int) -> int:
+def resident_blocks(blocks: Sequence[nn.Module] | nn.ModuleList, num_params: int) -> int:
     """How many blocks, from the first, have at most num_params numbers together."""
     totals = accumulate(sum(tensor.numel() for tensor in tensors_of(block)) for block in blocks)
     return sum(total <= num_params for total in totals)

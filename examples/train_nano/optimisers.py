@@ -1,5 +1,8 @@
 """Muon on matrices and kernels, AdamW on everything else, a moving average of weights."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +34,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # takes no closure
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
         for group in self.param_groups:
             used = [p for p in group["params"] if p.grad is not None]
             for shape in sorted({tuple(p.shape) for p in used}):
@@ -41,11 +46,12 @@ class Muon(torch.optim.Optimizer):
         """One step of parameters of one shape, as one batch of matrices."""
         updates = []
         for parameter in params:
-            state = self.state[parameter]
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None  # those without are left out
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(parameter)
-            state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-            updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1))
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            updates.append(gradient.lerp(state["momentum"], group["momentum"]).flatten(1))
         steps = orthogonalised(torch.stack(updates))
         size = 0.2 * max(steps.shape[1:]) ** 0.5 * group["lr"]
         for parameter, step in zip(params, steps, strict=True):
@@ -54,7 +60,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(
-    model: nn.Module, is_matrix: "callable", muon_lr: float, adam_lr: float, weight_decay: float
+    model: nn.Module,
+    is_matrix: Callable[[str, nn.Parameter], bool],
+    muon_lr: float,
+    adam_lr: float,
+    weight_decay: float,
 ) -> list[torch.optim.Optimizer]:
     """Muon for the parameters that `is_matrix(name, parameter)` names, AdamW for the others."""
     named = list(model.named_parameters())
@@ -77,7 +87,7 @@ def set_rate(optimisers: list[torch.optim.Optimizer], factor: float) -> None:
 
 
 @torch.no_grad()
-def update_average(average: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
+def update_average(average: dict[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:
     """Move each averaged weight towards the current one by 1 - decay."""
     for name, value in weights.items():
         average[name].lerp_(value, 1 - decay)

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +59,9 @@ def save_state(path: Path, state: dict) -> None:
     temporary.replace(path)
 
 
-def load_state(path: Path) -> dict | None:
-    return torch.load(path, weights_only=True) if path.exists() else None
+def load_state(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote; empty if there is no such file."""
+    return torch.load(path, weights_only=True) if path.exists() else {}
 
 
 class Log:

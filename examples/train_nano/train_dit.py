@@ -8,6 +8,7 @@ from dit.state if it is there; more --video_steps than before train on from ther
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,15 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.vram_management import choose_device
 
-TEXT = {"dim": 64, "dim_attn": 64, "dim_ffn": 128, "num_heads": 4, "num_layers": 2, "num_buckets": 32}
-DIT = {"dim": 160, "ffn_dim": 640, "freq_dim": 64, "num_heads": 5, "num_layers": 6}
+TEXT: dict[str, Any] = {
+    "dim": 64,
+    "dim_attn": 64,
+    "dim_ffn": 128,
+    "num_heads": 4,
+    "num_layers": 2,
+    "num_buckets": 32,
+}
+DIT: dict[str, Any] = {"dim": 160, "ffn_dim": 640, "freq_dim": 64, "num_heads": 5, "num_layers": 6}
 IMAGE_KIND = 100 + DIT_TRAINING
 SHIFT = 3.0  # of the noise levels, as in generation
 CAPTION_DROP = 0.1
@@ -54,7 +62,8 @@ class TextToVideo(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for block in self.dit.blocks:
+        for module in self.dit.blocks:
+            block: Any = module
             for last in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
                 nn.init.zeros_(last.weight)
         nn.init.zeros_(self.dit.head.head.weight)

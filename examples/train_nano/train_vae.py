@@ -8,6 +8,7 @@ leave the encoder, and so the latents that a DiT was trained on, as they are.
 import argparse
 import logging
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae_layers import Downsample, ResidualBlock, Upsample
 from diffsynth.vram_management import choose_device
 
-SIZE = {
+SIZE: dict[str, Any] = {
     "dim": 16,
     "z_dim": 8,
     "dim_mult": (1, 2, 4),
@@ -51,12 +52,12 @@ def start_near_identity(vae: WanVideoVAE) -> None:
                 module.weight[:, :, -1] *= 3**0.5
                 module.weight[:, :, :-1] = 0
             if isinstance(module, ResidualBlock):
-                module.residual["6"].weight.zero_()
-                module.residual["6"].bias.zero_()
+                nn.init.zeros_(cast(nn.Conv3d, module.residual["6"]).weight)
+                nn.init.zeros_(cast(Tensor, cast(nn.Conv3d, module.residual["6"]).bias))
             if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
                 conv = module.time_conv
-                conv.weight.zero_()
-                conv.bias.zero_()
+                nn.init.zeros_(conv.weight)
+                nn.init.zeros_(cast(Tensor, conv.bias))
                 eye = torch.eye(conv.in_channels).repeat(conv.out_channels // conv.in_channels, 1)
                 conv.weight[:, :, 1 if isinstance(module, Downsample) else 2, 0, 0] = eye
 
@@ -92,7 +93,7 @@ def batch_for(step: int, total: int, clips: np.ndarray, seed: int) -> Tensor:
     row, col = rng.integers(0, clips.shape[2] - side + 1, 2)
     area = clips[rng.integers(0, len(clips), count)]
     area = area[:, start : start + frames, row : row + side, col : col + side]
-    return to_model(np.rot90(area, rng.integers(4), axes=(2, 3)))
+    return to_model(np.rot90(area, int(rng.integers(4)), axes=(2, 3)))
 
 
 @torch.no_grad()
