@@ -12,10 +12,8 @@ from diffsynth import WanVideoPipeline
 from diffsynth.evaluation import probe_motion, suggest
 from diffsynth.evaluation.probe_report import GUIDED_SIGMAS
 
-KINDS: dict[str, type] = dict.fromkeys(
-    ("clips", "height", "width", "num_frames", "blocks", "sf", "seed"), int
-)
-KINDS |= {"sigmas": float, "taus": float, "tokens": str, "prompt": str}
+KINDS: dict[str, type] = {"sigmas": float, "taus": float, "tokens": str, "prompt": str}
+KINDS |= dict.fromkeys(("clips", "height", "width", "num_frames", "blocks", "sf", "seed"), int)
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def test_a_part_that_is_not_there_is_bad_usage(transfer, tmp_path, capsys):
 
 
 def test_what_is_left_out_and_cut_off_is_told(transfer, tmp_path, capsys):
-    assert transfer(tmp_path / "a.mp4", "--num-frames", 5) == 0
+    assert transfer(tmp_path / "a.mp4", "--num-frames", 5, "-v") == 0
     told = capsys.readouterr().err
     assert "the first 5 are used, 0.167 of its 2 seconds; reading it at 2.5 frames a second" in told
     assert "32x48 -> 32x32 cuts off 33 % of the height; fit pad or stretch keeps it" in told

@@ -190,8 +190,10 @@ def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: Referenc
         raise ValueError(f"num_frames is {asked}, but input_video has {available} frames")
     else:
         length = asked
+    level = logging.WARNING if asked is None else logging.INFO
     if length < available and reference.fps:
-        logger.warning(
+        logger.log(
+            level,
             "the reference has %d frames: the first %d are used, %.3g of its %.3g seconds; "
             "reading it at %.3g frames a second (ref_fps) covers all",
             available,
@@ -201,7 +203,7 @@ def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: Referenc
             math.floor(100 * length / available * reference.fps) / 100,
         )
     elif length < available:
-        logger.warning("the reference has %d frames: its first %d are used", available, length)
+        logger.log(level, "the reference has %d frames: the first %d are used", available, length)
     return length
 
 

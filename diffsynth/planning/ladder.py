@@ -112,7 +112,7 @@ class Ladder:
             accelerator=self._residency is not None and self._device.type != "cpu",
             num_blocks=0
             if self._residency is None
-            else cast(WanModel, self._residency.models["dit"]).num_layers,
+            else len(cast(WanModel, self._residency.models["dit"]).blocks),
             picture=(options.height // self._vae.spatial_factor, options.width // self._vae.spatial_factor),
         )
         words, settings = next(below, ("", None))
