@@ -173,22 +173,7 @@ def probe_motion(
     ]
     blind = agreement(np.sum([moments_by_distance(t, t.blind[t.counted], sf) for t in truths], axis=0))
     latents, contexts = _encode(pipe, clips, prompt)
-    generator = torch.Generator().manual_seed(seed)
-    noises = [torch.randn(z.shape, generator=generator).to(z) for z in latents]
-    num_readings = pipe.dit.num_heads + len(HEAD_MEANS)
-    sums = np.zeros((len(blocks), num_readings, len(sigmas), len(taus), sf - 1, 4, 4))
-    with pipe.residency.using("dit"):
-        for c, s in progress([(c, s) for c in range(len(clips)) for s in range(len(sigmas))]):
-            noised = (1 - sigmas[s]) * latents[c] + sigmas[s] * noises[c]
-            timestep = torch.tensor([1000.0 * sigmas[s]], device=noised.device)
-            features = block_features(pipe.dit, noised, timestep, contexts[c], blocks)
-            for b, (q, k) in enumerate(features):
-                read = read_displacements(q, k, truths[c], taus)
-                if not read.isfinite().all():
-                    raise RuntimeError(
-                        f"block {blocks[b]} gives features that are not finite (DiT in {pipe.dit.dtype})"
-                    )
-                sums[b, :, s] += moments_by_distance(truths[c], read.cpu().numpy(), sf)
+    sums = _moments(pipe, latents, contexts, truths, blocks, sigmas, taus, sf, seed, progress)
     found = agreement(sums)
     return ProbeResult(
         correlation=found.correlation,
@@ -208,6 +193,38 @@ def probe_motion(
         prompt=prompt,
         seed=seed,
     )
+
+
+def _moments(
+    pipe: WanVideoPipeline,
+    latents: Sequence[Tensor],
+    contexts: Sequence[Tensor],
+    truths: Sequence[TrueFlow],
+    blocks: Sequence[int],
+    sigmas: Sequence[float],
+    taus: Sequence[float],
+    sf: int,
+    seed: int,
+    progress: Callable[[Iterable], Iterable],
+) -> np.ndarray:
+    """Return `moments_by_distance` of each block, reading, noise level and tau, summed over the clips."""
+    generator = torch.Generator().manual_seed(seed)
+    noises = [torch.randn(z.shape, generator=generator).to(z) for z in latents]
+    num_readings = pipe.dit.num_heads + len(HEAD_MEANS)
+    sums = np.zeros((len(blocks), num_readings, len(sigmas), len(taus), sf - 1, 4, 4))
+    with pipe.residency.using("dit"):
+        for c, s in progress([(c, s) for c in range(len(latents)) for s in range(len(sigmas))]):
+            noised = (1 - sigmas[s]) * latents[c] + sigmas[s] * noises[c]
+            timestep = torch.tensor([1000.0 * sigmas[s]], device=noised.device)
+            features = block_features(pipe.dit, noised, timestep, contexts[c], blocks)
+            for b, (q, k) in enumerate(features):
+                read = read_displacements(q, k, truths[c], taus)
+                if not read.isfinite().all():
+                    raise RuntimeError(
+                        f"block {blocks[b]} gives features that are not finite (DiT in {pipe.dit.dtype})"
+                    )
+                sums[b, :, s] += moments_by_distance(truths[c], read.cpu().numpy(), sf)
+    return sums
 
 
 def _check_options(
