@@ -1,18 +1,23 @@
 """Weights in every layout in which people have them: the same model, packed where the file packs it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth import ModelManager, WanVideoPipeline
+from diffsynth.cli.main import main
+from diffsynth.data.files import sha256_of_frames
 from diffsynth.models.checkpoint_files import CheckpointError, open_weights
 from diffsynth.models.gguf_files import UNPACK, unpack_gguf
 from diffsynth.models.packed_linear import PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder, transformers_to_official_key
+from diffsynth.runs.record import read_record
 from diffsynth.testing import write_checkpoint
 
 FP8 = torch.float8_e4m3fn
@@ -309,3 +314,76 @@ def test_one_file_with_everything_and_a_folder_of_comfy_make_the_same_video(tiny
         save_file({**tensors, **extra}, tmp_path / "comfy" / folder / "wan.safetensors")
     (tmp_path / "comfy" / "diffusion_models" / "config.json").write_text(config)
     torch.testing.assert_close(video(tmp_path / "comfy"), whole)
+
+
+FOREIGN_FILES = {
+    "HunyuanVideo or FLUX": "double_blocks.0.img_attn.qkv.weight",
+    "Stable Diffusion 3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+    "Stable Diffusion": "model.diffusion_model.input_blocks.1.0.in_layers.0.weight",
+    "LTX-Video, CogVideoX or a relative": "transformer_blocks.0.attn1.to_q.weight",
+    "the VAE of Wan2.2-TI2V-5B": "decoder.upsamples.0.upsamples.0.residual.2.weight",
+    "a CLIP image encoder": "visual.transformer.resblocks.0.attn.in_proj_weight",
+    "it is a LoRA; load_lora": "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
+}
+
+
+@pytest.mark.parametrize(("family", "name"), FOREIGN_FILES.items())
+def test_a_file_of_another_family_is_named_for_what_it_is(tmp_path, family, name):
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=re.escape(family)):
+        ModelManager(file_path_list=[tmp_path / "x.safetensors"])
+
+
+def test_a_vae_for_images_is_no_wan_vae(tmp_path):
+    save_file(
+        {"decoder.mid_block.resnets.0.conv1.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="it is a VAE for images"):
+        ModelManager(file_path_list=[tmp_path / "x.safetensors"])
+
+
+def test_a_lora_of_another_family_is_named(tmp_path, dit_state):
+    names = [f"lora_unet_double_blocks_0_img_attn_proj.lora_{part}.weight" for part in ("down", "up")]
+    save_file(
+        dict(zip(names, (torch.zeros(2, 8), torch.zeros(8, 2)), strict=True)), tmp_path / "l.safetensors"
+    )
+    manager = ModelManager()
+    save_file(dit_state, tmp_path / "dit.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": DIT["num_heads"]}))
+    manager.load_models([tmp_path / "dit.safetensors"])
+    with pytest.raises(CheckpointError, match="it is a LoRA for HunyuanVideo or FLUX"):
+        manager.load_lora(tmp_path / "l.safetensors")
+
+
+def test_models_are_named_one_by_one(tiny_checkpoint, tmp_path, capsys):
+    """As files lie in Comfy's folders: each model alone, under another name, in another folder."""
+    for name, found in {"t5": "models_t5*.pth", "vae": "*VAE.pth"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "my.bin").symlink_to(next(tiny_checkpoint.glob(found)))
+    (tmp_path / "t5" / "google").symlink_to(tiny_checkpoint / "google")
+    mine = {"text_encoder": tmp_path / "t5" / "my.bin", "vae": tmp_path / "vae" / "my.bin"}
+    mine["dit"] = next(tiny_checkpoint.glob("*.index.json"))
+    run = {
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "num_inference_steps": 2,
+        "seed": 0,
+        "output_type": "np",
+    }
+    whole = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")("a cat", **run)
+    parts = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu", dit=mine["dit"])("a cat", **run)
+    assert (whole == parts).all()
+    words = [word for name, file in mine.items() for word in (f"--{name.replace('_', '-')}", file)]
+    out = tmp_path / "out.mp4"
+    asked = ["--prompt", "a cat", "--mode", "No_transfer", "--height", 32, "--width", 32, "--num-frames", 5]
+    assert main(["transfer", *asked, *words, "--steps", 2, "--seed", 0, "--device", "cpu", "-o", out]) == 0
+    record = read_record(out)
+    assert record.video["frames_sha256"] == sha256_of_frames([Image.fromarray(f) for f in whole])
+    assert {mine[name].resolve().name for name in ("text_encoder", "vae")} <= record.model["files"].keys()
+    assert main(["transfer", "--from", out, "-o", tmp_path / "again.mp4"]) == 0
+    assert "every frame is as recorded" in capsys.readouterr().out
+    assert main(["transfer", *asked, "--vae", mine["dit"], "-o", tmp_path / "b.mp4", "--device", "cpu"]) == 1
+    assert ".index.json holds no wan_video_vae" in capsys.readouterr().err
+    with pytest.raises(TypeError, match="weights can be given for dit, text_encoder, vae; got clip"):
+        WanVideoPipeline.from_pretrained(tiny_checkpoint, clip="x")

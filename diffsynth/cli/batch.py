@@ -81,8 +81,8 @@ class _Batch:
 
     def __init__(self, options: Namespace, console: Console) -> None:
         self._options, self._console = options, console
-        self._checkpoint = choose_model(options.model, options.models_dir, console.note)
         self._loaded = load_options(vars(options))
+        self._checkpoint = choose_model(options.model, options.models_dir, console.note, self._loaded)
         self._model = describe_model(self._checkpoint, asdict(self._loaded))
         self._pipe: WanVideoPipeline | None = None
 

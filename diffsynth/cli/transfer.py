@@ -40,8 +40,8 @@ def run(options: Namespace, console: Console) -> int:
         check_output(options.output, options.overwrite)
     recorded = None
     if options.record is None:
-        folder = choose_model(options.model, options.models_dir, console.note)
         loaded = load_options(vars(options))
+        folder = choose_model(options.model, options.models_dir, console.note, loaded)
         task = make_task(task_options(vars(options)), options.reference, folder)
     else:
         if asked := task_options(vars(options)):

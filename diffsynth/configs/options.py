@@ -298,12 +298,18 @@ class LoadOptions:
     """How a model is loaded and run; None for the pipeline's own choice. It goes into the record.
 
     Attributes:
+        dit: a file, or a folder that holds one; likewise text_encoder and vae.
         loras: files that are merged into the DiT, each with its strength.
 
     Raises:
         ValueError: a value that is not allowed; the message names the option.
     """
 
+    dit: str | None = option(OrNone(Text()), "weights of the DiT, instead of the model's", default=None)
+    text_encoder: str | None = option(
+        OrNone(Text()), "weights of the text encoder, instead of the model's", default=None
+    )
+    vae: str | None = option(OrNone(Text()), "weights of the VAE, instead of the model's", default=None)
     device: str | None = option(OrNone(Text()), "auto, cpu, cuda, cuda:1, ...", default=None)
     dtype: str | None = option(
         OrNone(Choice(DTYPES)), "type of the weights; float32 on a CPU, else bfloat16", default=None

@@ -40,19 +40,25 @@ def attention_kernel(options: LoadOptions) -> AbstractContextManager[None]:
     return nullcontext() if options.attention is None else use_attention(options.attention)
 
 
-def choose_model(name: str | None, root: str | Path, note: Callable[[str], None]) -> Path:
+def choose_model(
+    name: str | None, root: str | Path, note: Callable[[str], None], options: LoadOptions | None = None
+) -> Path:
     """Return the folder of a model.
 
     Args:
         name: as for `from_pretrained`; None for the largest complete published one below root, else nano.
         root: where published models are.
         note: told which one is taken if none is named.
+        options: how it is loaded. If they name all three models and there is no name, the DiT's folder is
+            taken.
 
     Raises:
         FileNotFoundError: there is no model of this name.
     """
     if name is not None:
         return checkpoint_folder(name, root)
+    if options is not None and options.dit is not None and len(parts_of(options)) == 3:
+        return Path(options.dit) if Path(options.dit).is_dir() else Path(options.dit).parent
     for key, checkpoint in reversed(list(PUBLISHED.items())):
         folder = Path(root) / checkpoint.folder
         if folder.is_dir() and not missing_files(folder, checkpoint):
@@ -65,6 +71,12 @@ def choose_model(name: str | None, root: str | Path, note: Callable[[str], None]
     return checkpoint_folder("nano")
 
 
+def parts_of(options: LoadOptions) -> dict[str, str]:
+    """Return the weights that are loaded instead of the checkpoint's, by name of the model."""
+    parts = {"dit": options.dit, "text_encoder": options.text_encoder, "vae": options.vae}
+    return {name: file for name, file in parts.items() if file is not None}
+
+
 def load_pipeline(folder: Path, options: LoadOptions) -> WanVideoPipeline:
     """Load the pipeline of a checkpoint.
 
@@ -75,6 +87,7 @@ def load_pipeline(folder: Path, options: LoadOptions) -> WanVideoPipeline:
     chosen: dict[str, Any] = {
         name: getattr(torch, dtype) for name, dtype in dtypes.items() if dtype is not None
     }
+    chosen |= parts_of(options)
     try:
         pipe = WanVideoPipeline.from_pretrained(
             folder, device=options.device or "auto", loras=options.loras, **chosen

@@ -33,6 +33,7 @@ from diffsynth.models.checkpoint_files import (
     is_safetensors,
     open_weights,
 )
+from diffsynth.models.model_kinds import foreign_family
 from diffsynth.models.wan_video_dit_keys import diffusers_module, official_module
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,8 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
         names[layer] = _without_prefix(match["module"])
     stored = {layer: parts for layer, parts in stored.items() if parts.keys() != {"alpha"}}
     if not stored:
+        if family := foreign_family(tensors):
+            raise CheckpointError(f"{lora} matches no layer of the DiT: it is a LoRA for {family}")
         raise CheckpointError(
             f"{lora} matches no layer of the DiT, so it would have no effect; "
             f"its keys begin with {unknown[:3]}"

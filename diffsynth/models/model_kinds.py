@@ -3,7 +3,8 @@
 Kinds are told by names and shapes, so any width and depth loads; official and diffusers names are understood.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -82,9 +83,33 @@ KINDS = (
 )
 
 
+# Names that tell what a file is that holds no model of these kinds; "_" stands for "." in some LoRAs.
+_FOREIGN = {
+    r"double[._]blocks": "HunyuanVideo or FLUX",
+    r"joint[._]blocks": "Stable Diffusion 3",
+    r"(input|down)[._]blocks[._]\d+[._](\d|attentions|resnets)|mid_block\.attentions": "Stable Diffusion",
+    r"transformer[._]blocks[._]0[._](attn1|norm1|attn[._])": "LTX-Video, CogVideoX or a relative",
+    r"vace[._]blocks": "Wan VACE",
+    r"(up|down)samples\.0\.(up|down)samples": "the VAE of Wan2.2-TI2V-5B",
+    r"visual\.transformer|vision_model\.": "a CLIP image encoder",
+    r"text_model\.": "a CLIP text encoder",
+}
+_LORA = re.compile(r"lora_(A|B|down|up)\b|lokr_w|hada_w")
+
+
+def foreign_family(names: Iterable[str]) -> str | None:
+    """Return the family of models that names of tensors belong to, of the known ones that do not load."""
+    text = "\n".join(names)
+    return next((family for pattern, family in _FOREIGN.items() if re.search(pattern, text)), None)
+
+
 def kind_of(tensors: Mapping[str, StoredTensor]) -> ModelKind | None:
     """Return the kind of model that has tensors of these names; None for none."""
     return next((k for k in KINDS if k.official_mark in tensors or k.diffusers_mark in tensors), None)
+
+
+def _mark_of(kind: ModelKind, tensors: Mapping[str, StoredTensor]) -> str:
+    return kind.official_mark if kind.official_mark in tensors else kind.diffusers_mark
 
 
 def split(tensors: Mapping[str, StoredTensor]) -> list[dict[str, StoredTensor]]:
@@ -121,10 +146,16 @@ def recognise(
     """
     hint = "; give all shards in one list, or the folder" if "-of-" in source else ""
     kind = kind_of(tensors)
+    if kind is not None and len(tensors[_mark_of(kind, tensors)].shape) == 4:
+        raise CheckpointError(f"{source} is not a Wan2.1 VAE: it is a VAE for images")
     if kind is None:
+        is_not = f"{source} is not a Wan2.1 DiT, text encoder or VAE"
+        if any(_LORA.search(name) for name in tensors):
+            raise CheckpointError(f"{is_not}: it is a LoRA; load_lora (--lora) takes it")
+        if family := foreign_family(tensors):
+            raise CheckpointError(f"{is_not}: its tensors are those of {family}")
         raise CheckpointError(
-            f"{source} is not a Wan2.1 DiT, text encoder or VAE: "
-            f"{len(tensors)} tensors, among them {', '.join(sorted(tensors)[:3]) or 'none'}{hint}"
+            f"{is_not}: {len(tensors)} tensors, among them {', '.join(sorted(tensors)[:3]) or 'none'}{hint}"
         )
     if kind.official_mark not in tensors:
         names = kind.to_official({key: tensor.shape for key, tensor in tensors.items()})

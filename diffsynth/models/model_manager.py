@@ -121,7 +121,8 @@ class ModelManager:
                 same = (c.name for c in PUBLISHED.values() if dict(c.dit_kwargs) == arguments)
                 logger.info("%s: %s from %s", name, next(same, "unpublished size"), source)
         if not loaded:
-            raise CheckpointError(f"{entry} holds no Wan2.1 DiT, text encoder or VAE")
+            wanted = "Wan2.1 DiT, text encoder or VAE" if model_names is None else " or ".join(model_names)
+            raise CheckpointError(f"{entry} holds no {wanted}")
         self.loaded.extend(loaded.values())
 
     def find(self, name: str) -> LoadedModel:

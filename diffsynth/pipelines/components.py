@@ -11,6 +11,7 @@ from diffsynth.configs.resolve import ModelFacts, ReferenceFacts
 from diffsynth.data import VideoData
 from diffsynth.data.tensors import Video, frame_size
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
+from diffsynth.models.model_kinds import KINDS
 from diffsynth.models.model_manager import LoadedModel, ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
@@ -85,10 +86,19 @@ def load_checkpoint(
     torch_dtype: torch.dtype,
     vae_dtype: torch.dtype,
     loras: Mapping[str, float] | Mapping[Path, float],
+    parts: Mapping[str, str | Path],
 ) -> ModelManager:
     """Load the three models of a checkpoint folder, or of a name as for `from_pretrained`, and LoRAs.
 
+    Args:
+        path: the folder or name.
+        torch_dtype: of DiT and text encoder.
+        vae_dtype: of the VAE.
+        loras: files with their strengths.
+        parts: weights of "dit", "text_encoder" and "vae" which are loaded instead of the folder's.
+
     Raises:
+        TypeError: another name among the parts.
         FileNotFoundError: a file is missing.
         CheckpointError: a file is damaged or of another kind.
     """
@@ -97,8 +107,14 @@ def load_checkpoint(
         if not Path(file).is_file():
             raise FileNotFoundError(f"LoRA {file} does not exist")
     manager = ModelManager(torch_dtype=torch_dtype)
-    manager.load_models([folder], vae_dtype=vae_dtype)
-    missing = {"wan_video_dit", "wan_video_text_encoder", "wan_video_vae"} - {m.name for m in manager.loaded}
+    kinds = {kind.name.removeprefix("wan_video_"): kind.name for kind in KINDS}
+    if unknown := sorted(parts.keys() - kinds.keys()):
+        raise TypeError(f"weights can be given for {', '.join(kinds)}; got {', '.join(unknown)}")
+    if wanted := [kind for name, kind in kinds.items() if name not in parts]:
+        manager.load_models([folder], vae_dtype=vae_dtype, model_names=wanted)
+    for name, file in parts.items():
+        manager.load_models([file], vae_dtype=vae_dtype, model_names=[kinds[name]])
+    missing = set(kinds.values()) - {model.name for model in manager.loaded}
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks the weights of {', '.join(sorted(missing))}; {DOWNLOAD_HINT}"

@@ -119,17 +119,17 @@ class WanVideoPipeline:
         device: str | torch.device = "auto",
         vae_dtype: torch.dtype = torch.float32,
         loras: Mapping[str, float] | Mapping[Path, float] | None = None,
+        **parts: str | Path,
     ) -> "WanVideoPipeline":
         """Return a pipeline over a checkpoint.
 
         Args:
-            path: a folder in the official or diffusers layout, "1.3b" or "14b" below models/, or "nano", the
-                small model that comes with the package.
-            torch_dtype: bfloat16 on an accelerator and float32 on a CPU by default; float8_e4m3fn and int8
-                store the weights of linear layers in eight bits.
+            path: a folder in the official or diffusers layout, "1.3b", "14b", or "nano", the embedded model.
+            torch_dtype: bfloat16 on an accelerator, float32 on a CPU; float8_e4m3fn and int8 store in 8 bits.
             device: "auto", "cpu", "cuda", "cuda:1", ...
             vae_dtype: what the VAE runs in; float32 by default, as the official one.
             loras: files to merge into the DiT, each with its strength.
+            parts: dit, text_encoder and vae: weights that are loaded instead of the checkpoint's.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -137,7 +137,7 @@ class WanVideoPipeline:
         """
         chosen = choose_device(device)
         dtype = torch_dtype or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)
-        manager = load_checkpoint(path, dtype, check_dtype(vae_dtype, WIDE_DTYPES), loras or {})
+        manager = load_checkpoint(path, dtype, check_dtype(vae_dtype, WIDE_DTYPES), loras or {}, parts)
         return cls.from_model_manager(manager, device=chosen)
 
     @property

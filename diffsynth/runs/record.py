@@ -195,10 +195,12 @@ def describe_model(folder: Path, setup: Mapping[str, Any]) -> dict[str, Any]:
     """Return folder, files and setup of a checkpoint: the `model` of a record.
 
     Its files are weights, configs and tokenizer, and by their whole paths those of its LoRAs (`loras` of the
-    setup, path to strength).
+    setup, path to strength) and of models that are loaded instead of the folder's.
     """
     folder = folder.resolve()
-    weights = {file for group in files_of(folder) for file in group}
+    instead = [setup[name] for name in ("dit", "text_encoder", "vae") if setup.get(name)]
+    weights = {file for group in files_of(folder) for file in group} if len(instead) < 3 else set()
+    weights |= {file.resolve() for entry in instead for group in files_of(entry) for file in group}
     found = {file for pattern in _TOKENIZER_FILES for file in folder.rglob(pattern)}
     others = {file for file in found if "/." not in f"/{file.relative_to(folder).as_posix()}"}
     described: dict[str, dict[str, Any]] = {}
