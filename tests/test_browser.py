@@ -7,11 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from diffsynth import VideoData
+from diffsynth import VideoData, save_video
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
 pytest.importorskip("gradio", reason="needs gradio, the extra ui")
@@ -46,7 +50,9 @@ def browser(tmp_path_factory):
     options.binary_location = CHROMIUM
     quiet = ("disable-background-networking", "disable-component-update", "disable-sync", "no-first-run")
     profile = tmp_path_factory.mktemp("profile")
-    for name in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", *quiet):
+    # Colours are converted as on a GPU: without, Chromium rounds BT.709's blue coarsely, by up to 12 levels.
+    gpu = ("use-gl=angle", "use-angle=swiftshader", "enable-unsafe-swiftshader")
+    for name in ("headless=new", "no-sandbox", "disable-dev-shm-usage", *gpu, *quiet):
         options.add_argument(f"--{name}")
     options.add_argument(f"--user-data-dir={profile}")
     options.add_argument("--window-size=1500,1300")
@@ -152,3 +158,38 @@ def test_what_is_wrong_is_said_and_nothing_was_wrong_in_the_browser(page):
     panel_says(page, "num_inference_steps must be a whole number from 1 to 200; got 1000")
     severe = [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
     assert [message for message in severe if "favicon" not in message] == []
+
+
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (220, 150, 120), (128, 128, 128), (30, 30, 30)]
+READ_CANVAS = """
+const [points, done] = arguments;
+const video = document.querySelector("video");
+video.muted = true;
+video.onseeked = () => {
+  const canvas = document.createElement("canvas");
+  canvas.width = video.videoWidth; canvas.height = video.videoHeight;
+  const context = canvas.getContext("2d", {colorSpace: "srgb"});
+  context.drawImage(video, 0, 0);
+  done(points.map(([x, y]) => [...context.getImageData(x, y, 1, 1).data].slice(0, 3)));
+};
+video.currentTime = 0.1;
+"""
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 832), (832, 480), (720, 1280)])
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_the_browser_shows_saved_colours_within_three_levels(browser, tmp_path, height, width, suffix):
+    frame = np.zeros((height, width, 3), np.uint8)
+    side = width // len(COLOURS)
+    for index, colour in enumerate(COLOURS):
+        frame[:, index * side : (index + 1) * side] = colour
+    save_video([frame] * 5, tmp_path / f"colours{suffix}", fps=10, quality=9)
+    (tmp_path / "page.html").write_text(f'<video src="colours{suffix}" preload="auto"></video>')
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        browser.get(f"http://127.0.0.1:{files.server_port}/page.html")
+        points = [[index * side + side // 2, height // 2] for index in range(len(COLOURS))]
+        shown = browser.execute_async_script(READ_CANVAS, points)
+        files.shutdown()
+    assert np.abs(np.array(shown) - np.array(COLOURS)).max() <= 3

@@ -277,7 +277,7 @@ def test_files_say_that_they_are_bt709(tmp_path):
 
     save_video([patches()] * 3, tmp_path / "a.mp4")
     log = subprocess.run([get_ffmpeg_exe(), "-i", tmp_path / "a.mp4"], capture_output=True, text=True).stderr
-    assert "yuv420p(tv, bt709" in log
+    assert "yuv420p(tv, bt709, progressive)" in log  # matrix, primaries and transfer alike
 
 
 def test_saving_and_loading_eight_times_does_not_drift(tmp_path):

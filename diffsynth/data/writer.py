@@ -26,7 +26,11 @@ QUICKTIME = (".mp4", ".m4v", ".mov")
 VIDEO_SUFFIXES = (*QUICKTIME, ".mkv", ".avi", ".webm", ".gif")
 DEFAULT_FPS = 15
 LOSSLESS_SUFFIXES = (".mkv", ".avi", ".webm")
-_TO_BT709 = f"scale=out_color_matrix=bt709:out_range=tv:{EXACT_SCALING}"
+# setparams as well as the options: ffmpeg 7 and newer take tags from the frames. Players ignore half a tag.
+_TO_BT709 = (
+    f"scale=out_color_matrix=bt709:out_range=tv:{EXACT_SCALING},"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
 _BT709 = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
 _SOUND_CODECS = {**dict.fromkeys((*QUICKTIME, ".mkv"), "aac"), ".avi": "libmp3lame", ".webm": "libopus"}
 _GIF_PALETTE = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=sierra2_4a"
