@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from concurrent.futures import CancelledError
+from pathlib import Path
 
 import pytest
 import torch
@@ -361,7 +362,8 @@ def asked(path):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Guard(app)({"type": "http", "path": path}, None, send))
+    scope = {"type": "http", "path": path, "method": "GET", "headers": [(b"host", b"localhost")]}
+    asyncio.run(Guard(app, uploads=Path("uploads"), cache=Path("cache"))(scope, None, send))
     return sent[0]["status"], dict(sent[0]["headers"]), bool(reached)
 
 

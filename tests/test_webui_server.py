@@ -1,5 +1,7 @@
 """The page's server under many visitors at once, over its own protocol."""
 
+import json
+import os
 import threading
 import time
 import urllib.error
@@ -11,6 +13,7 @@ import pytest
 from diffsynth.configs.options import LoadOptions
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui.queue import JobQueue
+from diffsynth.webui.security import make_room
 from diffsynth.webui.uploads import UploadLimits
 
 pytest.importorskip("gradio", reason="needs gradio, the extra ui")
@@ -129,3 +132,105 @@ def test_files_of_other_folders_are_not_served(server, clip):
     for path in (clip, "/etc/passwd", session.folder / "config.json", f"{session.cache}/../../passwd"):
         assert status(address, f"/gradio_api/file={path}") in (403, 404)
     assert status(address, "/gradio_api/proxy=http://127.0.0.1:1/") == 403
+
+
+def asked(address, path, content=None, **headers):
+    """(status, headers, text) of a GET, or of a POST of JSON or bytes."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    if content is not None and not isinstance(content, bytes):
+        content, named["Content-Type"] = json.dumps(content).encode(), "application/json"
+    try:
+        answer = urllib.request.urlopen(
+            urllib.request.Request(address + path, content, named), timeout=PATIENCE
+        )
+        return answer.status, dict(answer.headers), answer.read(10_000).decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read().decode(errors="replace")
+
+
+def call_with(path):
+    reference = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+    return {"data": [{"video": reference}, "a cat", "", "exact", "AMF", 3, 0.75, 2, 1, 32, 32, 5, *WHOLE]}
+
+
+def test_only_uploads_are_read_whatever_a_request_names(server, clip):
+    address, session = server
+    uploads = session.cache.parent / "uploads"
+    link = uploads / "link.mp4"
+    link.symlink_to(clip)
+    paths = [
+        clip,
+        "/etc/passwd",
+        link,
+        f"{uploads}/../../{clip.name}",
+        f"file://{clip}",
+        "http://127.0.0.1:1/a.mp4",
+    ]
+    paths += [
+        session.output_dir / "x.mp4",
+        session.folder / "config.json",
+        "~/secret.mp4",
+        f"{uploads}-other/a.mp4",
+    ]
+    before = sorted(map(str, session.references.rglob("*"))) if session.references.exists() else []
+    for path in paths:
+        for route in ("/gradio_api/call/generate", "/gradio_api/call/inspect", "/gradio_api/run/generate"):
+            code, _, text = asked(address, route, call_with(path))
+            assert (code, text) == (403, "the request names a file that was not uploaded here"), (route, path)
+        code, _, _ = asked(
+            address, "/gradio_api/queue/join", {**call_with(path), "fn_index": 1, "session_hash": "a"}
+        )
+        assert code == 403
+    link.unlink()
+    after = sorted(map(str, session.references.rglob("*"))) if session.references.exists() else []
+    assert after == before
+    assert asked(address, "/gradio_api/call/generate", {"data": ["x" * 2**20]})[0] == 413
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil"]
+)
+def test_foreign_hosts_are_refused(server, host):
+    for path in ("/", "/config", "/gradio_api/info"):
+        code, _, text = asked(server[0], path, Host=host)
+        assert (code, "--allow-host" in text) == (403, True)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:7860", "[::1]:7860", "LOCALHOST"])
+def test_own_hosts_are_served(server, host):
+    assert asked(server[0], "/config", Host=host)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "http://localhost:9999", "http://127.0.0.1:1", "null"]
+)
+def test_another_origin_changes_nothing_and_reads_nothing(server, origin):
+    address, session = server
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\nabc\r\n--x--\r\n'
+    kind = "multipart/form-data; boundary=x"
+    uploads = session.cache.parent / "uploads"
+    before = len(list(uploads.rglob("*")))
+    code, headers, _ = asked(address, "/gradio_api/upload", form, Origin=origin, Content_Type=kind)
+    assert code == 403
+    assert len(list(uploads.rglob("*"))) == before
+    assert asked(address, "/gradio_api/call/cancel", {"data": [None]}, Origin=origin)[0] == 403
+    _, headers, _ = asked(address, "/config", Origin=origin)
+    assert not [name for name in headers if name.lower().startswith("access-control-")]
+    assert asked(address, "/gradio_api/upload", form, Origin=address, Content_Type=kind)[0] == 200
+
+
+def test_the_routes_are_not_described(server):
+    assert asked(server[0], "/gradio_api/openapi.json")[0] == 403
+    assert asked(server[0], "/openapi.json")[0] == 403
+
+
+def test_old_uploads_make_room(tmp_path):
+    for index in range(5):
+        (tmp_path / f"{index}").mkdir()
+        file = tmp_path / f"{index}" / "a.mp4"
+        file.write_bytes(bytes(1000))
+        os.utime(file, (index, index if index < 4 else time.time()))
+    make_room(tmp_path, 2500)
+    assert sorted(path.parent.name for path in tmp_path.rglob("*.mp4")) == ["3", "4"]
+    make_room(tmp_path, 0)
+    assert [path.parent.name for path in tmp_path.rglob("*.mp4")] == ["4"]  # it may be in use

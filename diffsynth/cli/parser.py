@@ -216,6 +216,13 @@ def _add_ui(parser: Parser) -> None:
     parser.add_argument("--port", type=port, default=7860, metavar="N", help="0: a free one (7860)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these")
     parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name of the page, as of a proxy",
+    )
+    parser.add_argument(
         "-o", "--output-dir", default="videos", metavar="DIR", help="for videos, records, references (videos)"
     )
     parser.add_argument("--max-upload", type=number, default=200, metavar="MB", help="of a reference (200)")

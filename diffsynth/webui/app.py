@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -250,21 +250,32 @@ def build(page: Page) -> Any:
     return demo.queue(max_size=4 * VISITORS)
 
 
-def make_app(page: Page, auth: tuple[str, str] | None = None, root_path: str | None = None) -> Guard:
+def make_app(
+    page: Page,
+    auth: tuple[str, str] | None = None,
+    root_path: str | None = None,
+    *,
+    host: str = "127.0.0.1",
+    allowed_hosts: Sequence[str] = (),
+) -> Guard:
     """Return the server's application.
 
     Args:
         page: its handlers.
         auth: user and password to ask for; None to ask for none.
         root_path: of the page behind a proxy.
+        host: address that the server listens at.
+        allowed_hosts: further names under which the page is reached.
     """
     gr = import_gradio()
     from fastapi import FastAPI
 
     local = ("ui-sans-serif", "system-ui", "sans-serif")
+    demo = build(page)
+    demo.has_launched = True  # gradio checks the paths of files only in an app that it has launched itself
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        build(page),
+        demo,
         path="/",
         auth=auth,
         root_path=root_path,
@@ -274,7 +285,14 @@ def make_app(page: Page, auth: tuple[str, str] | None = None, root_path: str | N
         theme=gr.themes.Soft(font=local, font_mono=("ui-monospace", "monospace")),
         css=panel.CSS,
     )
-    return Guard(app)
+    return Guard(
+        app,
+        uploads=Path(os.environ["GRADIO_TEMP_DIR"]),
+        cache=page.session.cache,
+        host=host,
+        allowed=allowed_hosts,
+        megabytes=page.session.limits.megabytes,
+    )
 
 
 def temporary_folders() -> tuple[tempfile.TemporaryDirectory, Path]:

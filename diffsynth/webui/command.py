@@ -50,7 +50,7 @@ def run(options: Namespace, console: Console) -> int:
             cache=cache,
             limits=limits,
         )
-        app = make_app(Page(session, queue), auth)
+        app = make_app(Page(session, queue), auth, host=options.host, allowed_hosts=options.allow_host)
         address = f"http://{options.host}:{listening.getsockname()[1]}"
         console.note(f"the page is at {address}; videos go to {output_dir}; Ctrl-C ends")
         console.result({"address": address, "output_dir": str(output_dir)})

@@ -1,9 +1,14 @@
-"""Protection of the server: browsers load nothing from elsewhere, and nothing is fetched for a visitor."""
+"""Protection of the server: who may ask for what, and what browsers may load."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
+from pathlib import Path
+from stat import S_ISREG
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -22,42 +27,185 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
-# Routes that would fetch what a visitor names.
-_FETCHING = ("/proxy=", "/file=http:", "/file=https:", "/file/http:", "/file/https:")
+# Routes that would fetch what a visitor names, and the description of all routes.
+_REFUSED = ("/proxy=", "/file=http:", "/file=https:", "/file/http:", "/file/https:", "/openapi.json")
+LARGEST_REQUEST = 1 << 20  # bytes of a request that is no upload
+YOUNG = 600  # seconds for which an upload is kept whatever else arrives
+UPLOADS_KEPT = 10  # uploads of the largest size that are kept at a time
 
 
 class Guard:
-    """An ASGI layer around the app that refuses to fetch for visitors and sets the security headers."""
+    """An ASGI layer around the app that answers 403 or 413 to what no page of this server asks for.
 
-    def __init__(self, app: App) -> None:
+    It refuses foreign Host headers (DNS rebinding), requests that change something from another origin,
+    routes that fetch for visitors, and requests that name a file of the server which was not uploaded to it.
+
+    Args:
+        app: the application.
+        host: address that the server listens at.
+        allowed: further names under which the page is reached, as behind a proxy.
+        uploads: folder in which uploads arrive.
+        cache: folder of files that the page shows.
+        megabytes: size of the largest upload.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        uploads: Path,
+        cache: Path,
+        host: str = "127.0.0.1",
+        allowed: Sequence[str] = (),
+        megabytes: float = 200,
+    ) -> None:
         self._app = app
+        self._names = {"localhost", "127.0.0.1", "::1", host.lower(), *(name.lower() for name in allowed)}
+        self._allowed = {name.lower() for name in allowed}
+        self._any_address = not is_local(host)
+        self._folders = uploads.resolve(), cache.resolve()
+        self._quota = int(UPLOADS_KEPT * megabytes * 2**20)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        path = unquote(scope["path"]).lower()
-        if any(route in path for route in _FETCHING):
-            await send({"type": "http.response.start", "status": 403, "headers": list(_HEADERS)})
-            await send({"type": "http.response.body", "body": b"this server fetches nothing for others"})
+        if reason := self._refusal(scope):
+            await _refuse(send, 403, reason)
             return
+        if scope["type"] == "http" and scope["method"] == "POST":
+            if scope["path"].endswith("/upload"):
+                make_room(self._folders[0], self._quota)
+            else:
+                body = await _read_all(receive)
+                if body is None:
+                    await _refuse(send, 413, f"a request may have {LARGEST_REQUEST} bytes")
+                    return
+                if not self._names_uploads_only(body):
+                    await _refuse(send, 403, "the request names a file that was not uploaded here")
+                    return
+                receive = _replayed(body, receive)
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *_HEADERS]}
+                # gradio lets pages of other ports of this machine read answers.
+                own = [
+                    h for h in message.get("headers", ()) if not h[0].lower().startswith(b"access-control-")
+                ]
+                message = {**message, "headers": [*own, *_HEADERS]}
             await send(message)
 
         await self._app(scope, receive, send_guarded)
 
+    def _refusal(self, scope: Message) -> str | None:
+        """Return why a request is refused for its path or its headers."""
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        path = unquote(scope["path"]).lower()
+        if any(route in path for route in _REFUSED):
+            return "this server fetches nothing for others"
+        host = headers.get(b"host", "")
+        if not self._is_own(host):
+            return f"this page is not served as {host[:100]!r}; --allow-host names further hosts"
+        origin = headers.get(b"origin")
+        changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD")
+        if changes and origin is not None:
+            theirs = urlsplit(origin)
+            same = theirs.netloc.lower() == host.lower() or theirs.hostname in self._allowed
+            if not same:
+                return "another site may not use this page"
+        return None
+
+    def _is_own(self, host: str) -> bool:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name in self._names:
+            return True
+        # Who listens at all addresses is reached by each of them; a name could be anybody's.
+        return self._any_address and _is_address(name)
+
+    def _names_uploads_only(self, body: bytes) -> bool:
+        """Return whether all files that a request names are in the folders of uploads and of shown files."""
+        try:
+            content = json.loads(body or b"null")
+        except (ValueError, RecursionError):
+            return True  # no call of the page's functions
+        return all(self._is_held(path) for path in _paths(content))
+
+    def _is_held(self, path: str) -> bool:
+        try:
+            real = Path(path).resolve()
+        except (OSError, ValueError, RuntimeError):
+            return False
+        return any(real.is_relative_to(folder) for folder in self._folders)
+
+
+def make_room(folder: Path, most: int) -> None:
+    """Delete the oldest uploads of a folder until they take at most a number of bytes; young ones stay."""
+    found = []
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            facts = path.lstat()
+            if S_ISREG(facts.st_mode):
+                found.append((facts.st_mtime, facts.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for modified, size, path in sorted(found):
+        if total <= most or modified > time.time() - YOUNG:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def _paths(content: Any) -> Iterator[str]:
+    """Yield the paths of the files that a call names, however deep."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if name == "path" and isinstance(value, str):
+                yield value
+            else:
+                yield from _paths(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _paths(value)
+
+
+async def _read_all(receive: Receive) -> bytes | None:
+    """Return the body of a request; None if it is too large."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > LARGEST_REQUEST:
+            return None
+        if not message.get("more_body"):
+            return body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Return a receive that gives the body, then what follows it."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return first.pop() if first else await receive()
+
+    return replay
+
+
+async def _refuse(send: Send, status: int, reason: str) -> None:
+    headers = [*_HEADERS, (b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": reason.encode()})
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
 
 def is_local(host: str) -> bool:
     """Return whether an address that a server listens at can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
 
 
 def read_auth(text: str | None) -> tuple[str, str] | None:
