@@ -357,29 +357,30 @@ class WanVideoPipeline:
             options["seed"] = saved_seed(folder)
         run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
         noise_generator(run)
-        ladder = Ladder(self.residency, self.vae)
-        run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
-        logger.info("generating %d video(s): %s", len(prompts), run)
-        self._interrupted.clear()
         pixels = None
         if input_video is not None:
             pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
             if run.motion is not None:
                 warn_of_reference(pixels)
-        with open_run(folder, saving, self.residency, prompts, pixels, run, self.interrupt) as saved:
-            videos = generate(
-                self.models,
-                prompts,
-                pixels,
-                run,
-                ladder,
-                on_step=partial(self._on_step, callback_on_step_end, observer),
-                observer=observer,
-                progress=progress_bar_cmd,
-                stop=self.interrupted,
-                saved=saved,
-                fps=input_video.fps if isinstance(input_video, VideoData) else None,
-            )
+        with self.residency.exclusive():
+            ladder = Ladder(self.residency, self.vae)
+            run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
+            logger.info("generating %d video(s): %s", len(prompts), run)
+            self._interrupted.clear()
+            with open_run(folder, saving, self.residency, prompts, pixels, run, self.interrupt) as saved:
+                videos = generate(
+                    self.models,
+                    prompts,
+                    pixels,
+                    run,
+                    ladder,
+                    on_step=partial(self._on_step, callback_on_step_end, observer),
+                    observer=observer,
+                    progress=progress_bar_cmd,
+                    stop=self.interrupted,
+                    saved=saved,
+                    fps=input_video.fps if isinstance(input_video, VideoData) else None,
+                )
         if test_latency and latency_dir is not None:
             for video in videos:
                 video.cost.append_to(latency_dir)
@@ -388,12 +389,9 @@ class WanVideoPipeline:
     def _on_step(self, callback: Callback | None, observer: Observer, event: RunEvent) -> Tensor | None:
         """Tell callback and observer of a step; return the latents that replace the run's, if any."""
         replaced, latents, timestep = None, event.latents, event.timestep
-        if (
-            callback is not None
-            and event.stage == "sampling"
-            and latents is not None
-            and timestep is not None
-        ):
+        if callback is not None and event.stage == "sampling":
+            assert latents is not None
+            assert timestep is not None
             returned = callback(self, event.step - 1, timestep, {"latents": latents})
             replaced = None if returned is None else replaced_latents(returned, latents)
         observer(event if replaced is None else replace(event, latents=replaced))

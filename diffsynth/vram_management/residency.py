@@ -1,6 +1,7 @@
 """Which models, and which of their blocks, are on the compute device while a stage runs."""
 
 import gc
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -27,6 +28,8 @@ class Residency:
         self.models = dict(models)
         self.device = device
         self.offload = False
+        self._turn = threading.RLock()
+        self._taken = False
         self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}
         # Of each model that came for a stage: its tensors, and their values on the CPU.
         self._homes: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -35,6 +38,22 @@ class Residency:
     def streaming(self) -> tuple[str, ...]:
         """Names of the models whose blocks are streamed."""
         return tuple(self._streams)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Return a context in which no other thread has the models; it waits until one that has them is done.
+
+        Raises:
+            RuntimeError: this thread has them already, as in a callback of a run.
+        """
+        with self._turn:
+            if self._taken:
+                raise RuntimeError("the pipeline is running: its callbacks cannot call it again")
+            self._taken = True
+            try:
+                yield
+            finally:
+                self._taken = False
 
     def stream(
         self, name: str, blocks: Sequence[nn.Module] | nn.ModuleList, num_persistent_params: int = 0
@@ -45,9 +64,10 @@ class Residency:
         Everything is offloaded between stages. Weights are page-locked where an accelerator reads them, so
         that copies run beside its work, unless they would take more than half of the free CPU memory.
         """
-        self.rest()
-        self.offload = True
-        self._streams.pop(name, None)
+        with self._turn:
+            self.rest()
+            self.offload = True
+            self._streams.pop(name, None)
         streamed = list(blocks)[resident_blocks(blocks, num_persistent_params) :]
         if not streamed:
             return
@@ -59,12 +79,13 @@ class Residency:
 
     def stop_streaming(self) -> None:
         """From the next stage on, models come whole again."""
-        self._streams.clear()
+        with self._turn:
+            self._streams.clear()
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
         """Inside this context the named models are on the compute device; an error sends them back, too."""
-        with ExitStack() as leaving:
+        with self._turn, ExitStack() as leaving:
             if self.offload:
                 leaving.callback(self.rest, *names)
             for name in names:
@@ -77,13 +98,14 @@ class Residency:
 
     def rest(self, *names: str) -> None:
         """Move the named models (all by default) to the CPU and hand their memory back."""
-        for name in names or self.models:
-            for tensor, home in self._homes.pop(name, ()):
-                tensor.data = home
-            self.models[name].to("cpu")
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        with self._turn:
+            for name in names or self.models:
+                for tensor, home in self._homes.pop(name, ()):
+                    tensor.data = home
+                self.models[name].to("cpu")
+            if self.device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
 
     def _bring(self, name: str, but: Sequence[nn.Module] = ()) -> None:
         """Copy a model's weights to the device, but for those of some blocks."""

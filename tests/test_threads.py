@@ -1,0 +1,82 @@
+"""One pipeline, several threads: one call at a time, frames as alone, the same weights afterwards."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from diffsynth import VideoData, WanVideoPipeline
+from diffsynth.evaluation.reference_flow import reference_flow
+from diffsynth.runs.identity import weights_fingerprint
+from diffsynth.testing import write_clip
+
+RUN = {
+    "height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "output_type": "np",
+    "progress_bar_cmd": iter,
+}  # fmt: skip
+
+
+@pytest.fixture
+def pipe(tiny_checkpoint):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    pipe.enable_vram_management(num_persistent_param_in_dit=0)
+    return pipe
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return VideoData(write_clip(tmp_path / "ref.mp4", num_frames=5, height=32, width=32))
+
+
+def test_calls_at_once_give_the_frames_that_each_gives_alone(pipe, clip):
+    seeds = range(4)
+    alone = [pipe("a cat", input_video=clip, seed=seed, **RUN) for seed in seeds]
+    before = [weights_fingerprint(model) for model in pipe.residency.models.values()]
+
+    def call(seed):
+        (video,) = pipe.run("a cat", input_video=clip, seed=seed, **RUN)
+        return video
+
+    with ThreadPoolExecutor(5) as threads:
+        flow = threads.submit(reference_flow, pipe, clip)
+        videos = list(threads.map(call, seeds))
+        assert flow.result().isfinite().all()
+    for seed, frames, video in zip(seeds, alone, videos, strict=True):
+        np.testing.assert_array_equal(video.frames, frames)
+        assert (video.options.seed, video.cost.seed) == (seed, seed)
+    assert [weights_fingerprint(model) for model in pipe.residency.models.values()] == before
+    np.testing.assert_array_equal(pipe("a cat", input_video=clip, seed=2, **RUN), alone[2])
+
+
+def test_a_callback_cannot_call_the_pipeline_that_runs_it(pipe):
+    def callback(running, *_step):
+        running("a dog", **RUN)
+
+    with pytest.raises(RuntimeError, match="the pipeline is running: its callbacks cannot call it again"):
+        pipe("a cat", callback_on_step_end=callback, **RUN)
+    assert pipe("a cat", seed=0, **RUN).shape == (5, 32, 32, 3)
+
+
+def test_an_interruption_is_of_the_running_call_only(pipe):
+    begun, waiting = threading.Event(), threading.Event()
+    steps = {"first": 0, "second": 0}
+
+    def watch(name):
+        def callback(running, *_step):
+            steps[name] += 1
+            if name == "first":
+                begun.set()
+                waiting.wait(60)
+                running.interrupt()
+
+        return callback
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(pipe, "a cat", callback_on_step_end=watch("first"), **RUN)
+        begun.wait(60)
+        second = threads.submit(pipe, "a cat", callback_on_step_end=watch("second"), **RUN)
+        waiting.set()
+        first.result()
+        second.result()
+    assert steps == {"first": 1, "second": 3}
