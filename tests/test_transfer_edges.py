@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsynth import VideoData, save_video
+from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.cli.main import main
 from diffsynth.data import ffmpeg
 from diffsynth.data.files import sha256_of_frames
@@ -206,3 +206,27 @@ def test_a_saved_transfer_starts_four_ffmpeg_processes(transfer, tmp_path, monke
     monkeypatch.setattr(subprocess, "Popen", noted)
     assert transfer(tmp_path / "a.mp4", "--num-frames", 5, "--resume") == 0
     assert len(started) <= 4
+
+
+def test_latents_outlive_a_decoder_that_fails(transfer, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    from diffsynth.pipelines import generate
+
+    def broken(*_given):
+        raise RuntimeError("the decoder broke")
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "decode_latents", broken)
+        assert transfer(tmp_path / "a.mp4", "--num-frames", 5) == 1
+    (kept,) = tmp_path.glob("fastvmt-latents-*.safetensors")
+    told = capsys.readouterr().err
+    assert "the decoder broke" in told
+    assert f"fastvmt decode {kept} -o OUT.mp4" in told
+    assert main(["decode", kept, "-o", tmp_path / "b.mp4", "--model", tiny_checkpoint]) == 0
+    assert len(VideoData(tmp_path / "b.mp4")) == 5
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    monkeypatch.setattr(generate, "decode_latents", broken)
+    with pytest.raises(RuntimeError, match="the decoder broke") as failed:
+        pipe("a cat", height=32, width=32, num_frames=5, num_inference_steps=2, progress_bar_cmd=iter)
+    assert failed.value.latents_path.is_file()

@@ -1,7 +1,5 @@
 """A task is one video to make: from options to the pipeline's run, and from its frames to a file."""
 
-import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -9,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
-from torch import Tensor
 
 from diffsynth.configs.defaults import EXACT, run_defaults
 from diffsynth.configs.descriptors import NO_TRANSFER
@@ -28,7 +25,7 @@ from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import attention_kernel
 from diffsynth.jobs.publish import publish, reserve_name
 from diffsynth.pipelines.components import reference_facts
-from diffsynth.pipelines.decode import latents_facts, save_latents
+from diffsynth.pipelines.decode import keep_latents, latents_facts
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import Observer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
@@ -181,7 +178,7 @@ def run_task(
         The path that the video has, and the record.
 
     Raises:
-        RunFailedError: the video cannot be written; the message says where its latents are kept.
+        RunFailedError: the video cannot be written; its `latents_path` is where its latents are kept.
         What the pipeline raises.
     """
     with attention_kernel(loaded):
@@ -213,8 +210,10 @@ def run_task(
             path = _publish_named(frames, task.folder, name, record)
     except (OSError, RuntimeError) as error:
         facts = latents_facts(pipe.vae, made.options, task.file.fps, made.cost)
-        kept = _keep_latents(made.latents, facts, task.output or task.folder / f"{name}.mp4")
-        raise RunFailedError(f"the video could not be written: {error}; {kept}") from error
+        output = task.output or task.folder / name
+        failed = RunFailedError(f"the video could not be written: {error}")
+        keep_latents(made.latents, facts, [output.parent], f"{output.stem}-latents", failed)
+        raise failed from error
     if task.saving:
         _forget(task.saving["checkpoint_dir"], task.output)
     return path, record
@@ -229,22 +228,6 @@ def _publish_named(frames: Sequence[Image.Image], folder: Path, stem: str, recor
         path.unlink()
         record_path(path).unlink(missing_ok=True)
         raise
-
-
-def _keep_latents(latents: Tensor, facts: Mapping[str, object], output: Path) -> str:
-    """Save the final latents of a video that cannot be written, and say how to make the video of them."""
-    for folder in (output.parent, Path(tempfile.gettempdir()), Path.home()):
-        with suppress(OSError):
-            path = reserve_name(folder, f"{output.stem}-latents", ".safetensors")
-            try:
-                save_latents(path, latents, facts)
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-            return (
-                f"its final latents are kept: fastvmt decode {shlex.quote(str(path))} -o OUT makes it of them"
-            )
-    return "its final latents cannot be kept either"
 
 
 def summary(path: Path, record: RunRecord) -> str:

@@ -1,7 +1,11 @@
 """Latents to frames: at the end of a run, or later from a file of final latents."""
 
 import logging
+import shlex
+import tempfile
+import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +75,29 @@ def latents_facts(vae: WanVideoVAE, options: RunOptions, fps: float | None, cost
     }
 
 
-def save_latents(path: Path, latents: Tensor, facts: Mapping[str, object]) -> None:
-    """Save final latents [1, C, F, h, w] with their `latents_facts` for `decode_saved`."""
-    save_state(path, {"latents": latents}, facts)
+def keep_latents(
+    latents: Tensor, facts: Mapping[str, object], folders: Iterable[Path], stem: str, error: BaseException
+) -> None:
+    """Save final latents that are no video yet, in the first folder that takes them.
+
+    Args:
+        latents: [1, C, F, h, w].
+        facts: see `latents_facts`.
+        folders: those to try, before the system's folder for temporary files.
+        stem: how the file's name begins.
+        error: why there is no video; its `latents_path` becomes the file, or None where none takes it.
+    """
+    kept = None
+    for folder in (*folders, Path(tempfile.gettempdir())):
+        path = folder / f"{stem}-{uuid.uuid4().hex[:8]}.safetensors"
+        with suppress(OSError, ValueError):
+            save_state(path, {"latents": latents}, facts)
+            kept = path
+            break
+    error.latents_path = kept  # type: ignore[attr-defined]  # for callers
+    if kept is not None:
+        line = f"fastvmt decode {shlex.quote(str(kept))} -o OUT.mp4"
+        logger.error("there is no video (%s), but its final latents are kept: %s makes it", error, line)
 
 
 def read_latents_facts(path: str | Path) -> Mapping[str, Any]:

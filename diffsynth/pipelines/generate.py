@@ -18,7 +18,7 @@ from diffsynth.caches.rules import make_rule
 from diffsynth.configs.options import RunOptions
 from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
-from diffsynth.pipelines.decode import Frames, decode_latents, latents_facts
+from diffsynth.pipelines.decode import Frames, decode_latents, keep_latents, latents_facts
 from diffsynth.pipelines.denoise import RunEvent, cfg_velocity, denoise, motion_guide
 from diffsynth.planning.ladder import Ladder, memory_problem, settings_of, with_settings
 from diffsynth.runs.checkpoint import SavedRun
@@ -112,8 +112,16 @@ def generate(
             )
             if saved is not None and all_steps_done:
                 saved.keep_latents(index, latents, latents_facts(models.vae, options, fps, cost))
-        with stage("decode", observer, cost.stage_seconds):
-            frames, options = with_ladder("decode", partial(decode_latents, models, latents), options, ladder)
+        try:
+            with stage("decode", observer, cost.stage_seconds):
+                decode = partial(decode_latents, models, latents)
+                frames, options = with_ladder("decode", decode, options, ladder)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if saved is None and latents.isfinite().all():
+                keep_latents(
+                    latents, latents_facts(models.vae, options, fps, cost), [], "fastvmt-latents", error
+                )
+            raise
         videos.append(
             GeneratedVideo(
                 frames=frames,
