@@ -128,7 +128,7 @@ def test_every_number_of_the_method_and_every_argument_of_the_call_is_an_option(
         ([], "the following arguments are required: COMMAND (see fastvmt --help)"),
         (["transform"], "argument COMMAND: invalid choice: 'transform'"),
         (["transfer", "--sampler", "ddim"], "argument --sampler: must be one of euler, unipc; got 'ddim'"),
-        (["transfer", "--height", "tall"], "--height: must be a whole number of at least 1; got 'tall'"),
+        (["transfer", "--height", "tall"], "--height: must be a whole number from 1 to 16384; got 'tall'"),
         (["transfer", "--cfg-scale", "much"], "argument --cfg-scale: must be a finite number; got 'much'"),
         (["transfer", "--motion-tile", "3"], "--motion-tile: must be two values (rows, columns)"),
         (["transfer", "--motion-lr", "1,a"], "--motion-lr: must be two values (first, end)"),

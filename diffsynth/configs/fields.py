@@ -217,7 +217,7 @@ def check_value(name: str, kind: Kind, value: Any) -> Any:
     """Return a value in its own type. Raises ValueError that names it and says what is allowed."""
     try:
         return kind.check(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name} must be {kind}; got {value!r:.80}") from error
 
 

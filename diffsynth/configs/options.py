@@ -96,10 +96,10 @@ class RunOptions:
         ValueError: a value that is not allowed; the message names the option.
     """
 
-    height: int = option(Whole(1), "pixels", default=480)
-    width: int = option(Whole(1), "pixels", default=832)
-    num_frames: int = option(Whole(1), "frames of the output, any count", default=81, short="frames")
-    num_inference_steps: int = option(Whole(1), "denoising steps", default=50, short="steps")
+    height: int = option(Whole(1, 16384), "pixels", default=480)
+    width: int = option(Whole(1, 16384), "pixels", default=832)
+    num_frames: int = option(Whole(1, 100_000), "frames of the output, any count", default=81, short="frames")
+    num_inference_steps: int = option(Whole(1, 1000), "denoising steps", default=50, short="steps")
     denoising_strength: float = option(
         Number(above=0, most=1), "how far the reference is noised", default=0.75, short="strength"
     )
@@ -107,7 +107,8 @@ class RunOptions:
         Number(), "classifier-free guidance, v_neg + cfg_scale * (v_pos - v_neg); 1: without", default=5.8
     )
     sigma_shift: float = option(Number(above=0, most=1000), "shift of the noise schedule", default=7.0)
-    seed: int = option(Whole(-(2**63), 2**64 - 1), "seed of the noise; drawn if not given or -1", default=0)
+    # PyTorch's generator of a CPU uses the low 32 bits: larger seeds would repeat videos.
+    seed: int = option(Whole(0, 2**32 - 1), "seed of the noise; drawn if not given or -1", default=0)
     rand_device: str = option(Text(), "device on which the noise is drawn", default="cpu")
     tiled: bool | None = option(
         OrNone(Switch(), "by the memory at hand"),

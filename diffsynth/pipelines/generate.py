@@ -190,9 +190,16 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
     frames = -(-(options.num_frames - 1) // models.vae.temporal_factor) + 1
     rows, cols = (side // models.vae.spatial_factor for side in (options.height, options.width))
     shape = (1, models.dit.in_dim, frames, rows, cols)
-    return torch.randn(shape, generator=noise_generator(options), device=options.rand_device).to(
-        models.device
-    )
+    generator = noise_generator(options)
+    noise = torch.randn(shape, generator=generator, device=options.rand_device, dtype=torch.float32)
+    return noise.to(models.device)
+
+
+def check_callable(**calls: object) -> None:
+    """Raise TypeError, naming it, for an argument that can be neither called nor is None."""
+    for name, call in calls.items():
+        if call is not None and not callable(call):
+            raise TypeError(f"{name} must be a function or None; got {call!r:.80}")
 
 
 def noise_generator(options: RunOptions) -> torch.Generator:

@@ -34,7 +34,7 @@ from diffsynth.pipelines.components import (
 )
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
-from diffsynth.pipelines.generate import GeneratedVideo, Observer, generate, noise_generator
+from diffsynth.pipelines.generate import GeneratedVideo, Observer, check_callable, generate, noise_generator
 from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
@@ -259,10 +259,7 @@ class WanVideoPipeline:
         compile_blocks(self.dit, backend)
 
     def interrupt(self) -> None:
-        """Ask the running call to stop: it begins no further step and returns what its latents decode to.
-
-        May be called from a callback or from another thread.
-        """
+        """Ask the running call, from a callback or another thread, to begin no further step and to decode."""
         self._interrupted.set()
 
     def interrupted(self) -> bool:
@@ -312,9 +309,9 @@ class WanVideoPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         input_video: Video | None = None,
         *,
-        progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] = tqdm,
+        progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = tqdm,
         callback_on_step_end: Callback | None = None,
-        observer: Observer = lambda _event: None,
+        observer: Observer | None = None,
         test_latency: bool = False,
         latency_dir: str | Path | None = None,
         checkpoint_dir: str | Path | None = None,
@@ -346,6 +343,10 @@ class WanVideoPipeline:
             ValueError, TypeError: an argument that is not allowed, before any model runs; also an unfinished
                 run in checkpoint_dir that differs in an argument, the reference or the weights.
         """
+        check_callable(
+            progress_bar_cmd=progress_bar_cmd, callback_on_step_end=callback_on_step_end, observer=observer
+        )
+        observer = observer or (lambda _event: None)
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
         if test_latency and latency_dir is None:
             raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
@@ -376,7 +377,7 @@ class WanVideoPipeline:
                     ladder,
                     on_step=partial(self._on_step, callback_on_step_end, observer),
                     observer=observer,
-                    progress=progress_bar_cmd,
+                    progress=progress_bar_cmd or iter,
                     stop=self.interrupted,
                     saved=saved,
                     fps=input_video.fps if isinstance(input_video, VideoData) else None,

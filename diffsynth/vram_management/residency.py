@@ -43,6 +43,9 @@ class Residency:
     def exclusive(self) -> Iterator[None]:
         """Return a context in which no other thread has the models; it waits until one that has them is done.
 
+        In it PyTorch is in its plain state, whatever the caller has set: gradients can be taken, new tensors
+        are float32, and nothing is cast.
+
         Raises:
             RuntimeError: this thread has them already, as in a callback of a run.
         """
@@ -50,9 +53,13 @@ class Residency:
             if self._taken:
                 raise RuntimeError("the pipeline is running: its callbacks cannot call it again")
             self._taken = True
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
             try:
-                yield
+                with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+                    yield
             finally:
+                torch.set_default_dtype(default)
                 self._taken = False
 
     def stream(

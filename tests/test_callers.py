@@ -1,10 +1,11 @@
-"""One pipeline, several threads: one call at a time, frames as alone, the same weights afterwards."""
+"""What callers do around a call: threads, states of torch, odd callbacks, numbers out of all bounds."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.evaluation.reference_flow import reference_flow
@@ -80,3 +81,43 @@ def test_an_interruption_is_of_the_running_call_only(pipe):
         first.result()
         second.result()
     assert steps == {"first": 1, "second": 3}
+
+
+def plain(pipe, clip):
+    return pipe("a cat", input_video=clip, seed=3, motion={"guided_steps": 1, "inner_steps": 1}, **RUN)
+
+
+def test_what_the_caller_has_set_in_torch_changes_nothing(pipe, clip):
+    expected = plain(pipe, clip)
+    with torch.inference_mode():
+        np.testing.assert_array_equal(plain(pipe, clip), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(plain(pipe, clip), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(plain(pipe, clip), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "bar", [lambda _steps: [], lambda steps: list(steps)[::-1], lambda _steps: [0] * 9, None]
+)
+def test_a_progress_bar_is_only_told(pipe, bar):
+    run = {**RUN, "progress_bar_cmd": bar}
+    np.testing.assert_array_equal(pipe("a cat", seed=3, **run), pipe("a cat", seed=3, **RUN))
+
+
+@pytest.mark.parametrize("name", ["progress_bar_cmd", "callback_on_step_end", "observer"])
+def test_what_cannot_be_called_is_refused_by_name(pipe, name):
+    with pytest.raises(TypeError, match=f"{name} must be a function or None; got 5"):
+        pipe("a cat", **{**RUN, name: 5})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_inference_steps", 10**9), ("height", 2**63), ("seed", 2**32), ("cfg_scale", 10**400)],
+)
+def test_numbers_out_of_all_bounds_are_refused_by_name(pipe, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a"):
+        pipe("a cat", **{**RUN, name: value})
