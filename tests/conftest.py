@@ -21,6 +21,16 @@ def _one_thread_per_worker():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_settings_of_this_machine():
+    """Forget what a user has set for work: a proxy for local addresses, an attention kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DIFFSYNTH_ATTENTION", raising=False)
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, "127.0.0.1,localhost")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _interrupts_are_not_ignored():
     """Restore Python's SIGINT handler: a shell without job control starts `pytest &` with SIGINT ignored."""
     before = signal.getsignal(signal.SIGINT)

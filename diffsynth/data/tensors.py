@@ -44,7 +44,7 @@ def video_to_tensor(video: Video, num_frames: int, height: int, width: int) -> T
     Returns:
         [1, 3, T, H, W] in [-1, 1], float32 on the CPU.
     """
-    out = torch.empty(1, 3, num_frames, height, width)
+    out = torch.empty(1, 3, num_frames, height, width, dtype=torch.float32)
     frames = video if isinstance(video, VideoData) else rgb_frames(video)
     fit = video.fit if isinstance(video, VideoData) else "crop"
     for index, frame in enumerate(islice(frames, num_frames)):
