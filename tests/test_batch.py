@@ -1,7 +1,9 @@
 """`fastvmt batch`: many jobs with one load, none lost, none done twice, none outside of its folder."""
 
 import csv
+import errno
 import json
+import os
 import signal
 
 import pytest
@@ -218,3 +220,20 @@ def test_one_folder_for_the_state_of_all_jobs_is_refused_and_resume_leaves_none(
     assert (code, "--checkpoint-dir is for one video" in result["error"]) == (2, True)
     assert states(start(job(), arguments=["--resume"])[1]) == ["done"]
     assert list((tmp_path / "out").glob(".*.run")) == []
+
+
+@pytest.mark.parametrize("words", ["OSError", "ffmpeg"])
+def test_a_full_disk_ends_the_batch_and_the_rest_is_left(start, monkeypatch, words):
+    def full(*_given, **_named):
+        if words == "ffmpeg":
+            raise RuntimeError("ffmpeg could not write the video: a.mp4: No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    jobs = [job(), job(seed=2), job(seed=3)]
+    with monkeypatch.context() as patch:
+        patch.setattr("diffsynth.jobs.publish.save_with_metadata", full)
+        code, result, told = start(*jobs)
+    assert (code, states(result)) == (1, ["failed"])
+    assert "the disk takes nothing more: 2 jobs are left for the next start" in told
+    code, result, _ = start(*jobs)
+    assert (code, states(result)) == (0, ["done"] * 3)

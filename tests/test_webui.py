@@ -386,3 +386,13 @@ def test_hosts_and_passwords_are_read():
     assert read_auth("me:a:b") == ("me", "a:b")
     with pytest.raises(ValueError, match="auth must be USER:PASSWORD"):
         read_auth("me:")
+
+
+def test_a_password_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "auth").write_text("me:secret\n# of the studio\n")
+    assert read_auth(None, tmp_path / "auth") == ("me", "secret")
+    monkeypatch.setenv("FASTVMT_AUTH", "you:other")
+    assert read_auth(None) == ("you", "other")
+    assert read_auth("me:mine") == ("me", "mine")
+    with pytest.raises(OSError, match="nowhere"):
+        read_auth(None, tmp_path / "nowhere")

@@ -16,7 +16,7 @@ from diffsynth.cli.console import DONE, FAILED, Console
 from diffsynth.cli.job_files import JobLine, job_hash, read_jobs
 from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.data.files import FileInUseError, locked
-from diffsynth.jobs.errors import RunFailedError, UsageError
+from diffsynth.jobs.errors import RunFailedError, UsageError, disk_is_at_fault
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_output, check_space
 from diffsynth.jobs.task import VideoTask, make_task, summary, task_options
@@ -38,6 +38,8 @@ _ERRORS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)
 
 def run(options: Namespace, console: Console) -> int:
     """Do the jobs that are not done; one that fails does not stop the others.
+
+    A full or broken disk ends the batch: it would compute and lose every job.
 
     Returns:
         The exit code, 1 if a job failed.
@@ -63,6 +65,10 @@ def run(options: Namespace, console: Console) -> int:
             console.note(f"job {number} of {len(jobs)} (line {job.line})")
             try:
                 results.append(batch.do(job))
+                if results[-1].pop("disk", False):
+                    left = len(jobs) - number
+                    console.problem(f"the disk takes nothing more: {left} jobs are left for the next start")
+                    break
             except KeyboardInterrupt as stop:
                 raise KeyboardInterrupt(
                     f"interrupted in the job of line {job.line}; the same command goes on with it"
@@ -132,7 +138,7 @@ class _Batch:
         logger.info("the job of line %d failed", job.line, exc_info=error)
         text = str(error) or type(error).__name__
         self._console.problem(f"line {job.line} failed: {text}")
-        return {"line": job.line, "state": "failed", "error": text}
+        return {"line": job.line, "state": "failed", "error": text, "disk": disk_is_at_fault(error)}
 
 
 def finished_record(video: Path) -> RunRecord | None:

@@ -214,7 +214,8 @@ def _add_ui(parser: Parser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (127.0.0.1: this machine alone)")
     port = reader(Whole(0, 65535))
     parser.add_argument("--port", type=port, default=7860, metavar="N", help="0: a free one (7860)")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these; also FASTVMT_AUTH")
+    parser.add_argument("--auth-file", type=Path, metavar="FILE", help="ask for what its first line says")
     parser.add_argument(
         "--allow-host",
         action="append",

@@ -24,7 +24,7 @@ def run(options: Namespace, console: Console) -> int:
         ImportError: gradio is not installed.
     """
     try:
-        auth = read_auth(options.auth)
+        auth = read_auth(options.auth, options.auth_file)
         limits = UploadLimits(megabytes=options.max_upload, frames=options.max_frames)
     except ValueError as error:
         raise UsageError(str(error)) from error

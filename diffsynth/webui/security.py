@@ -1,6 +1,7 @@
 """Protection of the server: who may ask for what, and what browsers may load."""
 
 import json
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
@@ -208,8 +209,22 @@ def is_local(host: str) -> bool:
     return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
 
 
-def read_auth(text: str | None) -> tuple[str, str] | None:
-    """Split USER:PASSWORD. Raises ValueError if a part is missing."""
+def read_auth(text: str | None, file: Path | None = None) -> tuple[str, str] | None:
+    """Return the user and password to ask for; None to ask for none.
+
+    Args:
+        text: USER:PASSWORD, by default the environment variable FASTVMT_AUTH. A command line can be read by
+            everybody on the machine.
+        file: a file whose first line is USER:PASSWORD, instead.
+
+    Raises:
+        ValueError: a part is missing.
+        OSError: the file cannot be read.
+    """
+    if file is not None:
+        text = file.read_text().split("\n")[0].strip()
+    elif text is None:
+        text = os.environ.get("FASTVMT_AUTH")
     if text is None:
         return None
     user, colon, password = text.partition(":")

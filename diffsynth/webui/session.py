@@ -109,6 +109,7 @@ def make_video(
     """
     if reference is None and request["mode"] != NO_TRANSFER:
         raise ValueError("upload a reference video, or choose the mode without transfer")
+    session.output_dir.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
     task = replace(make_task(request, reference, session.folder), folder=session.output_dir)
     observer = JobObserver(job, session.previews)
     with job.interruptible(session.pipe.interrupt):
