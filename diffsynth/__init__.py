@@ -10,7 +10,7 @@ from diffsynth.version import __version__
 
 if TYPE_CHECKING:
     from diffsynth.data import VideoData, save_frames, save_video
-    from diffsynth.data.notebook import display
+    from diffsynth.evaluation.notebook import display
     from diffsynth.models.model_manager import ModelManager
     from diffsynth.motion import MotionGuidance
     from diffsynth.pipelines.decode import decode_saved
@@ -43,7 +43,7 @@ _HOMES = {
     "WanVideoPipeline": "diffsynth.pipelines.wan_video",
     "clear_checkpoints": "diffsynth.runs.checkpoint",
     "decode_saved": "diffsynth.pipelines.decode",
-    "display": "diffsynth.data.notebook",
+    "display": "diffsynth.evaluation.notebook",
     "save_frames": "diffsynth.data",
     "save_video": "diffsynth.data",
 }

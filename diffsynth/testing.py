@@ -34,8 +34,7 @@ SIZES: dict[str, tuple[dict, dict, dict]] = {
 
 
 def write_checkpoint(directory: str | Path, size: str = "tiny", seed: int = 0) -> Path:
-    """Write a random, seeded checkpoint in the official layout: a sharded DiT, a .pth text encoder, a .pth
-    VAE, a tokenizer.
+    """Write a random, seeded checkpoint in the official layout: sharded DiT, .pth T5 and VAE, tokenizer.
 
     Returns the directory. Raises ValueError for an unknown size and FileExistsError if the directory has
     files in it.
@@ -110,8 +109,7 @@ def write_clip(
     width: int = 160,
     velocity: tuple[int, int] = (1, 4),
 ) -> Path:
-    """Write a video of a bright square on a shaded background that moves by `velocity` (rows, columns)
-    pixels a frame.
+    """Write a video of a bright square that moves by `velocity` (rows, columns) pixels a frame.
 
     The square starts at a quarter of the picture and wraps around its borders.
     """

@@ -18,8 +18,8 @@ from diffsynth.configs.fields import OrNone, options_of
 from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, SavingOptions, Shorthands
 from diffsynth.configs.resolve import motion_for
 from diffsynth.data.synthetic import SyntheticClip, make_clip
+from diffsynth.jobs.convert import convert_checkpoint
 from diffsynth.models.attention import use_attention
-from diffsynth.models.convert import convert_checkpoint
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import GeneratedVideo
 from diffsynth.planning.plan import RunPlan

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffsynth.models.convert import DTYPES, convert_checkpoint
+from diffsynth.jobs.convert import DTYPES, convert_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

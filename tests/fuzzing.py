@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from diffsynth import ModelManager, VideoData
 from diffsynth.cli.job_files import read_jobs
 from diffsynth.configs.defaults import run_defaults
-from diffsynth.models.convert import convert_checkpoint
+from diffsynth.jobs.convert import convert_checkpoint
 from diffsynth.models.lora_files import read_lora
 from diffsynth.prompters.tokenizer import load_tokenizer
 from diffsynth.prompters.wan_prompter import clean_prompt

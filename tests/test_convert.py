@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from diffsynth import ModelManager, WanVideoPipeline
+from diffsynth.jobs.convert import convert_checkpoint
 from diffsynth.models.checkpoint_files import CheckpointError, open_weights
-from diffsynth.models.convert import convert_checkpoint
 from diffsynth.testing import write_checkpoint
 
 

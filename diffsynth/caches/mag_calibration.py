@@ -55,9 +55,15 @@ def calibrate_magcache(
 ) -> MagRatios:
     """Run the pipeline once for each prompt, all blocks at every step, and measure the residuals' ratios.
 
-    call: any other arguments of the pipeline's call, num_inference_steps, seed and input_video among them:
-    the ratios are those of runs like this. One prompt does, as published; the mean over several is steadier.
-    Raises ValueError without prompts, for runs that were ended early, and what the pipeline's call raises.
+    One prompt is enough, as published; the mean over several is steadier.
+
+    Args:
+        call: other arguments of the pipeline's call, num_inference_steps, seed and input_video among them;
+            the ratios are those of runs like this.
+
+    Raises:
+        ValueError: there is no prompt, or a run was ended early.
+        What the pipeline's call raises.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list of at least one prompt; got {prompts!r}")

@@ -52,7 +52,11 @@ class StepCache:
 
     @property
     def residual(self) -> Tensor:
-        """The last stored residual. Raises RuntimeError if there is none."""
+        """Return the last stored residual.
+
+        Raises:
+            RuntimeError: there is none.
+        """
         if self._residual is None:
             raise RuntimeError("No residual is stored: call store after each step whose blocks must run")
         return self._residual
@@ -88,9 +92,12 @@ def make_rule(cache: CacheOptions | CacheMaker, prompt: str, steps: range, num_s
 
 
 def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache]) -> Tensor:
-    """Tokens [B, S, D] after all blocks; blocks run only for the samples whose cache asks for it.
+    """Return tokens [B, S, D] after all blocks, which run only for the samples whose cache asks for it.
 
-    caches: one a sample, all of one kind. Where all ask, this is `dit.run_blocks(state)` to the bit.
+    Where all ask, the result is bit-identical to `dit.run_blocks(state)`.
+
+    Args:
+        caches: one a sample, all of one kind.
     """
     first = caches[0].probe_blocks
     before = dit.run_blocks(state, stop=first) if first else state.tokens

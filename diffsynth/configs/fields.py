@@ -20,13 +20,21 @@ class Kind(Protocol):
 
     @property
     def metavar(self) -> str:
-        """What stands for a value in the help of the command line."""
+        """Return what stands for a value in the help of the command line."""
 
     def read(self, text: str) -> Any:
-        """Return the value that a text stands for. Raises ValueError if it stands for none."""
+        """Return the value that a text stands for.
+
+        Raises:
+            ValueError: it stands for none.
+        """
 
     def check(self, value: Any) -> Any:
-        """Return an allowed value in its own type. Raises ValueError for one that is not allowed."""
+        """Return an allowed value in its own type.
+
+        Raises:
+            ValueError: it is not allowed.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +222,11 @@ def options_of(owner: type) -> dict[str, tuple[Option, Any]]:
 
 
 def check_value(name: str, kind: Kind, value: Any) -> Any:
-    """Return a value in its own type. Raises ValueError that names it and says what is allowed."""
+    """Return a value in its own type.
+
+    Raises:
+        ValueError: it is not allowed; the message names it and says what is.
+    """
     try:
         return kind.check(value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -222,7 +234,11 @@ def check_value(name: str, kind: Kind, value: Any) -> Any:
 
 
 def read_value(name: str, kind: Kind, text: str) -> Any:
-    """Return the value that a text stands for. Raises ValueError that names it and says what is allowed."""
+    """Return the value that a text stands for.
+
+    Raises:
+        ValueError: it stands for none; the message names the option and says what is allowed.
+    """
     try:
         return kind.read(text)
     except ValueError as error:
@@ -232,7 +248,8 @@ def read_value(name: str, kind: Kind, text: str) -> Any:
 def check_options(owner: Any) -> None:
     """Replace each option of a frozen dataclass by its checked value; for `__post_init__`.
 
-    Raises ValueError, naming it, for a value that is not allowed.
+    Raises:
+        ValueError: a value is not allowed; the message names it.
     """
     for name, (stated, _default) in options_of(type(owner)).items():
         object.__setattr__(owner, name, check_value(name, stated.kind, getattr(owner, name)))
@@ -245,6 +262,10 @@ def load(path: str) -> Any:
 
 
 def only_known(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
-    """Raises ValueError if a mapping names something that is not known."""
+    """Check that a mapping names known things only.
+
+    Raises:
+        ValueError: it names something else.
+    """
     if unknown := sorted(given.keys() - set(known)):
         raise ValueError(f"{what} has no field {', '.join(unknown)}")

@@ -200,7 +200,7 @@ class MotionGuidance:
 
     @property
     def descriptor(self) -> Any:
-        """The descriptor's class or its path, by mode and variant."""
+        """Return the descriptor's class or its path, by mode and variant."""
         facts = DESCRIPTORS[self.mode]
         return facts.released if self.variant == "released" else facts.make
 

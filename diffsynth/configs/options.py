@@ -152,12 +152,12 @@ class RunOptions:
 
     @property
     def tiling(self) -> dict[str, Any]:
-        """The arguments of the VAE that tile it."""
+        """Return the arguments of the VAE that tile it."""
         return {name: getattr(self, name) for name in TILING}
 
     @property
     def cfg_steps(self) -> range:
-        """The steps in which classifier-free guidance is on; the bounds are rounded to whole steps."""
+        """Return the steps in which classifier-free guidance is on; the bounds are rounded to whole steps."""
         first, end = (round(share * self.num_inference_steps) for share in self.cfg_interval)
         return range(first, end) if self.cfg_scale != 1 else range(0)
 
@@ -260,7 +260,11 @@ def call_options() -> dict[str, tuple[Option, Any]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileOptions:
-    """How frames become a video file. Raises ValueError, naming the option, for what is not allowed."""
+    """How frames become a video file.
+
+    Raises:
+        ValueError: a value is not allowed; the message names the option.
+    """
 
     fps: float | None = option(
         OrNone(Number(above=0), "the reference's, else the model's"), "frames a second", default=None
@@ -275,7 +279,11 @@ class FileOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceOptions:
-    """What is used of a reference video. Raises ValueError, naming the option, for what is not allowed."""
+    """Which part of a reference video is used, and how.
+
+    Raises:
+        ValueError: a value is not allowed; the message names the option.
+    """
 
     ref_fps: float | None = option(
         OrNone(Number(above=0), "its own"), "frames a second at which the reference is read", default=None
@@ -336,7 +344,11 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavingOptions:
-    """How the state of a long run is kept. Raises ValueError, naming the option, for what is not allowed."""
+    """How the state of a long run is kept.
+
+    Raises:
+        ValueError: a value is not allowed; the message names the option.
+    """
 
     checkpoint_every: int = option(Whole(1), "steps from save to save", default=5)
     checkpoint_minutes: float = option(Number(above=0), "or minutes, whichever comes first", default=2.0)

@@ -134,7 +134,11 @@ def resolve_prompts(
 
 
 def round_size(name: str, pixels: int, multiple: int) -> int:
-    """Return pixels rounded up to a multiple, with a warning that says so. Raises ValueError below 1."""
+    """Return pixels rounded up to a multiple, with a warning that says so.
+
+    Raises:
+        ValueError: pixels is below 1.
+    """
     pixels = check_value(name, Whole(1), pixels)
     rounded = -(-pixels // multiple) * multiple
     if rounded != pixels:

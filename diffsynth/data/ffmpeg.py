@@ -49,7 +49,7 @@ def run_ffmpeg(arguments: Sequence[str]) -> tuple[bytes, str]:
 
 
 def check_ffmpeg() -> str:
-    """Return the first line of what ffmpeg says of its version. Raises FfmpegError as `run_ffmpeg`."""
+    """Return the first line of ffmpeg's version text; errors are those of `run_ffmpeg`."""
     return run_ffmpeg(["-version"])[0].decode(errors="replace").split("\n")[0]
 
 
@@ -66,11 +66,12 @@ def complaints(log: str) -> list[str]:
 
 @contextmanager
 def reported() -> Iterator[tuple[Callable[[], str], Callable]]:
-    """A context in which imageio's ffmpeg processes are started so that what they complain of can be read.
+    """Return a context in which the complaints of imageio's ffmpeg processes can be read.
 
-    imageio keeps ffmpeg's log to itself; ffmpeg writes its errors also to the file that the environment
+    imageio keeps ffmpeg's log to itself; ffmpeg also writes its errors to the file that the environment
     variable FFREPORT names when it starts. Another thread that starts an ffmpeg at that moment may write to
-    it too: this is for messages, not for decisions.
+    it, too: the
+    text is for messages, not for decisions.
 
     Yields:
         A function that returns the errors so far, and a context in which the process is started.

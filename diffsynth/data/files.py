@@ -24,9 +24,9 @@ class FileInUseError(ValueError):
 
 @contextmanager
 def written_whole(path: Path, place: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
-    """A context with a hidden name beside `path` to write to, which takes the place of `path` at its end.
+    """Return a context with a hidden path beside `path` to write to, which replaces `path` at its end.
 
-    After a kill, a crash or a full disk the old or the new content is there; an error leaves no trace.
+    After a kill, a crash or a full disk the old or the new content exists; an error leaves no trace.
 
     Args:
         path: the file.

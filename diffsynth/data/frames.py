@@ -46,8 +46,6 @@ def fit_frame(image: Image.Image, height: int, width: int, fit: str = "crop") ->
 
     Args:
         image: of mode RGB or L, which is kept.
-        height: of the result.
-        width: of the result.
         fit: "crop" what is too wide or too high, "pad" with black, or "stretch".
 
     Raises:
@@ -69,12 +67,7 @@ def fit_frame(image: Image.Image, height: int, width: int, fit: str = "crop") ->
 
 
 def crop_box(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return (left, top, right, bottom) of what `fit_frame` leaves of a picture when it crops.
-
-    Args:
-        source: (width, height) of the picture.
-        target: (width, height) that it is brought to.
-    """
+    """Return (left, top, right, bottom) of what cropping leaves; source and target are (width, height)."""
     width, height = source
     if height / width < target[1] / target[0]:
         width = max(1, int(height / target[1] * target[0]))
@@ -85,12 +78,7 @@ def crop_box(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int
 
 
 def warn_of_cropping(source: tuple[int, int], target: tuple[int, int]) -> None:
-    """Log a warning if `fit_frame` crops away more than a tenth of a picture.
-
-    Args:
-        source: (width, height) of the picture.
-        target: (width, height) that it is brought to.
-    """
+    """Log a warning if cropping takes more than a tenth; source and target are (width, height)."""
     left, top, right, bottom = crop_box(source, target)
     lost = {"width": 1 - (right - left) / source[0], "height": 1 - (bottom - top) / source[1]}
     side = max(lost, key=lambda name: lost[name])
@@ -168,7 +156,7 @@ def _rgb_frame(frame: Image.Image | np.ndarray, index: int) -> Image.Image:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files right in folder (by suffix, no hidden ones), in natural order of names: 2 before 10."""
+    """Return the image files in a folder, hidden ones left out, in natural order: 2 before 10."""
     return sorted(
         (
             path
@@ -203,9 +191,11 @@ def write_pngs(frames: Iterator[Image.Image], folder: Path, digits: int) -> None
 
 
 class ImageFolder:
-    """The images of a folder as the frames of a video, in natural order of their names; no frame rate.
+    """The images of a folder as the frames of a video, in natural order of their names; they have no rate.
 
-    Raises FileNotFoundError for a missing folder, ValueError for one without images.
+    Raises:
+        FileNotFoundError: the folder is missing.
+        ValueError: it holds no images.
     """
 
     fps = None
@@ -223,7 +213,7 @@ class ImageFolder:
         return len(self._paths)
 
     def common_size(self) -> tuple[int, int]:
-        """(width, height) of all images, read from their headers; ValueError names the first that differs."""
+        """Return (width, height) of all images, from their headers; ValueError names one that differs."""
         first = _upright_size(self._paths[0])
         for path in self._paths[1:]:
             size = _upright_size(path)
@@ -235,11 +225,11 @@ class ImageFolder:
         return first
 
     def frame(self, index: int) -> Image.Image:
-        """Frame at 0 <= index < len, RGB and upright."""
+        """Return the frame at 0 <= index < len, RGB and upright."""
         return load_image(self._paths[index])
 
     def stream(self) -> Generator[Image.Image, None, None]:
-        """All frames in order, one in memory at a time."""
+        """Yield all frames in order, one in memory at a time."""
         for path in self._paths:
             yield load_image(path)
 

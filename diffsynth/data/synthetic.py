@@ -44,11 +44,17 @@ def _check_names(name: str, given: tuple[str, ...], known: tuple[str, ...]) -> N
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneOptions:
-    """What a random scene may have in it; each probability is that of the thing named.
+    """What a random scene may contain; numbers are probabilities.
 
-    shapes, trajectories: to draw from. textured: an object with a texture; shaded, checkered: backgrounds.
-    second_object, camera (a pan or a zoom), spin, growth: see `make_clip`. still: objects that rest.
-    Raises ValueError for unknown names and for what is no probability.
+    Attributes:
+        shapes: to draw from, as trajectories.
+        textured: of a texture on an object.
+        shaded: of a shaded background, as checkered.
+        second_object: of a second object; camera, spin and growth are described at `make_clip`.
+        still: of an object at rest.
+
+    Raises:
+        ValueError: an unknown name, or a number that is no probability.
     """
 
     shapes: tuple[str, ...] = SHAPES
@@ -110,8 +116,8 @@ class SyntheticClip:
     layers: np.ndarray
 
     def displacement(self, i: int, j: int) -> np.ndarray:
-        """Where what is seen at each pixel of frame i is in frame j: float32 [H, W, 2], (rows, columns) in
-        pixels; it may lie outside of the picture or behind another object.
+        """Return the displacement of what is seen at each pixel of frame i to frame j: float32 [H, W, 2],
+        (rows, columns) in pixels; it may lead out of the picture or behind another object.
         """
         height, width = self.frames.shape[1:3]
         points = _pixel_centres(height, width)
@@ -136,12 +142,15 @@ def make_clip(
     background: str | None = None,
     trajectory: str | None = None,
 ) -> SyntheticClip:
-    """A random clip; the same seed and arguments give the same clip.
+    """Make a random clip; the same seed and arguments give the same clip.
 
-    shape, colour, trajectory of the (front) object and the background's colour may be fixed by name.
+    Shape, colour and trajectory of the (front) object and the background's colour may be fixed by name.
     Objects may spin (up to three quarters of a turn) and grow or shrink (by up to a third); the camera may
-    pan (by up to a quarter of the picture) or zoom (by up to a quarter).
-    Raises ValueError for unknown names and for sizes below 16 pixels or 1 frame.
+    pan (by up to a
+    quarter of the picture) or zoom (by up to a quarter).
+
+    Raises:
+        ValueError: an unknown name, or a size below 16 pixels or 1 frame.
     """
     options = SceneOptions() if options is None else options
     _check_size(num_frames, height, width)

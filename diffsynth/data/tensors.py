@@ -23,10 +23,12 @@ Video = VideoData | Sequence[Image.Image] | np.ndarray
 
 
 def frame_size(video: Video) -> tuple[int, int]:
-    """(height, width) of a reference video.
+    """Return (height, width) of a reference video.
 
-    Raises TypeError if it is not a VideoData, a sequence of PIL images or uint8 arrays [H, W, 3], or one
-    uint8 array [T, H, W, 3]; ValueError if it has no frames.
+    Raises:
+        TypeError: it is no VideoData, sequence of PIL images or uint8 arrays [H, W, 3], or uint8 [T, H, W,
+            3].
+        ValueError: it has no frames.
     """
     if isinstance(video, VideoData):
         return video.shape()

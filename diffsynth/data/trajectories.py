@@ -61,9 +61,9 @@ PATHS: dict[str, Path] = {
 def place_path(
     name: str, times: np.ndarray, reach: float, low: np.ndarray, high: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """A path [T, 2] (rows, columns): turned at random, `reach` long at most, somewhere inside [low, high].
+    """Turn a path [T, 2] (rows, columns) at random, `reach` long at most, and put it inside [low, high].
 
-    A path that is too long for the room there is is shrunk to it.
+    A path that is too long for the available room is shrunk to it.
     """
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

@@ -43,9 +43,6 @@ class VideoFile:
         start: second from which on frames are read.
         end: second before which they are read; None for all.
 
-    Attributes:
-        fps: frames a second, exactly.
-
     Raises:
         ValueError, FileNotFoundError: as `probe_video`; ValueError also if no frame lies in the part.
     """
@@ -97,11 +94,11 @@ class VideoFile:
         return self._num_frames
 
     def common_size(self) -> tuple[int, int]:
-        """(width, height) of the frames."""
+        """Return (width, height) of the frames."""
         return self._size
 
     def frame(self, index: int) -> Image.Image:
-        """Frame at 0 <= index < len, upright RGB; a copy, so that drawing on it changes nothing here."""
+        """Return a copy of the frame at 0 <= index < len, upright RGB."""
         if self._last is None or index != self._position - 1:
             if self._decoder is None or index < self._position:
                 self.close()
@@ -118,7 +115,7 @@ class VideoFile:
         return self._last.copy()
 
     def stream(self) -> Frames:
-        """All frames in order from a decoder of its own."""
+        """Return a generator of all frames in order, with its own decoder."""
         return _decode(self._path, self._num_frames, self._input_params, self._output_params)
 
     def close(self) -> None:
@@ -293,11 +290,11 @@ class VideoData:
             warn_of_cropping(self._source.common_size(), self._shape[::-1])
 
     def shape(self) -> tuple[int, int]:
-        """(height, width) of the frames given out."""
+        """Return (height, width) of the frames."""
         return self._shape
 
     def raw_data(self) -> list[Image.Image]:
-        """All frames in a list."""
+        """Return all frames in a list."""
         return list(self)
 
     def save_images(self, folder: str | PathLike) -> None:

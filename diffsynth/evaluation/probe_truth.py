@@ -30,7 +30,7 @@ class TrueFlow:
 
     @property
     def blind(self) -> np.ndarray:
-        """The reading of attention that sees nothing, the way to the picture's middle: [P, H, W, 2]."""
+        """Return the reading of attention that sees nothing: the way to the middle, [P, H, W, 2]."""
         grid = np.array(self.counted.shape[1:])
         way = (grid - 1) / 2 - np.moveaxis(np.mgrid[: grid[0], : grid[1]], 0, -1)
         return np.broadcast_to(way, self.flow.shape)

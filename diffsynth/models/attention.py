@@ -103,7 +103,11 @@ _chosen: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 
 
 def check_backend_name(name: str) -> str:
-    """Return `name`. Raises ValueError for an unknown backend, naming the known ones."""
+    """Return the name of an attention backend.
+
+    Raises:
+        ValueError: it is unknown; the message lists the known ones.
+    """
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
     return name
@@ -111,7 +115,11 @@ def check_backend_name(name: str) -> str:
 
 @contextmanager
 def use_attention(name: str) -> Iterator[None]:
-    """Inside this context, attention runs on the named backend. Raises ValueError for an unknown name."""
+    """Return a context in which attention runs on the named backend.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     token = _chosen.set(check_backend_name(name))
     try:
         yield
@@ -140,10 +148,17 @@ def _resolve(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, unmasked.
+    """Return softmax(q k^T / sqrt(D)) v, unmasked.
 
-    q: [B, S, N, D], k and v: [B, L, N, D] (batch, tokens, heads, head width) -> [B, S, N, D].
-    Raises ValueError if a named backend is unknown or cannot serve these inputs.
+    Args:
+        q: [B, S, N, D] (batch, tokens, heads, head width).
+        k: [B, L, N, D], as v.
+
+    Returns:
+        [B, S, N, D].
+
+    Raises:
+        ValueError: a backend that was named is unknown, or cannot serve these inputs.
     """
     name = backend or _chosen.get() or os.environ.get("DIFFSYNTH_ATTENTION") or None
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

@@ -221,9 +221,11 @@ def _is_dict(content: dict, name: str) -> bool:
 
 
 def files_of(entry: str | Path | Sequence[str | Path]) -> list[list[Path]]:
-    """The groups of files, one group a model, that an entry of `ModelManager.load_models` names.
+    """Return the groups of files, one group a model, that an entry of `ModelManager.load_models` names.
 
-    Raises FileNotFoundError, naming what is missing, and CheckpointError for a damaged index.
+    Raises:
+        FileNotFoundError: a file is missing; the message names it.
+        CheckpointError: an index is damaged.
     """
     if not isinstance(entry, str | Path):
         if not isinstance(entry, Sequence) or len(entry) == 0:

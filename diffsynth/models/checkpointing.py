@@ -17,7 +17,7 @@ Kept = tuple[torch.device, Tensor]
 
 
 def checkpointed(block: Callable[..., Tensor], tokens: Tensor, *state: Any, offload_inputs: bool) -> Tensor:
-    """block(tokens, *state), of which only `tokens` is kept for the backward pass; on the CPU if asked for.
+    """Run block(tokens, *state) and keep only `tokens` for the backward pass, on the CPU if asked for.
 
     Tensors inside `state` stay where they are.
     """
@@ -38,6 +38,6 @@ def to_host(tensor: Tensor) -> Kept:
 
 
 def to_device(kept: Kept) -> Tensor:
-    """The inverse of `to_host`."""
+    """Return a tensor that `to_host` has moved, on its device again."""
     device, host = kept
     return host.to(device, non_blocking=True)

@@ -23,10 +23,16 @@ Forward = Callable[[DiTBlock, Tensor, DiTState], Tensor]
 
 
 def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
-    """Have the forward pass of each block compiled at its first call; a second time, nothing happens.
+    """Have the forward pass of each block compiled at its first call; a second call changes nothing.
 
-    Hooks on blocks run as before, outside of the compiled code, which may round otherwise than the plain one
-    does. backend: of torch.compile. Raises ValueError for a backend that torch does not know.
+    Hooks on blocks run as before, outside of the compiled code, which may round differently.
+
+    Args:
+        dit: whose blocks are compiled.
+        backend: of torch.compile.
+
+    Raises:
+        ValueError: torch does not know the backend.
     """
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:

@@ -40,11 +40,17 @@ FLEX_LEAST_WIDTH = 16  # of a head
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Window) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the keys near each query; all [B, S, N, D], differentiable.
+    """Return softmax(q k^T / sqrt(D)) v over the keys near each query; differentiable.
 
-    grid: (F, H, W). window: (frames, rows, columns) that a token sees to each side; where it covers the whole
-    grid this is `attention`. Masks and indices are made once per grid and window.
-    Raises ValueError on a window that is not allowed or a grid of another number of tokens.
+    Masks and indices are made once per grid and window. A window over the whole grid gives `attention`.
+
+    Args:
+        q: [B, S, N, D], as k, v and the result.
+        grid: (F, H, W) in tokens.
+        window: (frames, rows, columns) that a token sees to each side.
+
+    Raises:
+        ValueError: the window is not allowed, or the grid has another number of tokens.
     """
     frames, rows, columns = grid
     grid, window = (frames, rows, columns), check_value("attention_window", ATTENTION_WINDOW, window)

@@ -203,7 +203,11 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
 
 
 def checked_strength(alpha: float) -> float:
-    """Return a LoRA's strength. Raises ValueError unless it is a finite number."""
+    """Return a LoRA's strength.
+
+    Raises:
+        ValueError: it is not a finite number.
+    """
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"lora_alpha must be a finite number; got {alpha!r}")
     return alpha

@@ -141,8 +141,8 @@ def recognise(
 ) -> tuple[ModelKind, dict[str, StoredTensor], dict]:
     """Return a model's kind, its tensors under official names, and its arguments.
 
-    Raises CheckpointError, naming `source`, if they are no Wan2.1 model, or if tensors that tell the model's
-    size are missing.
+    Raises:
+        CheckpointError: they are no Wan2.1 model, or tensors that tell its size are missing; names `source`.
     """
     hint = "; give all shards in one list, or the folder" if "-of-" in source else ""
     kind = kind_of(tensors)
@@ -176,8 +176,9 @@ def recognise(
 def check_complete(model: nn.Module, tensors: Mapping[str, StoredTensor], source: str) -> None:
     """Compare the names and shapes that a model needs with those of its files.
 
-    Raises CheckpointError with the first five and the count of missing names, unexpected names and wrong
-    shapes.
+    Raises:
+        CheckpointError: with the first five and the count of missing names, unexpected names and wrong
+            shapes.
     """
     needed = {key: tensor.shape for key, tensor in model.state_dict().items()}
     wrong = [

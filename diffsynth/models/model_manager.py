@@ -126,8 +126,13 @@ class ModelManager:
         self.loaded.extend(loaded.values())
 
     def find(self, name: str) -> LoadedModel:
-        """The loaded model of a kind: "wan_video_dit", "wan_video_text_encoder" or "wan_video_vae"; of
-        several, the last loaded. Raises ValueError if there is none, naming what is there.
+        """Return the loaded model of a kind; of several, the last one that was loaded.
+
+        Args:
+            name: "wan_video_dit", "wan_video_text_encoder" or "wan_video_vae".
+
+        Raises:
+            ValueError: none is loaded; the message names what is.
         """
         found = [entry for entry in self.loaded if entry.name == name]
         if not found:
@@ -217,7 +222,11 @@ MOST_DECLARED = 100_000
 
 
 def check_dtype(dtype: torch.dtype, allowed: Sequence[torch.dtype] = DTYPES) -> torch.dtype:
-    """Return dtype. Raises ValueError, naming the allowed ones, for any other."""
+    """Return a dtype.
+
+    Raises:
+        ValueError: it is not one of the allowed ones, which the message names.
+    """
     if dtype not in allowed:
         raise ValueError(f"torch_dtype must be one of {', '.join(map(str, allowed))}; got {dtype!r}")
     return dtype

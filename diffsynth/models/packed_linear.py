@@ -113,7 +113,7 @@ class PackedLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Apply the layer: x [..., in] -> [..., out]."""
         out = _PackedProduct.apply(x, self.weight, self.scale, self.stored)
         if self.own is not None:
             out = out + self.own.to(x.dtype) * out

@@ -69,7 +69,7 @@ class DiTBlock(nn.Module):
         return (self.modulation.to(state.modulation.dtype) + state.modulation).unsqueeze(2).unbind(1)
 
     def queries_keys(self, tokens: Tensor, state: DiTState) -> tuple[Tensor, Tensor]:
-        """The normed, rotated q and k [B, S, N, d] of this block's self-attention, and nothing after them."""
+        """Return the normed, rotated q and k [B, S, N, d] of this block's self-attention, and no more."""
         shift, scale, *_ = self._modulation(state)
         return self.self_attn.queries_keys(
             modulate(self.norm1(tokens), shift, scale).to(state.context.dtype), state.rope
@@ -101,7 +101,7 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out_features)
 
     def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
-        """tokens [B, S, D], time [B, D] -> [B, S, out_features]."""
+        """Map tokens [B, S, D] with time [B, D] -> [B, S, out_features]."""
         shift, scale = (self.modulation.to(time.dtype) + time[:, None]).unsqueeze(2).unbind(1)
         return linear_in(tokens.dtype, self.head, modulate(self.norm(tokens), shift, scale))
 
@@ -151,7 +151,7 @@ class WanModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that linear layers and attention compute in."""
+        """Return the dtype that linear layers and attention compute in."""
         return self.patch_embedding.weight.dtype
 
     @property
@@ -159,7 +159,7 @@ class WanModel(nn.Module):
         return self.patch_embedding.weight.device
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """timestep [B] -> the time embedding [B, D] and its projection, the blocks' modulation [B, 6, D]."""
+        """Return the time embedding [B, D] of timestep [B] and the blocks' modulation [B, 6, D]."""
         dtype = precise_dtype(self.dtype)
         hidden = linear_in(dtype, self.time_embedding[0], sinusoidal_embedding(timestep, self.freq_dim))
         time = linear_in(dtype, self.time_embedding[2], F.silu(hidden))
@@ -173,7 +173,11 @@ class WanModel(nn.Module):
         clip_feature: Tensor | None = None,
         y: Tensor | None = None,
     ) -> DiTState:
-        """Return what the blocks read, given the inputs of `forward`. Raises ValueError on a wrong size."""
+        """Return what the blocks read, given the inputs of `forward`.
+
+        Raises:
+            ValueError: a size does not fit.
+        """
         if self.has_image_input != (clip_feature is not None):
             need = "needs" if self.has_image_input else "does not take"
             raise ValueError(f"this DiT {need} clip_feature (has_image_input={self.has_image_input})")
@@ -233,7 +237,7 @@ class WanModel(nn.Module):
         return tokens
 
     def unembed(self, tokens: Tensor, state: DiTState) -> Tensor:
-        """Tokens [B, S, D] -> velocity [B, out_dim, F, h, w], float32."""
+        """Map tokens [B, S, D] to the velocity [B, out_dim, F, h, w], float32."""
         patches = self.head(tokens, state.time)
         sides = dict(zip(("f", "h", "w", "pf", "ph", "pw"), (*state.grid, *self.patch_size), strict=True))
         return rearrange(patches, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", **sides)
@@ -246,12 +250,20 @@ class WanModel(nn.Module):
         clip_feature: Tensor | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (noise - clean latents) at a timestep.
+        """Return the velocity (noise - clean latents) at a timestep.
 
-        x [B, in_dim, F, h, w] noised latents; timestep [B] on the 0..1000 scale; context [B, L, text_dim]
-        text embedding, padded here with zero rows to text_len; clip_feature [B, 257, 1280] and y [B, C, F,
-        h, w] (channels appended to x) for image models -> [B, out_dim, F, h, w] float32. Raises ValueError
-        on sizes that do not fit.
+        Args:
+            x: noised latents [B, in_dim, F, h, w].
+            timestep: [B], on the scale of 0 to 1000.
+            context: text embedding [B, L, text_dim], padded here with zero rows to text_len.
+            clip_feature: [B, 257, 1280], for image models.
+            y: [B, C, F, h, w], channels appended to x, for image models.
+
+        Returns:
+            [B, out_dim, F, h, w], float32.
+
+        Raises:
+            ValueError: sizes do not fit.
         """
         state = self.embed(x, timestep, context, clip_feature, y)
         return self.unembed(self.run_blocks(state), state)
@@ -269,12 +281,17 @@ class WanModel(nn.Module):
         offload_inputs: bool = False,
         attention_window: Window | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Normed, rotated q and k of one block's self-attention, each [B, F, H, W, N, d].
+        """Return normed, rotated q and k of one block's self-attention, each [B, F, H, W, N, d].
 
-        Runs the blocks before `block` and that block's q and k; nothing after them. Inputs as in `forward`,
+        Only the blocks before `block` and its q and k are computed. Inputs are as in `forward`;
         checkpoint_blocks and offload_inputs as in `run_blocks`.
-        attention_window: (frames, rows, columns) in tokens that self-attention sees to each side; None: all.
-        Raises ValueError if the model has no such block.
+
+        Args:
+            attention_window: (frames, rows, columns) in tokens that self-attention sees to each side; None:
+                all.
+
+        Raises:
+            ValueError: the model has no such block.
         """
         if not 0 <= block < self.num_layers:
             raise ValueError(f"block must be in 0..{self.num_layers - 1} for this DiT; got {block}")

@@ -31,7 +31,7 @@ _BLOCK_PATH = re.compile(r"(blocks\.\d+)\.(.+)")
 
 
 def official_module(path: str) -> str | None:
-    """A module path of the diffusers layout as the official path; None if it is not one."""
+    """Return the official path of a module of the diffusers layout; None if it is not one."""
     match = _BLOCK_PATH.fullmatch(path)
     if match is None:
         return _TOP.get(path)
@@ -40,7 +40,7 @@ def official_module(path: str) -> str | None:
 
 
 def diffusers_module(path: str) -> str | None:
-    """The inverse of `official_module`."""
+    """Return the path in the diffusers layout of an official module, the inverse of `official_module`."""
     match = _BLOCK_PATH.fullmatch(path)
     table, name = (_TOP, path) if match is None else (_BLOCK, match[2])
     theirs = next((theirs for theirs, ours in table.items() if ours == name), None)
@@ -48,7 +48,7 @@ def diffusers_module(path: str) -> str | None:
 
 
 def official_key(key: str) -> str | None:
-    """A tensor name of the diffusers layout as the official name; None if it is not one."""
+    """Return the official name of a tensor of the diffusers layout; None if it is not one."""
     if key == "scale_shift_table":
         return "head.modulation"
     path, _, tensor = key.rpartition(".")
@@ -59,11 +59,13 @@ def official_key(key: str) -> str | None:
 
 
 def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapping[str, object]) -> dict:
-    """Arguments of `WanModel` from the official names and shapes of its tensors.
+    """Return the arguments of `WanModel` that official names and shapes of tensors tell.
 
     Shapes do not tell the number of heads: it comes from `declared` (the config.json beside the weights,
-    official or diffusers style), else heads are 128 wide, as in every published model. Raises ValueError if
-    neither fits.
+    official or diffusers style), else heads are 128 wide, as in every published model.
+
+    Raises:
+        ValueError: neither number of heads fits.
     """
     dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
     num_heads = declared.get("num_heads", declared.get("num_attention_heads"))

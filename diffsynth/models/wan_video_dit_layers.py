@@ -18,12 +18,12 @@ SLICE_TOKENS = 4096  # of a feed-forward without gradients; enough to keep a GPU
 
 
 def precise_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for what must not be computed in half precision."""
+    """Return the dtype for what must not be computed in half precision."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """timestep [B] on the 0..1000 scale -> [B, dim] float64, cosines first."""
+    """Embed timestep [B], on the scale of 0 to 1000, as [B, dim] float64, cosines first."""
     exponent = torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
     angles = timestep.double()[:, None] * 10000.0**-exponent
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -77,7 +77,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift."""
+    """Return x * (1 + scale) + shift."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -97,7 +97,7 @@ class Projections(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def heads(self, x: Tensor) -> Tensor:
-        """x [B, S, D] -> [B, S, N, d]."""
+        """Split x [B, S, D] into heads [B, S, N, d]."""
         return x.unflatten(-1, (self.num_heads, -1))
 
 
@@ -105,12 +105,12 @@ class SelfAttention(Projections):
     """Attention over the tokens of the video, all or those near by, with rotary positions."""
 
     def queries_keys(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, S, D] -> normed and rotated q, k, each [B, S, N, d]."""
+        """Return normed and rotated q and k, each [B, S, N, d], of x [B, S, D]."""
         q = rotate(self.heads(self.norm_q(self.q(x))), rope)
         return q, rotate(self.heads(self.norm_k(self.k(x))), rope)
 
     def forward(self, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None) -> Tensor:
-        """x [B, S, D] of a grid (F, H, W) -> [B, S, D]; window: see `local_attention`, None: all tokens."""
+        """Attend within x [B, S, D] of a grid (F, H, W), to all tokens or a window (`local_attention`)."""
         q, k = self.queries_keys(x, rope)
         v = self.heads(self.v(x))
         seen = attention(q, k, v) if window is None else local_attention(q, k, v, grid=grid, window=window)
@@ -142,7 +142,7 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(dim, hidden_dim), nn.GELU(approximate="tanh"), nn.Linear(hidden_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, S, D] -> [B, S, D]."""
+        """Map x [B, S, D] -> [B, S, D]."""
         if torch.is_grad_enabled():
             return super().forward(x)
         run = super().forward

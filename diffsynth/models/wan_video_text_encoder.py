@@ -44,9 +44,9 @@ class LoadResult(NamedTuple):
 
 
 def transformers_to_official_key(key: str) -> str | None:
-    """A tensor name of transformers' UMT5EncoderModel as the official name; None if it is not one.
+    """Return the official name of a tensor of transformers' UMT5EncoderModel; None if it is not one.
 
-    `shared.weight` and `encoder.embed_tokens.weight`, its other name, give the same official name.
+    `shared.weight` and its other name `encoder.embed_tokens.weight` give the same official name.
     """
     path, _, tensor = key.rpartition(".")
     block = _BLOCK_PATH.fullmatch(path)
@@ -57,9 +57,10 @@ def transformers_to_official_key(key: str) -> str | None:
 
 
 def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Arguments of `WanTextEncoder` from the official names and shapes of its tensors.
+    """Return the arguments of `WanTextEncoder` that official names and shapes of tensors tell.
 
-    Raises ValueError if they are not those of a UMT5 encoder.
+    Raises:
+        ValueError: they are not those of a UMT5 encoder.
     """
     names = ("token_embedding", *(f"blocks.0.{n}" for n in ("attn.q", "ffn.fc1", "pos_embedding.embedding")))
     needed = [f"{name}.weight" for name in names]
@@ -82,8 +83,11 @@ class WanTextEncoder(nn.Module):
     """UMT5 encoder; the default sizes are those of umt5-xxl.
 
     Weights load and save under the official names. Built under `torch.device("meta")` and loaded with
-    `assign=True`, it takes the given tensors themselves and makes no copy. It has no dropout and starts in
-    eval mode. Raises ValueError if a size is not positive or dim_attn is not a multiple of num_heads.
+    `assign=True`, it takes the tensors themselves and makes no copy. It has no dropout and starts in eval
+    mode.
+
+    Raises:
+        ValueError: a size is not positive, or dim_attn is not a multiple of num_heads.
     """
 
     def __init__(
@@ -129,18 +133,23 @@ class WanTextEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the encoder computes in; linear layers may be stored in another dtype."""
+        """Return the dtype that the encoder computes in; linear layers may be stored in another one."""
         return self.encoder.final_layer_norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.encoder.final_layer_norm.weight.device
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """ids [B, L] and mask [B, L] (1 where ids are real, 0 at padding; None: all real) -> [B, L, dim].
+        """Encode ids [B, L] -> [B, L, dim]; rows at padding are computed like any other and mean nothing.
 
-        Rows at padding are computed like any other and mean nothing. Raises ValueError for other shapes.
+        Args:
+            ids: [B, L].
+            mask: [B, L], 1 where ids are real and 0 at padding; None where all are real.
+
+        Raises:
+            ValueError: another shape.
         """
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be [B, L] with L at least 1; got shape {tuple(ids.shape)}")
@@ -158,7 +167,7 @@ class WanTextEncoder(nn.Module):
     def state_dict(  # type: ignore[override]  # the base also has a deprecated positional form
         self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Tensor]:
-        """The weights under their official names; arguments as in `torch.nn.Module`."""
+        """Return the weights under their official names; arguments are those of `torch.nn.Module`."""
         destination = {} if destination is None else destination
         state = self.encoder.state_dict(keep_vars=keep_vars)
         destination.update({prefix + _official(key): value for key, value in state.items()})
@@ -167,10 +176,12 @@ class WanTextEncoder(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> LoadResult:
-        """Load weights by their official names; arguments as in `torch.nn.Module`.
+        """Load weights by their official names; arguments are those of `torch.nn.Module`.
 
-        Raises RuntimeError, before anything is changed, for a wrong shape and, if strict, for missing or
-        unexpected names. Each call counts up `num_loads`, by which caches of results tell old weights.
+        Each call counts up `num_loads`, by which caches of results notice new weights.
+
+        Raises:
+            RuntimeError: before anything is changed, for a wrong shape and, if strict, for other names.
         """
         own = self.state_dict()
         missing = [key for key in own if key not in state_dict]

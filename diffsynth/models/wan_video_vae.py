@@ -31,12 +31,18 @@ PUBLISHED_STD = (
 class WanVideoVAE(nn.Module):
     """Video VAE: [B, 3, T, H, W] in [-1, 1] <-> normalised latents [B, z, F, H / 8, W / 8].
 
-    dim: channels at full resolution. z_dim: latent channels. dim_mult: multiples of dim, level by level; each
-    further level halves rows and columns. num_res_blocks: residual blocks in a level of the encoder.
-    temperal_downsample: for each step between levels, whether it halves the frames too (the spelling of the
-    published configs). latents_mean, latents_std: statistics that normalise the latents; by default the
-    published ones for 16 channels, else 0 and 1.
-    Raises ValueError for arguments that do not fit together.
+    Args:
+        dim: channels at full resolution.
+        z_dim: latent channels.
+        dim_mult: multiples of dim, level by level; each further level halves rows and columns.
+        num_res_blocks: residual blocks in a level of the encoder.
+        temperal_downsample: for each step between levels, whether it halves the frames, too (the spelling of
+            the published configs).
+        latents_mean: with latents_std, the statistics that normalise the latents; by default the published
+            ones for 16 channels, else 0 and 1.
+
+    Raises:
+        ValueError: arguments do not fit together.
     """
 
     def __init__(
@@ -83,12 +89,12 @@ class WanVideoVAE(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the layers compute in."""
+        """Return the dtype that the layers compute in."""
         return self.conv1.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.conv1.weight.device
 
     def encode(
@@ -98,13 +104,20 @@ class WanVideoVAE(nn.Module):
         tile_size: tuple[int, int] = (34, 34),
         tile_stride: tuple[int, int] = (18, 16),
     ) -> Tensor:
-        """Video [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, F, h, w], float32, on `self.device`.
+        """Encode a video as normalised latents [B, z, F, h, w], float32, on `self.device`.
 
-        The video may be on another device and in another floating type; it is moved chunk by chunk. If T is
-        not 4k + 1 (k times the temporal factor, plus 1), its last frame is repeated up to there.
-        tiled: cut the frames into overlapping tiles of tile_size, one every tile_stride, both (rows, columns)
-        in latent positions: less memory, near to the untiled result. Raises TypeError for a video that is not
-        of a floating type, ValueError for a wrong shape or a tiling that leaves gaps.
+        If T is not 4k + 1 (k times the temporal factor, plus 1), the last frame is repeated up to there.
+
+        Args:
+            video: [B, 3, T, H, W] in [-1, 1], of any floating type on any device; it is moved chunk by chunk.
+            tiled: cut the frames into overlapping tiles, which takes less memory and is near to the untiled
+                result.
+            tile_size: of a tile, (rows, columns) in latent positions.
+            tile_stride: from tile to tile, likewise.
+
+        Raises:
+            TypeError: the video is not of a floating type.
+            ValueError: a wrong shape, or a tiling that leaves gaps.
         """
         self._check_video(video)
         batch, _, num_frames, *size = video.shape
@@ -121,10 +134,7 @@ class WanVideoVAE(nn.Module):
         return blend(grid, latents, 1, encode_tile)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance, not normalised: [B, 3, T, H, W] -> two of [B, z, F, h, w], float32.
-
-        Input and errors as for `encode`.
-        """
+        """Return mean and log-variance [B, z, F, h, w], float32, not normalised; else as `encode`."""
         self._check_video(video)
         cache: Cache = {}
         moments = [
@@ -142,11 +152,15 @@ class WanVideoVAE(nn.Module):
         tile_stride: tuple[int, int] = (18, 16),
         num_frames: int | None = None,
     ) -> Tensor:
-        """Normalised latents [B, z, F, h, w] -> video [B, 3, T, H, W] in [-1, 1], float32, on `self.device`.
+        """Decode latents to a video [B, 3, T, H, W] in [-1, 1], float32, on `self.device`.
 
-        num_frames: give only that many of the first frames, and compute no more than needed for them.
-        Tiling as for `encode`. Raises ValueError for a wrong shape, for num_frames out of range, or for a
-        tiling that leaves gaps.
+        Args:
+            latents: normalised, [B, z, F, h, w].
+            num_frames: return only so many of the first frames, and compute no more than they need.
+            tiled: as in `encode`, with tile_size and tile_stride.
+
+        Raises:
+            ValueError: a wrong shape, num_frames out of range, or a tiling that leaves gaps.
         """
         self._check_latents(latents)
         batch, _, num_latents, *size = latents.shape
@@ -167,10 +181,12 @@ class WanVideoVAE(nn.Module):
         return blend(grid, video, self.spatial_factor, decode_tile).clamp_(-1, 1)
 
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
-        """The frames of `decode` as they come: one frame, then `temporal_factor` frames at a time, each chunk
-        [B, 3, t, H, W] in [-1, 1], float32.
+        """Yield the frames of `decode` one first, then `temporal_factor` at a time: [B, 3, t, H, W], float32.
 
-        Peak memory does not depend on F. Raises ValueError for latents of a wrong shape, at the call.
+        Peak memory does not depend on F.
+
+        Raises:
+            ValueError: latents of a wrong shape, at the call.
         """
         self._check_latents(latents)
         num_frames = self.temporal_factor * (latents.shape[2] - 1) + 1
@@ -245,9 +261,10 @@ def _join(chunks: Iterator[Tensor], num_frames: int) -> Tensor:
 
 
 def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """Arguments of `WanVideoVAE` from the official names and shapes of its tensors.
+    """Return the arguments of `WanVideoVAE` that official names and shapes of tensors tell.
 
-    Raises ValueError if they are not those of such a VAE.
+    Raises:
+        ValueError: they are not those of such a VAE.
     """
     for key in ("encoder.conv1.weight", "conv2.weight"):
         if key not in shapes:

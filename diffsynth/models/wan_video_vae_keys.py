@@ -30,7 +30,7 @@ _UP_BLOCK = re.compile(r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)")
 
 
 def diffusers_vae_key_map(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """{diffusers name: official name} of the tensors of a whole VAE in the diffusers layout.
+    """Return {diffusers name: official name} of the tensors of a whole VAE in the diffusers layout.
 
     Names that are not understood are left out, so that a file of another layout gives few or none.
     """

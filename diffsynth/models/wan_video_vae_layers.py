@@ -54,7 +54,7 @@ class CausalConv3d(nn.Conv3d):
         cache[self] = x.new_zeros(*x.shape[:2], NUM_PAST, *x.shape[3:])
 
     def with_past(self, x: Tensor, cache: Cache) -> Tensor:
-        """The chunk behind the two frames before it, [B, C, 2 + t, h, w]; its own last two are kept."""
+        """Return the chunk behind the two frames before it, [B, C, 2 + t, h, w]; keep its own last two."""
         if self not in cache:
             self.forget(x, cache)
         x = torch.cat([cache[self], x], dim=2)

@@ -30,8 +30,13 @@ class Tile:
 class TileGrid:
     """Tiles over a picture; every field is (rows, columns) in latent units.
 
-    shape: the picture. size: of a tile; the last one along an axis is cut short. stride: from tile to tile.
-    Raises ValueError unless 1 <= stride <= size on both axes.
+    Attributes:
+        shape: of the picture.
+        size: of a tile; the last one along an axis is cut short.
+        stride: from tile to tile.
+
+    Raises:
+        ValueError: unless 1 <= stride <= size on both axes.
     """
 
     shape: tuple[int, int]
@@ -50,7 +55,7 @@ class TileGrid:
             )
 
     def tiles(self) -> list[Tile]:
-        """All tiles, row by row."""
+        """Return all tiles, row by row."""
         rows, cols = (spans(*axis) for axis in zip(self.shape, self.size, self.stride, strict=True))
         return [Tile(row, col) for row in rows for col in cols]
 
@@ -68,10 +73,12 @@ def spans(length: int, size: int, stride: int) -> list[Span]:
 
 
 def ramp(span: Span, length: int, border: int, unit: int) -> Tensor:
-    """Weight along one axis: 1, but (i + 1) / border at the i-th position from a side inside the picture.
+    """Return the weights along one axis: 1, but (i + 1) / border at the i-th position from an inner side.
 
-    border: latent positions of overlap. Where the two ramps of a tile overlap, that of the far side holds, as
-    in the released FastVMT code.
+    Where the two ramps of a tile overlap, that of the far side holds, as in the released FastVMT code.
+
+    Args:
+        border: latent positions of overlap.
     """
     start, stop = span
     weight = torch.ones((stop - start) * unit)

@@ -14,16 +14,18 @@ from torch import Tensor
 
 
 def noise_scale(sigma: float, factor: int) -> float:
-    """s' / s: what noise level sigma, in 0..1, is multiplied by when latents are averaged over squares."""
+    """Return s' / s, the factor on noise level sigma (0 to 1) where latents are averaged over squares."""
     return 1 / (factor - (factor - 1) * sigma)
 
 
 def coarsen(latents: Tensor, sigma: float, factor: int, patch_size: tuple[int, int, int]) -> Tensor:
-    """Latents [B, C, F, h, w] at noise level sigma -> averages over factor x factor of them, at level s'.
+    """Average latents [B, C, F, h, w] at noise level sigma over squares, at level s'; differentiable.
 
-    Differentiable. Rows and columns are repeated at the end up to whole patches: with noise of the right
-    level, as a mean over part of a square would not have. Factor 1 returns the latents themselves.
-    Raises ValueError unless rows and columns are multiples of factor.
+    Rows and columns are repeated at the end up to whole patches: they have noise of the right level, which a
+    mean over part of a square would not have. Factor 1 returns the latents themselves.
+
+    Raises:
+        ValueError: rows or columns are no multiples of factor.
     """
     if factor == 1:
         return latents

@@ -38,10 +38,10 @@ class MotionDescriptor(Protocol):
     """One way to read motion off latents. The reference is described under no_grad, without `reference`."""
 
     def observe(self, latents: Tensor, context: Tensor, inputs: StepInputs) -> Any:
-        """What the DiT makes of latents [1, C, F, h, w] under a prompt, differentiable in the latents."""
+        """Return what the DiT makes of latents [1, C, F, h, w] under a prompt; differentiable in them."""
 
     def describe(self, features: Any, reference: Any = None) -> Any:
-        """The motion in what `observe` returned; `reference`: a descriptor to be comparable with."""
+        """Return the motion in what `observe` returned, comparable with that of `reference`."""
 
     def loss(self, descriptor: Any, reference: Any) -> Loss:
-        """How far a descriptor is from the reference's."""
+        """Return how far a descriptor is from the reference's."""

@@ -43,7 +43,11 @@ class MotionFlow:
 
 
 def frame_pairs(num_frames: int, sf: int) -> list[tuple[int, int]]:
-    """Frame pairs i <= j < i + sf that exist, in order of i, then j. Raises ValueError below 1."""
+    """Return the frame pairs i <= j < i + sf that exist, in order of i, then j.
+
+    Raises:
+        ValueError: num_frames or sf is below 1.
+    """
     for name, given in (("num_frames", num_frames), ("sf", sf)):
         if not isinstance(given, int) or given < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {given!r}")
@@ -51,7 +55,7 @@ def frame_pairs(num_frames: int, sf: int) -> list[tuple[int, int]]:
 
 
 def token_positions(rows: int, cols: int, like: Tensor) -> Tensor:
-    """(row, column) of each token of a grid, [rows * cols, 2], in the dtype and on the device of `like`."""
+    """Return (row, column) of each token of a grid, [rows * cols, 2], in dtype and on device of `like`."""
     grid = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     return torch.stack(grid, dim=-1).flatten(0, 1).to(like)
 
@@ -129,12 +133,19 @@ def attention_motion_flow(
     chunk: int = 4,
     hard: bool = False,
 ) -> Tensor:
-    """Dense flow of features q, k [F, H, W, d] or [F, H, W, n, d] -> [P, H, W, 2], (drow, dcol) in tokens.
+    """Return the dense flow [P, H, W, 2], (drow, dcol) in tokens, of features [F, H, W(, n), d].
 
-    sf: pairs i <= j < i + sf, in order of i, then j; or `pairs`, a list of (i, j), in its order.
-    tau: factor on the logits. heads: see `reduce_heads`. chunk: pairs held in memory at a time.
-    hard: the displacement to the likeliest token instead of the mean one, without gradient (DiTFlow's
-    reference). Raises ValueError on arguments that do not fit.
+    Args:
+        sf: span of the pairs i <= j < i + sf, in order of i, then j.
+        pairs: a list of (i, j) instead, in its order.
+        tau: factor on the logits.
+        heads: see `reduce_heads`.
+        chunk: pairs held in memory at a time.
+        hard: return the displacement to the likeliest token instead of the mean one, without gradient
+            (DiTFlow's reference).
+
+    Raises:
+        ValueError: arguments do not fit.
     """
     q, k = reduce_heads(q, k, heads)
     check_value("tau", TAU, tau)

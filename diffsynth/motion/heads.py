@@ -13,18 +13,20 @@ from diffsynth.configs.guidance import HEADS, Heads
 
 
 def precise(x: Tensor) -> Tensor:
-    """float32, or float64 if it is: sums over many tokens must not be taken in half precision."""
+    """Return x in float32, or in float64 as it is: half precision is too little for sums over tokens."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def reduce_heads(q: Tensor, k: Tensor, heads: Heads = "mean_qk") -> tuple[Tensor, Tensor]:
-    """q, k [F, H, W, n, d] -> features [F, H, W, width] whose q . k / sqrt(width) are the logits of `heads`.
+    """Reduce q, k [F, H, W, n, d] to features whose q . k / sqrt(width) are the logits of `heads`.
 
     "mean_qk": the mean of q and the mean of k over heads (width d).
     "mean_logits": the mean over heads of the logits q_c . k_c / sqrt(d) (width n * d, n times the work).
     Head indices: the mean of these heads' logits. "token_groups": what the released code captures.
     Features [F, H, W, d] count as reduced. The result is float32, or float64 from float64.
-    Raises ValueError on shapes or heads that do not fit.
+
+    Raises:
+        ValueError: shapes or heads do not fit.
     """
     if q.shape != k.shape or q.ndim not in (4, 5):
         raise ValueError(
@@ -47,10 +49,13 @@ def reduce_heads(q: Tensor, k: Tensor, heads: Heads = "mean_qk") -> tuple[Tensor
 
 
 def average_token_groups(x: Tensor) -> Tensor:
-    """The released capture (not a head mean): x [F, H, W, n, d] -> [F, H, W, d].
+    """Return the released capture, which is no head mean: x [F, H, W, n, d] -> [F, H, W, d].
 
-    Of each n consecutive tokens, over frame and row ends, the mean is taken at full width; token c of the
-    group gets head c of that mean. Raises ValueError unless F * H * W is a multiple of n.
+    The mean of each n consecutive tokens, over frame and row ends, is taken at full width; token c of the
+    group gets head c of that mean.
+
+    Raises:
+        ValueError: F * H * W is no multiple of n.
     """
     frames, rows, cols, num_heads, width = x.shape
     if (frames * rows * cols) % num_heads:

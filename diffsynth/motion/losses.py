@@ -18,7 +18,7 @@ Pairs = list[tuple[int, int]]
 def pair_weights(
     pairs: Sequence[tuple[int, int]], sf: int, weights: tuple[float, float], intra_weight: float
 ) -> list[float]:
-    """The weight of each pair: linear from weights[0] (j = i) to weights[1] (j = i + sf - 1).
+    """Return the weight of each pair: linear from weights[0] (j = i) to weights[1] (j = i + sf - 1).
 
     Pairs j = i, which hold the layout but no motion, are multiplied by intra_weight.
     """
@@ -28,10 +28,13 @@ def pair_weights(
 
 
 def amf_loss(flow: Tensor, reference: Tensor, weights: list[float], token_scale: float | None) -> Tensor:
-    """Weighted squared distance of two flows [P, H, W, 2] (or [P, S, 2]), a scalar.
+    """Return the weighted squared distance of two flows [P, H, W, 2] (or [P, S, 2]), a scalar.
 
-    token_scale: what the mean over tokens is multiplied by; None sums over the tokens there are.
-    Raises ValueError if the shapes differ.
+    Args:
+        token_scale: factor on the mean over tokens; None sums over them.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if flow.shape != reference.shape:
         raise ValueError(f"flow is {tuple(flow.shape)} but its reference is {tuple(reference.shape)}")
@@ -41,9 +44,9 @@ def amf_loss(flow: Tensor, reference: Tensor, weights: list[float], token_scale:
 
 
 def window_means(k: Tensor, pairs: Pairs, windows: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Mean key of each tile's window in frame j: k [F, H, W, d], windows [P, T, 2] -> [P, T, d].
+    """Return the mean key of each tile's window in frame j: k [F, H, W, d], windows [P, T, 2] -> [P, T, d].
 
-    By a summed-area table: four corners give the sum over any window.
+    It uses a summed-area table: four corners give the sum over any window.
     """
     table = F.pad(k.cumsum(1).cumsum(2), (0, 0, 1, 0, 1, 0))
     frame = torch.tensor([j for _, j in pairs], device=k.device, dtype=torch.long)[:, None]
@@ -55,9 +58,9 @@ def window_means(k: Tensor, pairs: Pairs, windows: Tensor, sides: tuple[int, int
 
 
 def mean_change(means: Tensor, pairs: Pairs) -> Tensor:
-    """Mean L2 norm of the change from (i, j) to (i, j + 1): means [P, T, d] of pairs i < j -> scalar.
+    """Return the mean L2 norm of the change from (i, j) to (i, j + 1) of means [P, T, d], a scalar.
 
-    Averaged over the changes and tiles of each i, then over i. 0 if no frame has two later ones.
+    It is averaged over the changes and tiles of each i, then over i; 0 if no frame has two later ones.
     """
     steps = [p for p in range(len(pairs) - 1) if pairs[p][0] == pairs[p + 1][0]]
     if not steps:
@@ -69,9 +72,9 @@ def mean_change(means: Tensor, pairs: Pairs) -> Tensor:
 
 
 def masked_mse(flow: Tensor, reference: Tensor) -> Tensor:
-    """DiTFlow's loss: mean squared difference over the tokens whose reference displacement is not zero.
+    """Return DiTFlow's loss: mean squared difference over the tokens that move in the reference.
 
-    flow, reference [P, H, W, 2] -> scalar; 0 if nothing moves in the reference.
+    Flow and reference are [P, H, W, 2]; 0 if nothing moves in the reference.
     """
     moving = (reference != 0).any(-1, keepdim=True)
     squared = ((flow - reference).square() * moving).sum()

@@ -94,11 +94,16 @@ def optimize_latents(
     stop: Callable[[], bool] | None = None,
     memory: GradientMemory | None = None,
 ) -> tuple[Tensor, OptimizationRecord]:
-    """Move latents down an objective: latents of any shape -> new ones of their dtype, and a record.
+    """Move latents of any shape down an objective; return new ones of their dtype, and a record.
 
-    A float32 copy is moved: in bfloat16 most steps would round to nothing. Before each inner step
-    stop() may end the loop. memory: of the guided steps before; where it has their gradients repeated,
-    the objective is not asked. Raises NonFiniteGuidanceError; the given latents are never changed.
+    A float32 copy is moved: in bfloat16 most steps would round to nothing.
+
+    Args:
+        stop: asked before each inner step; True ends the loop.
+        memory: gradients of the guided steps before; the objective is not called for those that it repeats.
+
+    Raises:
+        NonFiniteGuidanceError: a loss or gradient is not finite. The latents that were passed never change.
     """
     moved = precise(latents.detach()).clone()
     move = UPDATES[guidance.update](moved, guidance)

@@ -27,10 +27,13 @@ from diffsynth.motion.tile_flow import centre_positions, pair_order, to_tiles
 def released_tile_flow(
     q: Tensor, k: Tensor, *, sf: int, window: int, tile: tuple[int, int], tau: float, chunk: int = 4
 ) -> MotionFlow:
-    """The released flow of reduced features q, k [F, H, W, d]; arguments as in `tile_motion_flow`.
+    """Return the released flow of reduced features q, k [F, H, W, d]; arguments as in `tile_motion_flow`.
 
     Its flow is [P, S, 2]: row-major tokens for i = j, for i < j by tile row, tile column, then row and column
-    in the tile. Raises ValueError on grids on which the released code cannot run.
+    in the tile.
+
+    Raises:
+        ValueError: the released code cannot run on this grid.
     """
     check_value("window", SEARCH_WINDOW, window)
     check_value("tile", TILE, tile)

@@ -29,8 +29,9 @@ class GradientReuse:
         self._evaluated_at: list[int] = []
 
     def due(self, step: int) -> bool:
-        """Whether a step (from 0) needs a fresh gradient: after `interval` steps, or at once while the last
-        two fresh ones point apart (cosine below `above`)."""
+        """Return whether a step (0-based) needs a fresh gradient: after `interval` steps, or at once while
+        the cosine of the last two fresh ones is below `above`.
+        """
         if self._last is None:
             return True
         age = step - self._evaluated_at[-1]
@@ -42,8 +43,9 @@ class GradientReuse:
         self._evaluated_at.append(step)
 
     def current(self, step: int) -> Tensor:
-        """The gradient to step on: the last one, or by the rule "extrapolate" the one that lies on the line
-        through the last two, as in a secant method."""
+        """Return the gradient to step on: the last one, or by the rule "extrapolate" the one that lies on
+        the line through the last two, as in a secant method.
+        """
         assert self._last is not None  # the first step is due
         age = step - self._evaluated_at[-1]
         if age == 0 or self._before is None or self._rule != "extrapolate":
@@ -57,7 +59,7 @@ class GradientReuse:
         return 1 - age / self._interval if self._rule == "falling" else 1.0
 
     def state(self) -> dict[str, Any]:
-        """The series so far, as tensors and plain numbers by name."""
+        """Return the series so far, as tensors and plain numbers by name."""
         return {"last": self._last, "before": self._before, "evaluated_at": list(self._evaluated_at)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -104,7 +106,7 @@ class GradientMemory:
         self._gradients[inner_step] = gradient
 
     def state(self) -> dict[str, Any]:
-        """What the guided steps so far left, as tensors and plain numbers by name."""
+        """Return the gradients of the guided steps so far, as tensors and plain numbers by name."""
         kept = {f"steps.{name}": value for name, value in self._steps.state().items()}
         kept |= {f"gradient.{inner_step}": gradient for inner_step, gradient in self._gradients.items()}
         return {**kept, "step": self._step, "inner_steps": list(self._gradients)}

@@ -49,12 +49,19 @@ def tile_motion_flow(
     heads: Heads = "mean_qk",
     chunk: int = 4,
 ) -> TileFlow:
-    """Tile flow of features q, k [F, H, W, d] or [F, H, W, n, d].
+    """Return the tile flow of features q, k [F, H, W, d] or [F, H, W, n, d].
 
-    sf: pairs i <= j < i + sf. window: l, tokens, cut to the grid's sides. tile: (rows, columns), tokens; the
-    last ones may be partial. tau: factor on the logits. windows: those of an earlier result, to be looked
-    into again instead of searching. heads: see `reduce_heads`. chunk: pairs held in memory at a time.
-    Raises ValueError on arguments that do not fit.
+    Args:
+        sf: span of the pairs i <= j < i + sf.
+        window: l, side of the search window in tokens, cut to the grid's sides.
+        tile: (rows, columns) in tokens; the last ones may be partial.
+        tau: factor on the logits.
+        windows: those of an earlier result, which are used instead of searching.
+        heads: see `reduce_heads`.
+        chunk: pairs held in memory at a time.
+
+    Raises:
+        ValueError: arguments do not fit.
     """
     q, k = reduce_heads(q, k, heads)
     check_value("tau", TAU, tau)
@@ -82,7 +89,7 @@ def tile_motion_flow(
 
 
 def tile_centres(grid: tuple[int, int], tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the tiles' centre tokens; that of a partial tile stays inside the grid."""
+    """Return rows and columns of the tiles' centre tokens; that of a partial tile stays inside the grid."""
     rows, cols = (
         torch.arange(0, side, step).add(step // 2).clamp(max=side - 1)
         for side, step in zip(grid, tile, strict=True)
@@ -102,7 +109,7 @@ def centre_positions(
 def find_windows(
     q: Tensor, k: Tensor, pairs: Pairs, tile: tuple[int, int], sides: tuple[int, int], tau: float, chunk: int
 ) -> Tensor:
-    """First (row, column) of each tile's window in frame j, [P, T, 2] long: shifted into the grid."""
+    """Return the first (row, column) of each tile's window in frame j, [P, T, 2] long, inside the grid."""
     centre = centre_positions(q, k, pairs, tile, tau, chunk).round().long()
     half = torch.tensor(sides, device=q.device) // 2
     last = torch.tensor(q.shape[1:3], device=q.device) - torch.tensor(sides, device=q.device)
@@ -110,14 +117,14 @@ def find_windows(
 
 
 def to_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
-    """[F, H, W, d] -> [F, T, th * tw, d], the grid filled up with zeros to whole tiles."""
+    """Cut [F, H, W, d] into tiles [F, T, th * tw, d], the grid filled up with zeros to whole tiles."""
     (rows, cols), (th, tw) = x.shape[1:3], tile
     x = F.pad(x, (0, 0, 0, -cols % tw, 0, -rows % th))
     return x.unflatten(2, (-1, tw)).unflatten(1, (-1, th)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def from_tiles(x: Tensor, tile: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The inverse of `to_tiles`: [P, T, th * tw, d] -> [P, H, W, d]."""
+    """Join tiles [P, T, th * tw, d] of a grid again: [P, H, W, d]."""
     (rows, cols), (th, tw) = grid, tile
     x = x.unflatten(1, (-(-rows // th), -(-cols // tw))).unflatten(3, (th, tw)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)[:, :rows, :cols]
@@ -135,14 +142,14 @@ def _flow_in_windows(
 
 
 def window_tokens(windows: Tensor, sides: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The tokens of each window, row by row: windows [P, T, 2] -> [P, T, L] long."""
+    """Return the tokens of each window, row by row: windows [P, T, 2] -> [P, T, L] long."""
     rows = windows[..., :1] + torch.arange(sides[0], device=windows.device)
     cols = windows[..., 1:] + torch.arange(sides[1], device=windows.device)
     return (rows[..., :, None] * grid[1] + cols[..., None, :]).flatten(2)
 
 
 def pair_order(wanted: Pairs, given: Pairs) -> list[int]:
-    """Where each wanted pair stands among the given ones."""
+    """Return the index of each wanted pair in a list of pairs."""
     place = {pair: index for index, pair in enumerate(given)}
     return [place[pair] for pair in wanted]
 

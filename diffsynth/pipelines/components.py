@@ -57,7 +57,7 @@ class Components:
 
     @property
     def device(self) -> torch.device:
-        """The compute device."""
+        """Return the compute device."""
         return self.residency.device
 
     def to(

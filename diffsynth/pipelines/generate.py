@@ -112,16 +112,8 @@ def generate(
             )
             if saved is not None and all_steps_done:
                 saved.keep_latents(index, latents, latents_facts(models.vae, options, fps, cost))
-        try:
-            with stage("decode", observer, cost.stage_seconds):
-                decode = partial(decode_latents, models, latents)
-                frames, options = with_ladder("decode", decode, options, ladder)
-        except (RuntimeError, MemoryError, OSError) as error:
-            if saved is None and latents.isfinite().all():
-                keep_latents(
-                    latents, latents_facts(models.vae, options, fps, cost), [], "fastvmt-latents", error
-                )
-            raise
+        keep = saved is None
+        frames, options = _decoded(models, latents, options, ladder, observer, cost, fps, keep)
         videos.append(
             GeneratedVideo(
                 frames=frames,
@@ -137,6 +129,26 @@ def generate(
     if saved is not None and all_steps_done and len(videos) == len(prompts):
         saved.done()
     return videos
+
+
+def _decoded(
+    models: Components,
+    latents: Tensor,
+    options: RunOptions,
+    ladder: Ladder,
+    observer: Observer,
+    cost: RunCost,
+    fps: float | None,
+    keep: bool,
+) -> tuple[Frames, RunOptions]:
+    """Decode final latents; if that fails and `keep`, they are kept in a file that the error names."""
+    try:
+        with stage("decode", observer, cost.stage_seconds):
+            return with_ladder("decode", partial(decode_latents, models, latents), options, ladder)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if keep and latents.isfinite().all():
+            keep_latents(latents, latents_facts(models.vae, options, fps, cost), [], "fastvmt-latents", error)
+        raise
 
 
 def encode(
@@ -195,15 +207,22 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
     return noise.to(models.device)
 
 
-def check_callable(**calls: object) -> None:
-    """Raise TypeError, naming it, for an argument that can be neither called nor is None."""
-    for name, call in calls.items():
+def checked_callables(
+    progress_bar_cmd: Progress | None, observer: Observer | None, callback_on_step_end: object
+) -> tuple[Progress, Observer]:
+    """Return progress bar and observer, or what does nothing for None.
+
+    Raises:
+        TypeError: an argument can be neither called nor is None; the message names it.
+    """
+    for name, call in locals().copy().items():
         if call is not None and not callable(call):
             raise TypeError(f"{name} must be a function or None; got {call!r:.80}")
+    return progress_bar_cmd or iter, observer or (lambda _event: None)
 
 
 def noise_generator(options: RunOptions) -> torch.Generator:
-    """Return a new random generator of the run's noise. Raises ValueError if rand_device has none."""
+    """Return a new random generator of the run's noise; ValueError if rand_device has none."""
     try:
         return torch.Generator(options.rand_device).manual_seed(options.seed)
     except (RuntimeError, TypeError) as error:

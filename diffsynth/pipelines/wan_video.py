@@ -34,7 +34,13 @@ from diffsynth.pipelines.components import (
 )
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
-from diffsynth.pipelines.generate import GeneratedVideo, Observer, check_callable, generate, noise_generator
+from diffsynth.pipelines.generate import (
+    GeneratedVideo,
+    Observer,
+    checked_callables,
+    generate,
+    noise_generator,
+)
 from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
@@ -166,12 +172,12 @@ class WanVideoPipeline:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype that the DiT computes in."""
+        """Return the dtype that the DiT computes in."""
         return self.dit.dtype
 
     @property
     def scheduler(self) -> FlowMatchScheduler | UniPCScheduler:
-        """A new scheduler as a run with the defaults uses it."""
+        """Return a new scheduler as a run with the defaults uses it."""
         return make_scheduler(self.defaults["sampler"], self.defaults["sigma_shift"])
 
     def to(
@@ -190,18 +196,17 @@ class WanVideoPipeline:
 
         Args:
             module: the pipeline's DiT.
-            path: the file.
-            alpha: its strength.
+            alpha: strength of the file.
 
         Raises:
-            ValueError: another module, or a pipeline that was not made from a `ModelManager`.
+            ValueError: another module, or no `ModelManager` has loaded the pipeline.
         """
         if module is not self.dit or self._manager is None:
             raise ValueError("load_lora takes pipe.dit of a pipeline that a ModelManager has loaded")
         self._manager.load_lora(path, alpha)
 
     def clear_lora(self) -> None:
-        """Take all LoRAs out of the DiT again; its weights are bit for bit those of before."""
+        """Take all LoRAs out of the DiT again; its weights are bit-identical to those of before."""
         if self._manager is not None:
             self._manager.unload_lora()
 
@@ -220,9 +225,8 @@ class WanVideoPipeline:
         """Save accelerator memory: models rest on the CPU and come stage by stage. Results are the same.
 
         Args:
-            num_persistent_param_in_dit: None, as in the original, brings the whole DiT while it denoises. A
-                number keeps the first blocks of at most so many parameters on the device and streams the
-                others, each while the one before it computes.
+            num_persistent_param_in_dit: None brings the whole DiT while it denoises. A number keeps the first
+                blocks of at most so many parameters on the device and streams the others.
             stream_text_encoder: streams the blocks of the text encoder.
 
         Raises:
@@ -268,7 +272,7 @@ class WanVideoPipeline:
 
     @property
     def costs(self) -> list[RunCost]:
-        """What the videos of the last finished call cost, in their order."""
+        """Return the costs of the videos of the last finished call, in their order."""
         return [video.cost for video in self._videos]
 
     # fmt: off
@@ -343,10 +347,7 @@ class WanVideoPipeline:
             ValueError, TypeError: an argument that is not allowed, before any model runs; also an unfinished
                 run in checkpoint_dir that differs in an argument, the reference or the weights.
         """
-        check_callable(
-            progress_bar_cmd=progress_bar_cmd, callback_on_step_end=callback_on_step_end, observer=observer
-        )
-        observer = observer or (lambda _event: None)
+        progress, observer = checked_callables(progress_bar_cmd, observer, callback_on_step_end)
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
         if test_latency and latency_dir is None:
             raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
@@ -377,7 +378,7 @@ class WanVideoPipeline:
                     ladder,
                     on_step=partial(self._on_step, callback_on_step_end, observer),
                     observer=observer,
-                    progress=progress_bar_cmd or iter,
+                    progress=progress,
                     stop=self.interrupted,
                     saved=saved,
                     fps=input_video.fps if isinstance(input_video, VideoData) else None,

@@ -97,15 +97,18 @@ def guidance_cost(
     share: float = 1.0,
     computes_again: bool = False,
 ) -> float:
-    """What a run's guidance costs, in full forwards of the DiT (FFE), by count.
+    """Return what a run's guidance costs, in full forwards of the DiT (FFE), by count.
 
-    A backward counts as two forwards, and blocks after the one that is read do not run. Flow: one forward up
-    to that block for the reference in each guided step that computes gradients, and one with its backward for
-    each gradient. FlowMotion: one full forward for the reference, one or with guidance two for each gradient,
-    no backward.
-    gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.
-    share: cost of a guided pass through the blocks that are run, of a full one (see `guided_share`).
-    computes_again: whether activations are computed again in the backward, one more forward a gradient.
+    A backward counts as two forwards, and blocks after the one that is read do not run. Flow takes one
+    forward up to that block for the reference in each guided step that computes gradients, and one with its
+    backward for
+    each gradient. FlowMotion takes one full forward for the reference, one or with guidance two for each
+    gradient, and no backward.
+
+    Args:
+        gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.
+        share: cost of a guided pass through the blocks that are run, of a full one (see `guided_share`).
+        computes_again: whether activations are computed again in the backward, one more forward a gradient.
     """
     references, planned = guidance_passes(motion, num_steps)
     gradients = planned if gradient_evaluations is None else gradient_evaluations

@@ -75,7 +75,7 @@ def predict_stages(
 
 
 def num_tokens(dit: DiTSize, latents: Shape, coarse: int = 1) -> int:
-    """Tokens of the DiT for latents F, h, w that are averaged over squares of a side before (1: not)."""
+    """Return the DiT's tokens for latents F, h, w that are first averaged over squares of side `coarse`."""
     return prod(token_grid(dit, latents, coarse))
 
 
@@ -87,10 +87,11 @@ def token_grid(dit: DiTSize, latents: Shape, coarse: int = 1) -> Shape:
 
 
 def guided_pass_bytes(dit: DiTSize, latents: Shape, motion: MotionGuidance, checkpoint: str) -> int:
-    """Peak of a guided step's first gradient, weights aside.
+    """Return the peak of a guided step's first gradient, weights aside.
 
-    The largest of three moments, each beside what the blocks keep ("none": all; "block": their inputs): the
-    reference's pass while the generated one's features wait for it; the flow, forward or backward; and the
+    It is the largest of three moments, each beside what the blocks keep ("none": all; "block": their
+    inputs): the reference's pass while the generated one's features wait for it; the flow, forward or
+    backward; and the
     last block that is differentiated.
     """
     small = _run_bytes(dit, latents)
@@ -113,11 +114,11 @@ def guided_pass_bytes(dit: DiTSize, latents: Shape, motion: MotionGuidance, chec
 
 
 def flow_bytes(dit: DiTSize, grid: Shape, motion: MotionGuidance) -> int:
-    """What flow adds to the features at its peak: features without heads, places of windows, and the larger
-    of two moments.
+    """Return what flow adds to the features at its peak: features without heads, first tokens of windows,
+    and the larger of two moments.
 
     Forward: what is kept for the gradient (the expected positions, or the attention weights inside windows),
-    and the pairs or the gathered keys at hand. Backward: the gradients of the features, in float32 first.
+    and the current pairs or gathered keys. Backward: the gradients of the features, in float32 first.
     """
     frames, rows, cols = grid
     area, w = rows * cols, dit.dtype.itemsize
@@ -155,16 +156,18 @@ def sampling_pass_bytes(dit: DiTSize, latents: Shape, options: RunOptions, batch
 
 
 def text_encoder_bytes(encoder: TextEncoderSize, text_len: int) -> int:
-    """Peak of encoding a text of full length: eight bytes for each pair of tokens and head."""
+    """Return the peak of encoding a text of full length: eight bytes for each pair of tokens and head."""
     return 2 * FLOAT * encoder.num_heads * text_len**2
 
 
 def decode_bytes(
     vae: VAESize, latents: Shape, tile: tuple[int, int] | None, num_frames: int, whole_video: bool = False
 ) -> int:
-    """Peak of decoding: of one chunk, the past that causal layers keep, and the video if it is tiled.
+    """Return the peak of decoding: one chunk, the past that causal layers keep, and the video if it is tiled.
 
-    tile: rows and columns in latent positions, None for untiled. whole_video: it is kept untiled, too.
+    Args:
+        tile: rows and columns in latent positions, None for untiled.
+        whole_video: the video is kept untiled, too.
     """
     _, rows, cols = latents
     height, width = tile_side = _tile_side(latents, tile)
@@ -189,7 +192,7 @@ def decode_bytes(
 
 
 def encode_bytes(vae: VAESize, latents: Shape, tile: tuple[int, int] | None) -> int:
-    """Peak of encoding; the video itself is on the CPU. Arguments as for `decode_bytes`."""
+    """Return the peak of encoding a video that is on the CPU; arguments as for `decode_bytes`."""
     height, width = _tile_side(latents, tile)
     area, now, channels = height * width * 4 ** len(vae.temporal), 2 ** sum(vae.temporal), vae.widths[0]
     past, largest = area * IMAGE_CHANNELS, 0
@@ -238,7 +241,7 @@ def _difference_bytes(dit: DiTSize, latents: Shape) -> int:
 
 
 def activation_bytes(dit: DiTSize, num_tokens: int, num_blocks: int) -> int:
-    """Bytes that `num_blocks` blocks keep for the gradient of their input, weights taking none.
+    """Return the bytes that `num_blocks` blocks keep for the gradient of their input, weights taking none.
 
     A block keeps the inputs of its six norms in float32, six tensors of the width (queries, keys, values and
     output of the self-attention, queries and output of the cross-attention) and the feed-forward's hidden
@@ -250,9 +253,10 @@ def activation_bytes(dit: DiTSize, num_tokens: int, num_blocks: int) -> int:
 
 
 def block_gradient_bytes(dit: DiTSize, num_tokens: int) -> int:
-    """Bytes of one block that is computed again and differentiated, its input and incoming gradient included.
+    """Return the bytes of one block that is computed again and differentiated, with both gradients.
 
-    The larger of two moments: the end of the second forward, which holds the hidden layer before and after
+    It is the larger of two moments: the end of the second forward, which holds the hidden layer before and
+        after
     its activation and three tensors of the width beside what it keeps; and the activation's gradient, when
     there are three hidden layers.
     """
@@ -265,10 +269,11 @@ def block_gradient_bytes(dit: DiTSize, num_tokens: int) -> int:
 
 
 def forward_bytes(dit: DiTSize, num_tokens: int, batch: int = 1) -> int:
-    """Bytes at most alive in a pass without gradients through the blocks.
+    """Return the peak of a pass without gradients through the blocks.
 
-    The larger of two moments: the norm of the cross-attention's queries, with three states of the stream and
-    the text's keys and values; and the feed-forward's last slice.
+    It is the larger of two moments: the norm of the cross-attention's queries, with three states of the
+        stream
+    and the text's keys and values; and the feed-forward's last slice.
     """
     w = dit.dtype.itemsize
     text = dit.text_len * dit.dim * w

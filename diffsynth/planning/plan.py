@@ -55,7 +55,7 @@ class RunPlan:
 
     @property
     def peak_stage(self) -> StageMemory:
-        """The stage that needs most."""
+        """Return the stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.total)
 
     @property

@@ -34,8 +34,8 @@ class WeightBytes:
         return sum(self.blocks) + self.rest
 
     def streamed(self, num_resident_blocks: int = 0) -> int:
-        """Bytes on the device while blocks stream: the rest, the blocks that stay, and two buffers of the
-        largest one for those that come and go.
+        """Return the bytes on the device while blocks stream: the rest, the resident blocks, and two buffers
+        of the largest block for those that stream.
         """
         buffers = 2 * max(self.blocks) if num_resident_blocks < len(self.blocks) else 0
         return self.rest + sum(self.blocks[:num_resident_blocks]) + buffers
@@ -66,7 +66,7 @@ class DiTSize:
 
     @classmethod
     def of(cls, dit: WanModel, dtype: torch.dtype | None = None) -> "DiTSize":
-        """Of a model as it is; dtype: as if its weights were in another one, or its blocks in eight bits."""
+        """Return the sizes of a loaded DiT, as they are or as if it were in another dtype."""
         packed = any(isinstance(module, PackedLinear) for module in dit.blocks.modules())
         if dtype is None:
             weights = _bytes_of(dit, dit.blocks)
@@ -111,7 +111,7 @@ class VAESize:
 
     @classmethod
     def of(cls, vae: WanVideoVAE) -> "VAESize":
-        """Of a model as it is."""
+        """Return the sizes of a loaded VAE."""
         levels: list[list[int]] = [[]]
         temporal = []
         for block in vae.encoder.downsamples:
@@ -170,9 +170,10 @@ class ModelSizes:
 def published_sizes(
     name: str, torch_dtype: torch.dtype = torch.bfloat16, vae_dtype: torch.dtype = torch.float32
 ) -> ModelSizes:
-    """Of a published checkpoint, "1.3b" or "14b", as it would be loaded; needs none of its files.
+    """Return the sizes of a published checkpoint, "1.3b" or "14b"; none of its files is needed.
 
-    Raises ValueError for another name.
+    Raises:
+        ValueError: another name.
     """
     if name not in PUBLISHED:
         raise ValueError(f"model must be one of {', '.join(PUBLISHED)}; got {name!r}")

@@ -44,16 +44,22 @@ class WanTokenizer:
 
 
 def cut(ids: list[int], max_length: int) -> list[int]:
-    """At most max_length ids, the end token kept. Raises ValueError if max_length is below 1."""
+    """Return at most max_length ids, the end token kept.
+
+    Raises:
+        ValueError: max_length is below 1.
+    """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, the end token; got {max_length}")
     return ids if len(ids) <= max_length else [*ids[: max_length - 1], END_ID]
 
 
 def load_tokenizer(folder: str | Path) -> WanTokenizer:
-    """The tokenizer in a folder that holds tokenizer.json or spiece.model; the former is preferred.
+    """Load the tokenizer in a folder from tokenizer.json or, failing that, spiece.model.
 
-    Raises FileNotFoundError if it holds neither and ValueError for a damaged or foreign file, naming it.
+    Raises:
+        FileNotFoundError: the folder holds neither.
+        ValueError: a file is damaged or of another kind; the message names it.
     """
     for name, read in {JSON_FILE: _from_json, PIECE_FILE: _from_pieces}.items():
         if (file := Path(folder, name)).is_file():
@@ -64,9 +70,10 @@ def load_tokenizer(folder: str | Path) -> WanTokenizer:
 
 
 def find_tokenizer(weights_folder: str | Path) -> Path:
-    """The tokenizer's folder of a checkpoint, looked for around the folder of the text encoder's weights.
+    """Return the tokenizer's folder of a checkpoint, searched around that of the text encoder.
 
-    Raises FileNotFoundError naming the places.
+    Raises:
+        FileNotFoundError: there is none; the message names the folders that were searched.
     """
     places = [Path(weights_folder) / place for place in _PLACES]
     for place in places:

@@ -33,19 +33,21 @@ class TextEncoder(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its results."""
+        """Return the dtype of its results."""
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Return the device that it computes on."""
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids [B, L] -> [B, L, dim]."""
 
 
 def clean_prompt(text: str) -> str:
-    """The official cleaning: broken Unicode and HTML entities are repaired, each run of white space becomes
-    one blank. Raises TypeError if it is not text.
+    """Clean a prompt as the official code does: mend Unicode and HTML entities, join white space.
+
+    Raises:
+        TypeError: it is not text.
     """
     if not isinstance(text, str):
         raise TypeError(f"prompt must be a str; got {text!r}")
@@ -74,16 +76,20 @@ class WanPrompter:
 
     @classmethod
     def from_folder(cls, folder: str | Path, text_len: int = 512) -> "WanPrompter":
-        """A prompter over the tokenizer in a folder; raises as `load_tokenizer`."""
+        """Return a prompter over the tokenizer in a folder; errors are those of `load_tokenizer`."""
         return cls(load_tokenizer(folder), text_len)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | Sequence[str], text_encoder: TextEncoder) -> Tensor:
-        """Rows [B, text_len, dim] of one prompt or several, in the encoder's dtype and on its device.
+        """Encode one prompt or several as rows [B, text_len, dim], in the encoder's dtype and on its device.
 
         Rows after a prompt's own length are zero. A prompt of more than text_len tokens is cut, with a
-        warning. Raises TypeError or ValueError if it is not text, ValueError if the tokenizer has more words
-        than the encoder, RuntimeError if the encoder gives values that are not finite.
+        warning.
+
+        Raises:
+            TypeError, ValueError: it is not text; ValueError also if the tokenizer has more words than the
+                encoder.
+            RuntimeError: the encoder gives values that are not finite.
         """
         sequences, most = self._tokenise(prompt), self.text_len
         shape = len(sequences), most, text_encoder.dim
@@ -97,7 +103,7 @@ class WanPrompter:
         return rows
 
     def cached(self, prompt: str | Sequence[str], text_encoder: TextEncoder) -> bool:
-        """Whether `encode_prompt` would find everything remembered, and so not run the encoder."""
+        """Return whether `encode_prompt` would find everything in its cache, and so not run the encoder."""
         results = self._results.get(text_encoder, OrderedDict())
         return all(_key(cut(ids, self.text_len), text_encoder) in results for ids in self._tokenise(prompt))
 

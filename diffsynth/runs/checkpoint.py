@@ -30,7 +30,11 @@ LATENTS = "latents-{key}-{number:03d}.safetensors"
 
 
 def prepare_folder(checkpoint_dir: str | Path) -> Path:
-    """Make a run's folder and return it. Raises ValueError if it cannot be written to."""
+    """Make a run's folder and return it.
+
+    Raises:
+        ValueError: it cannot be written to.
+    """
     folder = Path(checkpoint_dir).expanduser()
     trial = folder / f"{PARTIAL}trial"
     try:
@@ -204,7 +208,7 @@ def open_run(
     options: RunOptions,
     interrupt: Callable[[], None],
 ) -> Iterator[SavedRun | None]:
-    """A context in which a run is saved to a folder; whatever ends it, its last finished step is kept.
+    """Return a context in which a run is saved to a folder; whatever ends it, its last finished step is kept.
 
     Args:
         folder: None for a run that is not saved.
@@ -232,14 +236,19 @@ def open_run(
 
 
 def run_lock(folder: Path) -> AbstractContextManager[None]:
-    """Return a context that holds a run's folder. Raises ValueError if another run holds it."""
+    """Return a context that holds a run's folder.
+
+    Raises:
+        ValueError: another run holds it.
+    """
     return locked(folder / LOCK, f"checkpoint_dir {folder} is in use by another run")
 
 
 def clear_checkpoints(folder: str | Path) -> None:
-    """Remove all that runs left in a folder, final latents too: for when their videos are written.
+    """Remove all that runs left in a folder, final latents too; other files stay.
 
-    Other files stay. Raises ValueError if a run is using it.
+    Raises:
+        ValueError: a run is using it.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -42,7 +42,7 @@ def run_identity(
 
 
 def identity_differences(there: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
-    """What differs between two identities, as "name (value there, value given)"."""
+    """Return what differs between two identities, as "name (value there, value given)"."""
     names = dict.fromkeys([*given, *there])
     return [
         f"{name} ({there.get(name, 'nothing')} there, {given.get(name, 'nothing')} given)"
@@ -57,10 +57,10 @@ def identity_key(identity: Mapping[str, str]) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of the names, types and shapes of a model's tensors and of 16 values of each, evenly spread.
+    """Return a hash of names, types and shapes of a model's tensors and of 16 values of each.
 
-    Takes well under a second for 14B parameters. Tells apart other checkpoints, types and LoRAs, merged or
-    attached, which change every value of a matrix; a change of single values may go unnoticed.
+    It takes well under a second for 14B parameters and tells apart other checkpoints, types and LoRAs,
+    merged or attached, which change every value of a matrix; a change of single values may go unnoticed.
     """
     digest = hashlib.sha256()
     sampled: dict[torch.device, list[Tensor]] = {}

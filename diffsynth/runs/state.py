@@ -72,7 +72,7 @@ def joined(states: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
 
 
 def part(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The state that `joined` took in under a name; empty if there is none."""
+    """Return the state that `joined` stored under a name; empty without one."""
     start = f"{name}."
     return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
 
@@ -80,8 +80,9 @@ def part(state: Mapping[str, Any], name: str) -> dict[str, Any]:
 def save_state(path: Path, state: Mapping[str, object], facts: Mapping[str, object]) -> None:
     """Write a state of tensors and plain numbers, and facts about it that JSON can hold.
 
-    Raises OSError if it cannot be written, ValueError for tensors that are not finite; either way a file that
-    was there stays.
+    Raises:
+        OSError: it cannot be written. An earlier file stays.
+        ValueError: tensors are not finite. An earlier file stays.
     """
     from safetensors.torch import save
 
@@ -100,10 +101,11 @@ def save_state(path: Path, state: Mapping[str, object], facts: Mapping[str, obje
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state and the facts that `save_state` wrote, tensors on a device.
+    """Return the state and the facts that `save_state` wrote, tensors on a device.
 
-    Raises FileNotFoundError if there is no such file, ValueError, naming it, if it is of another kind, cut
-    off, damaged, or holds tensors that are not finite.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another kind, cut off, damaged, or holds tensors that are not finite; names it.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -126,11 +126,15 @@ class FlowMatchScheduler:
         self.timesteps = (sigmas * self.num_train_timesteps).float()
 
     def state(self) -> dict[str, object]:
-        """What the next step needs of those before: nothing, as each Euler step stands alone."""
+        """Return what the next step needs of those before: nothing, as each Euler step stands alone."""
         return {}
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Go on from a `state`, after set_timesteps. Raises ValueError for that of another scheduler."""
+        """Continue from a `state`, after set_timesteps.
+
+        Raises:
+            ValueError: it is that of another scheduler.
+        """
         if state:
             raise ValueError(f"an Euler scheduler keeps nothing; got a state of {', '.join(sorted(state))}")
 

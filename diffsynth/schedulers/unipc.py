@@ -90,7 +90,7 @@ class UniPCScheduler:
         self._past = None
 
     def state(self) -> dict[str, object]:
-        """What the next step needs of those before, as tensors and plain numbers by name; not the tables."""
+        """Return what the next step needs of those before, as tensors and plain numbers by name."""
         past = self._past
         if past is None:
             return {"next": self._next}
@@ -101,9 +101,10 @@ class UniPCScheduler:
         return kept
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`, after set_timesteps: the steps that follow give the same bits.
+        """Continue from a `state`, after set_timesteps: the steps that follow are bit-identical.
 
-        Raises ValueError for a state that is not of these timesteps.
+        Raises:
+            ValueError: the state is not of these timesteps.
         """
         step = state.get("next")
         if not isinstance(step, int) or not 0 <= step <= len(self.timesteps):

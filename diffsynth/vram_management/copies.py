@@ -21,7 +21,7 @@ class ImmediateCopies:
         """Work that is given from now on begins after these copies."""
 
     def mark(self) -> Mark:
-        """The end of the work that was given so far."""
+        """Return a mark of the end of the work so far."""
 
     def finish(self) -> None:
         """Work that is given from now on begins after all copies."""

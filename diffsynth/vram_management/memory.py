@@ -12,9 +12,11 @@ def device_memory(device: torch.device) -> int:
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """A torch device; "auto" is the accelerator if there is one, else the CPU.
+    """Return a torch device; "auto" is the accelerator if there is one, else the CPU.
 
-    Raises ValueError for a name that torch does not know, RuntimeError for an accelerator that is missing.
+    Raises:
+        ValueError: torch does not know the name.
+        RuntimeError: the accelerator is missing.
     """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,9 +58,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now: free on an accelerator, or available to the process on a CPU.
+    """Return the bytes that could be allocated now, on an accelerator or by this process on a CPU.
 
-    0 where the system does not say.
+    0 means that the system does not say.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -36,7 +36,7 @@ class Residency:
 
     @property
     def streaming(self) -> tuple[str, ...]:
-        """Names of the models whose blocks are streamed."""
+        """Return the names of the models whose blocks are streamed."""
         return tuple(self._streams)
 
     @contextmanager
@@ -65,11 +65,15 @@ class Residency:
     def stream(
         self, name: str, blocks: Sequence[nn.Module] | nn.ModuleList, num_persistent_params: int = 0
     ) -> None:
-        """From the next stage on, stream these blocks of a model, but the first ones, which stay on the
-        device through their stage: as many as have at most num_persistent_params numbers together.
+        """Stream blocks of a model from the next stage on; the first ones stay on the device.
 
         Everything is offloaded between stages. Weights are page-locked where an accelerator reads them, so
         that copies run beside its work, unless they would take more than half of the free CPU memory.
+
+        Args:
+            name: of the model.
+            blocks: of the model, in the order in which they run.
+            num_persistent_params: most parameters of the blocks that stay.
         """
         with self._turn:
             self.rest()
@@ -85,7 +89,7 @@ class Residency:
         self._streams[name] = (BlockStream(streamed, self.device, copies), streamed)
 
     def stop_streaming(self) -> None:
-        """From the next stage on, models come whole again."""
+        """Have models come whole again from the next stage on."""
         with self._turn:
             self._streams.clear()
 
@@ -128,7 +132,7 @@ class Residency:
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor itself if it is there."""
+    """Return a tensor on a device; the tensor itself if it is on it."""
     return tensor.to(device)
 
 

@@ -45,10 +45,12 @@ class Place:
 
 
 class BlockStream:
-    """Streams these blocks, which must be alike, while it is armed; otherwise their weights are on the CPU.
+    """Streams blocks, which must be alike, while it is armed; otherwise their weights are on the CPU.
 
-    Passes run the blocks in order from the first, to whichever; passes with gradients may go back from there.
-    Raises ValueError for blocks whose tensors differ in shape or dtype.
+    Passes run the blocks in order from the first, to any of them; passes with gradients may go back from it.
+
+    Raises:
+        ValueError: the blocks' tensors differ in shape or dtype.
     """
 
     def __init__(
@@ -173,6 +175,6 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def resident_blocks(blocks: Sequence[nn.Module] | nn.ModuleList, num_params: int) -> int:
-    """How many blocks, from the first, have at most num_params numbers together."""
+    """Return how many blocks, from the first, have at most num_params numbers together."""
     totals = accumulate(sum(tensor.numel() for tensor in tensors_of(block)) for block in blocks)
     return sum(total <= num_params for total in totals)

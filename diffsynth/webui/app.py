@@ -38,7 +38,11 @@ _UNSET = {"seed": -1} | dict.fromkeys(
 
 
 def import_gradio() -> Any:
-    """Return gradio, silent and local. Raises ImportError with the command that installs it."""
+    """Return gradio, silent and local.
+
+    Raises:
+        ImportError: it is not installed; the message has the command that installs it.
+    """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:

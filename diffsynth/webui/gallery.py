@@ -51,7 +51,11 @@ def past_runs(folder: Path, most: int = MOST_SHOWN) -> list[PastRun]:
 
 
 def find_run(folder: Path, name: str) -> PastRun:
-    """Return the run of a video's name in the folder. Raises ValueError if there is none."""
+    """Return the run of a video's name in the folder.
+
+    Raises:
+        ValueError: there is none.
+    """
     file = record_path(folder / name)
     run = _run_of(file) if Path(name).name == name and _is_plain(file) else None
     if run is None:

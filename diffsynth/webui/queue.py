@@ -68,7 +68,7 @@ class QueuedJob:
 
     @property
     def state(self) -> str:
-        """WAITING, RUNNING, DONE, FAILED or CANCELLED."""
+        """Return WAITING, RUNNING, DONE, FAILED or CANCELLED."""
         if not self.future.done():
             return WAITING if self._started is None else RUNNING
         error = self.error()
@@ -78,7 +78,7 @@ class QueuedJob:
 
     @property
     def seconds(self) -> float:
-        """How long it has run, in seconds, without waiting."""
+        """Return for how many seconds it has run, without waiting."""
         if self._started is None:
             return 0.0
         return (self._ended or time.monotonic()) - self._started
@@ -148,7 +148,11 @@ class JobQueue:
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[QueuedJob], Any]) -> QueuedJob:
-        """Queue the work. Raises QueueFullError if too many jobs wait already."""
+        """Queue a job.
+
+        Raises:
+            QueueFullError: the queue holds its maximum number of jobs.
+        """
         job = QueuedJob()
         with self._lock:
             waiting = max(0, len(self._unfinished) - 1)

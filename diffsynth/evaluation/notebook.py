@@ -21,11 +21,16 @@ def display(
     fps: float | None = None,
     width: int | None = 480,
 ) -> "IPython.display.Video":
-    """A video as a notebook shows it, inside the notebook's own file: `diffsynth.display(frames)`.
+    """Return a video for a notebook to show, stored inside the notebook: `diffsynth.display(frames)`.
 
-    video: a `VideoData`, PIL images, uint8 [F, H, W, 3], or a path of an mp4. fps: the video's own, else 15.
-    width: in pixels on the page; None for the video's own. Raises ImportError without IPython, and what
-    `save_video` raises for what is no video.
+    Args:
+        video: a `VideoData`, PIL images, uint8 [F, H, W, 3], or a path of an mp4.
+        fps: the video's own by default, else 15.
+        width: in pixels on the page; None for the video's own.
+
+    Raises:
+        ImportError: IPython is not installed.
+        What `save_video` raises for what is no video.
     """
     try:
         from IPython.display import Video

@@ -30,9 +30,12 @@ def convert_checkpoint(
     """Write a checkpoint folder in the official layout whose DiT is stored in `dtype`; return its path.
 
     It loads as the numbers that loading `folder` with this dtype gives. The other files are hard links, or
-    copies where the disk is another. In memory is one shard, of at most shard_bytes or one tensor.
-    Raises ValueError for another dtype, FileExistsError if the output is there, FileNotFoundError and
-    CheckpointError for a folder that does not hold a whole DiT in the official layout.
+    copies where the disk is another. One shard is in memory at a time, of at most shard_bytes or one tensor.
+
+    Raises:
+        ValueError: another dtype.
+        FileExistsError: the output exists.
+        FileNotFoundError, CheckpointError: the folder does not hold a whole DiT in the official layout.
     """
     folder, output = Path(folder), Path(output)
     if dtype not in DTYPES:
