@@ -40,8 +40,11 @@ _MARK = "\u2581"  # stands for a blank
 def write_tokenizer(folder: str | Path, vocab_size: int = 160) -> int:
     """Write spiece.model, the tokenizer.json made from it and their two settings files; the same every time.
 
-    vocab_size: number of ids, fewer if the sentences do not yield as many. Returns the number there is.
-    Raises ValueError if vocab_size is too small for the characters of the sentences.
+    Returns:
+        The number of ids, fewer than vocab_size if the sentences do not yield as many.
+
+    Raises:
+        ValueError: vocab_size is too small for the characters of the sentences.
     """
     from sentencepiece import SentencePieceProcessor
 

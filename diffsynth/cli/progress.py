@@ -48,11 +48,7 @@ def saving_arguments(options: Namespace, output: Path | None) -> dict[str, Any]:
 
 
 def run_watched(
-    pipe: WanVideoPipeline,
-    task: VideoTask,
-    model: Mapping[str, Any],
-    loaded: LoadOptions,
-    console: Console,
+    pipe: WanVideoPipeline, task: VideoTask, model: Mapping[str, Any], loaded: LoadOptions, console: Console
 ) -> tuple[Path, RunRecord]:
     """Run a task with progress on stderr, as `run_task`.
 

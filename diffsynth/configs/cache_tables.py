@@ -17,8 +17,12 @@ PROMPTS = ("positive", "negative")
 class MagRatios:
     """Mean |residual| of each step over that of the step before, of each prompt of a run; the first is 1.
 
-    negative: None takes those of the positive prompt; in the published tables they are within 1 %. Raises
-    ValueError for entries that are no finite numbers above 0, and for two lists of different lengths.
+    Attributes:
+        positive: of the positive prompt.
+        negative: None for those of the positive prompt; in the published tables they are within 1 %.
+
+    Raises:
+        ValueError: entries that are no finite numbers above 0, or lists of different lengths.
     """
 
     positive: tuple[float, ...]
@@ -84,9 +88,10 @@ MODEL_OF_DIT_DIM = {1536: "Wan2.1-T2V-1.3B", 5120: "Wan2.1-T2V-14B"}
 class TeaCacheModel:
     """What TeaCache knows of one model.
 
-    coefficients: polynomial of the relative change of e0, fourth power first.
-    thresholds: the range that the authors advise, from careful to fast.
-    source: where the numbers come from.
+    Attributes:
+        coefficients: polynomial of the relative change of e0, fourth power first.
+        thresholds: the range that the authors advise, from careful to fast.
+        source: where the numbers come from.
     """
 
     coefficients: tuple[float, float, float, float, float]

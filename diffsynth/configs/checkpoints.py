@@ -40,12 +40,13 @@ _T5_AND_VAE = {
 class PublishedCheckpoint:
     """One published checkpoint folder.
 
-    name: what people call it, "Wan2.1-T2V-1.3B".
-    model_id: its id on ModelScope and on Hugging Face.
-    folder: its usual name below models/.
-    files: path in the folder -> size in bytes, None where the file must speak for itself.
-    num_parameters: of the DiT, which is published in float32.
-    dit_kwargs: arguments of WanModel.
+    Attributes:
+        name: what people call it, "Wan2.1-T2V-1.3B".
+        model_id: its id on ModelScope and on Hugging Face.
+        folder: its default name below models/.
+        files: path in the folder -> size in bytes, None where only the file tells it.
+        num_parameters: of the DiT, which is published in float32.
+        dit_kwargs: arguments of WanModel.
     """
 
     name: str

@@ -43,9 +43,7 @@ DESCRIPTORS: dict[str, Descriptor] = {
         released="diffsynth.motion.amf:ReleasedTileAMF",
     ),
     "AMF": Descriptor(
-        make="diffsynth.motion.amf:DenseAMF",
-        help="dense attention motion flow",
-        has_flow=True,
+        make="diffsynth.motion.amf:DenseAMF", help="dense attention motion flow", has_flow=True
     ),
     "FlowMotion": Descriptor(
         make="diffsynth.motion.latent_prediction:LatentPrediction",

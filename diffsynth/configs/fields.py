@@ -66,7 +66,7 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """Finite numbers. above: a bound that is not itself allowed; least and most are."""
+    """Finite numbers; `above` is a bound that is not itself allowed, `least` and `most` are."""
 
     above: float | None = None
     least: float | None = None
@@ -111,7 +111,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of some names. known: names, or a registry whose keys they are, also those that join it later."""
+    """One of some known names, or of the keys of a registry, also of those that join it later."""
 
     known: Collection[str]
     metavar: str = "NAME"
@@ -152,7 +152,7 @@ class Switch:
 
 @dataclass(frozen=True, slots=True)
 class Several:
-    """A fixed number of values of one kind. names: what each of them is."""
+    """A fixed number of values of one kind, with a name for each."""
 
     kind: Kind
     names: Sequence[str]
@@ -176,7 +176,7 @@ class Several:
 
 @dataclass(frozen=True, slots=True)
 class OrNone:
-    """Values of a kind, or None. none: what None stands for."""
+    """Values of a kind, or None; `none` describes what None stands for."""
 
     kind: Kind
     none: str = ""

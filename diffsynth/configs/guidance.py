@@ -6,16 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from diffsynth.configs.descriptors import DESCRIPTORS
-from diffsynth.configs.fields import (
-    Choice,
-    Number,
-    OrNone,
-    Several,
-    Whole,
-    check_options,
-    only_known,
-    option,
-)
+from diffsynth.configs.fields import Choice, Number, OrNone, Several, Whole, check_options, only_known, option
 
 HEAD_READINGS = ("mean_qk", "mean_logits", "token_groups")
 Heads = str | Sequence[int]

@@ -68,10 +68,9 @@ def complaints(log: str) -> list[str]:
 def reported() -> Iterator[tuple[Callable[[], str], Callable]]:
     """Return a context in which the complaints of imageio's ffmpeg processes can be read.
 
-    imageio keeps ffmpeg's log to itself; ffmpeg also writes its errors to the file that the environment
-    variable FFREPORT names when it starts. Another thread that starts an ffmpeg at that moment may write to
-    it, too: the
-    text is for messages, not for decisions.
+    imageio keeps ffmpeg's log to itself; ffmpeg also writes its errors to the file that the variable FFREPORT
+    names when it starts. Another thread that starts an ffmpeg at that moment may write to it, too: the text
+    is for messages, not for decisions.
 
     Yields:
         A function that returns the errors so far, and a context in which the process is started.

@@ -101,10 +101,14 @@ class SceneObject:
 class SyntheticClip:
     """A clip and its ground truth; n objects, from back to front.
 
-    frames: uint8 [T, H, W, 3]. caption: what is seen. masks: bool [n, T, H, W], the pixels where an object is
-    seen. centroids: float32 [n, T, 2], (row, column) in pixels, of the object, hidden or not.
-    layers: float64 [1 + n, T, 2, 3], maps from a layer's own coordinates (row, column, 1) to pixels, the
-    background first. background: (texture, colour).
+    Attributes:
+        frames: uint8 [T, H, W, 3].
+        caption: a sentence about the scene.
+        masks: bool [n, T, H, W], the pixels where an object is seen.
+        centroids: float32 [n, T, 2], (row, column) in pixels, of the object, hidden or not.
+        layers: float64 [1 + n, T, 2, 3], maps from a layer's coordinates (row, column, 1) to pixels; the
+            background is the first.
+        background: (texture, colour).
     """
 
     frames: np.ndarray
@@ -253,11 +257,7 @@ def _camera_maps(
 
 
 def _object_maps(
-    rng: np.random.Generator,
-    item: SceneObject,
-    times: np.ndarray,
-    extent: np.ndarray,
-    options: SceneOptions,
+    rng: np.random.Generator, item: SceneObject, times: np.ndarray, extent: np.ndarray, options: SceneOptions
 ) -> np.ndarray:
     """An object's own coordinates, radius 1, to world: [T, 2, 3]."""
     margin = 0.9 * item.radius

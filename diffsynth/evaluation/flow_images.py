@@ -172,12 +172,7 @@ def _flow_video(
 
 
 def save_flow_video(
-    amf: Tensor | np.ndarray,
-    path: str | Path,
-    *,
-    sf: int = 4,
-    frames: Video | None = None,
-    fps: float = 15,
+    amf: Tensor | np.ndarray, path: str | Path, *, sf: int = 4, frames: Video | None = None, fps: float = 15
 ) -> Path:
     """Write a video of an attention motion flow: what will be transferred.
 

@@ -18,9 +18,7 @@ _MOST_IN_A_ROW = 3  # videos, unless columns are asked for
 
 
 def picture_grid(
-    rows: Sequence[Sequence[Image.Image]],
-    labels: Sequence[Sequence[str]] = (),
-    captions: Sequence[str] = (),
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[Sequence[str]] = (), captions: Sequence[str] = ()
 ) -> Image.Image:
     """Lay out pictures of any sizes in rows and columns, each in the middle of its column.
 

@@ -158,11 +158,7 @@ def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) 
 
 
 def run_task(
-    pipe: WanVideoPipeline,
-    task: VideoTask,
-    model: Mapping[str, Any],
-    loaded: LoadOptions,
-    observer: Observer,
+    pipe: WanVideoPipeline, task: VideoTask, model: Mapping[str, Any], loaded: LoadOptions, observer: Observer
 ) -> tuple[Path, RunRecord]:
     """Make the video and its record.
 

@@ -46,7 +46,7 @@ def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionBackend:
-    """Facts about one kernel. module: the package it needs. devices, dtypes: None where all will do."""
+    """Facts about one kernel: the package that it needs, devices and dtypes (None where all will do)."""
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     module: str | None = None

@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 # llama.cpp's names of UMT5's encoder, as transformers' names.
-_T5_TOP = {
-    "token_embd.weight": "shared.weight",
-    "enc.output_norm.weight": "encoder.final_layer_norm.weight",
-}
+_T5_TOP = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
 _T5_BLOCK = {
     "attn_norm": "layer.0.layer_norm",
     "attn_q": "layer.0.SelfAttention.q",

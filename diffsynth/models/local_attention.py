@@ -82,8 +82,9 @@ class TileGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TilePlan:
-    """groups: all tiles. queries, keys: their tokens, group after group; places [S]: where in `queries` each
-    token is."""
+    """All tiles; `queries` and `keys`: their tokens, group after group; `places` [S]: of each token in
+    `queries`.
+    """
 
     groups: tuple[TileGroup, ...]
     queries: Tensor

@@ -27,12 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from diffsynth.models.checkpoint_files import (
-    CheckpointError,
-    StoredTensor,
-    is_safetensors,
-    open_weights,
-)
+from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, is_safetensors, open_weights
 from diffsynth.models.model_kinds import foreign_family
 from diffsynth.models.wan_video_dit_keys import diffusers_module, official_module
 

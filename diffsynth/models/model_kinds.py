@@ -29,10 +29,11 @@ Declared = Mapping[str, object]
 class ModelKind:
     """One kind of model.
 
-    official_mark and diffusers_mark: a tensor name that only this kind has, in either layout.
-    beside: how the names begin that files of this kind may hold and the model does not take.
-    to_official: all diffusers names and shapes -> {diffusers name: official name}.
-    arguments: (official names and shapes, the config.json beside the weights) -> arguments of `factory`.
+    Attributes:
+        official_mark: a tensor name that only this kind has; diffusers_mark: the same in the other layout.
+        beside: how the names begin that files of this kind may hold and the model does not take.
+        to_official: function of all diffusers names and shapes -> {diffusers name: official name}.
+        arguments: function of official names and shapes and of the config.json -> arguments of `factory`.
     """
 
     name: str

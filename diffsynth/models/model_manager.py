@@ -47,9 +47,12 @@ class LoadedModel:
 class ModelManager:
     """Loads and keeps models.
 
-    torch_dtype: what weights are stored in. `torch.float8_e4m3fn` and `torch.int8` store the linear layers of
-    the repeated blocks in eight bits and everything else in bfloat16, which is then what they compute in.
-    device: where weights are put. file_path_list: entries to load at once, as for `load_models`.
+    Args:
+        torch_dtype: what weights are stored in. `torch.float8_e4m3fn` and `torch.int8` store the linear
+            layers of the repeated blocks in eight bits and everything else in bfloat16, in which they also
+            compute.
+        device: where weights are put.
+        file_path_list: entries to load at once, as for `load_models`.
     """
 
     def __init__(
@@ -72,13 +75,19 @@ class ModelManager:
         vae_dtype: torch.dtype | None = None,
         model_names: Sequence[str] | None = None,
     ) -> None:
-        """Load several entries; each is a weight file, a list of the shards of one model, a `*.index.json`,
-        or a folder in the official or the diffusers layout, of which everything that is recognised is loaded.
+        """Load several entries.
 
-        torch_dtype and device replace the manager's own for these entries, vae_dtype that of a VAE.
-        model_names: load models of these kinds only. Raises
-        FileNotFoundError for what is missing and CheckpointError (a ValueError) for damaged, incomplete or
-        foreign weights, naming the file.
+        Args:
+            file_path_list: each a weight file, a list of the shards of one model, a `*.index.json`, or a
+                folder in the official or the diffusers layout, of which everything that is recognised is
+                loaded.
+            torch_dtype: replaces the manager's for these entries; likewise device, and vae_dtype that of a
+                VAE.
+            model_names: load models of these kinds only.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            CheckpointError: weights are damaged, incomplete or foreign; a ValueError that names the file.
         """
         if isinstance(file_path_list, str | Path):
             raise TypeError(f"file_path_list must be a list of entries; got one path, {file_path_list!s}")

@@ -36,9 +36,12 @@ from diffsynth.models.wan_video_dit_layers import (
 class DiTState:
     """What the blocks read: everything that `WanModel.embed` derives from the inputs.
 
-    tokens [B, S, D] float32; time [B, D] float32; modulation [B, 6, D] float32; context [B, L, D] in the
-    weights' dtype; image_context [B, L_img, D] or None; grid (F, H, W); rope [S, 1, d/2] complex.
-    attention_window: how far self-attention looks (see `local_attention`); None: everywhere.
+    Attributes:
+        tokens: [B, S, D], float32, as are time [B, D] and modulation [B, 6, D].
+        context: [B, L, D] in the weights' dtype; image_context: [B, L_img, D] or None.
+        grid: (F, H, W).
+        rope: [S, 1, d/2], complex.
+        attention_window: how far self-attention looks (see `local_attention`); None for everywhere.
     """
 
     tokens: Tensor

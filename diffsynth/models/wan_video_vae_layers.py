@@ -169,8 +169,9 @@ def _run_head(head: nn.ModuleDict, x: Tensor, cache: Cache) -> Tensor:
 class Encoder(nn.Module):
     """A chunk of pixels [B, 3, t, H, W] -> [B, 2z, 1, h, w], mean and log-variance before the last mixing.
 
-    widths: channels of each level, from full resolution on; a resolution step lies between two levels.
-    temporal: for each resolution step, whether it halves the frames too.
+    Args:
+        widths: channels of each level, from full resolution on; a resolution step lies between two levels.
+        temporal: for each resolution step, whether it halves the frames, too.
     """
 
     def __init__(

@@ -91,10 +91,11 @@ def ramp(span: Span, length: int, border: int, unit: int) -> Tensor:
 
 
 def blend(grid: TileGrid, out: Tensor, unit: int, run: Callable[[Tile], Iterable[Tensor]]) -> Tensor:
-    """Fill `out` with the weighted mean of all tiles and return it.
+    """Fill `out` with the weighted mean of all tiles and return it; only one chunk is alive at a time.
 
-    out: float32 zeros [B, C, T, rows * unit, columns * unit]. run: gives the result of a tile as consecutive
-    chunks [B, C, t, rows * unit, columns * unit]. Only one chunk is alive at a time.
+    Args:
+        out: float32 zeros [B, C, T, rows * unit, columns * unit].
+        run: returns a tile's result as consecutive chunks [B, C, t, rows * unit, columns * unit].
     """
     total = out.new_zeros(out.shape[3:])
     for tile in grid.tiles():

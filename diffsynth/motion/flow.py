@@ -31,10 +31,13 @@ GATHERED_BYTES = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MotionFlow:
-    """flow [P, H, W, 2], (drow, dcol) in tokens; pairs, its P pairs of frames, i <= j < i + sf by i, then j.
+    """Attention motion flow of a video.
 
-    window_loss: scalar, how much the mean key of a tile's window changes from frame to frame; None without
-    windows.
+    Attributes:
+        flow: [P, H, W, 2], (drow, dcol) in tokens.
+        pairs: its P pairs of frames, i <= j < i + sf by i, then j.
+        window_loss: scalar, how much the mean key of a tile's window changes from frame to frame; None
+            without windows.
     """
 
     flow: Tensor

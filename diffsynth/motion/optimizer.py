@@ -31,8 +31,12 @@ Move = Callable[[Tensor, float], None]  # moves the latents in place by a gradie
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizationRecord:
-    """What an inner loop did. losses, parts: of each fresh gradient, if any; evaluated_at: its inner step;
-    lrs: of each inner step taken."""
+    """What an inner loop did.
+
+    Attributes:
+        losses: of each fresh gradient; likewise parts, and evaluated_at, its inner step.
+        lrs: of each inner step taken.
+    """
 
     losses: tuple[float, ...]
     parts: tuple[dict[str, float], ...]
@@ -45,7 +49,7 @@ class OptimizationRecord:
 
 
 class NonFiniteGuidanceError(RuntimeError):
-    """A loss or gradient is not finite. latents: the last ones at which both were, or the given ones."""
+    """A loss or gradient is not finite; `latents` are the last ones at which both were, or the first."""
 
     def __init__(self, message: str, latents: Tensor) -> None:
         super().__init__(message)

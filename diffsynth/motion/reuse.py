@@ -18,8 +18,10 @@ from diffsynth.configs.guidance import MotionGuidance
 class GradientReuse:
     """The gradients of a series of steps: ask `due` before each step, hand in fresh ones, step on `current`.
 
-    interval: steps from one fresh gradient to the next. above: only while the last two fresh ones have at
-    least this cosine; None, always. rule: "repeat", "falling" or "extrapolate".
+    Args:
+        interval: steps from one fresh gradient to the next.
+        above: reuse only while the last two fresh ones have at least this cosine; None for always.
+        rule: "repeat", "falling" or "extrapolate".
     """
 
     def __init__(self, interval: int, above: float | None = None, rule: str = "repeat") -> None:

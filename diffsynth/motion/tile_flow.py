@@ -29,9 +29,8 @@ from diffsynth.motion.losses import mean_change, window_means
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileFlow(MotionFlow):
-    """A flow that was looked for in windows.
-
-    windows [P', T, 2], long: the first (row, column) of each tile's window, of the P' pairs with i < j.
+    """A flow found in windows; `windows` [P', T, 2], long: first (row, column) of each tile's, of pairs i <
+    j.
     """
 
     windows: Tensor
@@ -75,10 +74,7 @@ def tile_motion_flow(
         windows = find_windows(q, k, between, tile, sides, tau, chunk)
     _check_windows(windows, (len(between), _count(grid, tile), 2), grid, sides)
     flow = torch.cat(
-        [
-            dense_flow(q, k, within, tau, chunk),
-            _flow_in_windows(q, k, between, windows, tile, sides, tau),
-        ]
+        [dense_flow(q, k, within, tau, chunk), _flow_in_windows(q, k, between, windows, tile, sides, tau)]
     )
     return TileFlow(
         flow=flow[pair_order(pairs, within + between)],

@@ -17,12 +17,7 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.prompters import WanPrompter
-from diffsynth.prompters.tokenizer import (
-    WanTokenizer,
-    find_tokenizer,
-    load_tokenizer,
-    tokenizer_from_pieces,
-)
+from diffsynth.prompters.tokenizer import WanTokenizer, find_tokenizer, load_tokenizer, tokenizer_from_pieces
 from diffsynth.vram_management import Residency, choose_device
 
 # What models can compute in; eight bits are for storage.

@@ -24,7 +24,7 @@ RESERVED = GB * 3 // 4
 
 
 class NotEnoughMemoryError(ValueError):
-    """No settings fit into the budget. needed: bytes that the most frugal ones take, all included."""
+    """No settings fit into the budget; `needed` is the bytes that the most frugal ones take, all included."""
 
     def __init__(self, message: str, needed: int) -> None:
         super().__init__(message)

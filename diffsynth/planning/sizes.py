@@ -45,8 +45,9 @@ class WeightBytes:
 class DiTSize:
     """The arguments of `WanModel` that cost anything, the dtype it computes in, and its weights.
 
-    block_parameters: numbers in a block's weights. widened: bytes of the widest matrix once it is taken from
-    eight bits, 0 for weights that are not stored so.
+    Attributes:
+        block_parameters: numbers in a block's weights.
+        widened: bytes of the widest matrix when unpacked from eight bits; 0 for other weights.
     """
 
     dim: int
@@ -133,7 +134,7 @@ class VAESize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSizes:
-    """The sizes of a pipeline's three models. name: what to call them."""
+    """The sizes of a pipeline's three models, and a name for them."""
 
     name: str
     dit: DiTSize

@@ -23,7 +23,10 @@ _MODEL_FIELDS = {1, 2, 3}
 class WanTokenizer:
     """Turns text into ids; see `load_tokenizer`.
 
-    pieces: text -> ids without the end token. vocab_size: number of ids. file: what it was read from.
+    Args:
+        pieces: function of a text -> ids without the end token.
+        vocab_size: number of ids.
+        file: what it was read from.
     """
 
     pieces: Callable[[str], list[int]]

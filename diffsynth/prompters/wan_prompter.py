@@ -58,11 +58,13 @@ def clean_prompt(text: str) -> str:
 
 
 class WanPrompter:
-    """Encodes prompts and remembers the last `cache_size` results of each text encoder.
+    """Encodes prompts and caches the last `cache_size` results of each text encoder.
 
-    text_len: number of rows that the DiT reads, 512 in every Wan2.1 model. Results are kept on the CPU,
-    without their zero rows, as long as their encoder lives; the encoder's `load_state_dict` outdates them.
-    After weights were changed in any other way, call `clear`.
+    Results are kept on the CPU, without their zero rows, as long as their encoder lives; the encoder's
+    `load_state_dict` outdates them. After weights were changed in any other way, call `clear`.
+
+    Args:
+        text_len: number of rows that the DiT reads, 512 in every Wan2.1 model.
     """
 
     def __init__(

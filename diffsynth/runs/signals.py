@@ -11,10 +11,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A signal stopped a run whose finished steps are in a folder; the same call goes on with them.
+    """A signal stopped a run whose finished steps are in a folder; the same call continues it.
 
-    signal: its number; folder: the run's checkpoint_dir. A KeyboardInterrupt, so that code which passes over
-    ordinary errors does not pass over this one.
+    It is a KeyboardInterrupt, so that code which passes over ordinary errors does not pass over this one.
+
+    Attributes:
+        signal: its number.
+        folder: the run's checkpoint_dir.
     """
 
     def __init__(self, number: int, folder: Path) -> None:
@@ -27,10 +30,13 @@ class RunInterrupted(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
-    """Inside this context SIGINT and SIGTERM raise RunInterrupted, once; further ones are ignored.
+    """Return a context in which SIGINT and SIGTERM raise RunInterrupted, once; further ones are ignored.
 
     It is raised at once and not at the end of a step, which may take a minute: a machine that is taken away
-    leaves seconds. interrupt: called first, so that the run also stops where its caller swallows exceptions.
+    leaves seconds.
+
+    Args:
+        interrupt: called first, so that the run also stops where its caller swallows exceptions.
     """
     received: list[int] = []
 

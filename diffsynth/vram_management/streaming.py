@@ -34,7 +34,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A block in a pass. first_slot: the slot of block 0 in this pass; those after it alternate."""
+    """A block in a pass; `first_slot` is the slot of block 0 in it, and those after it alternate."""
 
     block: int
     first_slot: int
