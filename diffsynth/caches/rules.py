@@ -19,7 +19,7 @@ from diffsynth.models.wan_video_dit import DiTState, WanModel
 
 
 class Probe(NamedTuple):
-    """What a rule may look at, of one prompt: the time projection [1, 6, D], and what the blocks that always
+    """Inputs of a rule, for one prompt: the time projection [1, 6, D], and what the blocks that always
     run added to the tokens [1, S, D] (None where no block always runs).
     """
 

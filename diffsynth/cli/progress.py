@@ -1,4 +1,4 @@
-"""How a command runs a task: saved or not, with progress on stderr, and stopped by Ctrl-C."""
+"""Run a task for a command: saved or not, with progress on stderr, and stopped by Ctrl-C."""
 
 import signal
 import sys

@@ -1,1 +1,1 @@
-"""What checkpoints are known: file layout, model arguments, model ids."""
+"""Options of a run, known checkpoints and their defaults; nothing here loads torch."""

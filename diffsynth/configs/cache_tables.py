@@ -86,7 +86,7 @@ MODEL_OF_DIT_DIM = {1536: "Wan2.1-T2V-1.3B", 5120: "Wan2.1-T2V-14B"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeaCacheModel:
-    """What TeaCache knows of one model.
+    """TeaCache's published numbers of one model.
 
     Attributes:
         coefficients: polynomial of the relative change of e0, fourth power first.
@@ -121,7 +121,7 @@ TEA_CACHE_MODELS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MagCacheModel:
-    """What is published of one model: ratios of 50 steps from pure noise, threshold, most steps skipped."""
+    """MagCache's published numbers of one model: ratios of 50 steps, threshold, most steps skipped."""
 
     ratios: MagRatios
     threshold: float

@@ -1,4 +1,4 @@
-"""What a checkpoint says about how it is run: options, numbers of motion, presets.
+"""Defaults that a checkpoint declares: options, numbers of motion, presets.
 
 A published checkpoint has `PUBLISHED_DEFAULTS`. Any checkpoint may declare its own in its config.json:
 
@@ -45,7 +45,7 @@ PUBLISHED_PRESETS: Numbers = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunDefaults:
-    """What a run takes where the caller gives nothing.
+    """Defaults for what the caller does not name.
 
     Attributes:
         options: options of the call, fps and negative_prompt, where they differ from the published method.

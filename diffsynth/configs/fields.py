@@ -1,4 +1,4 @@
-"""How an option is stated, once: a dataclass field that carries the kind of its values and its help.
+"""State an option once, as a dataclass field that carries the kind of its values and its help.
 
 A kind says which values are allowed, how text becomes one, and how both are described to a user. Command
 line, page, batch files, records and the tables of the documentation are made from these fields.
@@ -197,7 +197,7 @@ class OrNone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """What a field says of its option.
+    """Facts of an option, in the metadata of its field.
 
     Attributes:
         kind: the values that it may take.

@@ -48,7 +48,7 @@ _COSINE = OrNone(Number(least=-1, most=1))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MotionGuidance:
-    """How motion is read and transferred. Defaults: FastVMT (arXiv 2602.05551), section 3 and its code.
+    """Numbers of motion guidance. Defaults: FastVMT (arXiv 2602.05551), section 3 and its code.
 
     Everything in tokens is counted on the grid that the DiT sees, which `coarse` makes coarser.
 

@@ -90,7 +90,7 @@ class MotionKind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
-    """What a run does, apart from prompts, reference and callbacks.
+    """Options of a run, apart from prompts, reference and callbacks.
 
     Raises:
         ValueError: a value that is not allowed; the message names the option.
@@ -260,7 +260,7 @@ def call_options() -> dict[str, tuple[Option, Any]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileOptions:
-    """How frames become a video file.
+    """Options of the video file.
 
     Raises:
         ValueError: a value is not allowed; the message names the option.
@@ -304,7 +304,7 @@ class ReferenceOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
-    """How a model is loaded and run; None for the pipeline's own choice. It goes into the record.
+    """Options of loading and running a model; None for the pipeline's choice. The record holds them.
 
     Attributes:
         dit: a file, or a folder that holds one; likewise text_encoder and vae.
@@ -344,7 +344,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavingOptions:
-    """How the state of a long run is kept.
+    """Options of saving the state of a long run.
 
     Raises:
         ValueError: a value is not allowed; the message names the option.

@@ -34,7 +34,7 @@ LONGEST_PROMPT = 100_000  # characters; models read 512 tokens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceFacts:
-    """What resolving needs of a reference video.
+    """Facts of a reference video that decide options.
 
     Attributes:
         num_frames: number of its frames.
@@ -51,7 +51,7 @@ class ReferenceFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """What resolving needs of a model: width and blocks of the DiT, pixels (rows, columns) of a token."""
+    """Facts of a model that decide options: width and blocks of the DiT, pixels of a token."""
 
     dim: int
     num_layers: int

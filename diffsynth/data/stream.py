@@ -1,4 +1,4 @@
-"""What a video file says of its pictures, and what brings them to upright RGB frames of square pixels.
+"""Facts of a video file's stream, and the filters that make upright RGB frames of square pixels of it.
 
 The file is not decoded for it: ffmpeg reads the times of its packets, which takes milliseconds.
 """

@@ -44,7 +44,7 @@ def _check_names(name: str, given: tuple[str, ...], known: tuple[str, ...]) -> N
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneOptions:
-    """What a random scene may contain; numbers are probabilities.
+    """Contents of random scenes; numbers are probabilities.
 
     Attributes:
         shapes: to draw from, as trajectories.

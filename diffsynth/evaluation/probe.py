@@ -1,4 +1,4 @@
-"""How well attention motion flow (AMF) reads true motion in a checkpoint: by block, head, noise and tau.
+"""Measure how well a checkpoint's attention motion flow reads true motion: by block, head, noise and tau.
 
 Clips with known motion are encoded and noised; for each block of the DiT, the displacement that its attention
 reads at object tokens is compared with the true one. `probe_report` holds the result.

@@ -49,7 +49,7 @@ class ProbeRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ProbeResult:
-    """How well each reading of each block follows true motion.
+    """Agreement of each reading of each block with true motion.
 
     A perfect reading has 1 in all four arrays, float64 [blocks, readings, sigmas, taus], of read on true
     displacement (see `probe_truth.Agreement`). Attention that sees nothing (equal weights: the way to the

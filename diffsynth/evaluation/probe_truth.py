@@ -155,7 +155,7 @@ def moments(true: np.ndarray, read: np.ndarray, blind: np.ndarray) -> np.ndarray
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """How read displacements agree with true ones, each array [...]; a perfect reading has 1 in all four.
+    """Agreement of read with true displacements, each array [...]; a perfect reading has 1 in all four.
 
     The partial numbers are those of what is left of both when the prediction of `blind` by a straight line is
     taken off, for each distance in time separately. Attention that sees nothing has 0 there.

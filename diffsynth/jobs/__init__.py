@@ -1,1 +1,1 @@
-"""What command and page share: a task, loading a model by name, publishing a video."""
+"""Tasks, model loading and publishing of videos, shared by the command and the page."""

@@ -1,4 +1,4 @@
-"""What LoRAs add to the layers of the DiT, summed in float32.
+"""Add LoRAs to the layers of the DiT, summed in float32.
 
 Wide weights are set to the stored ones plus all changes. Packed weights stay as they are, as packing anew
 would round a small change away: the changes stand beside them (`PackedLinear.change`).

@@ -60,7 +60,7 @@ _WHOLE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerParts:
-    """What a LoRA file holds for one layer.
+    """The parts of a LoRA file for one layer.
 
     Attributes:
         stored: its tensors, by the names of `_PART`.
@@ -88,7 +88,7 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """What a file says of its scales outside of its tensors.
+    """The scales that a file states outside of its tensors.
 
     Attributes:
         source: where it says so, for messages.

@@ -1,4 +1,4 @@
-"""What a set of tensors is: DiT, VAE or text encoder, under which names, with which arguments.
+"""Recognise a set of tensors: DiT, VAE or text encoder, under which names, with which arguments.
 
 Kinds are told by names and shapes, so any width and depth loads; official and diffusers names are understood.
 """

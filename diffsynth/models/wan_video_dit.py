@@ -34,7 +34,7 @@ from diffsynth.models.wan_video_dit_layers import (
 
 @dataclass(frozen=True, slots=True)
 class DiTState:
-    """What the blocks read: everything that `WanModel.embed` derives from the inputs.
+    """Inputs of the blocks, as `WanModel.embed` derives them from those of the model.
 
     Attributes:
         tokens: [B, S, D], float32, as are time [B, D] and modulation [B, 6, D].

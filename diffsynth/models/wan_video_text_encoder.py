@@ -37,7 +37,7 @@ _BLOCK_PATH = re.compile(r"encoder\.block\.(\d+)\.(.+)")
 
 
 class LoadResult(NamedTuple):
-    """What `load_state_dict` could not place, in official names."""
+    """Official names that `load_state_dict` could not match."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]

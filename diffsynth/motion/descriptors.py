@@ -1,4 +1,4 @@
-"""What a motion descriptor is: how it looks at the DiT, what it keeps, and how two of them compare.
+"""The interface of motion descriptors: observe the DiT, describe motion, compare two descriptions.
 
 A new method is one file with such a class, and an entry of `configs.descriptors.DESCRIPTORS`;
 gradient reuse, learning rates and the range of guided steps are the optimiser's.
@@ -21,7 +21,7 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepInputs:
-    """What a denoising step gives to look at latents with.
+    """Inputs that a denoising step offers to a descriptor.
 
     timestep [1], float32, on the 0..1000 scale; sigma, its noise level in 0..1; null_context [1, L, D], the
     empty prompt; mean_velocity, of the steps taken so far, in the shape of the latents, None at the first.

@@ -31,7 +31,7 @@ class LatentPrediction:
         return latents - inputs.sigma * velocity
 
     def _velocity(self, latents: Tensor, context: Tensor, inputs: StepInputs) -> Tensor:
-        """With classifier-free guidance against the empty prompt; of that prompt itself without."""
+        """Return the prediction, guided against the empty prompt, or of that prompt itself."""
         velocity = inputs.dit(latents, inputs.timestep, context).to(latents.dtype)
         if context is inputs.null_context or self.guidance.prediction_cfg == 1:
             return velocity

@@ -1,4 +1,4 @@
-"""What guidance minimises (paper section 3.3): distance of two flows, and unrest inside the windows.
+"""Losses of guidance (paper section 3.3): distance of two flows, and unrest inside the windows.
 
     amf    = mean over pairs of  w_ij * token_scale * mean over tokens of |flow_ij - flow_ref_ij|^2
     window = mean | mean K in the window, frame j+1  -  the same, frame j |,  j running over the pairs of i

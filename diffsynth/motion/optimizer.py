@@ -18,7 +18,7 @@ from diffsynth.motion.reuse import GradientMemory, GradientReuse
 
 
 class Evaluation(NamedTuple):
-    """What an objective returns: the loss (scalar), its gradient on the latents, and its parts by name."""
+    """Result of an objective: the loss (scalar), its gradient on the latents, and its parts by name."""
 
     loss: Tensor
     gradient: Tensor
@@ -31,7 +31,7 @@ Move = Callable[[Tensor, float], None]  # moves the latents in place by a gradie
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizationRecord:
-    """What an inner loop did.
+    """Record of an inner loop.
 
     Attributes:
         losses: of each fresh gradient; likewise parts, and evaluated_at, its inner step.
@@ -63,7 +63,7 @@ def learning_rate(step: int, guidance: MotionGuidance) -> float:
 
 
 def _adamw(moved: Tensor, guidance: MotionGuidance) -> Move:
-    """As published: AdamW, new at each guided step. Its first steps move every element by about lr."""
+    """Use AdamW as published, new at each guided step; its first steps move every element by about lr."""
     optimizer = torch.optim.AdamW([moved], lr=guidance.lr[0], weight_decay=guidance.weight_decay)
 
     def move(gradient: Tensor, lr: float) -> None:

@@ -79,7 +79,7 @@ class GradientReuse:
 
 
 class GradientMemory:
-    """What the guided steps of one run leave to those after them: the gradients of the last one that computed
+    """Gradients that guided steps of a run leave to later ones: those of the last one that computed
     any, by inner step.
 
     Every `recompute_every`-th guided step computes its own; those between go through the remembered ones

@@ -1,1 +1,1 @@
-"""What a run takes, and which settings fit into the memory at hand."""
+"""Predict cost and memory of a run, and find the settings that fit."""

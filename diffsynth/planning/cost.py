@@ -1,4 +1,4 @@
-"""What a run computes, counted from sizes before it starts: full forwards of the DiT (FFE) and operations.
+"""Count what a run computes before it starts: full forwards of the DiT (FFE) and operations.
 
 A forward of a block over S tokens, each of which sees K, with L text tokens and width D:
 

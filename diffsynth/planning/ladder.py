@@ -149,7 +149,7 @@ class Ladder:
         return next(fits, kept[-1])
 
     def _both_fit(self, sizes: ModelSizes, options: RunOptions) -> bool:
-        """Whether both prompts share a call of the DiT; on a CPU that gains nothing.
+        """Return whether both prompts share a call of the DiT; on a CPU that gains nothing.
 
         Judged by the device's total memory, not by what is free, so that one machine always decides, and
         rounds, alike.
@@ -181,7 +181,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _changes(settings: Settings, options: RunOptions) -> dict[str, object]:
-    """What settings say of a run's options, as `settings_of` names it."""
+    """Return the options that settings decide, named as in `settings_of`."""
     chosen = {name: getattr(settings, name) for name in _OF_OPTIONS}
     if options.cfg_scale == 1:
         chosen["batch_cfg"] = options.batch_cfg

@@ -225,7 +225,7 @@ def _chunk_bytes(vae: VAESize, past: int, largest: int) -> int:
 
 
 def _run_bytes(dit: DiTSize, latents: Shape) -> int:
-    """What there is all the time: latents, noise, reference and copies of them, texts, rotary positions; and
+    """Return what a run holds throughout: latents, noise, reference, copies, texts, rotary positions; and
     a matrix that is widened from float8.
     """
     texts = 3 * dit.text_len * dit.text_dim * dit.dtype.itemsize

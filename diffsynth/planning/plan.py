@@ -33,7 +33,7 @@ class NotEnoughMemoryError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
-    """How a run is to be made, and what it will take.
+    """The settings of a run, and the memory and operations that it will take.
 
     Attributes:
         model: its name.
@@ -177,7 +177,7 @@ def _frugal(options: RunOptions) -> Settings:
 def _not_enough(
     sizes: ModelSizes, options: RunOptions, budget: int, with_reference: bool
 ) -> NotEnoughMemoryError:
-    """What is missing, and what would make the run smaller."""
+    """Return an error that names what is missing and what would make the run smaller."""
 
     def least(run: RunOptions) -> StageMemory:
         return max(predict_stages(sizes, run, _frugal(run), with_reference), key=lambda stage: stage.total)

@@ -25,7 +25,7 @@ SMALLEST_TILE = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What decides a run's memory.
+    """The settings that decide a run's memory.
 
     Attributes:
         checkpoint: what guidance keeps for its gradients, one of KEEPING.

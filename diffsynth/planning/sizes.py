@@ -1,4 +1,4 @@
-"""What plans need to know of the models: their sizes and the bytes of their weights, not the weights."""
+"""Sizes of the models and the bytes of their weights, from which plans are computed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ _Key = tuple[tuple[int, ...], torch.dtype, int]
 
 
 class TextEncoder(Protocol):
-    """What the prompter needs of a text encoder; see `WanTextEncoder`."""
+    """Interface that the prompter needs of a text encoder; see `WanTextEncoder`."""
 
     vocab: int
     dim: int

@@ -1,4 +1,4 @@
-"""What a run cost: seconds, DiT block calls, gradient evaluations, peak memory."""
+"""Cost of a run: seconds, DiT block calls, gradient evaluations, peak memory."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What a saved run must have in common with the call that goes on with it: arguments, reference and weights,
+"""Identity of a saved run, which the call that continues it must share: arguments, reference and weights,
 each by name, so that a refusal can say which of them differs.
 """
 

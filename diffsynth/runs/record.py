@@ -48,7 +48,7 @@ _NEEDED = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """What made a video.
+    """Everything that made a video.
 
     Attributes:
         prompt: of the call; likewise negative_prompt and preset.

@@ -32,7 +32,7 @@ class PromptEmbeddings(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunInputs:
-    """What the denoising of each prompt starts from, on the device.
+    """Inputs of denoising for each prompt, on the device.
 
     Attributes:
         prompts: text embeddings, one entry a prompt.

@@ -38,7 +38,7 @@ class _Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Past:
-    """What the next step needs of the last one, float32 but for `returned`, which has the caller's type.
+    """State that the next step needs, float32 but for `returned`, which has the caller's type.
 
     sample: where the last step began, corrected. returned: where it ended, as the caller got it.
     last, before: the prediction of the last step and of the one before it.

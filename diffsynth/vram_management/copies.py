@@ -1,4 +1,4 @@
-"""How weights are copied to the compute device beside its computing: on a CPU, and on a CUDA device."""
+"""Copies of weights to the compute device while it computes, for a CPU and for a CUDA device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ Mark = Any  # a point in a device's queue of work; what it is, only the copies t
 
 
 class ImmediateCopies:
-    """On a CPU: a copy is done when `start` returns. Also the interface of copies that take their time."""
+    """Copies on a CPU, done when `start` returns; also the interface of asynchronous copies."""
 
     def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:  # noqa: ARG002
         """Copy each tensor once the work up to `after` is done; the mark is where the copies are."""
@@ -28,7 +28,7 @@ class ImmediateCopies:
 
 
 class SideStreamCopies(ImmediateCopies):
-    """On a CUDA device: copies on a stream of their own; events order both streams, and nobody waits on the
+    """Copies on a separate CUDA stream; events order both streams, and nobody waits on the
     CPU. Source tensors should be page-locked: copies of others stop the caller."""
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What memory there is."""
+"""Query the memory of the devices."""
 
 import sys
 from pathlib import Path
