@@ -229,6 +229,17 @@ def test_every_frame_of_every_container_once(tmp_path, suffix):
     assert np.abs(np.diff(columns(data)) - 2.4).max() < 1.2
 
 
+@pytest.mark.parametrize(
+    "suffix", [".mp4", ".mkv", ".ts", ".mpg", ".avi", ".flv", ".wmv", ".gif", ".h264", ".y4m"]
+)
+def test_a_part_of_every_container_is_the_same_part_of_the_whole(tmp_path, suffix):
+    options = ("-pix_fmt", "yuv420p") if suffix != ".gif" else ()
+    path = made(tmp_path / f"a{suffix}", BAR.format(rate=25), *options, "-r", 25, frames=60)
+    whole = np.stack([np.asarray(frame) for frame in VideoData(path)])
+    part = VideoData(path, start=1.2, end=2.0)
+    np.testing.assert_array_equal(np.stack([np.asarray(frame) for frame in part]), whole[30:50])
+
+
 def test_a_cut_without_encoding_begins_where_its_edit_list_says(tmp_path):
     made(tmp_path / "a.mp4", BAR.format(rate=25), "-g", 100, frames=50)
     ffmpeg("-ss", 0.8, "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "cut.mp4")

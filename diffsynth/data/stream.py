@@ -39,6 +39,7 @@ class Stream:
         size: (width, height) of its frames as they are read: upright, with square pixels.
         rate: frames a second; the mean of a variable rate.
         variable: whether its frames stray from an even rate by more than half a frame.
+        seeks: whether ffmpeg can begin in its middle, exactly.
         decoder: options of ffmpeg before the input.
         filters: what is done to the pictures before they are scaled to `size`.
         notes: the same in words.
@@ -51,6 +52,7 @@ class Stream:
     size: tuple[int, int]
     rate: Fraction
     variable: bool
+    seeks: bool
     decoder: tuple[str, ...]
     filters: tuple[str, ...]
     notes: tuple[str, ...]
@@ -102,6 +104,7 @@ def probe_video(path: Path) -> Stream:
         size=size,
         rate=rate,
         variable=bool(rate) and float(np.abs(times - even).max()) > 0.5 / float(rate),
+        seeks=re.search(r"Input #0, (mov|matroska|avi)", log) is not None,
         decoder=decoder,
         filters=filters,
         notes=(*shape_notes, *notes),

@@ -63,23 +63,22 @@ class VideoFile:
         inside = np.flatnonzero((stream.times >= start - TICK) & (stream.times < stop - TICK))
         if len(inside) == 0:
             raise ValueError(f"no frame of {path} lies from {start=} to {end=}; it lasts {stream.end:g} s")
-        self._path = path
-        self._size = stream.size
-        self._num_frames = len(inside)
+        self._path, self._size, self._num_frames = path, stream.size, len(inside)
         self.fps = stream.rate if fps is None else Fraction(float(fps)).limit_denominator(100_000)
         notes, filters = list(stream.notes), list(stream.filters)
         if stream.variable or self.fps != stream.rate:
             self._num_frames = max(1, round((stop - stream.times[inside[0]]) * float(self.fps)))
             # Where rounding leaves the last frame out, the one before it is held.
             filters += [f"fps={self.fps}", "tpad=stop=2:stop_mode=clone"]
-            told = f"a rate of {float(stream.rate):g} frames a second"
-            told = "a variable rate, " + told.removeprefix("a rate of ") if stream.variable else told
+            told = "a variable rate" if stream.variable else f"{float(stream.rate):g} frames a second"
             notes.append(f"{told}, read at {float(self.fps):g}")
         width, height = stream.size
         # In planes first: exact conversion to packed pixels takes twice as long, for the same numbers.
         filters += [f"scale={width}:{height}:{EXACT_SCALING}", "format=gbrp", "format=rgb24"]
         self._input_params = list(stream.decoder)
-        if inside[0] > 0:
+        if inside[0] > 0 and not stream.seeks:
+            filters.insert(0, f"trim=start_frame={inside[0]}")
+        elif inside[0] > 0:
             # From the middle between two frames on, so that rounding picks neither the wrong one.
             between = (stream.times[inside[0] - 1] + stream.times[inside[0]]) / 2
             self._input_params += ["-ss", f"{between:.6f}"]
@@ -165,8 +164,8 @@ class VideoData:
     that goes, with a warning in the log. The decoder is freed at the last frame, by `close()`, at the end of
     a `with` block, or with the object.
 
-    Frames are upright and have square pixels; interlaced video is deinterlaced, HDR tone-mapped, transparent
-    pixels lie over black, and a variable rate is read at its constant mean. The log names what is done.
+    Frames are upright with square pixels; interlaced video is deinterlaced, HDR tone-mapped, transparency laid
+    over black, and a variable rate read at its mean. The log names what is done.
 
     Args:
         video_file: path of a video; exactly one of video_file and image_folder is given.
