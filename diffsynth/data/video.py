@@ -86,8 +86,7 @@ class VideoFile:
         self._decoder: Frames | None = None
         self._position = 0
         self._last: Image.Image | None = None
-        for note in notes:
-            logger.info("%s: %s", path.name, note)
+        logger.info("%s: %s", path.name, "; ".join(notes) or "read as it is")
 
     def __len__(self) -> int:
         return self._num_frames
@@ -164,8 +163,8 @@ class VideoData:
     that goes, with a warning in the log. The decoder is freed at the last frame, by `close()`, at the end of
     a `with` block, or with the object.
 
-    Frames are upright with square pixels; interlaced video is deinterlaced, HDR tone-mapped, transparency laid
-    over black, and a variable rate read at its mean. The log names what is done.
+    Frames are upright with square pixels; interlaced video is deinterlaced, HDR tone-mapped, transparency
+    laid over black, and a variable rate read at its mean. The log names what is done.
 
     Args:
         video_file: path of a video; exactly one of video_file and image_folder is given.
