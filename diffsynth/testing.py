@@ -71,9 +71,7 @@ def _write_parts(directory: Path, size: str, seed: int) -> None:
 
 
 def _randomise(model: nn.Module) -> None:
-    """Give every tensor values of a size that keeps signals alive through the model; biases and gains differ
-    too.
-    """
+    """Set every tensor to random values of a scale that neither damps nor amplifies the activations."""
     for parameter in model.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
         noise = torch.randn_like(parameter)

@@ -89,7 +89,7 @@ def _train(vocab_size: int) -> bytes:
 
 
 def _fast_tokenizer(vocab: list[tuple[str, float]]) -> str:
-    """tokenizer.json that gives the ids of the sentencepiece model with this vocabulary."""
+    """Return a tokenizer.json that yields the ids of the sentencepiece model with this vocabulary."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     end, end_id = _SPECIAL["eos"]

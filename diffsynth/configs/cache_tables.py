@@ -43,10 +43,10 @@ class MagRatios:
 
     @classmethod
     def from_json(cls, declared: Any) -> "MagRatios":
-        """Return the ratios in {"positive": [...], "negative": [...]}, as `to_json` gives them.
+        """Return the ratios in {"positive": [...], "negative": [...]}, the form that `to_json` returns.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: `declared` has another form.
         """
         if not isinstance(declared, Mapping) or not {"positive"} <= declared.keys() <= set(PROMPTS):
             raise ValueError(
@@ -55,16 +55,16 @@ class MagRatios:
         return cls(**{name: tuple(r) if isinstance(r, list) else r for name, r in declared.items()})
 
     def to_json(self) -> dict[str, list[float]]:
-        """Return what `json.dump` takes, as a checkpoint's config.json holds it under "fastvmt"."""
+        """Return the ratios as a config.json holds them under "fastvmt": {"mag_ratios": ...}."""
         lists = {name: getattr(self, name) for name in PROMPTS}
         return {name: list(ratios) for name, ratios in lists.items() if ratios is not None}
 
     def of(self, prompt: str) -> tuple[float, ...]:
-        """Return the ratios of "positive" or "negative"."""
+        """Return the ratios of a prompt, "positive" or "negative"."""
         return self.negative if prompt == "negative" and self.negative is not None else self.positive
 
     def for_steps(self, num_steps: int) -> "MagRatios":
-        """Return the ratios of a run of another number of steps: each step takes the nearest one's."""
+        """Return ratios for `num_steps` steps; each step takes the nearest one, as in the published code."""
         negative = None if self.negative is None else _nearest(self.negative, num_steps)
         return MagRatios(_nearest(self.positive, num_steps), negative)
 
@@ -86,12 +86,12 @@ MODEL_OF_DIT_DIM = {1536: "Wan2.1-T2V-1.3B", 5120: "Wan2.1-T2V-14B"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeaCacheModel:
-    """TeaCache's published numbers of one model.
+    """TeaCache's published numbers for one model.
 
     Attributes:
-        coefficients: polynomial of the relative change of e0, fourth power first.
+        coefficients: polynomial in the relative change of e0, fourth power first.
         thresholds: the range that the authors advise, from careful to fast.
-        source: where the numbers come from.
+        source: origin of the numbers.
     """
 
     coefficients: tuple[float, float, float, float, float]

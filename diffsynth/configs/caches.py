@@ -12,15 +12,15 @@ Ratios = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cache:
-    """Facts about a step cache. A new one is a file in `diffsynth/caches` and an entry in `CACHES`.
+    """Facts about a step cache. A new cache is a file in `diffsynth/caches` and an entry in `CACHES`.
 
     Attributes:
         rule: path of the class that decides, "package.module:Class"; see `caches.rules`.
         help: how it decides; part of a sentence.
-        numbers: fields of `CacheOptions` as they are published for a DiT, by its width, the ratios that the
-            checkpoint declares, and the model id that was asked for.
-        kept_tensors: tensors of the tokens' shape that it keeps of each prompt.
-        by_count: it decides by the number of the step alone, so that what it skips is known beforehand.
+        numbers: function of (width of the DiT, ratios that the checkpoint declares, requested model id) that
+            returns the published fields of `CacheOptions`.
+        kept_tensors: number of tensors of the tokens' shape that it keeps for each prompt.
+        by_count: it decides by the index of the step alone, so that the skipped steps are known beforehand.
     """
 
     rule: str
@@ -81,10 +81,10 @@ class CacheOptions:
     """A step cache and its numbers.
 
     Attributes:
-        ratios: what MagCache decides by.
+        ratios: ratios of residuals, which MagCache needs.
 
     Raises:
-        ValueError: a number that is not allowed; the message names it.
+        ValueError: a number is not allowed; the message names it.
     """
 
     name: str = option(Choice(CACHES), "the step cache", default="magcache")
@@ -107,7 +107,7 @@ class CacheOptions:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "CacheOptions":
-        """Return the options that `dataclasses.asdict` made such a mapping of."""
+        """Return the options in a mapping that `dataclasses.asdict` made."""
         ratios = values.get("ratios")
         return cls(**{**values, "ratios": None if ratios is None else MagRatios.from_json(ratios)})
 
@@ -123,13 +123,12 @@ def choose_cache(
 
     Args:
         name: a key of `CACHES`.
-        threshold: instead of the published one.
-        dit_dim: width of the DiT.
-        declared_ratios: MagCache's ratios that the checkpoint declares, instead of the published ones.
-        model_id: whose coefficients TeaCache takes; by default by the width.
+        threshold: replaces the published one.
+        declared_ratios: MagCache's ratios from the checkpoint, which replace the published ones.
+        model_id: model whose coefficients TeaCache takes; by default the one of this width.
 
     Raises:
-        ValueError: an unknown name, or nothing is published for this width.
+        ValueError: the name is unknown, or nothing is published for this width.
     """
     numbers = CACHES[check_value("cache", Choice(CACHES), name)].numbers(dit_dim, declared_ratios, model_id)
     asked = {} if threshold is None else {"threshold": threshold}

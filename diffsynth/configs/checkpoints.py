@@ -41,12 +41,12 @@ class PublishedCheckpoint:
     """One published checkpoint folder.
 
     Attributes:
-        name: what people call it, "Wan2.1-T2V-1.3B".
-        model_id: its id on ModelScope and on Hugging Face.
-        folder: its default name below models/.
-        files: path in the folder -> size in bytes, None where only the file tells it.
-        num_parameters: of the DiT, which is published in float32.
-        dit_kwargs: arguments of WanModel.
+        name: published name, "Wan2.1-T2V-1.3B".
+        model_id: id on ModelScope and on Hugging Face.
+        folder: default name of the folder below models/.
+        files: path in the folder -> size in bytes; None if the file is checked by its content instead.
+        num_parameters: number of parameters of the DiT, which is published in float32.
+        dit_kwargs: arguments of `WanModel`.
     """
 
     name: str
@@ -57,7 +57,7 @@ class PublishedCheckpoint:
     dit_kwargs: Mapping[str, Any]
 
     def expected_bytes(self, path: str) -> int:
-        """Return the size of one of `files`: the published one, or an even share of the DiT for a shard."""
+        """Return the size in bytes of one of `files`; a shard of unknown size is an even share of the DiT."""
         size = self.files[path]
         if size is not None:
             return size
@@ -122,10 +122,10 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
 
     Args:
         name: an existing folder, a published name ("1.3b", "14b"), or "nano", the embedded model.
-        root: the folder below which published checkpoints are looked for.
+        root: folder that holds the published checkpoints.
 
     Raises:
-        FileNotFoundError: there is no such folder; the message says how to fetch it.
+        FileNotFoundError: the folder does not exist; the message says how to fetch it.
     """
     if name == "nano":
         return _embedded_folder()

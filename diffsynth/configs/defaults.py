@@ -45,12 +45,12 @@ PUBLISHED_PRESETS: Numbers = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunDefaults:
-    """Defaults for what the caller does not name.
+    """Defaults for the options that a caller leaves out.
 
     Attributes:
-        options: options of the call, fps and negative_prompt, where they differ from the published method.
+        options: options of the call, fps and negative_prompt that differ from the published method's.
         motion: mode -> fields of `MotionGuidance` that differ from the mode's published numbers.
-        mag_ratios: what MagCache decides by, as `calibrate_magcache` measures it.
+        mag_ratios: MagCache's ratios, as `calibrate_magcache` measures them.
         presets: name -> options and motion that the preset changes (see `with_preset`).
     """
 
@@ -68,7 +68,7 @@ class RunDefaults:
         """Return the defaults of a preset; "exact" leaves them as they are.
 
         Raises:
-            ValueError: an unknown preset; the known ones are listed.
+            ValueError: the preset is unknown; the message lists the known ones.
         """
         if preset == EXACT:
             return self
@@ -85,7 +85,7 @@ def run_defaults(folder: Path) -> RunDefaults:
     """Return the defaults of the checkpoint in a folder.
 
     Raises:
-        ValueError: config.json declares what cannot be read; the message names the file and the entry.
+        ValueError: config.json is not valid, or declares an unknown entry; the message names file and entry.
     """
     path = folder / "config.json"
     try:
@@ -127,7 +127,7 @@ def is_published(folder: Path) -> bool:
 
 
 def _declarable() -> list[str]:
-    """The options that a checkpoint or preset may declare."""
+    """Return the options that a checkpoint or preset may declare."""
     shorthands = {*options_of(Shorthands)} - {"cache_threshold"}
     run = {*options_of(RunOptions)} - {"motion", "seed", "output_type", "rand_device"}
     return sorted({*run, "cache_threshold", "fps", "negative_prompt"} - shorthands)

@@ -24,14 +24,14 @@ _MAX_SAFETENSORS_HEADER = 100_000_000
 
 
 class DownloadError(RuntimeError):
-    """A checkpoint could not be fetched; the message says what, from where, why, and how to do it by hand."""
+    """Raised when a checkpoint cannot be fetched; the message says why, and how to fetch it by hand."""
 
 
 def missing_files(folder: str | Path, checkpoint: PublishedCheckpoint) -> list[str]:
-    """Return one text for each file that `folder` lacks or holds incomplete: "path: what is wrong".
+    """Return one message, "path: fault", for each file that `folder` lacks or holds incomplete.
 
     A file must have its published size; a safetensors file also the length that its header promises; a JSON
-    file without a published size must be readable. Needs no network and reads no weights.
+    file without a published size must be readable. This needs no network and reads no weights.
     """
     return [f"{path}: {fault}" for path, fault in _faults(Path(folder), checkpoint).items()]
 
@@ -39,17 +39,17 @@ def missing_files(folder: str | Path, checkpoint: PublishedCheckpoint) -> list[s
 def download(
     checkpoint: PublishedCheckpoint, output_dir: str | Path = "models", source: str = "modelscope"
 ) -> Path:
-    """Fetch what is missing of a checkpoint into output_dir/<its folder> and return that folder.
+    """Fetch the missing files of a checkpoint into output_dir/<its folder> and return that folder.
 
-    Does nothing if the folder is complete. Resumes what an earlier call left unfinished.
+    A complete folder is left alone, and an unfinished download is resumed.
 
     Args:
         source: "modelscope" or "huggingface".
 
     Raises:
-        ValueError: an unknown source.
-        DownloadError: too little disk space, the hub or its library is not there, or files are still
-            incomplete afterwards.
+        ValueError: the source is unknown.
+        DownloadError: the disk has too little space, the hub cannot be reached or its library is not
+            installed, or files are still incomplete afterwards.
     """
     if source not in SOURCES:
         raise ValueError(f"source is {source!r}; it must be one of: {', '.join(SOURCES)}")

@@ -20,26 +20,26 @@ class Kind(Protocol):
 
     @property
     def metavar(self) -> str:
-        """Return what stands for a value in the help of the command line."""
+        """Placeholder of a value in the help of the command line."""
 
     def read(self, text: str) -> Any:
-        """Return the value that a text stands for.
+        """Parse a value.
 
         Raises:
-            ValueError: it stands for none.
+            ValueError: the text is not an allowed value.
         """
 
     def check(self, value: Any) -> Any:
-        """Return an allowed value in its own type.
+        """Return an allowed value, converted to the type of the kind.
 
         Raises:
-            ValueError: it is not allowed.
+            ValueError, TypeError: the value is not allowed.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Whole numbers, numpy's among them."""
+    """Whole numbers, NumPy's among them."""
 
     least: int = 1
     most: int | None = None
@@ -197,11 +197,11 @@ class OrNone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """Facts of an option, in the metadata of its field.
+    """Description of an option, kept in the metadata of its field.
 
     Attributes:
         kind: the values that it may take.
-        help: what it is, with its unit; part of a sentence.
+        help: its meaning and unit; part of a sentence.
         short: a shorter name on the command line.
     """
 
@@ -216,7 +216,7 @@ def option(kind: Kind, text: str, *, default: Any, short: str | None = None) -> 
 
 
 def options_of(owner: type) -> dict[str, tuple[Option, Any]]:
-    """Return the options of a dataclass with their defaults, by name and in order."""
+    """Return name -> (option, default) for the options of a dataclass, in order."""
     stated: Sequence[Field[Any]] = fields(owner)
     return {item.name: (item.metadata[OPTION], item.default) for item in stated if OPTION in item.metadata}
 
@@ -234,10 +234,10 @@ def check_value(name: str, kind: Kind, value: Any) -> Any:
 
 
 def read_value(name: str, kind: Kind, text: str) -> Any:
-    """Return the value that a text stands for.
+    """Parse the value of an option.
 
     Raises:
-        ValueError: it stands for none; the message names the option and says what is allowed.
+        ValueError: the text is not an allowed value; the message names the option and what is allowed.
     """
     try:
         return kind.read(text)
@@ -249,23 +249,23 @@ def check_options(owner: Any) -> None:
     """Replace each option of a frozen dataclass by its checked value; for `__post_init__`.
 
     Raises:
-        ValueError: a value is not allowed; the message names it.
+        ValueError: a value is not allowed; the message names the option.
     """
     for name, (stated, _default) in options_of(type(owner)).items():
         object.__setattr__(owner, name, check_value(name, stated.kind, getattr(owner, name)))
 
 
 def load(path: str) -> Any:
-    """Return what "package.module:name" names; registries name their implementations so, to load on use."""
+    """Import the object "package.module:name"; registries hold such paths so that imports happen on use."""
     module, name = path.split(":")
     return getattr(import_module(module), name)
 
 
 def only_known(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
-    """Check that a mapping names known things only.
+    """Check the names in a mapping.
 
     Raises:
-        ValueError: it names something else.
+        ValueError: a name is unknown; the message says which.
     """
     if unknown := sorted(given.keys() - set(known)):
         raise ValueError(f"{what} has no field {', '.join(unknown)}")

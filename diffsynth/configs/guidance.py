@@ -18,7 +18,7 @@ PAPER_DEPTHS = (30, 40)  # blocks of Wan2.1 1.3B and 14B; both are read at PAPER
 
 @dataclass(frozen=True, slots=True)
 class HeadsKind:
-    """A way to reduce attention heads by its name, or the indices of one or more different heads."""
+    """The name of a way to reduce attention heads, or the indices of one or more different heads."""
 
     metavar: str = "NAME|INDICES"
 
@@ -48,12 +48,12 @@ _COSINE = OrNone(Number(least=-1, most=1))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MotionGuidance:
-    """Numbers of motion guidance. Defaults: FastVMT (arXiv 2602.05551), section 3 and its code.
+    """The numbers of motion transfer. Defaults are FastVMT's (arXiv 2602.05551, section 3, and its code).
 
-    Everything in tokens is counted on the grid that the DiT sees, which `coarse` makes coarser.
+    Lengths in tokens are counted on the grid that the DiT sees, which `coarse` makes coarser.
 
     Raises:
-        ValueError: a number that is not allowed; the message names it.
+        ValueError: a number is not allowed; the message names it.
     """
 
     # What is transferred
@@ -170,7 +170,7 @@ class MotionGuidance:
         """Return the numbers of the released code, with its features, windows, displacements and loss.
 
         Args:
-            changes: fields to set otherwise; heads="mean_qk" mends its scrambled features alone.
+            changes: fields to override; heads="mean_qk" repairs its scrambled features and nothing else.
         """
         return replace(cls(variant="released", heads="token_groups", token_scale=None), **changes)
 
@@ -180,10 +180,10 @@ class MotionGuidance:
 
         Args:
             mode: a key of `DESCRIPTORS`.
-            numbers: fields to set otherwise, also as JSON holds them.
+            numbers: fields to override; JSON's lists may stand for tuples.
 
         Raises:
-            ValueError: an unknown mode or field, or a number that is not allowed.
+            ValueError: the mode or a field is unknown, or a number is not allowed.
         """
         only_known(numbers, [item.name for item in fields(cls)], "motion")
         published = DESCRIPTORS[mode].numbers if mode in DESCRIPTORS else NO_CHANGES
@@ -191,12 +191,12 @@ class MotionGuidance:
 
     @property
     def descriptor(self) -> Any:
-        """Return the descriptor's class or its path, by mode and variant."""
+        """The class of the descriptor, or its path, by mode and variant."""
         facts = DESCRIPTORS[self.mode]
         return facts.released if self.variant == "released" else facts.make
 
     def faded(self, step: int) -> "MotionGuidance":
-        """Return the numbers of guided step `step` (0-based), whose learning rates have faded by then."""
+        """Return the numbers for guided step `step` (0-based), with learning rates faded by `fade`."""
         factor = 1 - (1 - self.fade) * step / max(self.guided_steps, 1)
         return self if factor == 1 else self.scaled(factor)
 

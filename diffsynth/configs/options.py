@@ -47,14 +47,14 @@ _ROWS_COLUMNS = ("rows", "columns")
 
 
 class CacheMaker(Protocol):
-    """A step cache made elsewhere; see `caches.rules`."""
+    """Interface of a caller's own step cache; see `caches.rules`."""
 
     make: Callable[[str, range, int], Any]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheKind:
-    """A step cache: its name on a command line, else `CacheOptions` or an object with `make`."""
+    """A step cache: a name, `CacheOptions` or an object with `make`; a name alone on the command line."""
 
     metavar: str = "NAME"
 
@@ -72,7 +72,7 @@ class CacheKind:
 
 @dataclass(frozen=True, slots=True)
 class MotionKind:
-    """The numbers of motion transfer; on a command line each has an option of its own."""
+    """The numbers of motion transfer; on the command line each number is a separate option."""
 
     metavar: str = "NUMBERS"
 
@@ -152,17 +152,17 @@ class RunOptions:
 
     @property
     def tiling(self) -> dict[str, Any]:
-        """Return the arguments of the VAE that tile it."""
+        """The VAE's arguments for tiling."""
         return {name: getattr(self, name) for name in TILING}
 
     @property
     def cfg_steps(self) -> range:
-        """Return the steps in which classifier-free guidance is on; the bounds are rounded to whole steps."""
+        """The steps with classifier-free guidance; the bounds of cfg_interval are rounded to whole steps."""
         first, end = (round(share * self.num_inference_steps) for share in self.cfg_interval)
         return range(first, end) if self.cfg_scale != 1 else range(0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what JSON can hold of the options; a cache made elsewhere is told by its repr."""
+        """Return the options as JSON can hold them; a caller's own cache is named by its repr."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["motion"] = self.motion and asdict(self.motion)
         cache = self.cache
@@ -172,10 +172,10 @@ class RunOptions:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunOptions":
-        """Return the options that `to_json` told; those it does not name have their defaults.
+        """Return the options in a mapping from `to_json`; those that are missing have their defaults.
 
         Raises:
-            ValueError: an unknown option, or a value that is not allowed.
+            ValueError: an option is unknown, or a value is not allowed.
         """
         only_known(values, [item.name for item in fields(cls)], "options")
         motion, cache = values.get("motion"), values.get("cache")
@@ -193,7 +193,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shorthands:
-    """Arguments of the call that set options of the run. None, or an empty text, leaves them as they are."""
+    """Arguments of the call that set options of the run. None or an empty text leaves those options alone."""
 
     preset: str = option(
         Text(), "a set of defaults: exact, balanced, fast or the model's own", default="exact"
@@ -223,7 +223,7 @@ class Shorthands:
 
 
 class CallOptions(TypedDict, total=False):
-    """The types of all arguments of the call that `RunOptions` and `Shorthands` state, for type checkers."""
+    """Types of the arguments of the call that `RunOptions` and `Shorthands` state, for type checkers."""
 
     height: int | None
     width: int | None
@@ -254,13 +254,13 @@ class CallOptions(TypedDict, total=False):
 
 
 def call_options() -> dict[str, tuple[Option, Any]]:
-    """Return all options of the call with their defaults, by name."""
+    """Return name -> (option, default) for all options of the call."""
     return {**options_of(Shorthands), **options_of(RunOptions)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileOptions:
-    """Options of the video file.
+    """Options of the video file that frames are written to.
 
     Raises:
         ValueError: a value is not allowed; the message names the option.
@@ -279,7 +279,7 @@ class FileOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceOptions:
-    """Which part of a reference video is used, and how.
+    """Options of reading a reference video.
 
     Raises:
         ValueError: a value is not allowed; the message names the option.
@@ -304,14 +304,14 @@ class ReferenceOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
-    """Options of loading and running a model; None for the pipeline's choice. The record holds them.
+    """Options of loading and running a model, which records hold; None leaves a choice to the pipeline.
 
     Attributes:
         dit: a file, or a folder that holds one; likewise text_encoder and vae.
-        loras: files that are merged into the DiT, each with its strength.
+        loras: LoRA file -> strength; the files are merged into the DiT.
 
     Raises:
-        ValueError: a value that is not allowed; the message names the option.
+        ValueError: a value is not allowed; the message names the option.
     """
 
     dit: str | None = option(OrNone(Text()), "weights of the DiT, instead of the model's", default=None)

@@ -34,13 +34,12 @@ LONGEST_PROMPT = 100_000  # characters; models read 512 tokens
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceFacts:
-    """Facts of a reference video that decide options.
+    """Facts about a reference video that decide options of a run.
 
     Attributes:
-        num_frames: number of its frames.
-        height: of its frames in pixels.
-        width: of its frames in pixels.
-        fps: frames a second; None if it does not say.
+        height: height of the frames in pixels.
+        width: width of the frames in pixels.
+        fps: frames a second; None if unknown.
     """
 
     num_frames: int
@@ -67,16 +66,16 @@ def resolve(
     """Return the options of a run.
 
     Args:
-        given: arguments of the call by name, as `RunOptions` and `Shorthands` state them; None counts as not
-            given, also for names that are unknown here, and seed=-1, too. motion may also be a mapping of
-            fields of `MotionGuidance`.
-        defaults: the checkpoint's.
-        reference: the reference video; None without one.
-        model: None to check everything that can be known before the model is loaded.
+        given: arguments of the call by name, as `RunOptions` and `Shorthands` state them. A value of None
+            counts as absent, even under an unknown name, and so does seed=-1. `motion` may also be a mapping
+            of fields of `MotionGuidance`.
+        defaults: defaults of the checkpoint.
+        reference: facts about the reference video; None without one.
+        model: None checks only what can be known before the model is loaded.
 
     Raises:
-        TypeError: an unknown argument.
-        ValueError: a value that is not allowed, or arguments that contradict one another.
+        TypeError: an argument is unknown.
+        ValueError: a value is not allowed, or arguments contradict one another.
     """
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
@@ -105,8 +104,8 @@ def resolve(
 def resolve_plan(given: Mapping[str, Any], defaults: RunDefaults, model: ModelFacts) -> RunOptions:
     """Return the options of a run that is planned before it has a reference; see `resolve`.
 
-    The reference is taken to be of the output's size and length, and the VAE may work in tiles or not unless
-    `tiled` is given.
+    The reference is assumed to have the output's size and length. Unless `tiled` is an argument, the plan
+    decides whether the VAE works in tiles.
     """
     facts = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
     run = resolve(given, defaults, ReferenceFacts(**facts), model)
@@ -119,8 +118,8 @@ def resolve_prompts(
     """Return (prompt, negative prompt) of each video that a call makes.
 
     Raises:
-        TypeError: one is not text or a list of texts.
-        ValueError: there is none, one is too long, or the lists have different lengths.
+        TypeError: a prompt is not text or a list of texts.
+        ValueError: a list is empty, a prompt is too long, or the lists have different lengths.
     """
     prompts = _texts("prompt", prompt)
     if negative_prompt is None:
@@ -134,10 +133,10 @@ def resolve_prompts(
 
 
 def round_size(name: str, pixels: int, multiple: int) -> int:
-    """Return pixels rounded up to a multiple, with a warning that says so.
+    """Return a number of pixels rounded up to a multiple; rounding is logged as a warning.
 
     Raises:
-        ValueError: pixels is below 1.
+        ValueError: the number is below 1.
     """
     pixels = check_value(name, Whole(1), pixels)
     rounded = -(-pixels // multiple) * multiple
@@ -147,16 +146,16 @@ def round_size(name: str, pixels: int, multiple: int) -> int:
 
 
 def motion_for(checkpoint: str | Path, mode: str = DEFAULT_MODE, **changes: Any) -> MotionGuidance:
-    """Return the numbers of a mode that suit a checkpoint: those that it declares, else the published.
+    """Return the numbers of a mode for a checkpoint: the declared ones, else the published ones.
 
     Args:
         checkpoint: a folder, or a name as for `from_pretrained`.
         mode: a key of `DESCRIPTORS`.
-        changes: fields to set otherwise.
+        changes: fields to override.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: a number that is not allowed.
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: a number is not allowed.
     """
     declared = run_defaults(checkpoint_folder(checkpoint)).motion.get(mode, {})
     return MotionGuidance.for_mode(mode, {**declared, **changes})
@@ -168,7 +167,7 @@ def _size(
     reference: ReferenceFacts | None,
     model: ModelFacts | None,
 ) -> tuple[int, int]:
-    """Height and width in pixels; the declared size is turned for an upright reference."""
+    """Return height and width in pixels; the declared size is transposed for an upright reference."""
     declared: tuple[int, int] = (defaults["height"], defaults["width"])
     if reference is not None and not defaults.options.keys() >= {"height", "width"}:
         declared = (reference.height, reference.width)
@@ -181,7 +180,7 @@ def _size(
 
 
 def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: ReferenceFacts | None) -> int:
-    """Frames: as many as are asked for, else the declared number, at most the reference's."""
+    """Return the number of frames: the requested one, else the declared one, at most the reference's."""
     asked = given.get("num_frames")
     if asked is not None:
         asked = check_value("num_frames", Whole(1), asked)
@@ -212,7 +211,7 @@ def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: Referenc
 
 
 def _strength(given: Mapping[str, Any], defaults: RunDefaults, reference: ReferenceFacts | None) -> Any:
-    """denoising_strength; without a reference a run starts from noise."""
+    """Return denoising_strength, which is 1 without a reference, since the run then starts from noise."""
     asked = given.get("denoising_strength")
     if reference is not None:
         return defaults["denoising_strength"] if asked is None else asked
@@ -229,7 +228,7 @@ def _motion(
     num_frames: int | None,
     num_steps: int,
 ) -> MotionGuidance | None:
-    """The guidance that motion, mode, sf and motion_scale ask for together; None for no transfer."""
+    """Return the guidance that motion, mode, sf and motion_scale request together; None for no transfer."""
     mode = short.mode
     if mode is None and isinstance(motion, MotionGuidance):
         mode = motion.mode
@@ -259,7 +258,7 @@ def _motion(
 
 
 def _cache(asked: Any, short: Shorthands, defaults: RunDefaults, model: ModelFacts | None) -> Any:
-    """The step cache that cache, cache_threshold and TeaCache's own arguments ask for together."""
+    """Return the step cache that cache, cache_threshold and TeaCache's own arguments request together."""
     threshold, tea_threshold = short.cache_threshold, short.tea_cache_l1_thresh
     if tea_threshold is not None:
         if asked not in (None, "teacache") or threshold is not None:

@@ -17,17 +17,17 @@ _REPORT = threading.Lock()  # FFREPORT belongs to the whole process
 
 
 class FfmpegError(RuntimeError):
-    """The ffmpeg program is missing, does not start or is too old."""
+    """Raised when the ffmpeg program is missing, does not start or is too old."""
 
 
 def run_ffmpeg(arguments: Sequence[str]) -> tuple[bytes, str]:
     """Run ffmpeg to its end, whatever its exit status.
 
     Returns:
-        What it writes to its standard output, and its log; each line of the log has its level.
+        The standard output, and the log; each line of the log has its level.
 
     Raises:
-        FfmpegError: it cannot run, or is older than 5.1.
+        FfmpegError: ffmpeg cannot run, or is older than 5.1.
     """
     try:
         from imageio_ffmpeg import get_ffmpeg_exe
@@ -54,7 +54,7 @@ def check_ffmpeg() -> str:
 
 
 def file_url(path: Path) -> str:
-    """Return the name of a file for ffmpeg, whatever characters are in it."""
+    """Return the name by which ffmpeg finds a file, whatever characters are in its path."""
     # "file:" keeps names with a colon or a leading dash from being read as a protocol or an option.
     return f"file:{path.absolute()}"
 
@@ -66,14 +66,14 @@ def complaints(log: str) -> list[str]:
 
 @contextmanager
 def reported() -> Iterator[tuple[Callable[[], str], Callable]]:
-    """Return a context in which the complaints of imageio's ffmpeg processes can be read.
+    """Make the errors of imageio's ffmpeg processes readable.
 
-    imageio keeps ffmpeg's log to itself; ffmpeg also writes its errors to the file that the variable FFREPORT
-    names when it starts. Another thread that starts an ffmpeg at that moment may write to it, too: the text
-    is for messages, not for decisions.
+    imageio does not pass ffmpeg's log on, but ffmpeg also writes its errors to the file that the environment
+    variable FFREPORT names when it starts. An ffmpeg that another thread starts at that moment may write to
+    it too, so this is for messages, not for decisions.
 
     Yields:
-        A function that returns the errors so far, and a context in which the process is started.
+        A function that returns the errors so far, and a context in which to start the process.
     """
     with tempfile.TemporaryDirectory(prefix="fastvmt-") as folder:
         file = Path(folder) / "ffmpeg.log"

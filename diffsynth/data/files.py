@@ -19,18 +19,17 @@ CHUNK = 1 << 22  # bytes
 
 
 class FileInUseError(ValueError):
-    """Another process holds a lock."""
+    """Raised when another process holds a lock."""
 
 
 @contextmanager
 def written_whole(path: Path, place: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
-    """Return a context with a hidden path beside `path` to write to, which replaces `path` at its end.
+    """Yield a hidden path beside `path` to write to; the file there replaces `path` when the context ends.
 
-    After a kill, a crash or a full disk the old or the new content exists; an error leaves no trace.
+    A kill, a crash or a full disk leaves either the old or the new content; an error leaves no trace.
 
     Args:
-        path: the file.
-        place: called with (the hidden file, path) once the content is on the disk.
+        place: called with (the hidden path, `path`) once the content is on the disk.
     """
     temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
     try:
@@ -45,11 +44,10 @@ def written_whole(path: Path, place: Callable[[Path, Path], object] = os.replace
 
 @contextmanager
 def locked(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock file until the context or the process ends.
+    """Hold a lock file until the context or the process ends; file systems without locks are not guarded.
 
     Raises:
-        FileInUseError: another process holds it; with this message. File systems without locks are not
-            guarded.
+        FileInUseError: another process holds the lock; the error has this message.
     """
     lock = FileLock(path, timeout=0)
     try:
@@ -65,7 +63,7 @@ def locked(path: Path, message: str) -> Iterator[None]:
 
 
 def sha256_of_video(path: Path) -> str:
-    """Return the hash of a video file, or of a folder's images: of names and contents, in order of name."""
+    """Return the hash of a video file, or of the names and contents of a folder's images in order of name."""
     if path.is_file():
         return sha256_of_file(path)
     digest = hashlib.sha256()
@@ -75,7 +73,7 @@ def sha256_of_video(path: Path) -> str:
 
 
 def sha256_of_frames(frames: Sequence[Image.Image]) -> str:
-    """Return the hash of the pixels of frames and their sizes."""
+    """Return the hash of the sizes and pixels of frames."""
     digest = hashlib.sha256()
     for frame in frames:
         pixels = np.ascontiguousarray(frame.convert("RGB"))

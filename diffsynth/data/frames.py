@@ -34,22 +34,22 @@ def checked_int(name: str, value: int, minimum: int = 1) -> int:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a finite real number, and no bool."""
+    """Return whether a value is a finite real number and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def fit_frame(image: Image.Image, height: int, width: int, fit: str = "crop") -> Image.Image:
-    """Bring an image to a size in pixels with a bicubic filter; the very same image if it has that size.
+    """Bring an image to a size in pixels with a bicubic filter; the same object if it has that size already.
 
     Cropping takes whole pixels around the centre, rounded down, as DiffSynth-Studio and the released FastVMT
     do, so that references give the same latents.
 
     Args:
-        image: of mode RGB or L, which is kept.
-        fit: "crop" what is too wide or too high, "pad" with black, or "stretch".
+        image: mode RGB or L, which is kept.
+        fit: "crop" the side that is too long, "pad" with black, or "stretch".
 
     Raises:
-        TypeError: image is no PIL image.
+        TypeError: image is not a PIL image.
         ValueError: height or width is not a positive integer, or fit is unknown.
     """
     if not isinstance(image, Image.Image):
@@ -78,7 +78,7 @@ def crop_box(source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int
 
 
 def warn_of_cropping(source: tuple[int, int], target: tuple[int, int]) -> None:
-    """Log a warning if cropping takes more than a tenth; source and target are (width, height)."""
+    """Log a warning if `fit_frame` crops away more than a tenth of a picture; sizes as for `crop_box`."""
     left, top, right, bottom = crop_box(source, target)
     lost = {"width": 1 - (right - left) / source[0], "height": 1 - (bottom - top) / source[1]}
     side = max(lost, key=lambda name: lost[name])
@@ -93,7 +93,7 @@ def warn_of_cropping(source: tuple[int, int], target: tuple[int, int]) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return image in mode RGB: transparent pixels lie over black, grey of 16 bits is scaled to 8 bits."""
+    """Return an image in mode RGB, with transparent pixels over black and 16-bit grey scaled to 8 bits."""
     if image.mode.startswith("I"):
         # PIL clips these at 255 instead of scaling, so that most of a 16-bit picture would turn white.
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -118,14 +118,14 @@ def load_image(path: Path) -> Image.Image:
 
 
 def rgb_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray) -> Iterator[Image.Image]:
-    """Yield every frame as an RGB image, checked to have the size of the first.
+    """Yield every frame as an RGB image.
 
     Args:
         frames: PIL images or uint8 arrays [H, W, 3] (also from a generator), or one uint8 array [T, H, W, 3].
 
     Raises:
-        TypeError: frames is not iterable, or a frame is neither image nor uint8 array.
-        ValueError: there is no frame, an array has another shape, or a frame another size than frame 0.
+        TypeError: frames is not iterable, or a frame is neither an image nor a uint8 array.
+        ValueError: frames is empty, an array has another shape, or a frame differs in size from frame 0.
     """
     if isinstance(frames, (str, bytes, Image.Image)) or not isinstance(frames, Iterable):
         raise TypeError(f"frames must be an iterable of images or arrays, got {type(frames).__name__}")
@@ -156,7 +156,7 @@ def _rgb_frame(frame: Image.Image | np.ndarray, index: int) -> Image.Image:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files in a folder, hidden ones left out, in natural order: 2 before 10."""
+    """Return the image files in a folder by suffix, without hidden ones, in natural order (2 before 10)."""
     return sorted(
         (
             path
@@ -191,11 +191,11 @@ def write_pngs(frames: Iterator[Image.Image], folder: Path, digits: int) -> None
 
 
 class ImageFolder:
-    """The images of a folder as the frames of a video, in natural order of their names; they have no rate.
+    """The images of a folder as the frames of a video without a frame rate, in natural order of their names.
 
     Raises:
-        FileNotFoundError: the folder is missing.
-        ValueError: it holds no images.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the folder is a file or holds no images.
     """
 
     fps = None
@@ -229,12 +229,12 @@ class ImageFolder:
         return load_image(self._paths[index])
 
     def stream(self) -> Generator[Image.Image, None, None]:
-        """Yield all frames in order, one in memory at a time."""
+        """Yield all frames in order, with one in memory at a time."""
         for path in self._paths:
             yield load_image(path)
 
     def close(self) -> None:
-        """Nothing is held open between frames."""
+        """Do nothing, since no file is open between frames."""
 
 
 def _upright_size(path: Path) -> tuple[int, int]:

@@ -50,7 +50,7 @@ KNOWN_SHAPES = (*_ROUND, *_POLYGONS)
 
 @lru_cache
 def outline(shape: str) -> np.ndarray:
-    """Corners [N, 2], (row, column), of a polygon, centred on its area and of radius 1."""
+    """Return the corners [N, 2], (row, column), of a polygon, centred on its centroid and of radius 1."""
     corners = _POLYGONS[shape]()
     following = np.roll(corners, -1, axis=0)
     cross = corners[:, 0] * following[:, 1] - following[:, 0] * corners[:, 1]
@@ -59,7 +59,7 @@ def outline(shape: str) -> np.ndarray:
 
 
 def signed_distance(shape: str, points: np.ndarray) -> np.ndarray:
-    """Distance of points [..., 2] to the shape's border, negative inside: [...]."""
+    """Return the distances [...] of points [..., 2] to the border of a shape, negative inside."""
     if shape in _ROUND:
         distance = np.linalg.norm(points, axis=-1)
         middle, half = (0.0, 1.0) if shape == "circle" else ((1 + RING_HOLE) / 2, (1 - RING_HOLE) / 2)

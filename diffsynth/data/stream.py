@@ -114,10 +114,7 @@ def probe_video(path: Path) -> Stream:
 
 
 def _shown(packets: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Return when the frames of ffmpeg's list of packets begin and end, in seconds; none if it does not tell.
-
-    Frames before 0 are cut off by the file's edit list.
-    """
+    """Return the begins and ends, in seconds, of the frames in ffmpeg's list of packets; empty if unknown."""
     base = re.search(rb"^#tb 0: (\d+)/(\d+)", packets, re.MULTILINE)
     rows = re.findall(rb"^0, *-?\w+, *(-?\d+), *(\d+),", packets, re.MULTILINE)
     ticks = np.array(rows, dtype=np.int64).reshape(-1, 2)
@@ -130,7 +127,7 @@ def _shown(packets: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _told_rate(line: str) -> Fraction | None:
-    """Return the frames a second that a header tells with two decimals; 29.97 is 30000/1001."""
+    """Return the frames a second in a header, which has two decimals; 29.97 is 30000/1001."""
     match = re.search(r" (\d+\.?\d*)(k?) fps", line)
     if match is None or float(match[1]) == 0:
         return None
@@ -151,7 +148,7 @@ def _duration(log: str) -> float:
 
 
 def _upright_size(log: str, line: str) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """Return (width, height) after turning and with square pixels, and what is done in words."""
+    """Return (width, height) after rotation and with square pixels, and notes for the log."""
     match = re.search(r", (\d+)x(\d+)", line)
     if match is None:
         return (0, 0), ()
@@ -172,7 +169,7 @@ def _upright_size(log: str, line: str) -> tuple[tuple[int, int], tuple[str, ...]
 
 
 def _treatment(log: str, line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return options of the decoder, filters, and both in words."""
+    """Return options of the decoder, filters, and notes about both for the log."""
     decoder: tuple[str, ...] = ()
     filters, notes = [], []
     if re.search(r"\b(top|bottom) (first|coded first)", line):

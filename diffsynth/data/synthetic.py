@@ -44,17 +44,16 @@ def _check_names(name: str, given: tuple[str, ...], known: tuple[str, ...]) -> N
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneOptions:
-    """Contents of random scenes; numbers are probabilities.
+    """Names that a random scene draws from, and the probabilities of its features (see `make_clip`).
 
     Attributes:
-        shapes: to draw from, as trajectories.
-        textured: of a texture on an object.
-        shaded: of a shaded background, as checkered.
-        second_object: of a second object; camera, spin and growth are described at `make_clip`.
-        still: of an object at rest.
+        textured: probability of an object with a texture.
+        shaded: probability of a shaded background; likewise checkered.
+        camera: probability of a pan or a zoom.
+        still: probability of an object at rest.
 
     Raises:
-        ValueError: an unknown name, or a number that is no probability.
+        ValueError: a name is unknown, or a probability is not from 0 to 1.
     """
 
     shapes: tuple[str, ...] = SHAPES
@@ -83,7 +82,7 @@ PLAIN = SceneOptions(textured=0, shaded=0, checkered=0, second_object=0, camera=
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneObject:
-    """shape, colour, texture and trajectory by name; radius in units of the shorter side, at the start."""
+    """An object of a scene; its radius is the one at the start, in units of the picture's shorter side."""
 
     shape: str
     colour: str
@@ -231,7 +230,7 @@ def _draw_object(
 
 
 def _draw_colour(rng: np.random.Generator, avoid: tuple[str, ...]) -> str:
-    """A colour that is easily told from those to avoid."""
+    """Draw a colour that differs clearly from those to avoid."""
     good = [
         name
         for name, rgb in COLOURS.items()
@@ -243,7 +242,7 @@ def _draw_colour(rng: np.random.Generator, avoid: tuple[str, ...]) -> str:
 def _camera_maps(
     rng: np.random.Generator, times: np.ndarray, extent: np.ndarray, probability: float
 ) -> np.ndarray:
-    """World to picture, both in units of the shorter side: [T, 2, 3]."""
+    """Draw maps [T, 2, 3] from world to picture, both in units of the shorter side."""
     pan, zoom = np.zeros(2), 1.0
     if rng.random() < probability:
         if rng.random() < 0.5:
@@ -259,7 +258,7 @@ def _camera_maps(
 def _object_maps(
     rng: np.random.Generator, item: SceneObject, times: np.ndarray, extent: np.ndarray, options: SceneOptions
 ) -> np.ndarray:
-    """An object's own coordinates, radius 1, to world: [T, 2, 3]."""
+    """Draw maps [T, 2, 3] from the coordinates of an object, with radius 1, to the world."""
     margin = 0.9 * item.radius
     path = place_path(item.trajectory, times, rng.uniform(*REACH), margin * np.ones(2), extent - margin, rng)
     upright = item.shape == "heart"
@@ -276,7 +275,7 @@ def _affine(scale: np.ndarray, angle: np.ndarray, shift: np.ndarray) -> np.ndarr
 
 
 def _chain(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """The map that does `inner`, then `outer`: [..., 2, 3]."""
+    """Return the maps [..., 2, 3] that apply `inner`, then `outer`."""
     linear = outer[..., :2] @ inner[..., :2]
     shift = (outer[..., :2] @ inner[..., 2:])[..., 0] + outer[..., 2]
     return np.concatenate([linear, shift[..., None]], axis=-1)
@@ -294,7 +293,7 @@ def _pixel_centres(height: int, width: int) -> np.ndarray:
 def _render(
     ground: tuple[str, str], objects: list[SceneObject], layers: np.ndarray, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frames uint8 [T, H, W, 3] and masks bool [n, T, H, W]."""
+    """Return frames, uint8 [T, H, W, 3], and masks, bool [n, T, H, W]."""
     num_frames = layers.shape[1]
     pixels = _pixel_centres(height, width)
     masks = np.zeros((len(objects), num_frames, height, width), bool)
@@ -311,7 +310,7 @@ def _render(
 
 
 def _ground_picture(ground: tuple[str, str], camera: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """[H, W, 3]"""
+    """Return the background [H, W, 3]."""
     texture, colour = ground
     rgb = np.array(COLOURS[colour], float)
     if texture == "plain":
@@ -327,7 +326,7 @@ def _ground_picture(ground: tuple[str, str], camera: np.ndarray, pixels: np.ndar
 def _object_picture(
     item: SceneObject, layer: np.ndarray, pixels: np.ndarray
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """The rows and columns that an object may touch, how much of each pixel it covers, and its colours."""
+    """Return the slices that an object may touch, how much of each pixel it covers, and its colours."""
     scale = np.sqrt(np.linalg.det(layer[:, :2]))
     start = np.maximum(np.floor(layer[:, 2] - scale - 1), 0).astype(int)
     stop = np.maximum(np.ceil(layer[:, 2] + scale + 1), 0).astype(int)

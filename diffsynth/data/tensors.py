@@ -26,8 +26,7 @@ def frame_size(video: Video) -> tuple[int, int]:
     """Return (height, width) of a reference video.
 
     Raises:
-        TypeError: it is no VideoData, sequence of PIL images or uint8 arrays [H, W, 3], or uint8 [T, H, W,
-            3].
+        TypeError: it is not a VideoData, PIL images, uint8 arrays [H, W, 3], or a uint8 array [T, H, W, 3].
         ValueError: it has no frames.
     """
     if isinstance(video, VideoData):
@@ -58,7 +57,7 @@ def video_to_tensor(video: Video, num_frames: int, height: int, width: int) -> T
 
 
 def changes(pixels: Tensor) -> Tensor:
-    """Return how much each frame [1, 3, T, H, W] differs from the one before: [T - 1], levels of 255."""
+    """Return how much each frame of [1, 3, T, H, W] differs from the one before: [T - 1], levels of 255."""
     grey = pixels[0, :, :, ::4, ::4].mean(0) * 127.5
     return grey.diff(dim=0).abs().mean((1, 2))
 
@@ -70,7 +69,7 @@ def is_still(pixels: Tensor) -> bool:
 
 
 def find_cuts(pixels: Tensor) -> list[int]:
-    """Return the numbers of the frames, from 0, of [1, 3, T, H, W] with which another shot begins."""
+    """Return the indices (0-based) of the frames of [1, 3, T, H, W] at which another shot begins."""
     change = changes(pixels)
     found = []
     for index, value in enumerate(change.tolist()):
@@ -92,9 +91,9 @@ def warn_of_reference(pixels: Tensor) -> None:
 
 
 def chunks_to_uint8(chunks: Iterable[Tensor], num_frames: int) -> np.ndarray:
-    """Decoded chunks [1, 3, t, H, W] in [-1, 1] -> the first frames, rounded, uint8 [T, H, W, 3].
+    """Convert decoded chunks [1, 3, t, H, W] in [-1, 1] to their first frames, rounded, uint8 [T, H, W, 3].
 
-    Chunk by chunk, so that no more than one is held in floating point.
+    Chunks are converted one by one, so that only one is held in floating point.
     """
     frames: list[np.ndarray] = []
     for chunk in chunks:

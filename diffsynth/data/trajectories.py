@@ -61,9 +61,9 @@ PATHS: dict[str, Path] = {
 def place_path(
     name: str, times: np.ndarray, reach: float, low: np.ndarray, high: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Turn a path [T, 2] (rows, columns) at random, `reach` long at most, and put it inside [low, high].
+    """Return a path [T, 2], (rows, columns), turned at random and at a random position inside [low, high].
 
-    A path that is too long for the available room is shrunk to it.
+    The path is scaled by `reach`, and shrunk further if it does not fit into the box.
     """
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

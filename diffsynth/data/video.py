@@ -96,7 +96,7 @@ class VideoFile:
         return self._size
 
     def frame(self, index: int) -> Image.Image:
-        """Return a copy of the frame at 0 <= index < len, upright RGB."""
+        """Return a copy of the frame at 0 <= index < len, upright and RGB, which the caller may draw on."""
         if self._last is None or index != self._position - 1:
             if self._decoder is None or index < self._position:
                 self.close()
@@ -113,21 +113,18 @@ class VideoFile:
         return self._last.copy()
 
     def stream(self) -> Frames:
-        """Return a generator of all frames in order, with its own decoder."""
+        """Return a generator of all frames in order, with a separate decoder."""
         return _decode(self._path, self._num_frames, self._input_params, self._output_params)
 
     def close(self) -> None:
-        """Stop the decoder; the frame given last is kept."""
+        """Stop the decoder, but keep the last frame."""
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
 
 
 def _decode(path: Path, num_frames: int, input_params: list[str], output_params: list[str]) -> Frames:
-    """Yield num_frames frames of a file; ValueError if fewer decode.
-
-    No method, so that the running generator does not keep the VideoFile alive that holds it.
-    """
+    """Yield num_frames frames of a file, or raise ValueError where fewer decode."""
     import imageio.v3 as iio
 
     options: Any = {"input_params": input_params, "output_params": output_params}
@@ -157,30 +154,30 @@ def _decode(path: Path, num_frames: int, input_params: list[str], output_params:
 class VideoData:
     """Frames of a video file or of a folder of images, as upright PIL images of mode RGB.
 
-    Behaves as a sequence: `len`, `video[i]` (negative too), `video[a:b]` (a list), iteration. Frames are read
-    when asked for, going forward decodes each once, and iteration holds one at a time. Opening reads the
-    times of a file's frames without decoding them; only a damaged file is decoded then, and used as far as
-    that goes, with a warning in the log. The decoder is freed at the last frame, by `close()`, at the end of
-    a `with` block, or with the object.
+    It behaves as a sequence: `len`, `video[i]` (negative too), `video[a:b]` (a list), iteration. Frames are
+    read on access; reading forward decodes each frame once, and iteration holds one at a time. Opening reads
+    the times of a file's frames without decoding them; only a damaged file is decoded then, and the frames
+    that decode are used, with a warning in the log. The decoder is freed at the last frame, by `close()`, at
+    the end of a `with` block, or with the object.
 
-    Frames are upright with square pixels; interlaced video is deinterlaced, HDR tone-mapped, transparency
-    laid over black, and a variable rate read at its mean. The log names what is done.
+    Frames are upright and have square pixels; interlaced video is deinterlaced, HDR is tone-mapped,
+    transparent pixels are laid over black, and a variable rate is read at its constant mean. The log says so.
 
     Args:
-        video_file: path of a video; exactly one of video_file and image_folder is given.
+        video_file: path of a video; exactly one of video_file and image_folder is required.
         image_folder: path of a folder of png, jpg, jpeg, webp, bmp files, in natural order (2 before 10).
-        height: of the frames in pixels; given together with width, or neither.
-        width: of the frames in pixels.
-        fps: frames a second to read a video file at, none twice as slow or fast; None for its own rate.
-        start: second of the video from which on frames are read.
-        end: second before which they are read; None for all.
+        height: height of the frames in pixels; requires width, and the other way round.
+        width: width of the frames in pixels.
+        fps: frames a second at which a video file is read, at unchanged speed; None for the rate of the file.
+        start: second of the video at which reading begins.
+        end: second before which reading ends; None for the end of the video.
         fit: how frames are brought to height and width: "crop", "pad" or "stretch" (see `fit_frame`).
 
     Raises:
         FileNotFoundError: the file or folder does not exist.
         TypeError: a path is neither str nor PathLike.
         ValueError: arguments contradict each other, the file is damaged or no video, the folder holds no
-            images, or images of differing sizes and no height and width are given.
+            images, or its images differ in size and height and width are missing.
     """
 
     def __init__(
@@ -228,7 +225,7 @@ class VideoData:
 
     @property
     def fps(self) -> float | None:
-        """Frames per second; 0.0 if the file tells none, None for folders."""
+        """Frames a second; 0.0 for a file without a rate, None for folders."""
         return None if self._source.fps is None else float(self._source.fps)
 
     def __len__(self) -> int:
@@ -269,7 +266,7 @@ class VideoData:
         self.close()
 
     def close(self) -> None:
-        """Free the decoder. The video stays usable: the next `video[i]` opens it again."""
+        """Free the decoder. The video stays usable, since the next `video[i]` opens it again."""
         self._source.close()
 
     def set_length(self, n: int) -> None:

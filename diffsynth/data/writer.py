@@ -50,10 +50,9 @@ def save_video(
 ) -> Path:
     """Encode frames as a video, at exactly their size, and return the path.
 
-    The suffix decides the kind: H.264 for .mp4, .m4v, .mov, .mkv and .avi, VP9 for .webm, or a .gif. Colours
-    are converted by ITU-R BT.709 and the file says so, which is what players assume for video of any size
-    that tells nothing else. Frames of odd height or width are stored as 4:4:4 (4:2:0 has even sizes only),
-    which some players refuse.
+    The suffix decides the codec: H.264 for .mp4, .m4v, .mov, .mkv and .avi, VP9 for .webm, or a .gif. Colours
+    are converted by ITU-R BT.709, and the file has its tags; players assume BT.709 for untagged video too.
+    Frames of odd height or width are stored as 4:4:4 (4:2:0 has even sizes only), which some players refuse.
 
     An existing file is replaced, but only once the new one is complete and checked to hold as many frames of
     the same size; on an error it stays as it was. A killed process may leave a hidden `.writing-*` file
@@ -61,19 +60,19 @@ def save_video(
 
     Args:
         frames: PIL images (any mode, converted to RGB) or uint8 arrays [H, W, 3], also from a generator, read
-            frame by frame; or one uint8 array [T, H, W, 3]. All of one size.
-        path: of the file; missing parent folders are made.
-        fps: frames per second, above 0; None for 15.
+            frame by frame; or one uint8 array [T, H, W, 3]. They have one size.
+        path: the file; missing parent folders are made.
+        fps: frames a second, above 0; None for 15.
         quality: 0 (smallest file) to 10 (best): the constant rate factor 51 to 1 of x264, 63 to 1 of VP9.
-        ffmpeg_params: further output options for ffmpeg; they come last and so win over ours.
-        lossless: keep every pixel to the bit: FFV1 in .mkv and .avi, lossless VP9 in .webm.
+        ffmpeg_params: further output options for ffmpeg, which take precedence.
+        lossless: keep pixels bit-identical: FFV1 in .mkv and .avi, lossless VP9 in .webm.
         audio_from: video or audio file whose sound is kept, if it has any, up to the last frame.
         audio_start: second of that sound at which the frames begin.
-        save_path: the same as path, as DiffSynth-Studio calls it.
+        save_path: DiffSynth-Studio's name for path.
 
     Raises:
-        ValueError, TypeError: an argument or a frame is not as above (see `rgb_frames`).
-        RuntimeError: ffmpeg failed, or the file does not hold the frames that were asked for.
+        ValueError, TypeError: an argument or a frame is not allowed (see `rgb_frames`).
+        RuntimeError: ffmpeg failed, or the file does not hold the frames.
         OSError: the disk is full, or the folder cannot be written to.
     """
     name = path if save_path is None else save_path
@@ -114,14 +113,14 @@ def save_video(
 
 
 def save_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray, folder: str | PathLike) -> Path:
-    """Write frames to folder (made if missing) as 00000.png, 00001.png, ... and return the folder.
+    """Write frames to a folder (made if missing) as 00000.png, 00001.png, ... and return the folder.
 
-    Never overwrites: a folder that holds images already is refused, other files in it stay. The frames appear
-    together at the end, so an error on the way leaves none. frames as in `save_video`.
+    The frames, as for `save_video`, appear together at the end, so that an error leaves none behind. Nothing
+    is overwritten, and other files in the folder stay.
 
     Raises:
         FileExistsError: the folder holds images, or is a file.
-        ValueError, TypeError: a frame is not as asked (see `rgb_frames`).
+        ValueError, TypeError: a frame is not allowed (see `rgb_frames`).
     """
     folder = Path(folder)
     write_pngs(rgb_frames(frames), folder, digits=5)
@@ -129,7 +128,7 @@ def save_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray, folder:
 
 
 def _encoding(target: Path, fps: float, quality: float, lossless: bool) -> dict[str, Any]:
-    """Return the arguments of imageio's writer of FFMPEG."""
+    """Return the arguments of imageio's FFMPEG writer."""
     suffix = target.suffix.lower()
     if suffix not in VIDEO_SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(VIDEO_SUFFIXES)}, got {target.name!r}")
@@ -171,7 +170,7 @@ def _encoding(target: Path, fps: float, quality: float, lossless: bool) -> dict[
 
 
 def _add_sound(encoding: dict[str, Any], target: Path, source: Path, start: float, duration: float) -> None:
-    """Have the encoder take the sound of a file from a second of it on, with silence after its end."""
+    """Add the sound of a file from a second on to the arguments of the writer, with silence after its end."""
     if not source.is_file():
         raise FileNotFoundError(f"audio_from {source} does not exist")
     codec = _SOUND_CODECS.get(target.suffix.lower())
@@ -200,7 +199,7 @@ def _checked_params(params: Sequence[str] | None) -> list[str]:
 def _encode(
     first: Image.Image, rest: Iterator[Image.Image], path: Path, encoding: dict[str, Any]
 ) -> tuple[int, str]:
-    """Write the frames; return how many there were, and what ffmpeg complains of."""
+    """Write the frames, and return their number and the errors of ffmpeg."""
     import imageio.v3 as iio
 
     num_frames = 0

@@ -52,7 +52,7 @@ class Components:
 
     @property
     def device(self) -> torch.device:
-        """Return the compute device."""
+        """The compute device."""
         return self.residency.device
 
     def to(
@@ -71,7 +71,7 @@ class Components:
         return replace(self, residency=residency)
 
     def facts(self) -> ModelFacts:
-        """Return what resolving the options of a run needs to know."""
+        """Return the facts about the models that decide options of a run."""
         rows, cols = (self.vae.spatial_factor * side for side in self.dit.patch_size[1:])
         return ModelFacts(dim=self.dit.dim, num_layers=self.dit.num_layers, pixels_per_token=(rows, cols))
 
@@ -86,14 +86,12 @@ def load_checkpoint(
     """Load the three models of a checkpoint folder, or of a name as for `from_pretrained`, and LoRAs.
 
     Args:
-        path: the folder or name.
-        torch_dtype: of DiT and text encoder.
-        vae_dtype: of the VAE.
-        loras: files with their strengths.
-        parts: weights of "dit", "text_encoder" and "vae" which are loaded instead of the folder's.
+        torch_dtype: dtype of DiT and text encoder.
+        loras: LoRA file -> strength.
+        parts: weights of "dit", "text_encoder" and "vae" that are loaded instead of the folder's.
 
     Raises:
-        TypeError: another name among the parts.
+        TypeError: parts has another name.
         FileNotFoundError: a file is missing.
         CheckpointError: a file is damaged or of another kind.
     """
@@ -123,7 +121,7 @@ def tokenizer_of(text_encoder: LoadedModel, folder: str | Path | None = None) ->
     """Return the tokenizer in a folder, by default the one in or beside the text encoder's weights.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no tokenizer is found.
     """
     if folder is not None:
         return load_tokenizer(folder)
@@ -134,11 +132,11 @@ def tokenizer_of(text_encoder: LoadedModel, folder: str | Path | None = None) ->
 
 
 def reference_facts(video: Video | None) -> ReferenceFacts | None:
-    """Return number and size of the frames of a reference video; None without one.
+    """Return number, size and rate of the frames of a reference video; None without one.
 
     Raises:
-        TypeError: it is no VideoData, images or uint8 array.
-        ValueError: it has no frames.
+        TypeError: the video is not a VideoData, images or a uint8 array.
+        ValueError: the video has no frames.
     """
     if video is None:
         return None

@@ -33,7 +33,7 @@ def decode_latents(models: Components, latents: Tensor, options: RunOptions) -> 
     """Decode clean latents [1, C, F, h, w] to a video of options.output_type.
 
     Raises:
-        RuntimeError: they are not all finite.
+        RuntimeError: a latent is not finite.
     """
     if not latents.isfinite().all():
         raise RuntimeError(
@@ -59,10 +59,10 @@ def decode_frames(vae: WanVideoVAE, latents: Tensor, options: RunOptions) -> Fra
 
 
 def latents_facts(vae: WanVideoVAE, options: RunOptions, fps: float | None, cost: RunCost) -> dict[str, Any]:
-    """Return what is saved beside final latents: all that decoding needs to know, and what they cost.
+    """Return the facts that are saved with final latents: the options that decoding needs, and the cost.
 
     Args:
-        fps: of the reference; None where it does not say.
+        fps: frames a second of the reference; None if unknown.
     """
     return {
         "kind": KIND,
@@ -101,11 +101,11 @@ def keep_latents(
 
 
 def read_latents_facts(path: str | Path) -> Mapping[str, Any]:
-    """Return what a file of final latents says of its video: num_frames, height, width, fps, vae and cost.
+    """Return the `latents_facts` in a file of final latents.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged or of another kind.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or of another kind.
     """
     return _read(path)[1]
 
@@ -120,18 +120,18 @@ def decode_saved(
     tile_stride: tuple[int, int] = (15, 26),
     output_type: str = "pil",
 ) -> Frames:
-    """Decode final latents that a run saved in its checkpoint_dir. Where memory runs out, tiles get smaller.
+    """Decode final latents that a run saved in its checkpoint_dir. If memory runs out, tiles get smaller.
+
+    A warning is logged if the VAE has other weights or another dtype than that of the run.
 
     Args:
-        path: the file.
         vae_or_pipe: a `WanVideoVAE`, or a pipeline whose VAE is used.
         tiled: decode in spatial tiles of tile_size and tile_stride, (rows, columns) in latent units.
         output_type: "pil", "np" or "pt", as in the pipeline's call.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged or of another kind, or the VAE does not fit; another VAE of the right sizes
-            costs a warning.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or of another kind, or the VAE has other sizes.
     """
     if output_type not in ("pil", "np", "pt"):
         raise ValueError(f"output_type must be one of pil, np, pt; got {output_type!r}")

@@ -36,13 +36,13 @@ class RunEvent:
 
     Attributes:
         stage: one of STAGES.
-        step: steps of the stage that are done; 0 where it begins.
-        steps: how many it has; 0 where it begins.
-        latents: the run's own [1, C, F, h, w] after the step, not to be changed in place.
-        timestep: of the denoising step, on the scale of 0 to 1000.
-        losses: of the fresh gradients of a guided step.
-        clean: where the step's velocity leads if it is followed to the end, for a preview; None if unknown.
-        interrupted: the loop was asked to stop during the step, so that it is none to continue from.
+        step: number of finished steps of the stage; 0 where it begins.
+        steps: number of steps of the stage; 0 where it begins.
+        latents: latents of the run [1, C, F, h, w] after the step, not to be changed in place.
+        timestep: timestep of the denoising step, from 0 to 1000.
+        losses: losses of the fresh gradients of a guided step.
+        clean: clean latents that the step's velocity predicts, for a preview; None if unknown.
+        interrupted: the loop was asked to stop during the step, so that a run cannot continue from it.
     """
 
     stage: str
@@ -65,19 +65,19 @@ def denoise(
     first: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[RunEvent, Tensor | None, None]:
-    """Take noised latents through the timesteps of a scheduler.
-
-    Yields once after each step, and in a guided step once before that, when its guidance is done. Latents
-    that are sent back after a step replace the run's.
+    """Denoise latents through the timesteps of a scheduler.
 
     Args:
-        latents: [1, C, F, h, w], those before step `first`.
-        scheduler: whose timesteps are set.
-        velocity: what the DiT predicts.
+        latents: [1, C, F, h, w] before step `first`.
+        scheduler: a scheduler with its timesteps set.
+        velocity: returns the DiT's prediction.
         guide: moves the latents before each of the first guided_steps steps.
-        guided_steps: how many steps are guided.
-        first: the step to begin with, from 0.
+        first: index (0-based) of the first step.
         stop: asked before each step; once it returns True, no further step begins.
+
+    Yields:
+        An event after each step, and in a guided step another one when its guidance is done. Latents that are
+        sent back after a step replace the run's.
     """
     steps = len(scheduler.timesteps)
     for index in range(first, steps):
@@ -130,11 +130,11 @@ def cfg_velocity(
 ) -> Velocity:
     """Return the velocity v_neg + cfg_scale * (v_pos - v_neg) as a function of (step, latents, timestep).
 
-    In steps outside of cfg_interval the positive prompt runs alone. Rules decide alike whether the prompts
-    share a call (options.batch_cfg) or not.
+    In steps outside of cfg_interval the positive prompt runs alone. Whether the prompts share a call of the
+    DiT (options.batch_cfg) does not change the decisions of the rules.
 
     Args:
-        rules: the step cache's rule of each prompt, "positive" and "negative"; empty for none.
+        rules: prompt ("positive", "negative") -> rule of the step cache; empty without a cache.
     """
     positive, negative = prompt.positive, prompt.negative
     guided = options.cfg_steps if negative is not None else range(0)
@@ -211,10 +211,10 @@ def motion_guide(
 
 
 def replaced_latents(returned: object, latents: Tensor) -> Tensor:
-    """Return the latents in what a callback returned.
+    """Return the latents in the return value of a callback.
 
     Raises:
-        TypeError, ValueError: they cannot replace the run's.
+        TypeError, ValueError: it holds no latents, or latents of another shape than the run's.
     """
     if not isinstance(returned, dict) or not isinstance(returned.get("latents"), Tensor):
         raise TypeError(f"callback_on_step_end must return None or a dict with latents; got {returned!r:.80}")

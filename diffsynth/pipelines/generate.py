@@ -35,14 +35,12 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratedVideo:
-    """One video and what it was made by.
+    """A video with its prompts, options and cost.
 
     Attributes:
-        frames: of the type that options.output_type names.
-        latents: [1, C, F, h, w] that they were decoded from, on the CPU.
-        prompt: what the video should show; negative_prompt: what it should not.
-        options: the options in force at the end; memory that ran out may have changed some.
-        cost: what it took.
+        frames: frames of the type that options.output_type names.
+        latents: final latents [1, C, F, h, w] of the frames, on the CPU.
+        options: the options in force at the end; a lack of memory may have changed some.
     """
 
     frames: Frames
@@ -162,7 +160,7 @@ def encode(
     """Encode the texts that the run reads and the reference, and draw the noise.
 
     Returns:
-        What denoising starts from, and the options in force afterwards.
+        The inputs of denoising, and the options in force afterwards.
     """
     texts = {"positive": [prompt for prompt, _ in prompts]}
     if options.cfg_scale != 1:
@@ -244,16 +242,16 @@ def sample(
     stop: Callable[[], bool],
     saved: SavedRun | None,
 ) -> tuple[Tensor, RunOptions, bool]:
-    """Take one prompt from noise, or the noised reference, to clean latents.
+    """Denoise the latents of one prompt, from noise or the noised reference.
 
-    Where memory runs out, denoising continues after the last finished step, one rung down the ladder; at its
-    end `Ladder.next` raises. `event.step` of a sampling event counts the steps finished so far; a sampling
-    event is interrupted if stop() became True in the step, whose guidance may be cut short then.
+    If memory runs out, denoising continues after the last finished step, one rung down the ladder; at its
+    end `Ladder.next` raises. `event.step` of a sampling event counts the finished steps; a sampling event is
+    interrupted if stop() became True during the step, whose guidance may then be cut short.
 
     Args:
-        index: of the prompt.
-        cost: gets what it takes.
-        saved: told of each finished step; an unfinished run in it is continued.
+        index: index (0-based) of the prompt.
+        cost: receives the cost of the prompt.
+        saved: saves finished steps; its unfinished run is continued.
 
     Returns:
         Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
@@ -314,11 +312,11 @@ def begin_denoising(
     stop: Callable[[], bool],
     finished: StepState | None,
 ) -> tuple[Tensor, Generator[RunEvent, Tensor | None, None], dict[str, Any]]:
-    """Put the denoising of one prompt together, at its start or after its last finished step.
+    """Set up the denoising of one prompt, from its start or from its last finished step.
 
     Returns:
-        The latents [1, C, F, h, w] that it begins with, its steps, and, by name, the parts that remember
-        earlier steps: scheduler, gradient memory, and the step cache's rule of each prompt.
+        The first latents [1, C, F, h, w], the generator of steps, and by name the parts that keep state from
+        step to step: scheduler, gradient memory, and the step cache's rule of each prompt.
     """
     prompt, motion, num_steps = inputs.prompts[index], options.motion, options.num_inference_steps
     scheduler = make_scheduler(options.sampler, options.sigma_shift)
@@ -359,7 +357,7 @@ def begin_denoising(
 def with_ladder(
     stage_name: str, attempt: Callable[[RunOptions], T], options: RunOptions, ladder: Ladder
 ) -> tuple[T, RunOptions]:
-    """Attempt a stage, and again one rung down the ladder where memory runs out.
+    """Attempt a stage, and repeat it one rung down the ladder each time that memory runs out.
 
     Returns:
         The stage's result, and the options in force afterwards.
@@ -374,7 +372,7 @@ def with_ladder(
 
 @contextmanager
 def stage(name: str, observer: Observer, seconds: dict[str, float]) -> Iterator[None]:
-    """Tell that a stage begins, and note the seconds that it took."""
+    """Notify the observer that a stage begins, and store the seconds that the stage took."""
     observer(RunEvent(stage=name))
     started = time.perf_counter()
     try:

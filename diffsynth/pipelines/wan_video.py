@@ -62,8 +62,8 @@ class WanVideoPipeline:
     """Text-to-video and video-to-video with Wan2.1. Build it by `from_pretrained` or `from_model_manager`.
 
     Attributes:
-        models: DiT, text encoder, VAE and prompter, and where they are.
-        defaults: what the checkpoint declares for arguments that a call does not name.
+        models: DiT, text encoder, VAE, prompter and their devices.
+        defaults: the checkpoint's defaults for arguments that a call leaves out.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class WanVideoPipeline:
         """Return a pipeline over the DiT, text encoder and VAE of a manager.
 
         Args:
-            torch_dtype: what DiT and text encoder compute in, as loaded by default; the VAE stays as loaded.
-            device: the manager's by default.
-            tokenizer_path: a folder; by default it is looked for beside the text encoder's weights.
+            torch_dtype: dtype of DiT and text encoder, by default as loaded; the VAE stays as loaded.
+            device: by default the manager's.
+            tokenizer_path: folder of the tokenizer; by default the text encoder's.
             use_usp: DiffSynth's switch for several GPUs; only False.
 
         Raises:
-            ValueError: a model is missing, they do not belong together, or use_usp is True.
-            FileNotFoundError: there is no tokenizer.
+            ValueError: a model is missing, the models do not belong together, or use_usp is True.
+            FileNotFoundError: no tokenizer is found.
         """
         if use_usp:
             raise ValueError("use_usp=True is not supported: one pipeline computes on one device")
@@ -133,8 +133,7 @@ class WanVideoPipeline:
             path: a folder in the official or diffusers layout, "1.3b", "14b", or "nano", the embedded model.
             torch_dtype: bfloat16 on an accelerator, float32 on a CPU; float8_e4m3fn and int8 store in 8 bits.
             device: "auto", "cpu", "cuda", "cuda:1", ...
-            vae_dtype: what the VAE runs in; float32 by default, as the official one.
-            loras: files to merge into the DiT, each with its strength.
+            loras: LoRA file -> strength; the files are merged into the DiT.
             parts: dit, text_encoder and vae: weights that are loaded instead of the checkpoint's.
 
         Raises:
@@ -172,21 +171,21 @@ class WanVideoPipeline:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Return the dtype that the DiT computes in."""
+        """The dtype that the DiT computes in."""
         return self.dit.dtype
 
     @property
     def scheduler(self) -> FlowMatchScheduler | UniPCScheduler:
-        """Return a new scheduler as a run with the defaults uses it."""
+        """A new scheduler with the defaults of the checkpoint."""
         return make_scheduler(self.defaults["sampler"], self.defaults["sigma_shift"])
 
     def to(
         self, device: str | torch.device | None = None, torch_dtype: torch.dtype | None = None
     ) -> "WanVideoPipeline":
-        """Compute on another device or in another dtype; the VAE keeps its own. Returns the pipeline itself.
+        """Compute on another device or, but for the VAE, in another dtype; return the pipeline itself.
 
         Raises:
-            ValueError: another dtype than float32, bfloat16 or float16.
+            ValueError: the dtype is not float32, bfloat16, float16 or float64.
         """
         self.models = self.models.to(device, torch_dtype)
         return self
@@ -195,18 +194,17 @@ class WanVideoPipeline:
         """Add a LoRA file to the DiT, as DiffSynth's call does; see `ModelManager.load_lora`.
 
         Args:
-            module: the pipeline's DiT.
-            alpha: strength of the file.
+            alpha: strength of the LoRA.
 
         Raises:
-            ValueError: another module, or no `ModelManager` has loaded the pipeline.
+            ValueError: module is not the pipeline's DiT, or no `ModelManager` loaded the pipeline.
         """
         if module is not self.dit or self._manager is None:
             raise ValueError("load_lora takes pipe.dit of a pipeline that a ModelManager has loaded")
         self._manager.load_lora(path, alpha)
 
     def clear_lora(self) -> None:
-        """Take all LoRAs out of the DiT again; its weights are bit-identical to those of before."""
+        """Remove all LoRAs from the DiT; its weights are then bit-identical to those without them."""
         if self._manager is not None:
             self._manager.unload_lora()
 
@@ -241,11 +239,11 @@ class WanVideoPipeline:
             self.residency.stream("text_encoder", self.text_encoder.encoder.block)
 
     def plan(self, *, vram_gb: float | None = None, **options: "Unpack[CallOptions]") -> RunPlan:
-        """Return what a run would take, and the fastest settings that fit. Nothing is changed.
+        """Return the fastest settings that fit into memory, with the cost of the run; change nothing.
 
         Args:
-            vram_gb: all the memory of the device that may be used, in GB of 2**30 bytes; None for no limit.
-            options: as in the call; the reference is taken to be of the output's size and length.
+            vram_gb: memory of the device that may be used, in GB of 2**30 bytes; None for no limit.
+            options: as in the call; the reference is assumed to have the output's size and length.
 
         Raises:
             NotEnoughMemoryError: no settings fit.
@@ -258,12 +256,12 @@ class WanVideoPipeline:
         """Compile the DiT's blocks with torch.compile, once for each size. Compiled code may round otherwise.
 
         Raises:
-            ValueError: an unknown backend.
+            ValueError: the backend is unknown.
         """
         compile_blocks(self.dit, backend)
 
     def interrupt(self) -> None:
-        """Ask the running call, from a callback or another thread, to begin no further step and to decode."""
+        """Stop the running call before its next step, from any thread, and let it decode its latents."""
         self._interrupted.set()
 
     def interrupted(self) -> bool:
@@ -272,7 +270,7 @@ class WanVideoPipeline:
 
     @property
     def costs(self) -> list[RunCost]:
-        """Return the costs of the videos of the last finished call, in their order."""
+        """The costs of the videos of the last finished call, in their order."""
         return [video.cost for video in self._videos]
 
     # fmt: off
@@ -297,7 +295,7 @@ class WanVideoPipeline:
         input_video: Video | None = None,
         **arguments: Any,
     ) -> Frames | list[Frames]:
-        """Generate a video for each prompt; see `run` for the arguments.
+        """Generate a video for each prompt; see `run` for arguments and errors.
 
         Returns:
             One video, or a list of them for a list of prompts, by output_type: "pil" a list of images; "np"

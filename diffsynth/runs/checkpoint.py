@@ -30,10 +30,10 @@ LATENTS = "latents-{key}-{number:03d}.safetensors"
 
 
 def prepare_folder(checkpoint_dir: str | Path) -> Path:
-    """Make a run's folder and return it.
+    """Make the folder of a run and return it.
 
     Raises:
-        ValueError: it cannot be written to.
+        ValueError: the folder cannot be written to.
     """
     folder = Path(checkpoint_dir).expanduser()
     trial = folder / f"{PARTIAL}trial"
@@ -53,21 +53,20 @@ def saved_seed(folder: Path) -> int | None:
 
 
 class SavedRun:
-    """A run in a folder. Files that cannot be written cost a warning, not the run.
+    """A run that is saved in a folder. A file that cannot be written causes a warning, and the run continues.
 
     Args:
-        folder: its checkpoint_dir.
-        saving: how often it is saved, and whether an unfinished run is continued.
-        identity: see `run_identity`.
-        seed: of the run.
-        device: for tensors that are read.
+        folder: the checkpoint_dir.
+        saving: how often the run is saved, and whether an unfinished one is continued.
+        identity: identity of the run, from `run_identity`.
+        device: device of the tensors that are read.
 
     Attributes:
-        inputs: of the run that is continued; None for a new one.
+        inputs: inputs of the run that is continued; None for a new run.
 
     Raises:
-        ValueError: the folder holds an unfinished run of another identity, which is told by name, or damaged
-            files.
+        ValueError: the folder holds damaged files, or an unfinished run of another identity; the message says
+            what differs.
     """
 
     def __init__(
@@ -94,12 +93,12 @@ class SavedRun:
             self._load_inputs()
 
     def keep_inputs(self, inputs: RunInputs) -> None:
-        """Save what denoising starts from, before the first step."""
+        """Save the inputs of denoising, before the first step."""
         self.inputs = inputs
         self._save_inputs()
 
     def finished(self, index: int, cost: RunCost) -> Tensor | None:
-        """Return the final latents of a prompt (0-based) if it is done, and restore what they cost."""
+        """Return the final latents of prompt `index` (0-based) if it is done, and restore their cost."""
         path = self._latents_path(index)
         if not path.exists() or not self._saving.resume:
             return None
@@ -109,7 +108,7 @@ class SavedRun:
         return state["latents"]
 
     def begun(self, index: int) -> StepState | None:
-        """Return the state from which a prompt (0-based) continues; None for its start."""
+        """Return the state from which prompt `index` (0-based) continues; None if no step is saved."""
         self._index, self._latest = index, None
         self._last_saved = (0, time.monotonic())
         path = self._folder / STEP
@@ -124,7 +123,7 @@ class SavedRun:
         return StepState(latents=state["latents"], parts=part(state, "parts"), **facts)
 
     def step_done(self, state: StepState) -> None:
-        """Take in a finished step; it is saved when the time has come."""
+        """Record a finished step, and save it if the last save is long enough ago."""
         self._latest = state
         step, moment = self._last_saved
         minutes = (time.monotonic() - moment) / 60
@@ -143,12 +142,12 @@ class SavedRun:
             self._latest = None
 
     def keep_latents(self, index: int, latents: Tensor, facts: Mapping[str, object]) -> None:
-        """Save the final latents of a prompt (0-based)."""
+        """Save the final latents of prompt `index` (0-based)."""
         if self._write(self._latents_path(index).name, {"latents": latents}, facts):
             self._latest = None
 
     def done(self) -> None:
-        """Remove what only an unfinished run needs."""
+        """Remove the files that only an unfinished run needs."""
         self._latest = None
         with suppress(OSError):  # what stays is overwritten or refused by name at the next run
             for name in (STEP, INPUTS):
@@ -208,20 +207,18 @@ def open_run(
     options: RunOptions,
     interrupt: Callable[[], None],
 ) -> Iterator[SavedRun | None]:
-    """Return a context in which a run is saved to a folder; whatever ends it, its last finished step is kept.
+    """Yield the saved run of a folder, and save its last finished step whatever ends the context.
 
     Args:
-        folder: None for a run that is not saved.
-        saving: how often it is saved, and whether an unfinished run is continued.
-        residency: of the models.
+        folder: the checkpoint_dir; None yields None, for a run that is not saved.
+        saving: how often the run is saved, and whether an unfinished one is continued.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W]; None without one.
-        options: as resolved.
         interrupt: called when a signal stops the run.
 
     Raises:
-        ValueError: another run uses the folder, or it holds an unfinished run that differs.
-        RunInterrupted: SIGINT or SIGTERM came.
+        ValueError: another run uses the folder, or the folder holds an unfinished run that differs.
+        RunInterrupted: SIGINT or SIGTERM arrived.
     """
     if folder is None:
         yield None
@@ -236,19 +233,19 @@ def open_run(
 
 
 def run_lock(folder: Path) -> AbstractContextManager[None]:
-    """Return a context that holds a run's folder.
+    """Return a context that locks the folder of a run.
 
     Raises:
-        ValueError: another run holds it.
+        ValueError: on entering, another run uses the folder.
     """
     return locked(folder / LOCK, f"checkpoint_dir {folder} is in use by another run")
 
 
 def clear_checkpoints(folder: str | Path) -> None:
-    """Remove all that runs left in a folder, final latents too; other files stay.
+    """Remove the files of runs, final latents too, once their videos are written; other files stay.
 
     Raises:
-        ValueError: a run is using it.
+        ValueError: a run is using the folder.
     """
     folder = Path(folder)
     if not folder.is_dir():

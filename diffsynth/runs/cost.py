@@ -25,8 +25,8 @@ class RunCost:
         time_guidance: seconds of each guided step's guidance.
         time_gen: seconds of the whole denoising, guidance included.
         peak_memory: bytes allocated on an accelerator, or the process's largest resident size on a CPU.
-        losses: of the fresh gradients of each guided step.
-        stage_seconds: of the stages before and after denoising, by name.
+        losses: losses of the fresh gradients of each guided step.
+        stage_seconds: seconds of the stages before and after denoising, by name.
     """
 
     seed: int
@@ -50,17 +50,17 @@ class RunCost:
         logger.info("guided step %d: %s", len(self.time_guidance), found)
 
     def state(self) -> dict[str, object]:
-        """Return all fields, as plain numbers and text that later steps do not change."""
+        """Return copies of all fields, as plain numbers and text."""
         return asdict(self)
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Continue counting from a `state`, also one that went through JSON."""
+        """Set all fields to those of a `state`, which may have been stored as JSON."""
         for item in fields(self):
             setattr(self, item.name, state[item.name])
         self.losses = [tuple(losses) for losses in self.losses]
 
     def append_to(self, folder: str | Path) -> None:
-        """Add this run as a JSON line to `latency.jsonl` in a folder, which is made if need be."""
+        """Append this cost as a JSON line to `latency.jsonl` in a folder, which is made if it is missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "latency.jsonl").open("a") as file:

@@ -21,13 +21,12 @@ def run_identity(
     pixels: Tensor | None,
     options: RunOptions,
 ) -> dict[str, str]:
-    """Return all that the result depends on, as short texts: arguments, the reference's frames and weights.
+    """Return everything that decides the result, as short texts: arguments, the reference's frames, weights.
 
     Args:
-        models: the models of the pipeline by name.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W]; None without one.
-        options: as resolved; output_type is not part of the identity.
+        options: resolved options; output_type is not part of the identity.
     """
     positive, negative = ([pair[i] for pair in prompts] for i in (0, 1))
     identity = {"prompt": _short(positive), "negative_prompt": _short(negative)}
@@ -42,7 +41,7 @@ def run_identity(
 
 
 def identity_differences(there: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
-    """Return what differs between two identities, as "name (value there, value given)"."""
+    """Return the differences between a saved identity and that of a call, as texts with name and values."""
     names = dict.fromkeys([*given, *there])
     return [
         f"{name} ({there.get(name, 'nothing')} there, {given.get(name, 'nothing')} given)"
@@ -52,15 +51,15 @@ def identity_differences(there: Mapping[str, str], given: Mapping[str, str]) -> 
 
 
 def identity_key(identity: Mapping[str, str]) -> str:
-    """Twelve characters that stand for an identity in file names."""
+    """Return twelve characters that stand for an identity in file names."""
     return _hash(repr(sorted(identity.items())).encode())
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return a hash of names, types and shapes of a model's tensors and of 16 values of each.
+    """Return a hash of the names, types and shapes of a model's tensors and 16 evenly spread values of each.
 
-    It takes well under a second for 14B parameters and tells apart other checkpoints, types and LoRAs,
-    merged or attached, which change every value of a matrix; a change of single values may go unnoticed.
+    This takes well under a second for 14B parameters. Other checkpoints, types and LoRAs, merged or attached,
+    change every value of a matrix, and so the hash; a change of single values may go unnoticed.
     """
     digest = hashlib.sha256()
     sampled: dict[torch.device, list[Tensor]] = {}
@@ -79,7 +78,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _named(name: str, value: object) -> dict[str, str]:
-    """An argument as texts; a dataclass field by field, anything else that is no plain value by its type."""
+    """Return an argument as texts: a dataclass by its fields, other objects by their types."""
     if is_dataclass(value):
         return {f"{name}.{item.name}": _short(getattr(value, item.name)) for item in fields(value)}
     plain = value is None or isinstance(value, bool | int | float | str | tuple | list)

@@ -48,20 +48,19 @@ _NEEDED = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """Everything that made a video.
+    """The record of a video and the run that made it.
 
     Attributes:
-        prompt: of the call; likewise negative_prompt and preset.
         options: fields of `RunOptions` in force at the end, seed and motion among them.
         reference: path, sha256, frames, fps and the fields of `ReferenceOptions`; None without one.
         model: folder; files with their bytes, and the sha256 of configs and tokenizer; weights, a fingerprint
             of each model as it ran; setup, how it was loaded.
         video: frames, height, width, fields of `FileOptions`, and the hash of the frames before encoding.
-        versions: of the packages that decide how numbers are rounded.
+        versions: versions of the packages that decide how numbers are rounded.
         device: kind, name and threads.
-        cost: fields of `RunCost`, and what was to be computed in full forwards of the DiT (see `run_cost`).
-        created: time, UTC.
-        job: the hash of a batch's job.
+        cost: fields of `RunCost`, and the computation in full forwards of the DiT (see `run_cost`).
+        created: UTC time in ISO format.
+        job: hash of a batch job; None for other runs.
     """
 
     prompt: str
@@ -78,15 +77,15 @@ class RunRecord:
     job: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `json.dump` takes and `from_json` reads."""
+        """Return the record as JSON can hold it, for `from_json`."""
         return {FORMAT_KEY: VERSION, **asdict(self)}
 
     @classmethod
     def from_json(cls, content: Any, source: str = "the record") -> "RunRecord":
-        """Return the record in what `json.load` gave.
+        """Return the record in parsed JSON.
 
         Raises:
-            ValueError: it is no record, or one of another version; the message names the source.
+            ValueError: the content is no record, or one of another version; the message names `source`.
         """
         if not isinstance(content, dict) or FORMAT_KEY not in content:
             raise ValueError(f"{source} is no record of a run: it lacks {FORMAT_KEY!r}")
@@ -106,7 +105,7 @@ class RunRecord:
         return cls(**values)
 
     def call_arguments(self) -> dict[str, Any]:
-        """Return the keywords of the pipeline's call that repeat the run, all but input_video.
+        """Return the arguments of the pipeline's call that repeat the run, all but input_video.
 
         Raises:
             ValueError: the options are unknown or not allowed.
@@ -135,15 +134,11 @@ def make_record(
     """Return the record of a run.
 
     Args:
-        frames: that it made.
-        options: in force at the end.
-        cost: what it took.
-        models: of the pipeline, by name.
-        device: on which they ran.
-        reference: from `describe_reference`.
-        model: from `describe_model`.
-        file: how the frames are written.
-        job: the hash of a batch's job.
+        options: the options in force at the end.
+        models: models of the pipeline, by name.
+        reference: description from `describe_reference`; None without a reference.
+        model: description from `describe_model`.
+        job: hash of a batch job; None for other runs.
     """
     sizes = ModelSizes.of(models)
     latents = sizes.latent_shape(options.height, options.width, options.num_frames)
@@ -179,23 +174,23 @@ def make_record(
 def describe_reference(
     path: Path, num_frames: int, fps: float | None, used: ReferenceOptions | None = None
 ) -> dict[str, Any]:
-    """Return the `reference` of a record: path, sha256, frames, rate and what is used of a video."""
+    """Return the `reference` of a record: path, sha256, frames and rate of a video, and the options used."""
     path, used = path.resolve(), used or ReferenceOptions()
     facts = {"path": str(path), "sha256": sha256_of_video(path), "frames": num_frames, "fps": fps}
     return {**facts, **asdict(used)}
 
 
 def recorded_reference(reference: Mapping[str, Any]) -> ReferenceOptions:
-    """Return what a record says was used of the reference."""
+    """Return the options in the `reference` of a record."""
     names = {field.name for field in fields(ReferenceOptions)}
     return ReferenceOptions(**{name: value for name, value in reference.items() if name in names})
 
 
 def describe_model(folder: Path, setup: Mapping[str, Any]) -> dict[str, Any]:
-    """Return folder, files and setup of a checkpoint: the `model` of a record.
+    """Return the `model` of a record: folder, files and setup of a checkpoint.
 
-    Its files are weights, configs and tokenizer, and by their whole paths those of its LoRAs (`loras` of the
-    setup, path to strength) and of models that are loaded instead of the folder's.
+    The files are weights, configs and tokenizer, and by their whole paths the LoRAs (`loras` of the setup,
+    path -> strength) and the weights that are loaded instead of the folder's.
     """
     folder = folder.resolve()
     instead = [setup[name] for name in ("dit", "text_encoder", "vae") if setup.get(name)]
@@ -213,12 +208,12 @@ def describe_model(folder: Path, setup: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprints(models: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Return a fingerprint of the weights of each model as it is loaded, by name."""
+    """Return name -> fingerprint of the weights of each model as it is loaded."""
     return {name: weights_fingerprint(model) for name, model in models.items()}
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Return kind, name and CPU threads: with the versions, they decide how numbers are rounded."""
+    """Return kind, name and CPU threads, which with the versions decide how numbers are rounded."""
     name = _cpu_name() if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
     return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
 
@@ -226,12 +221,11 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def differences(
     record: RunRecord, reference: Mapping[str, Any] | None, model: Mapping[str, Any]
 ) -> list[str]:
-    """Return one text for each thing that is not as it was when the record was made.
+    """Return a message for each difference between a record and the present reference and model.
 
     Args:
-        record: of the run.
-        reference: as it is now, from `describe_reference`.
-        model: as it is now, from `describe_model`; its weights are compared if it names them.
+        reference: present description from `describe_reference`; None without a reference.
+        model: present description from `describe_model`; its weights are compared if it names them.
     """
     found = []
     then = record.reference
@@ -256,12 +250,12 @@ def differences(
 
 
 def record_path(video: Path) -> Path:
-    """Return where the record of a video is: out.mp4 -> out.mp4.json."""
+    """Return the path of a video's record: out.mp4 -> out.mp4.json."""
     return video.with_name(video.name + ".json")
 
 
 def save_with_metadata(frames: Sequence[Image.Image], path: Path, record: RunRecord) -> Path:
-    """Save a video with the record in its metadata, unless it is too long for that."""
+    """Save a video with the record in its metadata, unless the record is too long for that."""
     text = json.dumps(record.to_json())
     metadata = ["-metadata", f"comment={text}"] if len(text) <= LARGEST_METADATA else []
     file, source = recorded_file(record.video), None
@@ -280,13 +274,13 @@ def save_with_metadata(frames: Sequence[Image.Image], path: Path, record: RunRec
 
 
 def recorded_file(video: Mapping[str, Any]) -> FileOptions:
-    """Return how a record says that the frames were written."""
+    """Return the options of the file in the `video` of a record."""
     names = {field.name for field in fields(FileOptions)}
     return FileOptions(**{name: value for name, value in video.items() if name in names})
 
 
 def write_record(record: RunRecord, video: Path) -> Path:
-    """Write a video's record beside it, whole or not at all; return its path."""
+    """Write a video's record beside it, whole or not at all, and return its path."""
     path = record_path(video)
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(record.to_json(), indent=2) + "\n")
@@ -297,8 +291,8 @@ def read_record(path: str | Path) -> RunRecord:
     """Return the record in a JSON file, or in a video's metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no record.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file holds no record.
     """
     path = Path(path)
     if not path.is_file():

@@ -11,13 +11,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """A signal stopped a run whose finished steps are in a folder; the same call continues it.
+    """Raised when a signal stops a run; its finished steps are in a folder, and the same call continues it.
 
-    It is a KeyboardInterrupt, so that code which passes over ordinary errors does not pass over this one.
+    This is a KeyboardInterrupt, so that code that catches every Exception does not catch it.
 
     Attributes:
-        signal: its number.
-        folder: the run's checkpoint_dir.
+        signal: number of the signal.
+        folder: the checkpoint_dir of the run.
     """
 
     def __init__(self, number: int, folder: Path) -> None:
@@ -30,7 +30,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
-    """Return a context in which SIGINT and SIGTERM raise RunInterrupted, once; further ones are ignored.
+    """Let the first SIGINT or SIGTERM in this context raise RunInterrupted; further ones are ignored.
 
     It is raised at once and not at the end of a step, which may take a minute: a machine that is taken away
     leaves seconds.
@@ -55,9 +55,9 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def handling(signals: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Inside this context a function handles these signals; a signal that the process ignores stays ignored.
+    """Let a function handle signals in this context; a signal that the process ignores stays ignored.
 
-    Only in the main thread, where Python allows it; elsewhere nothing changes.
+    Python allows this in the main thread only; in other threads nothing changes.
     """
     before = {number: signal.getsignal(number) for number in signals}
     in_main = threading.current_thread() is threading.main_thread()

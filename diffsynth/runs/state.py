@@ -20,7 +20,7 @@ FORMAT = 1
 
 
 class PromptEmbeddings(NamedTuple):
-    """Text embeddings [1, text_len, text_dim] of one video: prompt, negative prompt, empty prompt.
+    """Text embeddings [1, text_len, text_dim] of the prompt, the negative and the empty prompt (null).
 
     Those that a run does not read are None.
     """
@@ -32,13 +32,13 @@ class PromptEmbeddings(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunInputs:
-    """Inputs of denoising for each prompt, on the device.
+    """The inputs of denoising, on the device.
 
     Attributes:
         prompts: text embeddings, one entry a prompt.
         noise: [1, C, F, h, w].
         reference: latents of the reference in the shape of noise; None without one.
-        seconds: that each stage took to make them.
+        seconds: duration of each stage that made them.
     """
 
     prompts: list[PromptEmbeddings]
@@ -52,11 +52,11 @@ class StepState:
     """A run between two denoising steps; its tensors are never changed in place.
 
     Attributes:
-        step: steps done.
-        latents: [1, C, F, h, w] after them.
+        step: number of finished steps.
+        latents: [1, C, F, h, w] after these steps.
         parts: states of scheduler, gradient memory and step caches, by name.
         cost: state of `RunCost`.
-        settings: of the options that a lack of memory may change (see `planning.ladder`).
+        settings: values of the options that a lack of memory may change (see `planning.ladder`).
     """
 
     step: int
@@ -67,12 +67,12 @@ class StepState:
 
 
 def joined(states: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
-    """States by name as one, their entries named "name.entry"."""
+    """Join states by name into one, with entries named "name.entry"."""
     return {f"{name}.{entry}": value for name, state in states.items() for entry, value in state.items()}
 
 
 def part(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the state that `joined` stored under a name; empty without one."""
+    """Return the state that `joined` stored under a name; empty if there is none."""
     start = f"{name}."
     return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
 
@@ -81,8 +81,8 @@ def save_state(path: Path, state: Mapping[str, object], facts: Mapping[str, obje
     """Write a state of tensors and plain numbers, and facts about it that JSON can hold.
 
     Raises:
-        OSError: it cannot be written. An earlier file stays.
-        ValueError: tensors are not finite. An earlier file stays.
+        OSError: the file cannot be written; an existing one stays, as it does after a ValueError.
+        ValueError: a tensor is not finite.
     """
     from safetensors.torch import save
 
@@ -101,11 +101,11 @@ def save_state(path: Path, state: Mapping[str, object], facts: Mapping[str, obje
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the state and the facts that `save_state` wrote, tensors on a device.
+    """Return the state, with tensors on a device, and the facts that `save_state` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is of another kind, cut off, damaged, or holds tensors that are not finite; names it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is of another kind, damaged, or holds tensors that are not finite.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -135,7 +135,7 @@ def _check_finite(tensors: Mapping[str, Tensor], where: str = "") -> None:
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of the JSON and of all tensors: names, types and shapes are in a header of their own."""
+    """Return the CRC-32 of the JSON and of the names, types, shapes and values of all tensors."""
     crc = zlib.crc32(text.encode())
     for name in sorted(tensors):
         head = f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}"

@@ -38,10 +38,10 @@ _UNSET = {"seed": -1} | dict.fromkeys(
 
 
 def import_gradio() -> Any:
-    """Return gradio, silent and local.
+    """Return gradio, set to send nothing to other hosts.
 
     Raises:
-        ImportError: it is not installed; the message has the command that installs it.
+        ImportError: gradio is not installed; the message has the command that installs it.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -53,7 +53,7 @@ def import_gradio() -> Any:
 
 
 class Page:
-    """The handlers of the page's buttons, over one session and one queue."""
+    """Handlers of the page's buttons, for one session and one queue."""
 
     def __init__(self, session: Session, queue: JobQueue) -> None:
         self.session, self.queue = session, queue
@@ -122,13 +122,7 @@ class Page:
     def _follow(
         self, start: Callable[[], QueuedJob], show: Callable[[Any], tuple], num_shown: int
     ) -> Iterator[tuple]:
-        """Yield (panel, job id, *shown outputs) several times a second until the job ends.
-
-        Args:
-            start: queues the job.
-            show: returns panel and outputs of the job's result.
-            num_shown: number of outputs.
-        """
+        """Queue a job, and yield (panel, job id, *shown outputs) several times a second until it ends."""
         unchanged = [self._gradio.skip()] * num_shown
         try:
             job = start()
@@ -166,7 +160,7 @@ class Page:
         )
 
     def _shown(self, path: Path) -> Path:
-        """Return a copy that the server may give away: it serves no other folder."""
+        """Return a copy in the cache, the only folder that the server serves."""
         folder = self.session.cache / str(path.stat().st_mtime_ns)
         folder.mkdir(exist_ok=True)
         target = folder / path.name

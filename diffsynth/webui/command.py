@@ -63,7 +63,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises RunFailedError if the port is taken."""
+    """Return a listening socket, or raise RunFailedError if the port is taken."""
     try:
         return socket.create_server((host, port))
     except (OSError, OverflowError) as error:

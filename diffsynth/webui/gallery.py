@@ -25,12 +25,7 @@ _SUFFIXES = (".mp4.json", ".m4v.json", ".mov.json", ".mkv.json", ".avi.json")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PastRun:
-    """A video and its record.
-
-    Attributes:
-        video: path of the video.
-        record: what made it.
-    """
+    """A video and its record."""
 
     video: Path
     record: RunRecord
@@ -51,10 +46,10 @@ def past_runs(folder: Path, most: int = MOST_SHOWN) -> list[PastRun]:
 
 
 def find_run(folder: Path, name: str) -> PastRun:
-    """Return the run of a video's name in the folder.
+    """Return the run whose video has this name in the folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has no such run.
     """
     file = record_path(folder / name)
     run = _run_of(file) if Path(name).name == name and _is_plain(file) else None
@@ -64,7 +59,7 @@ def find_run(folder: Path, name: str) -> PastRun:
 
 
 def poster(run: PastRun, cache: Path) -> Path:
-    """Return a picture of the run's middle frame, made once in the cache folder."""
+    """Return the path of a picture of the run's middle frame, made once in the cache folder."""
     path = cache / f"{_video_hash(run)}.webp"
     if not path.is_file():
         with VideoData(run.video) as video:
@@ -77,9 +72,9 @@ def poster(run: PastRun, cache: Path) -> Path:
 
 
 def compared(run: PastRun, cache: Path) -> Path:
-    """Return a video of reference and result side by side, made once in the cache folder.
+    """Return the path of a video of reference and result side by side, made once in the cache folder.
 
-    It shows the result alone if the reference is gone.
+    It shows the result alone if the reference is missing or has changed.
     """
     path = cache / f"{_video_hash(run)}-side-by-side.mp4"
     if path.is_file():
@@ -97,7 +92,7 @@ def compared(run: PastRun, cache: Path) -> Path:
 
 
 def _reference_frames(reference: Mapping[str, Any], height: int, width: int, count: int) -> list[Image.Image]:
-    """Return the frames of a recorded reference. Raises ValueError if the file is another one now."""
+    """Return the frames of a recorded reference, or raise ValueError if the file has changed."""
     path = Path(reference["path"])
     if sha256_of_video(path) != reference["sha256"]:
         raise ValueError(f"{path} is not the recorded reference")
@@ -116,7 +111,7 @@ def _run_of(record_file: Path) -> PastRun | None:
 
 
 def _is_plain(path: Path) -> bool:
-    """Return whether a path is a file, and no link that might lead elsewhere."""
+    """Return whether a path is a file and not a link, which might lead elsewhere."""
     return path.is_file() and not path.is_symlink()
 
 

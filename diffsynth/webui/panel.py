@@ -47,17 +47,17 @@ CSS = """
 
 
 def message(text: str, kind: str = "note") -> str:
-    """Return a line of text in a box; its kind is note, done or error."""
+    """Return a line of text in a box of the kind "note", "done" or "error"."""
     return f'<div class="fv-message fv-{escape(kind)}" role="status">{escape(text)}</div>'
 
 
 def failed(error: BaseException) -> str:
-    """Return the message about an error; see `failure_text`."""
+    """Return the message box about an error; see `failure_text`."""
     return message(failure_text(error), "error")
 
 
 def failure_text(error: BaseException) -> str:
-    """Return a sentence or two for the user; the log gets the whole of an unforeseen error."""
+    """Return a message about an error for the user; an unexpected error is logged with its traceback."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, _CLEAR):
         return text[:_LONGEST]
@@ -73,13 +73,11 @@ def failure_text(error: BaseException) -> str:
 
 
 def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> str:
-    """Return the panel of a job that is not done.
+    """Return the panel of an unfinished job.
 
     Args:
-        progress: of the job.
-        state: of the job.
-        ahead: how many jobs come before it.
-        seconds: how long it has run.
+        ahead: number of jobs before it.
+        seconds: duration of the job so far.
     """
     if state == WAITING:
         others = "1 run comes" if ahead == 1 else f"{ahead} runs come"
@@ -102,7 +100,7 @@ def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> st
 
 
 def finished(run: PastRun) -> str:
-    """Return the facts of a finished run."""
+    """Return the panel of a finished run, with its prompt and options."""
     record = run.record
     motion = record.options["motion"]
     facts = [

@@ -23,7 +23,7 @@ _MILLISECONDS = 250  # a latent frame stands for four of the video
 
 
 class Previews:
-    """Previews of runs of one pipeline; the map is fitted when this is built, by encoding a few clips."""
+    """Previews of the runs of a pipeline; the constructor encodes a few clips to fit the map to colours."""
 
     def __init__(self, pipe: WanVideoPipeline) -> None:
         self._colours = fit_colours(pipe)
@@ -41,7 +41,7 @@ def fit_colours(pipe: WanVideoPipeline) -> Tensor:
     """Fit the linear map from latent channels to colours to the pipeline's VAE.
 
     Returns:
-        [C + 1, 3], to colours in [-1, 1]; the last row is the constant.
+        [C + 1, 3], a map to colours in [-1, 1]; the last row is the constant.
     """
     rows, colours = [], []
     for seed in _SEEDS:
@@ -64,7 +64,7 @@ def latent_frames(latents: Tensor, colours: Tensor) -> list[Image.Image]:
 
     Args:
         latents: [1, C, F, h, w].
-        colours: the map, [C + 1, 3].
+        colours: map from `fit_colours`, [C + 1, 3].
 
     Returns:
         F pictures of w x h pixels.
@@ -76,7 +76,7 @@ def latent_frames(latents: Tensor, colours: Tensor) -> list[Image.Image]:
 
 
 def animated(frames: Sequence[Image.Image]) -> bytes:
-    """Return at most MOST_SHOWN of the frames as an endless WebP."""
+    """Return at most MOST_SHOWN of the frames as a WebP that loops."""
     step = -(-len(frames) // MOST_SHOWN)
     width, height = frames[0].size
     scale = SHOWN_SIDE / min(width, height)

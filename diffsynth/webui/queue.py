@@ -29,13 +29,10 @@ class RunProgress:
     """Progress of a run.
 
     Attributes:
-        stage: the current one.
-        step: denoising steps done.
-        steps: denoising steps in all.
-        guided: guided steps done.
-        guided_steps: guided steps in all.
-        losses: the motion loss after each guided step.
-        preview: an animated WebP of the result.
+        step: number of finished denoising steps, of `steps`.
+        guided: number of finished guided steps, of `guided_steps`.
+        losses: motion loss after each guided step.
+        preview: animated WebP of the result.
     """
 
     stage: str = "start"
@@ -51,9 +48,9 @@ class QueuedJob:
     """A piece of work in a queue.
 
     Attributes:
-        id: cannot be guessed, so that no visitor cancels the job of another.
-        progress: of the run.
-        future: of the result.
+        id: random text that cannot be guessed, so that no visitor cancels the job of another.
+        progress: progress of the run.
+        future: future of the result.
     """
 
     def __init__(self) -> None:
@@ -68,7 +65,7 @@ class QueuedJob:
 
     @property
     def state(self) -> str:
-        """Return WAITING, RUNNING, DONE, FAILED or CANCELLED."""
+        """WAITING, RUNNING, DONE, FAILED or CANCELLED."""
         if not self.future.done():
             return WAITING if self._started is None else RUNNING
         error = self.error()
@@ -78,23 +75,22 @@ class QueuedJob:
 
     @property
     def seconds(self) -> float:
-        """Return for how many seconds it has run, without waiting."""
+        """Duration of the work so far in seconds, without the time in the queue."""
         if self._started is None:
             return 0.0
         return (self._ended or time.monotonic()) - self._started
 
     def error(self) -> BaseException | None:
-        """Return the error that ended it; None while it is not done, and after success."""
+        """Return the error that ended the job; None before its end and after success."""
         if not self.future.done():
             return None
         return CancelledError() if self.future.cancelled() else self.future.exception()
 
     def result(self, timeout: float | None = None) -> Any:
-        """Wait for the work and return its result.
+        """Wait for the work, and return its result or raise its error.
 
         Raises:
-            TimeoutError: it is not done after `timeout` seconds.
-            What the work raised.
+            TimeoutError: the work is not done after `timeout` seconds.
         """
         return self.future.result(timeout)
 
@@ -108,7 +104,7 @@ class QueuedJob:
             raise JobCancelledError("cancelled; no video was written")
 
     def cancel(self) -> None:
-        """Cancel it: at once if it waits, else at the next `check` of its work."""
+        """Cancel the job: at once if it waits, else at the next `check` of its work."""
         self._asked_to_stop.set()
         if self.future.cancel():
             return
@@ -129,7 +125,7 @@ class QueuedJob:
                 self._interrupt = None
 
     def run(self, work: Callable[["QueuedJob"], Any]) -> Any:
-        """Do the work; called by the queue."""
+        """Do the work; the queue calls this."""
         self._started = time.monotonic()
         try:
             self.check()
@@ -139,7 +135,7 @@ class QueuedJob:
 
 
 class JobQueue:
-    """Runs jobs one after the other in one thread, in the order in which they were submitted."""
+    """A queue that runs jobs one after the other in one thread, in the order in which they were submitted."""
 
     def __init__(self, most_waiting: int = MOST_WAITING) -> None:
         self._most_waiting = most_waiting
@@ -148,10 +144,10 @@ class JobQueue:
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[QueuedJob], Any]) -> QueuedJob:
-        """Queue a job.
+        """Queue the work.
 
         Raises:
-            QueueFullError: the queue holds its maximum number of jobs.
+            QueueFullError: too many jobs wait already.
         """
         job = QueuedJob()
         with self._lock:
@@ -164,7 +160,7 @@ class JobQueue:
         return job
 
     def cancel(self, job_id: str | None) -> bool:
-        """Cancel the unfinished job of that id, and return whether there was one."""
+        """Cancel the unfinished job with this id, and return whether there was one."""
         job = self._unfinished.get(job_id or "")
         if job is not None:
             job.cancel()

@@ -23,7 +23,7 @@ PAGE_BOUNDS: Mapping[str, Kind] = {
 
 
 def checked_request(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the call that a visitor asks for.
+    """Return the checked options of a visitor's request.
 
     Args:
         asked: options of the call and of the reference by name; None leaves an option unset.

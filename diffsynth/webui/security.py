@@ -36,19 +36,7 @@ UPLOADS_KEPT = 10  # uploads of the largest size that are kept at a time
 
 
 class Guard:
-    """An ASGI layer around the app that answers 403 or 413 to what no page of this server asks for.
-
-    It refuses foreign Host headers (DNS rebinding), requests that change something from another origin,
-    routes that fetch for visitors, and requests that name a file of the server which was not uploaded to it.
-
-    Args:
-        app: the application.
-        host: address that the server listens at.
-        allowed: further names under which the page is reached, as behind a proxy.
-        uploads: folder in which uploads arrive.
-        cache: folder of files that the page shows.
-        megabytes: size of the largest upload.
-    """
+    """An ASGI layer around the app that refuses to fetch for visitors and sets the security headers."""
 
     def __init__(
         self,

@@ -28,14 +28,11 @@ class Session:
     """A loaded model and the folders of its videos.
 
     Attributes:
-        pipe: the model.
-        folder: of its checkpoint.
-        loaded: how it was loaded, for the record.
-        model: its description, for the record.
+        folder: folder of the checkpoint.
+        loaded: options of loading, for the record.
+        model: description of the model, for the record.
         output_dir: folder of videos and records, with the references of runs in references/.
-        cache: folder of what the page shows; it may be lost.
-        limits: of uploads.
-        previews: of running jobs.
+        cache: folder of files that the page shows and can make again.
     """
 
     pipe: WanVideoPipeline
@@ -62,19 +59,16 @@ def open_session(
     cache: Path,
     limits: UploadLimits,
 ) -> Session:
-    """Load a model, found as `fastvmt transfer --model` does.
+    """Load a model by its name, as `fastvmt transfer --model` does; loading may raise further errors.
 
     Args:
-        model: its name; None for the default.
-        models_dir: where published models are.
-        loaded: how it is loaded.
+        model: name of the model; None for the default.
+        models_dir: folder of the published models.
         output_dir: folder of videos and records; made if it is missing.
-        cache: folder of what the page shows.
-        limits: of uploads.
+        cache: folder of files that the page shows.
 
     Raises:
         OSError: the output folder cannot be written to.
-        What loading raises.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "references").mkdir(exist_ok=True)
@@ -118,13 +112,12 @@ def make_video(
 
 
 def show_motion(session: Session, request: Mapping[str, Any], reference: Path, job: QueuedJob) -> Path:
-    """Make a video in the cache of the flow that a request would transfer, and return its path.
+    """Draw the flow that a request would transfer as a video in the cache, and return its path.
 
     Args:
-        session: the model and the folders.
-        request: from `checked_request`.
+        request: options from `checked_request`.
         reference: path of the reference video.
-        job: to report to.
+        job: the job, which receives progress.
     """
     mode = request["mode"] if request["mode"] in flow_modes() else DEFAULT_MODE
     used = fields_of(ReferenceOptions, request)
@@ -145,7 +138,7 @@ def show_motion(session: Session, request: Mapping[str, Any], reference: Path, j
 
 
 class JobObserver:
-    """Reports the progress of a run to its job, and ends the run once the job is cancelled."""
+    """An observer that reports a run's progress to its job, and ends the run once the job is cancelled."""
 
     def __init__(self, job: QueuedJob, previews: Previews) -> None:
         self._job, self._previews = job, previews

@@ -36,10 +36,10 @@ class UploadLimits:
     """Limits of an upload.
 
     Attributes:
-        megabytes: size of the file.
-        frames: length of the video.
-        pixels: of a frame.
-        seconds: for decoding the video once.
+        megabytes: size of the file in units of 2**20 bytes.
+        frames: number of frames.
+        pixels: number of pixels of a frame.
+        seconds: duration of decoding the video once.
 
     Raises:
         ValueError: a limit is not a number above 0.
@@ -57,19 +57,18 @@ class UploadLimits:
 
 
 def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLimits) -> Path:
-    """Check an upload and copy it under a safe name made of its name and hash; equal files are kept once.
+    """Check an upload and copy it under a safe name made of its name and hash; equal files are stored once.
 
     Args:
-        path: of the upload.
-        folder: where uploads arrive.
-        kept_in: where references are kept; made if it is missing.
-        limits: of the upload.
+        path: path of the upload.
+        folder: folder in which uploads arrive.
+        kept_in: folder of the copies; made if it is missing.
 
     Returns:
         The path of the copy.
 
     Raises:
-        ValueError: the file is outside of the folder, a link, too large, too long or no video. The message is
+        ValueError: the file is outside of `folder`, a link, too large, too long or no video. The message is
             shown to the user, and nothing is left in `kept_in`.
     """
     kept_in.mkdir(parents=True, exist_ok=True)
@@ -88,7 +87,7 @@ def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLim
 
 
 def safe_stem(name: str) -> str:
-    """Return a name's letters, digits, dashes and underscores, at most 40; "reference" if none is left."""
+    """Return the first 40 letters, digits, dashes and underscores of a name; "reference" if none is left."""
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40].strip("-") or "reference"
 
 
