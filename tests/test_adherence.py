@@ -17,6 +17,8 @@ from diffsynth.data.shapes import signed_distance
 from diffsynth.data.synthetic import COLOURS, HELD_OUT_SHAPES, PLAIN, SHAPES, make_clip
 from diffsynth.evaluation.tracking import track_object
 
+pytestmark = pytest.mark.slow
+
 NUM_CLIPS = 102
 
 

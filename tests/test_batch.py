@@ -14,6 +14,8 @@ from diffsynth.cli.main import main
 from diffsynth.runs.record import read_record, record_path
 from diffsynth.testing import write_clip
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):

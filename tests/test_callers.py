@@ -30,6 +30,7 @@ def clip(tmp_path):
     return VideoData(write_clip(tmp_path / "ref.mp4", num_frames=5, height=32, width=32))
 
 
+@pytest.mark.slow
 def test_calls_at_once_give_the_frames_that_each_gives_alone(pipe, clip):
     seeds = range(4)
     alone = [pipe("a cat", input_video=clip, seed=seed, **RUN) for seed in seeds]

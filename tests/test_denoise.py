@@ -172,6 +172,7 @@ def test_the_timestep_goes_to_the_device_without_waiting(dit, tensors, monkeypat
     assert seen == [True]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_and_say_what_warming_up_took(tensors, caplog):
     dit, (x, positive, _) = make_dit(num_layers=3), tensors
     timestep, calls = torch.tensor([500.0]), []

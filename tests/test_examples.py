@@ -46,6 +46,7 @@ def test_the_example_writes_a_playable_video_and_never_over_an_old_one(tiny_chec
     assert len((tmp_path / "out" / "latency.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_the_example_makes_text_to_video_without_transfer(tiny_checkpoint, tmp_path):
     arguments = [
         "--num_frames",

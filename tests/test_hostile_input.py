@@ -210,6 +210,7 @@ def test_frames_of_the_wrong_numbers_are_refused(pipe):
 # Prompts.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt", ["\0\x01\x1b[31mred\x7f", "\u202e\ufeff\ud7ff", "a" * 10**5, "\n" * 10**5, "&amp;" * 10**4]
 )

@@ -35,6 +35,8 @@ from diffsynth.planning.sizes import (
     published_sizes,
 )
 
+pytestmark = pytest.mark.slow
+
 FULL = (21, 60, 104)  # latents of 81 frames of 480x832
 BF16, FP32 = torch.bfloat16, torch.float32
 SMALL = {

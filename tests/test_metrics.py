@@ -18,6 +18,8 @@ from benchmarks.quality.statistics import mean_interval, ratio_interval
 from diffsynth.data.synthetic import PLAIN, make_clip
 from diffsynth.evaluation.tracking import Track, track_object
 
+pytestmark = pytest.mark.slow
+
 PATH = np.stack([np.arange(9.0) * 3, np.full(9, 10.0)], axis=-1)
 
 

@@ -29,6 +29,8 @@ from diffsynth.webui.requests import checked_request
 from diffsynth.webui.session import make_video, open_session
 from diffsynth.webui.uploads import UploadLimits
 
+pytestmark = pytest.mark.slow
+
 ON_CPU = LoadOptions(device="cpu")
 WAYS = ("call", "command", "batch", "page")
 OF_THE_MACHINE = ("time_gen", "time_guidance", "stage_seconds", "peak_memory")  # of a record's cost

@@ -25,6 +25,8 @@ from diffsynth.runs.checkpoint import STEP
 from diffsynth.runs.state import load_state
 from diffsynth.testing import write_clip
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 SMALL = {
     "height": 32,

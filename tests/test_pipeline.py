@@ -221,6 +221,7 @@ def test_an_observer_is_told_of_every_stage_and_step(pipe, clip):
     assert set(cost.stage_seconds) == {"encode text", "encode video", "decode"}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_serve_guidance_and_sampling(tiny_checkpoint, clip):
     pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
     motion = MotionGuidance(

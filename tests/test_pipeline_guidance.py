@@ -55,6 +55,7 @@ def distance(pipe, latents, clip, guidance, sigma=0.1):
         return descriptor.loss(motion(latents, target), target).parts["amf"].item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_makes_a_video_and_repeats_bit_for_bit(pipe, clip, mode):
     frames = pipe("a red car", input_video=clip, mode=mode, **{**QUICK, "output_type": "pil"})
@@ -165,6 +166,7 @@ def test_a_guided_step_at_published_depth_runs_fourteen_blocks_a_gradient():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in dit.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(368, 640), (256, 256), (480, 848), (208, 112)])
 def test_odd_sizes_and_portrait_are_guided(pipe, size, tmp_path):
     """Token grids of 23 x 40, 16 x 16, 30 x 53 and 13 x 7: partial tiles, windows as large as the grid."""

@@ -226,6 +226,7 @@ def test_a_random_checkpoint_is_probed_to_finite_numbers(pipe, result):
     np.testing.assert_allclose(again.correlation[0, :, 0], result.correlation[1, :, 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_caption_the_seed_and_the_tokens_make_a_difference(pipe, result):
     small = {**SMALL, "sigmas": (0.9,), "taus": (1,)}
     for change in ({"prompt": "caption"}, {"seed": 1}, {"tokens": "all", "scenes": SceneOptions(camera=1)}):

@@ -21,6 +21,8 @@ from diffsynth.runs.signals import RunInterrupted
 from diffsynth.runs.state import load_state, save_state
 from diffsynth.testing import write_clip
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 SMALL = {
     "height": 32,

@@ -182,6 +182,7 @@ def test_public_functions_have_docstrings_and_return_types():
     assert faults == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["VideoData", "save_video", "ModelManager", "WanVideoPipeline"])
 def test_public_names_import_without_the_heavy_packages(name):
     heavy = ["gradio", "ray", "cv2", "transformers", "modelscope", "diffusers", "triton", "sentencepiece"]

@@ -17,6 +17,8 @@ from diffsynth.jobs import publish
 from diffsynth.runs.record import read_record
 from diffsynth.testing import write_clip
 
+pytestmark = pytest.mark.slow
+
 QUICK = [
     "--steps",
     "2",

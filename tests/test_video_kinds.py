@@ -151,6 +151,7 @@ def test_small_jitter_is_no_variable_rate(tmp_path):
     assert np.abs(np.diff(columns(data)) - 4).max() < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".webm", ".mov", ".ts"])
 @pytest.mark.parametrize("rate", ["24000/1001", "30000/1001", "25", "60"])
 def test_fractional_rates_are_exact_in_and_out(tmp_path, suffix, rate):
@@ -218,6 +219,7 @@ def test_only_what_is_used_of_a_long_video_is_decoded(tmp_path, monkeypatch):
     assert len(commands) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "suffix", [".mp4", ".mkv", ".ts", ".mpg", ".avi", ".flv", ".wmv", ".gif", ".h264", ".y4m"]
 )
@@ -291,6 +293,7 @@ def test_files_say_that_they_are_bt709(tmp_path):
     assert "yuv420p(tv, bt709, progressive)" in log  # matrix, primaries and transfer alike
 
 
+@pytest.mark.slow
 def test_saving_and_loading_eight_times_does_not_drift(tmp_path):
     rng = np.random.default_rng(0)
     colors = rng.integers(20, 235, (4, 6, 3)).astype(np.uint8)

@@ -212,6 +212,7 @@ def test_other_depths_and_temporal_factors_stream_alike(config):
 # Devices, precision, gradients
 
 
+@pytest.mark.slow
 def test_results_are_on_the_device_of_the_weights_wherever_the_input_is():
     vae = on_meta(dim=4)
     video = torch.zeros(1, 3, 5, 64, 64, dtype=torch.float64)

@@ -16,6 +16,8 @@ from diffsynth.webui.queue import JobQueue
 from diffsynth.webui.security import make_room
 from diffsynth.webui.uploads import UploadLimits
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("gradio", reason="needs gradio, the extra ui")
 gradio_client = pytest.importorskip("gradio_client", reason="needs gradio, the extra ui")
 
