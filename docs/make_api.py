@@ -17,7 +17,7 @@ from diffsynth.configs.descriptors import DESCRIPTORS, Descriptor
 from diffsynth.configs.fields import OrNone, options_of
 from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, SavingOptions, Shorthands
 from diffsynth.configs.resolve import motion_for
-from diffsynth.data.synthetic import SyntheticClip, make_clip
+from diffsynth.evaluation.synthetic import SyntheticClip, make_clip
 from diffsynth.jobs.convert import convert_checkpoint
 from diffsynth.models.attention import use_attention
 from diffsynth.pipelines.denoise import RunEvent

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth import save_video
-from diffsynth.data.synthetic import PLAIN, make_clip
+from diffsynth.evaluation.synthetic import PLAIN, make_clip
 
 # name -> seed and what make_clip is asked for
 CLIPS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from diffsynth import WanVideoPipeline
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.resolve import motion_for
-from diffsynth.data.synthetic import SceneOptions, make_clip
+from diffsynth.evaluation.synthetic import SceneOptions, make_clip
 from diffsynth.motion import MotionGuidance
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,6 @@ from PIL import Image
 
 from diffsynth.cli.main import main
 from diffsynth.data import VideoData, save_video
-from diffsynth.data.synthetic import PLAIN, make_clip
 from diffsynth.evaluation import (
     compare_motion,
     draw_arrows,
@@ -24,6 +23,7 @@ from diffsynth.evaluation import (
 )
 from diffsynth.evaluation.flow_images import SHEET_HEIGHT
 from diffsynth.evaluation.grid import GAP, LABEL_HEIGHT, picture_grid
+from diffsynth.evaluation.synthetic import PLAIN, make_clip
 
 
 def grey(count=1, size=(40, 30), value=120):

@@ -12,11 +12,11 @@ import torch
 
 from diffsynth import WanVideoPipeline
 from diffsynth.configs.defaults import RunDefaults
-from diffsynth.data.synthetic import SceneObject, SceneOptions, SyntheticClip, make_clip
 from diffsynth.evaluation import probe
 from diffsynth.evaluation.probe import block_features, natural_size, probe_motion, read_displacements
 from diffsynth.evaluation.probe_report import ProbeResult, suggest
 from diffsynth.evaluation.probe_truth import TrueFlow, agreement, moments, moments_by_distance, true_flow
+from diffsynth.evaluation.synthetic import SceneObject, SceneOptions, SyntheticClip, make_clip
 from diffsynth.motion import MotionGuidance, attention_motion_flow, frame_pairs
 
 ROOT = Path(__file__).parent.parent

@@ -37,7 +37,13 @@ from benchmarks.quality.report import (
 )
 from diffsynth import WanVideoPipeline
 from diffsynth.configs.defaults import RunDefaults
-from diffsynth.data.synthetic import COLOURS, HELD_OUT_SHAPES, HELD_OUT_TRAJECTORIES, SHAPES, TRAJECTORIES
+from diffsynth.evaluation.synthetic import (
+    COLOURS,
+    HELD_OUT_SHAPES,
+    HELD_OUT_TRAJECTORIES,
+    SHAPES,
+    TRAJECTORIES,
+)
 from diffsynth.motion import MotionGuidance
 from diffsynth.planning.cost import guidance_cost
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diffsynth.data.shapes import KNOWN_SHAPES, outline, signed_distance
-from diffsynth.data.synthetic import (
+from diffsynth.evaluation.shapes import KNOWN_SHAPES, outline, signed_distance
+from diffsynth.evaluation.synthetic import (
     COLOURS,
     HELD_OUT_SHAPES,
     HELD_OUT_TRAJECTORIES,
@@ -14,7 +14,7 @@ from diffsynth.data.synthetic import (
     SceneOptions,
     make_clip,
 )
-from diffsynth.data.trajectories import PATHS, place_path
+from diffsynth.evaluation.trajectories import PATHS, place_path
 
 CAMERA = SceneOptions(camera=1, second_object=1, spin=1, growth=1, checkered=1, shaded=0, still=0)
 

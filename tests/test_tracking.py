@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsynth.data.shapes import KNOWN_SHAPES
-from diffsynth.data.synthetic import (
+from diffsynth.evaluation.shapes import KNOWN_SHAPES
+from diffsynth.evaluation.synthetic import (
     COLOURS,
     HELD_OUT_SHAPES,
     HELD_OUT_TRAJECTORIES,

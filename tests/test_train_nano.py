@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffsynth import WanVideoPipeline
-from diffsynth.data.synthetic import make_clip
+from diffsynth.evaluation.synthetic import make_clip
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.prompters.tokenizer import load_tokenizer
 

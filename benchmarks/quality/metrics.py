@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 
 from benchmarks.quality.adherence import bilinear
-from diffsynth.data.synthetic import SyntheticClip
 from diffsynth.data.tensors import Video
+from diffsynth.evaluation.synthetic import SyntheticClip
 from diffsynth.evaluation.tracking import Track, distance_from_background, video_array
 
 SPAN = 4  # frames from one latent frame of Wan2.1 to the next

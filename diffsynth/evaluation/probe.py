@@ -17,10 +17,10 @@ from torch import Tensor
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import TAU
 from diffsynth.configs.resolve import round_size
-from diffsynth.data.synthetic import SceneOptions, SyntheticClip, make_clip
 from diffsynth.data.tensors import video_to_tensor
 from diffsynth.evaluation.probe_report import HEAD_MEANS, ProbeResult
 from diffsynth.evaluation.probe_truth import TrueFlow, agreement, moments_by_distance, true_flow
+from diffsynth.evaluation.synthetic import SceneOptions, SyntheticClip, make_clip
 from diffsynth.models.wan_video_dit import DiTBlock, WanModel
 from diffsynth.motion.flow import token_positions
 from diffsynth.motion.heads import precise

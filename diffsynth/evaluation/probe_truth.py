@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffsynth.data.synthetic import SyntheticClip
+from diffsynth.evaluation.synthetic import SyntheticClip
 from diffsynth.motion.flow import frame_pairs
 
 TOKENS = ("object", "all")

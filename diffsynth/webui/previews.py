@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 
-from diffsynth.data.synthetic import make_clip
 from diffsynth.data.tensors import video_to_tensor
+from diffsynth.evaluation.synthetic import make_clip
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from diffsynth.data import save_video
-from diffsynth.data.synthetic import PLAIN, make_clip
+from diffsynth.evaluation.synthetic import PLAIN, make_clip
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples" / "data"
 # Trajectory -> seed, shape, colour and background of a clip.

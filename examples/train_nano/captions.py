@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsynth.data.synthetic import BACKGROUND_TEXTURES, COLOURS, OBJECT_TEXTURES, SHAPES
+from diffsynth.evaluation.synthetic import BACKGROUND_TEXTURES, COLOURS, OBJECT_TEXTURES, SHAPES
 
 SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 PAD, END, _, UNKNOWN = range(4)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from diffsynth import WanVideoPipeline
-from diffsynth.data.synthetic import COLOURS, SHAPES
+from diffsynth.evaluation.synthetic import COLOURS, SHAPES
 
 SHOWN = (0, 4, 8, 12, 16)
 SCALE = 2

@@ -11,7 +11,7 @@ from runs import half_precision, make_clips, to_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffsynth.data.synthetic import SceneOptions
+from diffsynth.evaluation.synthetic import SceneOptions
 from diffsynth.models.wan_video_vae import WanVideoVAE
 
 logger = logging.getLogger(__name__)

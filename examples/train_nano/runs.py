@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from diffsynth.data.synthetic import SceneOptions, make_clip
+from diffsynth.evaluation.synthetic import SceneOptions, make_clip
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from runs import (
 )
 from torch import Tensor, nn
 
-from diffsynth.data.synthetic import SceneOptions
+from diffsynth.evaluation.synthetic import SceneOptions
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae_layers import Downsample, ResidualBlock, Upsample
 from diffsynth.vram_management import choose_device

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from diffsynth.data.shapes import KNOWN_SHAPES, signed_distance
-from diffsynth.data.trajectories import PATHS, place_path
+from diffsynth.evaluation.shapes import KNOWN_SHAPES, signed_distance
+from diffsynth.evaluation.trajectories import PATHS, place_path
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 HELD_OUT_SHAPES = ("hexagon", "heart")
