@@ -9,7 +9,7 @@ from diffsynth import save_video
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.jobs.models import attention_kernel, load_options, load_pipeline
-from diffsynth.jobs.publish import write_aside
+from diffsynth.jobs.publish import write_output
 from diffsynth.jobs.task import make_task, task_options
 
 
@@ -35,4 +35,4 @@ def main(model_dir: str) -> None:
         frames = pipe(**task.call, **latency, input_video=task.video)
     stem = f"{reference.stem if reference else 'text'}-{pipe.costs[0].mode}-seed{pipe.costs[0].seed}"
     write = partial(save_video, frames, fps=task.file.fps, quality=task.file.quality)
-    print(write_aside(args.output_dir / f"{stem}.mp4", write, overwrite=False))
+    print(write_output(frames, args.output_dir / f"{stem}.mp4", write, overwrite=False))

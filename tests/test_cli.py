@@ -26,6 +26,7 @@ from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.download import DownloadError
 from diffsynth.configs.fields import load, options_of
 from diffsynth.configs.resolve import resolve, resolve_prompts
+from diffsynth.data import frames, writer
 from diffsynth.evaluation.trackers import METHODS
 from diffsynth.jobs import models, publish, task
 from diffsynth.jobs.publish import check_folder, reserve_name
@@ -101,6 +102,8 @@ def test_names_that_configs_state_are_those_of_the_rooms():
     assert tuple(BACKENDS) == options.ATTENTION
     assert set(options.DTYPES) == {str(dtype).removeprefix("torch.") for dtype in DTYPES} - {"float64"}
     assert parser.TRACKERS == METHODS
+    assert options.FITS == frames.FITS
+    assert options.DEFAULT_FPS == writer.DEFAULT_FPS
     for path in [*options.SAMPLERS.values(), *(cache.rule for cache in CACHES.values())]:
         assert isinstance(load(path), type)
     for descriptor in DESCRIPTORS.values():
@@ -344,7 +347,7 @@ def test_a_file_system_without_hard_links_keeps_other_files_too(tmp_path, monkey
 
     monkeypatch.setattr(publish.os, "link", link)
     (tmp_path / "a.mp4").write_bytes(b"1")
-    final = publish.write_aside(tmp_path / "a.mp4", lambda file: file.write_bytes(b"2"), overwrite=False)
+    final = publish.write_output([], tmp_path / "a.mp4", lambda file: file.write_bytes(b"2"), overwrite=False)
     assert (final, (tmp_path / "a-2.mp4").read_bytes()) == (tmp_path / "a-2.mp4", b"2")
     assert visible(tmp_path) == ["a-2.mp4", "a.mp4"]
 

@@ -10,7 +10,7 @@ from diffsynth.caches.first_block_cache import FirstBlockCache
 from diffsynth.caches.mag_cache import MagCache
 from diffsynth.caches.mag_calibration import calibrate_magcache
 from diffsynth.caches.rules import Probe, StepCache, make_rule, run_blocks_cached
-from diffsynth.configs.cache_tables import MAG_CACHE_MODELS, MagRatios
+from diffsynth.configs.cache_tables import MagRatios, mag_cache_models
 from diffsynth.configs.caches import CACHES, Cache, CacheOptions, choose_cache
 from diffsynth.configs.defaults import RunDefaults
 from diffsynth.configs.options import RunOptions
@@ -124,9 +124,9 @@ def published_decisions(table, threshold, max_skip, retention):
 
 
 @pytest.mark.parametrize("max_skip", [2, 4, 6])
-@pytest.mark.parametrize("model_id", sorted(MAG_CACHE_MODELS))
+@pytest.mark.parametrize("model_id", sorted(mag_cache_models()))
 def test_magcache_decisions_over_the_published_tables_are_the_published_ones(model_id, max_skip):
-    model = MAG_CACHE_MODELS[model_id]
+    model = mag_cache_models()[model_id]
     expected = published_decisions(model.ratios, model.threshold, max_skip, 0.2)
     chosen = CacheOptions(
         name="magcache", threshold=model.threshold, ratios=model.ratios, max_skip=max_skip, retention=0.2
@@ -148,7 +148,7 @@ def computed_share(table, max_skip):
 def test_magcache_computes_as_many_steps_as_its_published_times_tell():
     # Wan2.1 1.3B took 189 s, with at most 4 skips 68 s, with at most 2 skips 87 s; the times are those of
     # square roots of the ratios, which the published code has since left away.
-    table = MAG_CACHE_MODELS["Wan2.1-T2V-1.3B"].ratios
+    table = mag_cache_models()["Wan2.1-T2V-1.3B"].ratios
     roots = MagRatios(tuple(r**0.5 for r in table.positive))
     for max_skip, seconds, plain in ((4, 68, 0.42), (2, 87, 0.5)):
         assert computed_share(roots, max_skip) == pytest.approx(seconds / 189, abs=0.025)
@@ -326,7 +326,7 @@ def test_names_choose_the_published_numbers_of_the_models_width():
     small, large = (choose_cache("magcache", None, dim) for dim in (1536, 5120))
     assert (small.threshold, small.max_skip, small.retention) == (0.12, 4, 0.2)
     assert (large.threshold, large.max_skip) == (0.24, 6)
-    assert small.ratios == MAG_CACHE_MODELS["Wan2.1-T2V-1.3B"].ratios
+    assert small.ratios == mag_cache_models()["Wan2.1-T2V-1.3B"].ratios
     assert choose_cache("magcache", 0.06, 160, FLAT.to_json()) == options("magcache", 0.06)
     assert choose_cache("first_block", None, 160) == options("first_block", 0.05)
     tea = choose_cache("teacache", None, 1536)

@@ -6,17 +6,12 @@ import weakref
 
 import numpy as np
 import pytest
+from ffmpeg_tool import ffmpeg
 from PIL import Image
 
 from diffsynth.data import VideoData, fit_frame, video
 
 EXIF_ORIENTATION = 0x0112
-
-
-def ffmpeg(*arguments):
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    subprocess.run([get_ffmpeg_exe(), "-y", "-loglevel", "error", *map(str, arguments)], check=True)
 
 
 def mean_levels(frames):

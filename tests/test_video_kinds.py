@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ffmpeg_tool import ffmpeg
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -16,12 +17,6 @@ GOLDEN = Path(__file__).parent / "golden"
 PHONE = "setpts='if(lt(N,30),N/30,1+(N-30)/15)/TB'"  # a second at 30 frames a second, then one at 15
 # A bar of 4 pixels that moves by 60 pixels a second, on black.
 BAR = "color=black:s=160x32:r={rate}:d=10,geq=lum='if(between(X-T*60-16,-2,2),235,16)':cb=128:cr=128"
-
-
-def ffmpeg(*arguments):
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    subprocess.run([get_ffmpeg_exe(), "-y", "-loglevel", "error", *map(str, arguments)], check=True)
 
 
 def made(path, source, *options, frames=20):

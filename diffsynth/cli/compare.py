@@ -14,7 +14,7 @@ from diffsynth.evaluation.drawing import draw_trajectories
 from diffsynth.evaluation.grid import video_grid
 from diffsynth.evaluation.tracking import track_object
 from diffsynth.jobs.errors import UsageError
-from diffsynth.jobs.publish import check_output, write_aside
+from diffsynth.jobs.publish import check_output, write_output
 from diffsynth.jobs.task import open_reference
 
 
@@ -34,7 +34,8 @@ def run(options: Namespace, console: Console) -> int:
     if options.paths:
         videos = {label: draw_trajectories(v, [track_object(v).centroids]) for label, v in videos.items()}
     frames = video_grid(videos, columns=options.columns, height=options.height, until=options.until)
-    path = write_aside(options.output, partial(save_video, frames, fps=fps, quality=8), options.overwrite)
+    save = partial(save_video, frames, fps=fps, quality=8)
+    path = write_output(frames, options.output, save, options.overwrite)
     facts = {"output": str(path), "labels": labels, "frames": len(frames), "fps": fps}
     console.say(f"{path}: {len(frames)} frames, {' | '.join(labels)}")
     console.result(facts)

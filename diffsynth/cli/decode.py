@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from diffsynth.cli.console import DONE, Console
+from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, TILING, FileOptions, RunOptions
-from diffsynth.data import save_frames, save_video
+from diffsynth.data import save_video
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model
-from diffsynth.jobs.publish import check_output, is_png_folder, write_aside
-from diffsynth.jobs.task import fields_of
+from diffsynth.jobs.publish import check_output, write_output
 from diffsynth.models.checkpoint_files import CheckpointError, files_of
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -42,11 +42,8 @@ def run(options: Namespace, console: Console) -> int:
     frames: Any = decode_saved(options.latents, vae, **tiling)  # PIL images by default
     console.note("write")
     fps = file.fps or facts["fps"] or DEFAULT_FPS
-    if is_png_folder(options.output):
-        path = save_frames(frames, options.output)
-    else:
-        save = partial(save_video, frames, fps=fps, quality=file.quality, lossless=file.lossless)
-        path = write_aside(options.output, save, options.overwrite)
+    save = partial(save_video, frames, fps=fps, quality=file.quality, lossless=file.lossless)
+    path = write_output(frames, options.output, save, options.overwrite)
     size = f"{frames[0].width}x{frames[0].height}"
     console.say(f"{path}: {len(frames)} frames of {size} at {fps:g} frames a second")
     console.result({"output": str(path), "frames": len(frames), "fps": fps})

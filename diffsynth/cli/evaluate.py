@@ -5,12 +5,13 @@ from itertools import islice
 from typing import Any
 
 from diffsynth.cli.console import DONE, Console
+from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import ReferenceOptions
 from diffsynth.data import VideoData
 from diffsynth.evaluation.motion_fidelity import paired_fidelity, tracklet_fidelity
 from diffsynth.evaluation.text_similarity import load_clip, temporal_consistency_clip, text_similarity
 from diffsynth.evaluation.trackers import Tracklets, track_points
-from diffsynth.jobs.task import fields_of, open_reference
+from diffsynth.jobs.task import open_reference
 
 
 def run(options: Namespace, console: Console) -> int:

@@ -5,17 +5,18 @@ from pathlib import Path
 
 from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.defaults import run_defaults
+from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, ReferenceOptions
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.data import VideoData
-from diffsynth.data.tensors import find_cuts, is_still, video_to_tensor, warn_of_reference
+from diffsynth.data.tensors import video_to_tensor, warn_of_reference
 from diffsynth.evaluation.figures import loss_curves
 from diffsynth.evaluation.flow_images import displacements, flow_sheet, save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import attention_kernel, choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder
-from diffsynth.jobs.task import fields_of, open_reference
+from diffsynth.jobs.task import open_reference
 from diffsynth.pipelines.components import reference_facts
 from diffsynth.runs.record import read_record
 
@@ -48,8 +49,8 @@ def run(options: Namespace, console: Console) -> int:
     pairs, rows, cols = flow.shape[:3]
     console.say(f"{path}, {sheet}: flow of {pairs} pairs of latent frames, {rows}x{cols} tokens")
     pixels = video_to_tensor(video, len(video), *video.shape())
-    facts = {"still": is_still(pixels), "cuts": find_cuts(pixels), **displacements(flow, motion.sf)}
-    warn_of_reference(pixels)
+    still, cuts = warn_of_reference(pixels)
+    facts = {"still": still, "cuts": cuts, **displacements(flow, motion.sf)}
     console.say(
         f"displacement {facts['mean_displacement']:.2f} pixels a frame in the mean, "
         f"{facts['largest_displacement']:.2f} at most; {facts['share_moving']:.0%} of the tokens move"

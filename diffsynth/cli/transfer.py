@@ -9,21 +9,19 @@ from typing import Any
 from diffsynth.cli.arguments import flag
 from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.progress import run_watched, saving_arguments
-from diffsynth.data.ffmpeg import check_ffmpeg
+from diffsynth.configs.fields import fields_of
+from diffsynth.configs.options import FileOptions, ReferenceOptions
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_output, check_space
-from diffsynth.jobs.task import VideoTask, make_task, open_reference, summary, task_options
+from diffsynth.jobs.task import VideoTask, make_task, summary, task_options, use_reference
 from diffsynth.runs.record import (
     RunRecord,
     describe_model,
-    describe_reference,
     differences,
     fingerprints,
     read_record,
     record_path,
-    recorded_file,
-    recorded_reference,
 )
 
 
@@ -78,19 +76,13 @@ def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
                 f"the recorded reference {path} is not there; name its new place: "
                 f"fastvmt transfer REF --from {options.record}"
             )
-    video, reference = None, None
-    if path is not None:
-        used = recorded_reference(record.reference or {})
-        video = open_reference(path, used)
-        reference = describe_reference(path, len(video), video.fps, used)
-    if path is None or path.is_dir():  # a video file has shown it
-        check_ffmpeg()
+    video, reference = use_reference(path, fields_of(ReferenceOptions, record.reference or {}))
     call = record.call_arguments()
     return VideoTask(
         call=call,
         video=video,
         reference=reference,
-        file=recorded_file(record.video),
+        file=fields_of(FileOptions, record.video),
         num_bytes=3 * call["num_frames"] * call["height"] * call["width"],
     )
 

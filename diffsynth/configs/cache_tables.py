@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,9 @@ class MagCacheModel:
     source: str = "MagCache4Wan2.1, measured with sdpa attention; UniPC, shift 5, guidance 5 by default"
 
 
-def _published() -> dict[str, MagCacheModel]:
+@cache
+def mag_cache_models() -> dict[str, MagCacheModel]:
+    """Return the models whose ratios are published, by name."""
     table = json.loads(Path(__file__).with_name("mag_cache.json").read_text())
     return {
         name: MagCacheModel(
@@ -139,6 +142,3 @@ def _published() -> dict[str, MagCacheModel]:
         )
         for name, row in table.items()
     }
-
-
-MAG_CACHE_MODELS = _published()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffsynth.configs.cache_tables import MAG_CACHE_MODELS, MODEL_OF_DIT_DIM, TEA_CACHE_MODELS, MagRatios
+from diffsynth.configs.cache_tables import MODEL_OF_DIT_DIM, TEA_CACHE_MODELS, MagRatios, mag_cache_models
 from diffsynth.configs.fields import Choice, Number, Text, Whole, check_options, check_value, option
 
 Ratios = Mapping[str, Sequence[float]]
@@ -50,7 +50,7 @@ def _mag_cache(dit_dim: int, declared: Ratios | None, _model_id: str) -> dict[st
             f"no MagCache ratios are known for a DiT of width {dit_dim}: measure them with "
             "calibrate_magcache and declare them in the checkpoint's config.json, or pass CacheOptions"
         )
-    published = MAG_CACHE_MODELS[known or "Wan2.1-T2V-1.3B"]
+    published = mag_cache_models()[known or "Wan2.1-T2V-1.3B"]
     ratios = published.ratios if declared is None else MagRatios.from_json(declared)
     return {"threshold": published.threshold, "ratios": ratios, "max_skip": published.max_skip}
 

@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from importlib import import_module
 from numbers import Integral, Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+Owner = TypeVar("Owner")
 OPTION = "option"  # key of an `Option` in the metadata of a dataclass field
 _COUNTS = {2: "two", 3: "three"}
 
@@ -219,6 +220,16 @@ def options_of(owner: type) -> dict[str, tuple[Option, Any]]:
     """Return name -> (option, default) for the options of a dataclass, in order."""
     stated: Sequence[Field[Any]] = fields(owner)
     return {item.name: (item.metadata[OPTION], item.default) for item in stated if OPTION in item.metadata}
+
+
+def fields_of(owner: type[Owner], values: Mapping[str, Any]) -> Owner:
+    """Return a dataclass of options with those of its fields that are named among other values.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+    stated: Sequence[Field[Any]] = fields(owner)  # type: ignore[arg-type]  # a dataclass
+    return owner(**{item.name: values[item.name] for item in stated if item.name in values})
 
 
 def check_value(name: str, kind: Kind, value: Any) -> Any:

@@ -20,7 +20,7 @@ class FfmpegError(RuntimeError):
     """Raised when the ffmpeg program is missing, does not start or is too old."""
 
 
-def run_ffmpeg(arguments: Sequence[str]) -> tuple[bytes, str]:
+def run_ffmpeg(arguments: Sequence[str], seconds: float | None = None) -> tuple[bytes, str]:
     """Run ffmpeg to its end, whatever its exit status.
 
     Returns:
@@ -28,13 +28,16 @@ def run_ffmpeg(arguments: Sequence[str]) -> tuple[bytes, str]:
 
     Raises:
         FfmpegError: ffmpeg cannot run, or is older than 5.1.
+        subprocess.TimeoutExpired: it takes more than that many seconds.
     """
     try:
         from imageio_ffmpeg import get_ffmpeg_exe
 
         command = [get_ffmpeg_exe(), "-nostdin", "-nostats", "-loglevel", "level+info", *arguments]
         env = {name: value for name, value in os.environ.copy().items() if name != "FFREPORT"}
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=env)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=env, timeout=seconds
+        )
     except (ImportError, RuntimeError, OSError) as error:
         raise FfmpegError(
             f"ffmpeg, which reads and writes videos, does not run: {error}. Reinstall imageio-ffmpeg, or "

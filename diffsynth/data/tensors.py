@@ -62,15 +62,13 @@ def changes(pixels: Tensor) -> Tensor:
     return grey.diff(dim=0).abs().mean((1, 2))
 
 
-def is_still(pixels: Tensor) -> bool:
-    """Return whether nothing moves in frames [1, 3, T, H, W]."""
-    change = changes(pixels)
+def is_still(change: Tensor) -> bool:
+    """Return whether nothing moves, by what `changes` returned."""
     return len(change) > 0 and float(change.max()) < STILL
 
 
-def find_cuts(pixels: Tensor) -> list[int]:
-    """Return the indices (0-based) of the frames of [1, 3, T, H, W] at which another shot begins."""
-    change = changes(pixels)
+def find_cuts(change: Tensor) -> list[int]:
+    """Return the indices (0-based) of the frames at which another shot begins, by what `changes` returned."""
     found = []
     for index, value in enumerate(change.tolist()):
         around = torch.cat([change[max(0, index - 2) : index], change[index + 1 : index + 3]])
@@ -79,15 +77,22 @@ def find_cuts(pixels: Tensor) -> list[int]:
     return found
 
 
-def warn_of_reference(pixels: Tensor) -> None:
-    """Log a warning for a reference [1, 3, T, H, W] without motion, or with more than one shot."""
-    if is_still(pixels):
+def warn_of_reference(pixels: Tensor) -> tuple[bool, list[int]]:
+    """Log a warning for a reference [1, 3, T, H, W] without motion, or with more than one shot.
+
+    Returns:
+        Whether nothing moves, and the indices of the frames at which another shot begins.
+    """
+    change = changes(pixels)
+    still, cuts = is_still(change), find_cuts(change)
+    if still:
         logger.warning("nothing moves in the reference: there is no motion to transfer")
-    if cuts := find_cuts(pixels):
+    if cuts:
         logger.warning(
             "the reference has a cut at frame %s; motion is not followed over it; start and end pick a shot",
             ", ".join(map(str, cuts)),
         )
+    return still, cuts
 
 
 def chunks_to_uint8(chunks: Iterable[Tensor], num_frames: int) -> np.ndarray:

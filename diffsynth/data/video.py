@@ -220,8 +220,7 @@ class VideoData:
         self.fit = fit
         self._length = len(self._source)
         self._shape = shape or self._source.common_size()[::-1]
-        if shape is not None:
-            self._tell_of_cropping()
+        self._tell_of_cropping()
 
     @property
     def fps(self) -> float | None:

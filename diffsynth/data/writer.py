@@ -6,7 +6,7 @@ a broken file where a good one was.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 QUICKTIME = (".mp4", ".m4v", ".mov")
 VIDEO_SUFFIXES = (*QUICKTIME, ".mkv", ".avi", ".webm", ".gif")
-DEFAULT_FPS = 15
+DEFAULT_FPS = 15.0
 LOSSLESS_SUFFIXES = (".mkv", ".avi", ".webm")
 # setparams as well as the options: ffmpeg 7 and newer take tags from the frames. Players ignore half a tag.
 _TO_BT709 = (
@@ -39,7 +39,7 @@ _GIF_PALETTE = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=di
 def save_video(
     frames: Iterable[Image.Image | np.ndarray] | np.ndarray,
     path: str | PathLike | None = None,
-    fps: float | None = 15,
+    fps: float | None = DEFAULT_FPS,
     quality: float = 5,
     ffmpeg_params: Sequence[str] | None = None,
     *,
@@ -210,10 +210,7 @@ def _encode(
         with opened as file, closing(file.legacy_get_writer(**encoding)) as writer:
             while image is not None:
                 try:
-                    if num_frames == 0:
-                        with starting():
-                            writer.append_data(np.asarray(image))
-                    else:
+                    with starting() if num_frames == 0 else nullcontext():
                         writer.append_data(np.asarray(image))
                 except OSError as error:  # ffmpeg has ended early
                     raise RuntimeError(f"ffmpeg could not write the video: {complaints()}") from error

@@ -96,32 +96,36 @@ def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, ove
     Returns:
         The path that the video has.
     """
-    if is_png_folder(path):
-        final = save_frames(frames, path)
-    else:
-        final = write_aside(path, lambda file: save_with_metadata(frames, file, record), overwrite)
+    final = write_output(frames, path, lambda file: save_with_metadata(frames, file, record), overwrite)
     write_record(record, final)
     return final
 
 
-def write_aside(path: Path, write: Callable[[Path], object], overwrite: bool) -> Path:
-    """Have a file written beside `path` and moved there; an error leaves no trace.
+def write_output(
+    frames: Sequence[Image.Image], path: Path, write_video: Callable[[Path], object], overwrite: bool
+) -> Path:
+    """Write frames to a folder of PNG files, or have a video written beside `path` and moved there.
+
+    An error leaves no trace.
 
     Args:
-        path: of the file.
-        write: called with the hidden path to write to.
+        frames: of the video.
+        path: of the output.
+        write_video: called with the hidden path to write to.
         overwrite: replace an existing file; otherwise a name that was taken meanwhile gets a number.
 
     Returns:
-        The path that the file has.
+        The path that the output has.
     """
+    if is_png_folder(path):
+        return save_frames(frames, path)
     if overwrite:
         with written_whole(path.resolve()) as temporary:
-            write(temporary)
+            write_video(temporary)
         return path
     final = []
     with written_whole(path, lambda file, target: final.append(_place(file, target))) as temporary:
-        write(temporary)
+        write_video(temporary)
     return final[0]
 
 

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
 from diffsynth.configs.defaults import EXACT, run_defaults
 from diffsynth.configs.descriptors import NO_TRANSFER
+from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import (
     DEFAULT_FPS,
     MOTION_PREFIX,
@@ -33,7 +34,6 @@ from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
 from diffsynth.runs.record import RunRecord, describe_reference, make_record, record_path
 
 PROMPTS = ("prompt", "negative_prompt")
-Options = TypeVar("Options", FileOptions, ReferenceOptions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +90,21 @@ def open_reference(
     )
 
 
-def fields_of(owner: type[Options], options: Mapping[str, Any]) -> Options:
-    """Return the dataclass of options that has those of its fields that are named.
+def use_reference(
+    path: Path | None, used: ReferenceOptions
+) -> tuple[VideoData | None, dict[str, Any] | None]:
+    """Return a reference, opened, and its description for the record; both are None without one.
 
     Raises:
-        ValueError: a value is not allowed.
+        FileNotFoundError: there is no such reference.
+        FfmpegError: ffmpeg does not run.
     """
-    return owner(**{item.name: options[item.name] for item in fields(owner) if item.name in options})
+    if path is None or path.is_dir():  # reading a video file shows it, too
+        check_ffmpeg()
+    if path is None:
+        return None, None
+    video = open_reference(path, used)
+    return video, describe_reference(path, len(video), video.fps, used)
 
 
 def task_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,18 +144,12 @@ def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) 
     if reference is None and options.get("mode") != NO_TRANSFER:
         raise UsageError("a reference video is missing; for a video from text alone give --mode No_transfer")
     options, defaults = with_motion(options), run_defaults(folder)
-    used = fields_of(ReferenceOptions, options)
-    video = None if reference is None else open_reference(reference, used)
+    file = fields_of(FileOptions, options)
     call = {name: options[name] for name in call_options() if name in options}
     resolve_prompts(options["prompt"], options.get("negative_prompt"), defaults)
+    video, described = use_reference(reference, fields_of(ReferenceOptions, options))
     run = resolve(call, defaults, reference_facts(video))
-    file = fields_of(FileOptions, options)
-    described, rate = None, None
-    if reference is not None and video is not None:
-        rate = video.fps
-        described = describe_reference(reference, len(video), rate, used)
-    if reference is None or reference.is_dir():  # a video file has shown it
-        check_ffmpeg()
+    rate = None if video is None else video.fps
     return VideoTask(
         call={**{name: options[name] for name in PROMPTS if name in options}, **call},
         video=video,

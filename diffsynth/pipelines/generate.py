@@ -213,7 +213,8 @@ def checked_callables(
     Raises:
         TypeError: an argument can be neither called nor is None; the message names it.
     """
-    for name, call in locals().copy().items():
+    called = {"progress_bar_cmd": progress_bar_cmd, "observer": observer}
+    for name, call in {**called, "callback_on_step_end": callback_on_step_end}.items():
         if call is not None and not callable(call):
             raise TypeError(f"{name} must be a function or None; got {call!r:.80}")
     return progress_bar_cmd or iter, observer or (lambda _event: None)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, FileOptions, ReferenceOptions, RunOptions
 from diffsynth.data.ffmpeg import file_url, run_ffmpeg
 from diffsynth.data.files import sha256_of_file, sha256_of_frames, sha256_of_video, written_whole
@@ -180,12 +181,6 @@ def describe_reference(
     return {**facts, **asdict(used)}
 
 
-def recorded_reference(reference: Mapping[str, Any]) -> ReferenceOptions:
-    """Return the options in the `reference` of a record."""
-    names = {field.name for field in fields(ReferenceOptions)}
-    return ReferenceOptions(**{name: value for name, value in reference.items() if name in names})
-
-
 def describe_model(folder: Path, setup: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `model` of a record: folder, files and setup of a checkpoint.
 
@@ -258,7 +253,7 @@ def save_with_metadata(frames: Sequence[Image.Image], path: Path, record: RunRec
     """Save a video with the record in its metadata, unless the record is too long for that."""
     text = json.dumps(record.to_json())
     metadata = ["-metadata", f"comment={text}"] if len(text) <= LARGEST_METADATA else []
-    file, source = recorded_file(record.video), None
+    file, source = fields_of(FileOptions, record.video), None
     if file.keep_audio and record.reference is not None:
         source = record.reference["path"]
     return save_video(
@@ -271,12 +266,6 @@ def save_with_metadata(frames: Sequence[Image.Image], path: Path, record: RunRec
         audio_from=source,
         audio_start=(record.reference or {}).get("start") or 0.0,
     )
-
-
-def recorded_file(video: Mapping[str, Any]) -> FileOptions:
-    """Return the options of the file in the `video` of a record."""
-    names = {field.name for field in fields(FileOptions)}
-    return FileOptions(**{name: value for name, value in video.items() if name in names})
 
 
 def write_record(record: RunRecord, video: Path) -> Path:

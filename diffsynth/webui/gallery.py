@@ -10,11 +10,13 @@ from typing import Any
 
 from PIL import Image
 
+from diffsynth.configs.fields import fields_of
+from diffsynth.configs.options import ReferenceOptions
 from diffsynth.data import VideoData, save_video
 from diffsynth.data.files import sha256_of_video, written_whole
 from diffsynth.evaluation.grid import side_by_side
 from diffsynth.jobs.task import open_reference
-from diffsynth.runs.record import RunRecord, read_record, record_path, recorded_reference
+from diffsynth.runs.record import RunRecord, read_record, record_path
 
 LARGEST_RECORD = 2_000_000  # bytes
 MOST_SHOWN = 24
@@ -96,7 +98,7 @@ def _reference_frames(reference: Mapping[str, Any], height: int, width: int, cou
     path = Path(reference["path"])
     if sha256_of_video(path) != reference["sha256"]:
         raise ValueError(f"{path} is not the recorded reference")
-    with open_reference(path, recorded_reference(reference), height=height, width=width) as video:
+    with open_reference(path, fields_of(ReferenceOptions, reference), height=height, width=width) as video:
         return list(islice(video, count))
 
 

@@ -60,7 +60,10 @@ class Guard:
             await self._app(scope, receive, send)
             return
         if reason := self._refusal(scope):
-            await _refuse(send, 403, reason)
+            if scope["type"] == "websocket":  # before it is accepted, this is answered 403
+                await send({"type": "websocket.close", "code": 1008, "reason": reason})
+            else:
+                await _refuse(send, 403, reason)
             return
         if scope["type"] == "http" and scope["method"] == "POST":
             if scope["path"].endswith("/upload"):

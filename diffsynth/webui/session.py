@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER, flow_modes
+from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, LoadOptions, ReferenceOptions, call_options
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.evaluation.flow_images import save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.jobs.models import attention_kernel, choose_model, load_pipeline
-from diffsynth.jobs.task import fields_of, make_task, open_reference, run_task
+from diffsynth.jobs.task import make_task, open_reference, run_task
 from diffsynth.pipelines.components import reference_facts
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline

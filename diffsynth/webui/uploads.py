@@ -15,6 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
+from diffsynth.data.ffmpeg import file_url, run_ffmpeg
+from diffsynth.data.stream import EVERY_FRAME_ONCE, VIDEO_STREAM
+
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 # The first bytes of each kind: (offset, bytes).
 _SIGNS: Mapping[str, tuple[tuple[int, bytes], ...]] = MappingProxyType(
@@ -135,24 +138,19 @@ def _copy(source: BinaryIO, target: Path, limits: UploadLimits) -> str:
 
 def _check_decodes(path: Path, limits: UploadLimits) -> None:
     """Decode the file once, without keeping frames, within the limits."""
-    from imageio_ffmpeg import get_ffmpeg_exe  # type: ignore[import-untyped]  # it has no stubs
-
-    command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-max_pixels", str(limits.pixels)]
-    command += ["-i", f"file:{path.absolute()}", "-map", "0:V:0", "-fps_mode", "passthrough"]
+    command = ["-max_pixels", str(limits.pixels), "-i", file_url(path), *VIDEO_STREAM, *EVERY_FRAME_ONCE]
     command += ["-frames:v", str(limits.frames + 1), "-progress", "pipe:1", "-f", "null", "-"]
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=limits.seconds
-        )
+        progress, log = run_ffmpeg(command, limits.seconds)
     except subprocess.TimeoutExpired as error:
         raise ValueError(
             f"the uploaded video takes longer than {limits.seconds:g} s to decode; send a shorter one"
         ) from error
-    if b"exceeds specified max pixel count" in done.stderr:
+    if "exceeds specified max pixel count" in log:
         raise ValueError(
             f"the uploaded video's frames have more than {limits.pixels} pixels; send a smaller one"
         )
-    counts = re.findall(rb"^frame=\s*(\d+)", done.stdout, re.MULTILINE)
+    counts = re.findall(rb"^frame=\s*(\d+)", progress, re.MULTILINE)
     frames = int(counts[-1]) if counts else 0
     if frames == 0:
         raise ValueError("the uploaded file cannot be decoded: it is damaged or no video")
