@@ -3,14 +3,20 @@
 import hashlib
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
+
+try:
+    import fcntl
+except ImportError:  # Windows, where what a killed process leaves stays
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +37,64 @@ def written_whole(path: Path, place: Callable[[Path, Path], object] = os.replace
     Args:
         place: called with (the hidden path, `path`) once the content is on the disk.
     """
-    temporary = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
-    try:
+    with unfinished(path) as temporary:
         yield temporary
         _sync(temporary)
         place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     if os.name == "posix":
         _sync(path.parent)
+
+
+@contextmanager
+def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Yield a new hidden file or folder beside `path`, which is gone when the context ends.
+
+    Those that killed processes left for the same path are removed first: nobody holds their locks any more.
+
+    Args:
+        folder: make a folder instead of a file.
+    """
+    stem = PARTIAL + hashlib.sha256(path.name.encode()).hexdigest()[:12]
+    for left in path.parent.glob(f"{stem}-*"):
+        if (handle := _lock(left)) is not None:
+            _remove(left)
+            os.close(handle)
+    temporary = path.with_name(f"{stem}-{uuid.uuid4().hex[:12]}{'' if folder else path.suffix}")
+    if folder:
+        temporary.mkdir()
+    else:
+        temporary.open("xb").close()
+    handle = _lock(temporary)
+    try:
+        yield temporary
+    finally:
+        if handle is not None:
+            os.close(handle)
+        _remove(temporary)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file or folder until the handle that is returned is closed, or the process ends.
+
+    Returns:
+        The handle; None if another has the lock, or the system has no such locks.
+    """
+    handle = None
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+    if handle is not None:
+        os.close(handle)
+    return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ are height first.
 import logging
 import math
 import re
-import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from itertools import chain
 from numbers import Real
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from diffsynth.data.files import unfinished
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FITS = ("crop", "pad", "stretch")  # how a frame is brought to another size
@@ -175,19 +176,22 @@ def _natural_key(path: Path) -> tuple[list[str | int], str]:
 def write_pngs(frames: Iterator[Image.Image], folder: Path, digits: int) -> None:
     """Write frames to folder as 0.png, 1.png, ..., numbers padded to digits; all appear at once, at the end.
 
-    Until the last frame is there they lie in a hidden folder `.saving-*` inside folder, so an error leaves
-    none behind (a killed process leaves that folder). Files that are no images stay; FileExistsError if
-    folder holds images: nothing is ever overwritten, and two videos never mix.
+    An error leaves none behind. Files that are no images stay; FileExistsError if folder holds images:
+    nothing is ever overwritten, and two videos never mix.
     """
     if folder.is_dir() and (present := list_images(folder)):
         raise FileExistsError(f"{folder} already holds images ({present[0].name}, ...): give an empty folder")
     first = next(frames)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished(folder, folder=True) as temporary:
         for index, image in enumerate(chain([first], frames)):
-            image.save(Path(temporary) / f"{index:0{digits}d}.png")
-        for path in list_images(Path(temporary)):
-            path.replace(folder / path.name)
+            image.save(temporary / f"{index:0{digits}d}.png")
+        try:
+            temporary.replace(folder)  # whole, if the folder is new or empty
+        except OSError:
+            folder.mkdir(exist_ok=True)
+            for path in list_images(temporary):
+                path.replace(folder / path.name)
 
 
 class ImageFolder:

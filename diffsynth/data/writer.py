@@ -55,8 +55,8 @@ def save_video(
     Frames of odd height or width are stored as 4:4:4 (4:2:0 has even sizes only), which some players refuse.
 
     An existing file is replaced, but only once the new one is complete and checked to hold as many frames of
-    the same size; on an error it stays as it was. A killed process may leave a hidden `.writing-*` file
-    beside it.
+    the same size; on an error it stays as it was. What a killed process leaves beside it, a hidden file
+    `.writing-*`, is removed when the same file is written again.
 
     Args:
         frames: PIL images (any mode, converted to RGB) or uint8 arrays [H, W, 3], also from a generator, read
