@@ -124,7 +124,7 @@ def test_an_output_of_other_arguments_is_kept_unless_overwrite(start, tmp_path):
     start(job(output="a.mp4"))
     code, result, _ = start(job(output="a.mp4", seed=2))
     assert (code, states(result)) == (1, ["failed"])
-    assert "exists, made in another way; name another or --overwrite" in result["jobs"][0]["error"]
+    assert "exists, made by another request (seed was 1, and is 2); name" in result["jobs"][0]["error"]
     assert read_record(tmp_path / "out" / "a.mp4").options["seed"] == 1
     assert states(start(arguments=["--overwrite"])[1]) == ["done"]
     assert read_record(tmp_path / "out" / "a.mp4").options["seed"] == 2

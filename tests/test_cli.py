@@ -615,11 +615,11 @@ def test_decode_makes_the_video_of_latents_that_a_stopped_run_left(
 ):
     state = tmp_path / "state"
 
-    def keep(_folder, _output):
+    def keep(_task):
         """The latents stay, as they do when a run ends while it decodes."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "_forget", keep)
+        patch.setattr(task, "forget_run", keep)
         assert main([*transferring, "-q", "--checkpoint-dir", state]) == 0
     latents = next(state.glob("latents-*.safetensors"))
     arguments = ["decode", latents, "-o", tmp_path / "decoded.mp4", "--quality", "8"]

@@ -53,8 +53,15 @@ def test_the_example_converts(folder, tmp_path):
 
 
 def test_nothing_that_is_there_is_replaced(folder, tmp_path):
-    with pytest.raises(FileExistsError, match="is there; name a new folder"):
+    with pytest.raises(FileExistsError, match="is there, and holds something else; name a new folder"):
         convert_checkpoint(folder, tmp_path)
+    output = convert_checkpoint(folder, tmp_path / "converted")
+    (weights,) = output.glob("diffusion_pytorch_model*.safetensors")
+    written = weights.stat().st_mtime_ns
+    assert convert_checkpoint(folder, output) == output  # again: done before
+    assert weights.stat().st_mtime_ns == written
+    with pytest.raises(FileExistsError, match="holds something else"):
+        convert_checkpoint(folder, output, torch.float16)
 
 
 def test_what_cannot_be_converted_is_named(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsynth import VideoData, WanVideoPipeline, save_video
+from diffsynth import VideoData, WanVideoPipeline, save_frames, save_video
+from diffsynth.cli import transfer as transfer_command
 from diffsynth.cli.main import main
 from diffsynth.data import ffmpeg
 from diffsynth.data.files import sha256_of_frames
 from diffsynth.jobs import publish
-from diffsynth.runs.record import read_record
+from diffsynth.runs.record import read_record, record_path
 from diffsynth.testing import write_clip
 
 pytestmark = pytest.mark.slow
@@ -232,3 +234,99 @@ def test_latents_outlive_a_decoder_that_fails(transfer, tiny_checkpoint, tmp_pat
     with pytest.raises(RuntimeError, match="the decoder broke") as failed:
         pipe("a cat", height=32, width=32, num_frames=5, num_inference_steps=2, progress_bar_cmd=iter)
     assert failed.value.latents_path.is_file()
+
+
+def test_the_same_command_again_does_nothing_and_says_so(transfer, tmp_path, capsys, monkeypatch):
+    out, state = tmp_path / "a.mp4", tmp_path / ".a.mp4.run"
+    assert transfer(out, "--num-frames", 5, "--resume") == 0
+    content, record = out.read_bytes(), record_path(out).read_text()
+    record_path(out).unlink()  # as a kill between video and record leaves it
+    state.mkdir()
+    (state / "inputs.safetensors").write_bytes(b"left")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer_command, "load_pipeline", None)
+        assert transfer(out, "--num-frames", 5, "--resume") == 0
+        assert transfer(out, "--num-frames", 5) == 0
+    assert "was made before by the same request" in capsys.readouterr().out
+    assert (out.read_bytes(), record_path(out).read_text()) == (content, record)
+    assert not state.exists()
+    assert transfer(out, "--num-frames", 5, "--motion-inner-steps", 2) == 2
+    told = capsys.readouterr().err
+    assert "exists, made by another request (motion_inner_steps was 1, and is 2); name another" in told
+    again = ["transfer", "--from", record_path(out), "-o", tmp_path / "b.mp4"]
+    assert [main(again), main(again)] == [0, 0]
+    assert transfer(out, "--num-frames", 5, "--overwrite") == 0
+
+
+def test_decoding_again_does_nothing(transfer, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    from diffsynth.cli import decode
+
+    assert transfer(tmp_path / "a.mp4", "--num-frames", 5, "--checkpoint-dir", tmp_path / "state") == 0
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    call = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 1}
+    pipe("a cat", **call, checkpoint_dir=tmp_path / "state", progress_bar_cmd=iter)
+    (latents,) = (tmp_path / "state").glob("latents-*.safetensors")
+    words = ["decode", latents, "-o", tmp_path / "b.mp4", "--model", tiny_checkpoint]
+    assert main(words) == 0
+    content = (tmp_path / "b.mp4").read_bytes()
+    monkeypatch.setattr(decode, "load_vae", None)
+    assert main(words) == 0
+    assert "was made before by the same request" in capsys.readouterr().out
+    assert (tmp_path / "b.mp4").read_bytes() == content
+    assert main([*words, "--quality", 3]) == 2
+    assert "exists; give another name" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_what_a_killed_process_left_goes_when_the_file_is_written_again(tmp_path):
+    script = """
+import sys, time
+from pathlib import Path
+from diffsynth.data.files import unfinished
+with unfinished(Path(sys.argv[1]), folder=sys.argv[2] == "folder"):
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+    frames = [Image.new("RGB", (16, 16))] * 3
+    writing = []
+    for name in ("a.mp4", "pictures"):
+        words = [sys.executable, "-c", script, tmp_path / name, "folder" if name == "pictures" else "file"]
+        writing += [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        assert all(process.stdout.readline() == "begun\n" for process in writing[-2:])
+    for killed in writing[::2]:
+        killed.kill()
+        killed.wait()
+    assert len(list(tmp_path.iterdir())) == 4
+    save_video(frames, tmp_path / "a.mp4")
+    save_frames(frames, tmp_path / "pictures")
+    # What the other two are writing stays; so does the file of another name.
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith(".writing-")]) == 2
+    for process in writing[1::2]:
+        process.kill()
+        process.wait()
+    save_video(frames, tmp_path / "a.mp4")
+    shutil.rmtree(tmp_path / "pictures")
+    save_frames(frames, tmp_path / "pictures")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "pictures"]
+
+
+def test_a_reader_of_the_output_that_goes_is_no_error(tiny_checkpoint, clip, tmp_path):
+    words = [
+        "transfer",
+        clip,
+        "--prompt",
+        "a cat",
+        "--model",
+        tiny_checkpoint,
+        "-o",
+        tmp_path / "a.mp4",
+        *QUICK,
+    ]
+    words += ["--height", "32", "--width", "32", "--num-frames", "5", "--json"]
+    command = [sys.executable, "-m", "diffsynth.cli.main", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    told = process.stderr.read()
+    assert (process.wait(), "Traceback" in told, "BrokenPipe" in told) == (0, False, False), told
+    assert read_record(tmp_path / "a.mp4").video["frames"] == 5

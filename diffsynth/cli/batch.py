@@ -7,28 +7,29 @@ video, and the video appears whole, so a kill at any moment leaves a job either 
 import logging
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from diffsynth.cli.console import DONE, FAILED, Console
-from diffsynth.cli.job_files import JobLine, job_hash, read_jobs
+from diffsynth.cli.job_files import JobLine, read_jobs
 from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.data.files import FileInUseError, locked
 from diffsynth.jobs.errors import RunFailedError, UsageError, disk_is_at_fault
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_output, check_space
-from diffsynth.jobs.task import VideoTask, make_task, summary, task_options
-from diffsynth.pipelines.wan_video import WanVideoPipeline
-from diffsynth.runs.record import (
-    RunRecord,
-    describe_model,
-    differences,
-    read_record,
-    record_path,
-    write_record,
+from diffsynth.jobs.task import (
+    VideoTask,
+    forget_run,
+    make_task,
+    request_hash,
+    summary,
+    task_options,
+    was_made,
 )
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.runs.record import describe_model
 
 logger = logging.getLogger(__name__)
 
@@ -117,52 +118,26 @@ class _Batch:
     def _prepared(self, job: JobLine) -> VideoTask | None:
         """Return the task of a job; None if it is done."""
         task = make_task(job.options, job.reference, self._checkpoint)
-        identity = job_hash(job, task.reference, self._model)
+        identity = request_hash(job.options, task.reference, self._model)
         # A name that is the same for the same job, wherever it stands in the file.
         name = f"{'text' if job.reference is None else job.reference.stem}-{identity[:10]}.mp4"
         output = job.output or self._options.output_dir / name
-        finished = finished_record(output)
-        if finished is not None:
-            if finished.job == identity and not differences(finished, task.reference, self._model):
-                self._console.note(f"{output} was done before")
-                return None
-            if not self._options.overwrite:
-                raise UsageError(f"{output} exists, made in another way; name another or --overwrite")
+        saving = saving_arguments(self._options, output)
+        task = replace(task, output=output, overwrite=self._options.overwrite, saving=saving, job=identity)
+        if was_made(task, self._model):
+            forget_run(task)
+            self._console.note(f"{output} was done before")
+            return None
         output.parent.mkdir(parents=True, exist_ok=True)
         check_output(output, self._options.overwrite)
         check_space(output, task.num_bytes, task.file.lossless)
-        saving = saving_arguments(self._options, output)
-        return replace(task, output=output, overwrite=self._options.overwrite, saving=saving, job=identity)
+        return task
 
     def _failure(self, job: JobLine, error: Exception) -> dict[str, Any]:
         logger.info("the job of line %d failed", job.line, exc_info=error)
         text = str(error) or type(error).__name__
         self._console.problem(f"line {job.line} failed: {text}")
         return {"line": job.line, "state": "failed", "error": text, "disk": disk_is_at_fault(error)}
-
-
-def finished_record(video: Path) -> RunRecord | None:
-    """Return the record of a finished video, from inside it or, if it is too long for that, from beside it.
-
-    A record that is missing beside the video is written again.
-
-    Returns:
-        The record; None if there is no video, or no record.
-    """
-    if not video.exists():
-        return None
-    inside, beside = _record_of(video), _record_of(record_path(video))
-    if inside is None:
-        return beside
-    if inside != beside:
-        write_record(inside, video)
-    return inside
-
-
-def _record_of(file: Path) -> RunRecord | None:
-    with suppress(ValueError, FileNotFoundError):
-        return read_record(file)
-    return None
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Where a command's messages go: results to stdout, everything else to stderr."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from typing import TextIO
@@ -43,5 +44,9 @@ class Console:
 def _write(stream: TextIO, text: str) -> None:
     # A name that the terminal's encoding lacks must not end a run.
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        # Whoever read has gone, as `head` does: what is done stays done. Python flushes again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

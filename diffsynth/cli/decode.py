@@ -1,5 +1,6 @@
 """`fastvmt decode`: make the video of final latents that an interrupted run left."""
 
+import hashlib
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,15 @@ from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, TILING, FileOptions, RunOptions
 from diffsynth.data import save_video
+from diffsynth.data.files import sha256_of_file
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model
-from diffsynth.jobs.publish import check_output, write_output
+from diffsynth.jobs.publish import check_output, check_place, write_output
 from diffsynth.models.checkpoint_files import CheckpointError, files_of
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.decode import decode_saved, read_latents_facts
+from diffsynth.runs.record import metadata_comment
 from diffsynth.vram_management import choose_device
 
 
@@ -28,21 +31,36 @@ def run(options: Namespace, console: Console) -> int:
         UsageError: the output cannot be written.
         RunFailedError: the model has no whole VAE.
     """
-    check_output(options.output, options.overwrite)
+    check_place(options.output)
     facts = read_latents_facts(options.latents)
     folder = choose_model(options.model, options.models_dir, console.note)
     asked = vars(options)
     tiling = {name: asked[name] for name in TILING if name in asked}
     RunOptions(**tiling)
     file = fields_of(FileOptions, asked)
+    fps = file.fps or facts["fps"] or DEFAULT_FPS
+    asked_for = f"{sha256_of_file(options.latents)} {fps} {file} {tiling} {asked.get('vae_dtype')}"
+    comment = f"fastvmt decode {hashlib.sha256(asked_for.encode()).hexdigest()}"
+    there = options.output.is_file() and not options.overwrite
+    if there and metadata_comment(options.output) == comment:
+        console.say(f"{options.output} was made before by the same request")
+        console.result({"output": str(options.output), "frames": facts["num_frames"], "fps": fps})
+        return DONE
+    check_output(options.output, options.overwrite)
     console.note("load the VAE")
     dtype = getattr(torch, asked.get("vae_dtype") or "float32")
     vae = load_vae(folder, choose_device(asked.get("device") or "auto"), dtype)
     console.note("decode")
     frames: Any = decode_saved(options.latents, vae, **tiling)  # PIL images by default
     console.note("write")
-    fps = file.fps or facts["fps"] or DEFAULT_FPS
-    save = partial(save_video, frames, fps=fps, quality=file.quality, lossless=file.lossless)
+    save = partial(
+        save_video,
+        frames,
+        fps=fps,
+        quality=file.quality,
+        lossless=file.lossless,
+        ffmpeg_params=["-metadata", f"comment={comment}"],
+    )
     path = write_output(frames, options.output, save, options.overwrite)
     size = f"{frames[0].width}x{frames[0].height}"
     console.say(f"{path}: {len(frames)} frames of {size} at {fps:g} frames a second")

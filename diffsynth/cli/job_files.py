@@ -1,7 +1,6 @@
 """The jobs of a batch: read from JSON lines or CSV, checked before anything runs."""
 
 import csv
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -62,27 +61,6 @@ def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[J
     if twice := [name for name, count in counts.items() if count > 1]:
         raise UsageError(f"jobs file {path}: more than one job has the output {', '.join(twice)}")
     return jobs
-
-
-def job_hash(job: JobLine, reference: Mapping[str, Any] | None, model: Mapping[str, Any]) -> str:
-    """Return the hash that identifies a job: its options, reference, model files, LoRAs and dtypes.
-
-    Where it runs does not count: a batch may be continued elsewhere, or with other settings for memory.
-
-    Args:
-        job: the job.
-        reference: description of its reference video; None without one.
-        model: description of the model.
-    """
-    facts = {
-        "given": dict(job.options),
-        "reference": reference and reference["sha256"],
-        "model": {name: file["bytes"] for name, file in model["files"].items()},
-        "types": [model["setup"][name] for name in ("dtype", "vae_dtype")],
-    }
-    if model["setup"].get("loras"):  # absent otherwise, so that jobs without them keep their hash
-        facts["loras"] = model["setup"]["loras"]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -13,8 +13,17 @@ from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import FileOptions, ReferenceOptions
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
-from diffsynth.jobs.publish import check_folder, check_output, check_space
-from diffsynth.jobs.task import VideoTask, make_task, summary, task_options, use_reference
+from diffsynth.jobs.publish import check_folder, check_output, check_place, check_space
+from diffsynth.jobs.task import (
+    VideoTask,
+    forget_run,
+    make_task,
+    request_hash,
+    summary,
+    task_options,
+    use_reference,
+    was_made,
+)
 from diffsynth.runs.record import (
     RunRecord,
     describe_model,
@@ -35,12 +44,13 @@ def run(options: Namespace, console: Console) -> int:
     if options.output is None:
         check_folder(Path.cwd())
     else:
-        check_output(options.output, options.overwrite)
+        check_place(options.output)
     recorded = None
     if options.record is None:
         loaded = load_options(vars(options))
         folder = choose_model(options.model, options.models_dir, console.note, loaded)
-        task = make_task(task_options(vars(options)), options.reference, folder)
+        asked = task_options(vars(options))
+        task = make_task(asked, options.reference, folder)
     else:
         if asked := task_options(vars(options)):
             raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, asked))}")
@@ -48,10 +58,20 @@ def run(options: Namespace, console: Console) -> int:
         folder = choose_model(options.model or recorded.model["folder"], options.models_dir, console.note)
         loaded = load_options(vars(options), recorded.model["setup"])
         task = _repetition(recorded, options)
-    check_space(options.output or Path.cwd() / "out.mp4", task.num_bytes, task.file.lossless)
-    saving = saving_arguments(options, options.output)
-    task = replace(task, output=options.output, overwrite=options.overwrite, saving=saving)
+        asked = {"repeats": recorded.video["frames_sha256"], "created": recorded.created}
     model = describe_model(folder, asdict(loaded))
+    job = request_hash(asked, task.reference, model)
+    saving = saving_arguments(options, options.output)
+    task = replace(task, output=options.output, overwrite=options.overwrite, saving=saving, job=job)
+    if options.output is not None:
+        # What --overwrite asks for is another video, whose seed is drawn anew.
+        if not options.overwrite and was_made(task, model):
+            forget_run(task)
+            console.say(f"{options.output} was made before by the same request")
+            console.result(_facts(options.output, read_record(record_path(options.output))))
+            return DONE
+        check_output(options.output, options.overwrite)
+    check_space(options.output or Path.cwd() / "out.mp4", task.num_bytes, task.file.lossless)
     if recorded is not None:
         _check_unchanged(recorded, task, model, options.force, console)
     console.note("load the model")
@@ -61,9 +81,12 @@ def run(options: Namespace, console: Console) -> int:
         _check_unchanged(recorded, task, weights, options.force, console)
     path, record = run_watched(pipe, task, model, loaded, console)
     console.say(summary(path, record))
-    facts = {"output": str(path), "record_file": str(record_path(path)), "record": record.to_json()}
-    console.result({**facts, **_compared(recorded, record, console)})
+    console.result({**_facts(path, record), **_compared(recorded, record, console)})
     return DONE
+
+
+def _facts(path: Path, record: RunRecord) -> dict[str, Any]:
+    return {"output": str(path), "record_file": str(record_path(path)), "record": record.to_json()}
 
 
 def _repetition(record: RunRecord, options: Namespace) -> VideoTask:

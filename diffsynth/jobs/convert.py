@@ -31,6 +31,7 @@ def convert_checkpoint(
 
     It loads as the numbers that loading `folder` with this dtype gives. The other files are hard links, or
     copies where the disk is another. One shard is in memory at a time, of at most shard_bytes or one tensor.
+    What was written before is left as it is.
 
     Raises:
         ValueError: another dtype.
@@ -40,9 +41,11 @@ def convert_checkpoint(
     folder, output = Path(folder), Path(output)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype!r}")
-    if output.exists():
-        raise FileExistsError(f"output {output} is there; name a new folder")
     dit_files, tensors = _dit_of(folder)
+    if output.exists():
+        if _is_converted(output, tensors, dtype):
+            return output
+        raise FileExistsError(f"output {output} is there, and holds something else; name a new folder")
     unfinished = output.with_name(f".converting-{output.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(
@@ -53,6 +56,19 @@ def convert_checkpoint(
     )
     _write_shards(tensors, unfinished, dtype, shard_bytes)
     return unfinished.rename(output)
+
+
+def _is_converted(output: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> bool:
+    """Return whether a folder holds these tensors in a dtype; the smallest ones are compared by content."""
+    try:
+        there = _dit_of(output)[1]
+    except (CheckpointError, FileNotFoundError, NotADirectoryError):
+        return False
+    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in there.items()}:
+        return False
+    small = sorted(tensors, key=lambda name: tensors[name].shape.numel())[:8]
+    pairs = [(tensors[name].read().to(dtype), there[name].read()) for name in small]
+    return all(new.dtype == old.dtype and new.equal(old) for new, old in pairs)
 
 
 def _dit_of(folder: Path) -> tuple[set[str], Mapping[str, StoredTensor]]:

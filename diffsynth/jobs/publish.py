@@ -29,6 +29,19 @@ def check_folder(folder: Path) -> None:
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise UsageError if a video cannot be written to path, or would replace something unasked."""
+    check_place(path)
+    if is_png_folder(path) and path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"output folder {path} has files in it; give an empty or a new one")
+    if overwrite or is_png_folder(path):
+        return
+    if path.exists() or path.is_symlink():
+        raise UsageError(f"output {path} exists; give another name, or --overwrite")
+    if record_path(path).exists() and not _is_record(record_path(path)):
+        raise UsageError(f"{record_path(path)} exists and is no record of a run; give another name")
+
+
+def check_place(path: Path) -> None:
+    """Raise UsageError if no video can have this path, whatever is there."""
     check_folder(path.parent)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -36,21 +49,14 @@ def check_output(path: Path, overwrite: bool) -> None:
     except OSError as error:
         raise UsageError(f"output {path} cannot be written: {error.strerror}") from error
     if is_png_folder(path):
-        if path.is_dir() and any(path.iterdir()):
-            raise UsageError(f"output folder {path} has files in it; give an empty or a new one")
-    elif path.suffix.lower() not in VIDEO_SUFFIXES:
+        return
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
         kinds = ", ".join(VIDEO_SUFFIXES)
         raise UsageError(
             f"output {path} must end in one of {kinds}, or have no suffix: a folder of PNG files"
         )
-    elif path.is_dir():
+    if path.is_dir():
         raise UsageError(f"output {path} is a folder; give the name of a video file")
-    if overwrite or is_png_folder(path):
-        return
-    if path.exists() or path.is_symlink():
-        raise UsageError(f"output {path} exists; give another name, or --overwrite")
-    if record_path(path).exists() and not _is_record(record_path(path)):
-        raise UsageError(f"{record_path(path)} exists and is no record of a run; give another name")
 
 
 def check_space(path: Path, num_bytes: int, lossless: bool) -> None:

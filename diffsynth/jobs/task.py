@@ -1,12 +1,12 @@
 """A task is one video to make: from options to the pipeline's run, and from its frames to a file."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from diffsynth.configs.defaults import EXACT, run_defaults
 from diffsynth.configs.descriptors import NO_TRANSFER
@@ -24,14 +24,20 @@ from diffsynth.data import VideoData
 from diffsynth.data.ffmpeg import check_ffmpeg
 from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import attention_kernel
-from diffsynth.jobs.publish import publish, reserve_name
+from diffsynth.jobs.publish import publish
 from diffsynth.pipelines.components import reference_facts
 from diffsynth.pipelines.decode import keep_latents, latents_facts
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import Observer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
-from diffsynth.runs.record import RunRecord, describe_reference, make_record, record_path
+from diffsynth.runs.record import (
+    RunRecord,
+    describe_reference,
+    differences,
+    finished_record,
+    make_record,
+)
 
 PROMPTS = ("prompt", "negative_prompt")
 
@@ -50,7 +56,7 @@ class VideoTask:
         folder: of a new name.
         overwrite: replace output if it exists.
         saving: arguments of the run that save it as it proceeds.
-        job: hash of a batch job, for the record.
+        job: hash of the request, for the record.
     """
 
     call: Mapping[str, Any]
@@ -159,6 +165,60 @@ def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) 
     )
 
 
+def request_hash(
+    options: Mapping[str, Any], reference: Mapping[str, Any] | None, model: Mapping[str, Any]
+) -> str:
+    """Return the hash that identifies a request: its options, reference, model files, LoRAs and dtypes.
+
+    Where it runs does not count: it may be continued elsewhere, or with other settings for memory.
+
+    Args:
+        options: as they were asked for.
+        reference: description of the reference video; None without one.
+        model: description of the model.
+    """
+    facts = {
+        "given": dict(options),
+        "reference": reference and reference["sha256"],
+        "model": {name: file["bytes"] for name, file in model["files"].items()},
+        "types": [model["setup"][name] for name in ("dtype", "vae_dtype")],
+    }
+    if model["setup"].get("loras"):  # absent otherwise, so that requests without them keep their hash
+        facts["loras"] = model["setup"]["loras"]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def was_made(task: VideoTask, model: Mapping[str, Any]) -> bool:
+    """Return whether the output of a task is there, whole, and of the same request.
+
+    Args:
+        task: with its output and the hash of its request.
+        model: its description.
+
+    Raises:
+        UsageError: the output is of another request, and must not be replaced; the message says what differs.
+    """
+    assert task.output is not None
+    finished = finished_record(task.output)
+    if finished is None:
+        return False
+    found = differences(finished, task.reference, model)
+    if finished.job == task.job and not found:
+        return True
+    if task.overwrite:
+        return False
+    then = {"prompt": finished.prompt, "negative_prompt": finished.negative_prompt, **finished.options}
+    asked = dict(task.call)
+    for options in (then, asked):
+        if isinstance(numbers := options.pop("motion", None), Mapping):
+            options |= {MOTION_PREFIX + name: value for name, value in numbers.items()}
+    for name, value in json.loads(json.dumps(asked, default=repr)).items():
+        if name in then and then[name] != value:
+            found.append(f"{name} was {then[name]!r:.80}, and is {value!r:.80}")
+    what = f" ({'; '.join(found)})" if found else ""
+    raise UsageError(f"{task.output} exists, made by another request{what}; name another or --overwrite")
+
+
 def run_task(
     pipe: WanVideoPipeline, task: VideoTask, model: Mapping[str, Any], loaded: LoadOptions, observer: Observer
 ) -> tuple[Path, RunRecord]:
@@ -202,30 +262,15 @@ def run_task(
     name = "text" if task.reference is None else Path(task.reference["path"]).stem
     name = f"{name}-{made.options.mode}-seed{made.options.seed}"
     try:
-        if task.output is not None:
-            path = publish(frames, task.output, record, overwrite=task.overwrite)
-        else:
-            path = _publish_named(frames, task.folder, name, record)
+        output = task.output or task.folder / f"{name}.mp4"
+        path = publish(frames, output, record, overwrite=task.overwrite)
     except (OSError, RuntimeError) as error:
         facts = latents_facts(pipe.vae, made.options, task.file.fps, made.cost)
-        output = task.output or task.folder / name
         failed = RunFailedError(f"the video could not be written: {error}")
         keep_latents(made.latents, facts, [output.parent], f"{output.stem}-latents", failed)
         raise failed from error
-    if task.saving:
-        _forget(task.saving["checkpoint_dir"], task.output)
+    forget_run(task)
     return path, record
-
-
-def _publish_named(frames: Sequence[Image.Image], folder: Path, stem: str, record: RunRecord) -> Path:
-    """Publish a video under a free name in a folder."""
-    path = reserve_name(folder, stem)
-    try:
-        return publish(frames, path, record, overwrite=True)
-    except BaseException:
-        path.unlink()
-        record_path(path).unlink(missing_ok=True)
-        raise
 
 
 def summary(path: Path, record: RunRecord) -> str:
@@ -247,10 +292,13 @@ def saving_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.run")
 
 
-def _forget(folder: Path, output: Path | None) -> None:
-    """Remove the saved state of a run, and its folder too if that is the default one."""
+def forget_run(task: VideoTask) -> None:
+    """Remove the saved state of a task's run, if it is saved, and its folder too if it is the default one."""
+    if not task.saving:
+        return
+    folder: Path = task.saving["checkpoint_dir"]
     clear_checkpoints(folder)
-    if output is not None and folder == saving_folder(output):
+    if task.output is not None and folder == saving_folder(task.output):
         (folder / LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # somebody put something else into it
             folder.rmdir()

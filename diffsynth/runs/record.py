@@ -7,6 +7,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -287,7 +288,7 @@ def read_record(path: str | Path) -> RunRecord:
     if not path.is_file():
         raise FileNotFoundError(f"record {path} does not exist")
     if path.suffix.lower() != ".json":
-        text = _metadata_comment(path)
+        text = metadata_comment(path)
         if FORMAT_KEY not in text:
             raise ValueError(f"{path} holds no record of a run; give the .json file that stood beside it")
     else:
@@ -299,7 +300,32 @@ def read_record(path: str | Path) -> RunRecord:
     return RunRecord.from_json(content, str(path))
 
 
-def _metadata_comment(path: Path) -> str:
+def finished_record(video: Path) -> RunRecord | None:
+    """Return the record of a finished video, from inside it or, if it is too long for that, from beside it.
+
+    A record that is missing beside the video is written again.
+
+    Returns:
+        The record; None if there is no video, or no record.
+    """
+    if not video.exists():
+        return None
+    inside, beside = _record_of(video), _record_of(record_path(video))
+    if inside is None:
+        return beside
+    if inside != beside:
+        write_record(inside, video)
+    return inside
+
+
+def _record_of(file: Path) -> RunRecord | None:
+    with suppress(ValueError, FileNotFoundError):
+        return read_record(file)
+    return None
+
+
+def metadata_comment(path: Path) -> str:
+    """Return the comment in a video's metadata; empty if it has none."""
     metadata, _ = run_ffmpeg(["-i", file_url(path), "-f", "ffmetadata", "-"])
     match = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", metadata.decode(errors="replace"), re.M | re.I)
     # ffmpeg puts a backslash before characters that mean something in its own format.
