@@ -298,7 +298,7 @@ def test_shapes_that_do_not_fit_are_named():
         attention_motion_flow(q, k[:2])
     with pytest.raises(ValueError, match=r"pairs must name frames 0\.\.2"):
         attention_motion_flow(q, k, pairs=[(0, 3)])
-    with pytest.raises(ValueError, match=r"heads must be in 0\.\.1 for these features; got \[5\]"):
+    with pytest.raises(ValueError, match=r"heads must be in 0\.\.1 for this DiT; got \[5\]"):
         attention_motion_flow(q.unflatten(-1, (2, 2)), k.unflatten(-1, (2, 2)), heads=[5])
     with pytest.raises(ValueError, match=r"flow is .* but its reference is"):
         amf_loss(torch.zeros(1, 2, 2, 2), torch.zeros(2, 2, 2, 2), [1.0], None)

@@ -413,7 +413,7 @@ BAD_ARGUMENTS = {
     "negative_prompt": ({"negative_prompt": 3}, TypeError, "negative_prompt must be a str"),
     "negative count": ({"negative_prompt": ["a", "b"]}, ValueError, "negative_prompt has 2 entries"),
     "video type": ({"input_video": "clip.mp4"}, TypeError, "input_video must be a VideoData.* got str"),
-    "empty video": ({"input_video": []}, ValueError, "frames is empty"),
+    "empty video": ({"input_video": []}, ValueError, "input_video is empty"),
     "tea model": (
         {"tea_cache_l1_thresh": 0.1, "tea_cache_model_id": "Wan9"}, ValueError, "tea_cache_model_id is 'Wan9'"
     ),

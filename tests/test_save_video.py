@@ -120,15 +120,15 @@ WRONG_FRAMES = [
     (
         [np.zeros((4, 4, 3), np.uint8)] * 2 + [np.zeros((4, 6, 3), np.uint8)],
         ValueError,
-        "frame 2 is 6x4, but frame 0 is 4x4",
+        "frame 2 of frames is 6x4, but frame 0 is 4x4",
     ),
-    (np.zeros((2, 4, 4, 3), np.float32), TypeError, "frame 0 has dtype float32, must be uint8"),
-    (np.zeros((4, 4, 3), np.uint8), ValueError, r"frame 0 has shape \[4, 3\]"),
-    (np.zeros((2, 4, 4, 4), np.uint8), ValueError, r"frame 0 has shape \[4, 4, 4\]"),
-    (np.zeros((2, 0, 4, 3), np.uint8), ValueError, r"frame 0 has shape \[0, 4, 3\]"),
+    (np.zeros((2, 4, 4, 3), np.float32), TypeError, "frame 0 of frames has dtype float32, must be uint8"),
+    (np.zeros((4, 4, 3), np.uint8), ValueError, r"frame 0 of frames has shape \[4, 3\]"),
+    (np.zeros((2, 4, 4, 4), np.uint8), ValueError, r"frame 0 of frames has shape \[4, 4, 4\]"),
+    (np.zeros((2, 0, 4, 3), np.uint8), ValueError, r"frame 0 of frames has shape \[0, 4, 3\]"),
     (Image.new("RGB", (4, 4)), TypeError, "frames must be an iterable of images or arrays, got Image"),
     (None, TypeError, "frames must be an iterable of images or arrays, got NoneType"),
-    (["0.png"], TypeError, "frame 0 must be a PIL image or a uint8 array, got str"),
+    (["0.png"], TypeError, "frame 0 of frames must be a PIL image or a uint8 array, got str"),
 ]
 
 

@@ -335,7 +335,14 @@ def test_names_choose_the_published_numbers_of_the_models_width():
 
 def cache_of(dim=160, ratios=None, **given):
     """The cache that a call resolves to, for a DiT of some width."""
-    facts = ModelFacts(dim=dim, num_layers=3, pixels_per_token=(16, 16))
+    facts = ModelFacts(
+        dim=dim,
+        num_layers=3,
+        num_heads=4,
+        pixels_per_token=(16, 16),
+        pixels_per_latent=8,
+        frames_per_latent=4,
+    )
     return resolve(given, RunDefaults(mag_ratios=ratios), None, facts).cache
 
 

@@ -9,7 +9,7 @@ from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.defaults import RunDefaults, published_defaults
 from diffsynth.configs.options import LoadOptions, call_options
-from diffsynth.configs.resolve import ModelFacts, resolve_plan
+from diffsynth.configs.resolve import resolve_plan
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model, load_pipeline
 from diffsynth.jobs.task import with_motion
@@ -23,10 +23,10 @@ def run(options: Namespace, console: Console) -> int:
     Raises:
         RunFailedError: no settings fit; the message says what would help.
     """
-    sizes, defaults, facts = _model(options, console)
+    sizes, defaults = _model(options, console)
     asked = with_motion({name: value for name, value in vars(options).items() if value is not None})
     call = {name: value for name, value in asked.items() if name in call_options()}
-    run_options = resolve_plan(call, defaults, facts)
+    run_options = resolve_plan(call, defaults, sizes.facts())
     try:
         plan = plan_run(
             sizes, run_options, vram_gb=options.vram, with_reference=run_options.motion is not None
@@ -38,16 +38,13 @@ def run(options: Namespace, console: Console) -> int:
     return DONE
 
 
-def _model(options: Namespace, console: Console) -> tuple[ModelSizes, RunDefaults, ModelFacts]:
+def _model(options: Namespace, console: Console) -> tuple[ModelSizes, RunDefaults]:
     """Return sizes, defaults and facts of a model: of a published one by its name, else of the loaded one."""
     dtype = torch.bfloat16 if options.dtype is None else getattr(torch, options.dtype)
     if options.model in PUBLISHED:
         sizes = published_sizes(options.model, dtype)
-        factor = 2 ** len(sizes.vae.temporal)
-        rows, cols = (factor * side for side in sizes.dit.patch_size[1:])
-        facts = ModelFacts(dim=sizes.dit.dim, num_layers=sizes.dit.num_layers, pixels_per_token=(rows, cols))
-        return sizes, published_defaults(), facts
+        return sizes, published_defaults()
     folder = choose_model(options.model, options.models_dir, console.note)
     console.note("load the model")
     pipe = load_pipeline(folder, LoadOptions(device="cpu", dtype=options.dtype))
-    return ModelSizes.of(pipe.residency.models), pipe.defaults, pipe.models.facts()
+    return ModelSizes.of(pipe.residency.models), pipe.defaults

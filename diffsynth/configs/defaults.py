@@ -14,8 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
-from diffsynth.configs.fields import options_of
+from diffsynth.configs.fields import check_value, options_of
+from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import FileOptions, RunOptions, Shorthands, call_options
 
 SECTION = "fastvmt"
@@ -90,7 +92,7 @@ def run_defaults(folder: Path) -> RunDefaults:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text()) if path.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     section = config.get(SECTION, {}) if isinstance(config, dict) else {}
     declarable = _declarable()
@@ -109,6 +111,10 @@ def run_defaults(folder: Path) -> RunDefaults:
             raise ValueError(
                 f"{path}: {name!r}: motion must map modes to their numbers; it is {entry['motion']!r}"
             )
+        try:
+            _check_values(entry)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name!r}: {error}") from error
     options = {name: section[name] for name in declarable if name in section}
     if is_published(folder):
         options = {**PUBLISHED_DEFAULTS, **options}
@@ -124,6 +130,18 @@ def published_defaults() -> RunDefaults:
 def is_published(folder: Path) -> bool:
     """Return whether a folder is named like a published checkpoint."""
     return folder.resolve().name in {checkpoint.folder for checkpoint in PUBLISHED.values()}
+
+
+def _check_values(declared: Mapping[str, Any]) -> None:
+    """Raise ValueError if a value of a section or preset is out of the bounds of its option."""
+    stated = {**call_options(), **options_of(FileOptions)}
+    for name, value in declared.items():
+        if name in stated and name != "motion":
+            check_value(name, stated[name][0].kind, value)
+    for mode, numbers in declared.get("motion", {}).items():
+        MotionGuidance.for_mode(mode, numbers)
+    if declared.get("mag_ratios") is not None:
+        MagRatios.from_json(declared["mag_ratios"])
 
 
 def _declarable() -> list[str]:

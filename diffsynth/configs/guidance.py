@@ -46,6 +46,36 @@ _WEIGHT = Number(least=0)
 _COSINE = OrNone(Number(least=-1, most=1))
 
 
+def check_heads(heads: Heads, num_heads: int, tokens: tuple[int, int, int]) -> None:
+    """Raise ValueError if heads do not fit a DiT of num_heads and its tokens (frames, rows, columns)."""
+    if not isinstance(heads, str) and max(heads) >= num_heads:
+        raise ValueError(f"heads must be in 0..{num_heads - 1} for this DiT; got {list(heads)}")
+    frames, rows, cols = tokens
+    if heads == "token_groups" and (frames * rows * cols) % num_heads:
+        raise ValueError(
+            f"heads='token_groups' needs a token count divisible by the {num_heads} heads; "
+            f"got {frames} x {rows} x {cols} tokens"
+        )
+
+
+def check_coarse(factor: int, rows: int, cols: int) -> None:
+    """Raise ValueError if latents of rows x cols cannot be averaged over squares of side factor."""
+    if rows % factor or cols % factor:
+        raise ValueError(
+            f"coarse={factor} needs latents whose rows and columns are multiples of {factor}; "
+            f"got {rows} x {cols}"
+        )
+
+
+def check_released(grid: tuple[int, ...], tile: tuple[int, int], window: int) -> None:
+    """Raise ValueError if the released code cannot run on tokens (rows, columns)."""
+    if any(side % step or side <= window // 2 for side, step in zip(grid, tile, strict=True)):
+        raise ValueError(
+            f"the released flow needs a token grid divisible by the tile {tile} with sides above "
+            f"{window // 2}, half the window; got {grid}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MotionGuidance:
     """The numbers of motion transfer. Defaults are FastVMT's (arXiv 2602.05551, section 3, and its code).

@@ -43,6 +43,7 @@ WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
 MOTION_PREFIX = "motion_"  # of the names of motion's numbers on the command line and in batch files
 DEFAULT_FPS = 15.0  # of a video whose reference and checkpoint name no rate
 ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
+MOST_PIXELS = 2**33  # of all frames together: 1,000 of 3840x2160
 _ROWS_COLUMNS = ("rows", "columns")
 
 
@@ -138,6 +139,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.height * self.width * self.num_frames > MOST_PIXELS:
+            raise ValueError(
+                f"height * width * num_frames must be at most {MOST_PIXELS} pixels; got "
+                f"{self.height} * {self.width} * {self.num_frames}"
+            )
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise ValueError(f"cfg_interval must be (from, to) with from <= to; got {self.cfg_interval!r}")
         if any(stride > size for stride, size in zip(self.tile_stride, self.tile_size, strict=True)):
@@ -215,7 +221,9 @@ class Shorthands:
     )
     tea_cache_model_id: str = option(Text(), "whose coefficients TeaCache takes", default="")
     vram_budget_gb: float | None = option(
-        OrNone(Number(above=0)), "memory of the device that the run may use, GB of 2**30 bytes", default=None
+        OrNone(Number(above=0, most=100_000)),
+        "memory of the device that the run may use, GB of 2**30 bytes",
+        default=None,
     )
 
     def __post_init__(self) -> None:

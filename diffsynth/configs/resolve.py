@@ -9,15 +9,16 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.caches import CACHES, choose_cache
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import RunDefaults, run_defaults
-from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
+from diffsynth.configs.descriptors import DEFAULT_MODE, DESCRIPTORS, NO_TRANSFER
 from diffsynth.configs.fields import OrNone, Whole, check_value, options_of
-from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.guidance import MotionGuidance, check_coarse, check_heads, check_released
 from diffsynth.configs.options import RunOptions, Shorthands, call_options
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,21 @@ class ReferenceFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """Facts of a model that decide options: width and blocks of the DiT, pixels of a token."""
+    """Facts of a model that decide options.
+
+    Attributes:
+        dim: width of the DiT, which has num_layers blocks of num_heads heads.
+        pixels_per_token: (rows, columns).
+        pixels_per_latent: rows, and columns.
+        frames_per_latent: of a latent frame after the first.
+    """
 
     dim: int
     num_layers: int
+    num_heads: int
     pixels_per_token: tuple[int, int]
+    pixels_per_latent: int
+    frames_per_latent: int
 
 
 def resolve(
@@ -82,7 +93,7 @@ def resolve(
         if name not in call_options():
             here = f"; here it is {OTHER_NAMES[name]}" if name in OTHER_NAMES else ""
             raise TypeError(f"the call got an unexpected keyword argument {name!r}{here}")
-    if given.get("seed") == NEW_SEED:
+    if isinstance(given.get("seed"), Integral) and given["seed"] == NEW_SEED:
         del given["seed"]
     short = Shorthands(**{name: given.pop(name) for name in options_of(Shorthands) if name in given})
     defaults = defaults.with_preset(short.preset)
@@ -97,7 +108,7 @@ def resolve(
     num_frames = None if reference is None else run.num_frames
     motion = _motion(given.get("motion"), short, defaults, num_frames, run.num_inference_steps)
     if motion is not None and model is not None:
-        motion.block_for(model.num_layers)
+        _check_fits(motion, run, model)
     return replace(run, motion=motion)
 
 
@@ -241,6 +252,8 @@ def _motion(
         if motion or short.sf is not None or short.motion_scale is not None:
             logger.warning("motion, sf and motion_scale have no effect in mode %s", NO_TRANSFER)
         return None
+    if motion is not None and not isinstance(motion, MotionGuidance | Mapping):
+        raise ValueError(f"motion must be a MotionGuidance or a mapping of its numbers; got {motion!r:.80}")
     if not isinstance(motion, MotionGuidance):
         numbers = {**defaults.motion.get(mode, {}), **(motion or {})}
         motion = MotionGuidance.for_mode(mode, numbers)
@@ -255,6 +268,22 @@ def _motion(
         logger.warning("guided_steps=%d: the run has only %d steps", motion.guided_steps, num_steps)
         motion = replace(motion, guided_steps=num_steps)
     return motion
+
+
+def _check_fits(motion: MotionGuidance, run: RunOptions, model: ModelFacts) -> None:
+    """Raise ValueError if a number of motion does not fit the DiT or the latents of the run."""
+    motion.block_for(model.num_layers)
+    if not DESCRIPTORS[motion.mode].reads_attention:
+        return
+    size, pixel = (run.height, run.width), model.pixels_per_latent
+    check_coarse(motion.coarse, size[0] // pixel, size[1] // pixel)
+    grid = tuple(
+        -(-side // (motion.coarse * token)) for side, token in zip(size, model.pixels_per_token, strict=True)
+    )
+    frames = -(-(run.num_frames - 1) // model.frames_per_latent) + 1
+    check_heads(motion.heads, model.num_heads, (frames, grid[0], grid[1]))
+    if motion.variant == "released":
+        check_released(grid, motion.tile, motion.window)
 
 
 def _cache(asked: Any, short: Shorthands, defaults: RunDefaults, model: ModelFacts | None) -> Any:

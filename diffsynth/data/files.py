@@ -28,6 +28,13 @@ class FileInUseError(ValueError):
     """Raised when another process holds a lock."""
 
 
+def checked_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """Return a path; TypeError that names the argument if it is none."""
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{name} must be a path; got {path!r:.80}")
+    return Path(path)
+
+
 @contextmanager
 def written_whole(path: Path, place: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
     """Yield a hidden path beside `path` to write to; the file there replaces `path` when the context ends.

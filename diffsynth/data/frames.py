@@ -118,41 +118,44 @@ def load_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
-def rgb_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray) -> Iterator[Image.Image]:
+def rgb_frames(
+    frames: Iterable[Image.Image | np.ndarray] | np.ndarray, name: str = "frames"
+) -> Iterator[Image.Image]:
     """Yield every frame as an RGB image.
 
     Args:
         frames: PIL images or uint8 arrays [H, W, 3] (also from a generator), or one uint8 array [T, H, W, 3].
+        name: of the argument, for errors.
 
     Raises:
         TypeError: frames is not iterable, or a frame is neither an image nor a uint8 array.
         ValueError: frames is empty, an array has another shape, or a frame differs in size from frame 0.
     """
     if isinstance(frames, (str, bytes, Image.Image)) or not isinstance(frames, Iterable):
-        raise TypeError(f"frames must be an iterable of images or arrays, got {type(frames).__name__}")
+        raise TypeError(f"{name} must be an iterable of images or arrays, got {type(frames).__name__}")
     size = None
     for index, frame in enumerate(frames):
-        image = _rgb_frame(frame, index)
+        image = _rgb_frame(frame, f"frame {index} of {name}")
         size = size or image.size
         if image.size != size:
             raise ValueError(
-                f"frame {index} is {image.width}x{image.height}, but frame 0 is {size[0]}x{size[1]}: "
-                "all frames must have the same size"
+                f"frame {index} of {name} is {image.width}x{image.height}, but frame 0 is "
+                f"{size[0]}x{size[1]}: all frames must have the same size"
             )
         yield image
     if size is None:
-        raise ValueError("frames is empty: at least one frame is needed")
+        raise ValueError(f"{name} is empty: at least one frame is needed")
 
 
-def _rgb_frame(frame: Image.Image | np.ndarray, index: int) -> Image.Image:
+def _rgb_frame(frame: Image.Image | np.ndarray, name: str) -> Image.Image:
     if isinstance(frame, Image.Image):
         return to_rgb(frame)
     if not isinstance(frame, np.ndarray):
-        raise TypeError(f"frame {index} must be a PIL image or a uint8 array, got {type(frame).__name__}")
+        raise TypeError(f"{name} must be a PIL image or a uint8 array, got {type(frame).__name__}")
     if frame.dtype != np.uint8:
-        raise TypeError(f"frame {index} has dtype {frame.dtype}, must be uint8 (0 to 255)")
+        raise TypeError(f"{name} has dtype {frame.dtype}, must be uint8 (0 to 255)")
     if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
-        raise ValueError(f"frame {index} has shape {list(frame.shape)}, must be [height, width, 3]")
+        raise ValueError(f"{name} has shape {list(frame.shape)}, must be [height, width, 3]")
     return Image.fromarray(np.ascontiguousarray(frame))
 
 

@@ -35,7 +35,7 @@ def frame_size(video: Video) -> tuple[int, int]:
         raise TypeError(
             f"input_video must be a VideoData, images or a uint8 array; got {type(video).__name__}"
         )
-    first = next(rgb_frames(video[:1]))
+    first = next(rgb_frames(islice(video, 1), "input_video"))
     return first.height, first.width
 
 
@@ -46,7 +46,7 @@ def video_to_tensor(video: Video, num_frames: int, height: int, width: int) -> T
         [1, 3, T, H, W] in [-1, 1], float32 on the CPU.
     """
     out = torch.empty(1, 3, num_frames, height, width, dtype=torch.float32)
-    frames = video if isinstance(video, VideoData) else rgb_frames(video)
+    frames = video if isinstance(video, VideoData) else rgb_frames(video, "input_video")
     fit = video.fit if isinstance(video, VideoData) else "crop"
     for index, frame in enumerate(islice(frames, num_frames)):
         if index == 0 and fit == "crop":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.fields import Kind, Number, Whole, check_value
 from diffsynth.models.checkpoint_files import (
     PUBLISHED_NAME,
     CheckpointError,
@@ -248,16 +249,21 @@ def _declared(folder: Path) -> dict:
         return {}
     try:
         declared = json.loads(config.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{config} is not valid JSON ({error})") from error
     if not isinstance(declared, dict):
         raise CheckpointError(f"{config} does not hold a JSON object")
-    for name in ("num_heads", "num_attention_heads", "text_len"):
-        value = declared.get(name, 1)
-        if not isinstance(value, int) or not 1 <= value <= MOST_DECLARED:
-            raise CheckpointError(
-                f"{config}: {name} must be a whole number from 1 to {MOST_DECLARED}; it is {value!r}"
-            )
+    whole = ("num_heads", "num_attention_heads", "attention_head_dim", "text_len")
+    kinds: dict[str, Kind] = {
+        **dict.fromkeys(whole, Whole(1, MOST_DECLARED)),
+        "eps": Number(above=0, most=0.01),
+    }
+    for name, kind in kinds.items():
+        if name in declared:
+            try:
+                check_value(name, kind, declared[name])
+            except ValueError as error:
+                raise CheckpointError(f"{config}: {error}") from error
     return declared
 
 

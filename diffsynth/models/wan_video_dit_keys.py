@@ -3,7 +3,9 @@
 import re
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
+LEAST_PUBLISHED_WIDTH = 1024  # of a DiT; in all that are wider heads are 128 wide
 # Module paths, diffusers -> official. Within a block, the path after `blocks.<i>.`.
 _TOP = {
     "patch_embedding": "patch_embedding",
@@ -58,14 +60,14 @@ def official_key(key: str) -> str | None:
     return None if module is None else f"{module}.{tensor}"
 
 
-def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapping[str, object]) -> dict:
+def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapping[str, Any]) -> dict:
     """Return the arguments of `WanModel` that official names and shapes of tensors tell.
 
     Shapes do not tell the number of heads: it comes from `declared` (the config.json beside the weights,
     official or diffusers style), else heads are 128 wide, as in every published model.
 
     Raises:
-        ValueError: neither number of heads fits.
+        ValueError: neither number of heads fits, or a declared size is not that of the weights.
     """
     dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
     num_heads = declared.get("num_heads", declared.get("num_attention_heads"))
@@ -77,6 +79,16 @@ def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapp
             )
         num_heads = dim // 128
     blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+    own = dim / num_heads
+    width = declared.get("attention_head_dim", 128 if dim >= LEAST_PUBLISHED_WIDTH else own)
+    sizes = {"dim": dim, "num_layers": max(blocks) + 1}
+    wrong = [f"{name} {declared[name]!r}" for name in sizes if declared.get(name, sizes[name]) != sizes[name]]
+    wrong += [f"num_heads {num_heads}"] if own != width else []
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} is declared, but the weights have width {dim} and {max(blocks) + 1} blocks, "
+            f"and a head {width:g} columns"
+        )
     return {
         "dim": dim,
         "in_dim": in_dim,

@@ -12,6 +12,8 @@ between resolutions of Stable Diffusion 3 (arXiv 2403.03206, section 5.3.2). s =
 import torch
 from torch import Tensor
 
+from diffsynth.configs.guidance import check_coarse
+
 
 def noise_scale(sigma: float, factor: int) -> float:
     """Return s' / s, the factor on noise level sigma (0 to 1) where latents are averaged over squares."""
@@ -30,11 +32,7 @@ def coarsen(latents: Tensor, sigma: float, factor: int, patch_size: tuple[int, i
     if factor == 1:
         return latents
     rows, cols = latents.shape[-2:]
-    if rows % factor or cols % factor:
-        raise ValueError(
-            f"coarse={factor} needs latents whose rows and columns are multiples of {factor}; "
-            f"got {rows} x {cols}"
-        )
+    check_coarse(factor, rows, cols)
     # avg_pool has no backward that repeats bit for bit on every device.
     pooled = latents.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor)).mean((-3, -1))
     for axis, patch in ((-2, patch_size[1]), (-1, patch_size[2])):

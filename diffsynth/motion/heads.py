@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.configs.fields import check_value
-from diffsynth.configs.guidance import HEADS, Heads
+from diffsynth.configs.guidance import HEADS, Heads, check_heads
 
 
 def precise(x: Tensor) -> Tensor:
@@ -36,13 +36,13 @@ def reduce_heads(q: Tensor, k: Tensor, heads: Heads = "mean_qk") -> tuple[Tensor
     q, k = precise(q), precise(k)
     if q.ndim == 4:
         return q, k
+    frames, rows, cols, num_heads, _ = q.shape
+    check_heads(heads, num_heads, (frames, rows, cols))
     if heads == "mean_qk":
         return q.mean(-2), k.mean(-2)
     if heads == "token_groups":
         return average_token_groups(q), average_token_groups(k)
     if not isinstance(heads, str):
-        if max(heads) >= q.shape[3]:
-            raise ValueError(f"heads must be in 0..{q.shape[3] - 1} for these features; got {list(heads)}")
         q, k = q[..., list(heads), :], k[..., list(heads), :]
     # On k alone, so that a difference of keys is the root mean square of the heads' differences.
     return q.flatten(-2), k.flatten(-2) * k.shape[3] ** -0.5
@@ -58,10 +58,6 @@ def average_token_groups(x: Tensor) -> Tensor:
         ValueError: F * H * W is no multiple of n.
     """
     frames, rows, cols, num_heads, width = x.shape
-    if (frames * rows * cols) % num_heads:
-        raise ValueError(
-            f"heads='token_groups' needs a token count divisible by the {num_heads} heads; "
-            f"got {frames} x {rows} x {cols} tokens"
-        )
+    check_heads("token_groups", num_heads, (frames, rows, cols))
     groups = x.reshape(-1, num_heads, num_heads, width)
     return groups.mean(1).reshape(frames, rows, cols, width)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.configs.fields import check_value
-from diffsynth.configs.guidance import SEARCH_WINDOW, TILE
+from diffsynth.configs.guidance import SEARCH_WINDOW, TILE, check_released
 from diffsynth.motion.flow import (
     MotionFlow,
     Pairs,
@@ -38,11 +38,7 @@ def released_tile_flow(
     check_value("window", SEARCH_WINDOW, window)
     check_value("tile", TILE, tile)
     grid = tuple(q.shape[1:3])
-    if any(side % step or side <= window // 2 for side, step in zip(grid, tile, strict=True)):
-        raise ValueError(
-            f"the released flow needs a token grid divisible by the tile {tile} with sides above "
-            f"{window // 2}, half the window; got {grid}"
-        )
+    check_released(grid, tile, window)
     pairs = frame_pairs(len(q), sf)
     within, between = [p for p in pairs if p[0] == p[1]], [p for p in pairs if p[0] < p[1]]
     seen = _released_windows(q, k, between, window, tile, tau, chunk)

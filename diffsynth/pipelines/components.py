@@ -16,6 +16,7 @@ from diffsynth.models.model_manager import LoadedModel, ModelManager, check_dtyp
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import WanTokenizer, find_tokenizer, load_tokenizer, tokenizer_from_pieces
 from diffsynth.vram_management import Residency, choose_device
@@ -72,8 +73,7 @@ class Components:
 
     def facts(self) -> ModelFacts:
         """Return the facts about the models that decide options of a run."""
-        rows, cols = (self.vae.spatial_factor * side for side in self.dit.patch_size[1:])
-        return ModelFacts(dim=self.dit.dim, num_layers=self.dit.num_layers, pixels_per_token=(rows, cols))
+        return ModelSizes.of(self.residency.models).facts()
 
 
 def load_checkpoint(

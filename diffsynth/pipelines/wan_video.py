@@ -46,7 +46,7 @@ from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
-from diffsynth.runs.cost import RunCost
+from diffsynth.runs.cost import RunCost, latency_file
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
 from diffsynth.vram_management import Residency, choose_device
 
@@ -347,8 +347,7 @@ class WanVideoPipeline:
         """
         progress, observer = checked_callables(progress_bar_cmd, observer, callback_on_step_end)
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
-        if test_latency and latency_dir is None:
-            raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
+        costs = latency_file(latency_dir) if test_latency else None
         saving = SavingOptions(
             checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
         )
@@ -381,9 +380,9 @@ class WanVideoPipeline:
                     saved=saved,
                     fps=input_video.fps if isinstance(input_video, VideoData) else None,
                 )
-        if test_latency and latency_dir is not None:
+        if costs is not None:
             for video in videos:
-                video.cost.append_to(latency_dir)
+                video.cost.append_to(costs)
         return videos
 
     def _on_step(self, callback: Callback | None, observer: Observer, event: RunEvent) -> Tensor | None:

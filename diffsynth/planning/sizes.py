@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.resolve import ModelFacts
 from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
@@ -154,6 +155,19 @@ class ModelSizes:
                 num_heads=encoder.config.num_heads, weights=_bytes_of(text_encoder, encoder.block)
             ),
             vae=VAESize.of(cast(WanVideoVAE, models["vae"])),
+        )
+
+    def facts(self) -> ModelFacts:
+        """Return the facts that decide options of a run."""
+        factor = 2 ** len(self.vae.temporal)
+        rows, cols = (factor * side for side in self.dit.patch_size[1:])
+        return ModelFacts(
+            dim=self.dit.dim,
+            num_layers=self.dit.num_layers,
+            num_heads=self.dit.num_heads,
+            pixels_per_token=(rows, cols),
+            pixels_per_latent=factor,
+            frames_per_latent=2 ** sum(self.vae.temporal),
         )
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.configs.options import RunOptions, SavingOptions
-from diffsynth.data.files import PARTIAL, locked
+from diffsynth.data.files import PARTIAL, checked_path, locked
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import identity_differences, identity_key, run_identity
 from diffsynth.runs.signals import stoppable
@@ -33,9 +33,10 @@ def prepare_folder(checkpoint_dir: str | Path) -> Path:
     """Make the folder of a run and return it.
 
     Raises:
+        TypeError: it is no path.
         ValueError: the folder cannot be written to.
     """
-    folder = Path(checkpoint_dir).expanduser()
+    folder = checked_path("checkpoint_dir", checkpoint_dir).expanduser()
     trial = folder / f"{PARTIAL}trial"
     try:
         folder.mkdir(parents=True, exist_ok=True)

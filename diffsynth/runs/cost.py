@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from diffsynth.data.files import checked_path
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import OptimizationRecord
 from diffsynth.vram_management import peak_memory, reset_peak_memory, synchronize
@@ -59,12 +60,28 @@ class RunCost:
             setattr(self, item.name, state[item.name])
         self.losses = [tuple(losses) for losses in self.losses]
 
-    def append_to(self, folder: str | Path) -> None:
-        """Append this cost as a JSON line to `latency.jsonl` in a folder, which is made if it is missing."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "latency.jsonl").open("a") as file:
+    def append_to(self, path: Path) -> None:
+        """Append this cost as a JSON line to a file."""
+        with path.open("a") as file:
             file.write(json.dumps(asdict(self)) + "\n")
+
+
+def latency_file(folder: str | Path | None) -> Path:
+    """Return the file of costs in latency_dir, which is made if it is missing.
+
+    Raises:
+        ValueError: there is no folder, or it cannot be written to.
+        TypeError: it is no path.
+    """
+    if folder is None:
+        raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
+    path = checked_path("latency_dir", folder) / "latency.jsonl"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"latency_dir {folder} cannot be written to: {error}") from error
+    return path
 
 
 @contextmanager

@@ -1,0 +1,70 @@
+"""What a checkpoint's config.json may say: values within the bounds of the options, sizes as the weights have."""
+
+import json
+
+import pytest
+
+from diffsynth import WanVideoPipeline
+from diffsynth.models.checkpoint_files import CheckpointError
+
+DEEP = "[" * 100_000
+
+
+@pytest.fixture
+def declared(tiny_checkpoint, tmp_path):
+    """Return a function that makes a copy of the tiny checkpoint whose config.json has changes."""
+
+    def copy(changes):
+        folder = tmp_path / "copy"
+        folder.mkdir()
+        for path in tiny_checkpoint.iterdir():
+            (folder / path.name).symlink_to(path)
+        (folder / "config.json").unlink()
+        config = json.loads((tiny_checkpoint / "config.json").read_text())
+        text = changes if isinstance(changes, str) else json.dumps({**config, **changes})
+        (folder / "config.json").write_text(text)
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"eps": 1e9}, CheckpointError, "config.json: eps must be a finite number"),
+        ({"eps": "x"}, CheckpointError, "config.json: eps must be"),
+        ({"num_heads": 0}, CheckpointError, "config.json: num_heads must be a whole number from 1 to 100000"),
+        ({"num_layers": -1}, CheckpointError, "num_layers -1 is declared, but the weights have width"),
+        ({"dim": 10**9}, CheckpointError, "dim 1000000000 is declared, but the weights have width"),
+        ({"attention_head_dim": 7}, CheckpointError, "is declared, but the weights have width"),
+        (DEEP, (CheckpointError, ValueError), "config.json is not valid JSON"),
+        (
+            {"fastvmt": {"num_inference_steps": 10**9}},
+            ValueError,
+            "config.json: 'fastvmt': num_inference_steps",
+        ),
+        ({"fastvmt": {"cfg_scale": "x"}}, ValueError, "config.json: 'fastvmt': cfg_scale must be"),
+        ({"fastvmt": {"motion": {"evil": {}}}}, ValueError, "config.json: 'fastvmt': mode must be one of"),
+        ({"fastvmt": {"motion": {"AMF": {"tau": -1}}}}, ValueError, "config.json: 'fastvmt': tau must be"),
+        ({"fastvmt": {"presets": {"p": {"sampler": "x"}}}}, ValueError, "config.json: 'p': sampler must be"),
+        ({"fastvmt": {"mag_ratios": 5}}, ValueError, "config.json: 'fastvmt': "),
+    ],
+    ids=str,
+)
+def test_a_value_that_is_not_allowed_is_refused_at_load_with_file_and_key(declared, changes, error, words):
+    with pytest.raises(error) as refused:
+        WanVideoPipeline.from_pretrained(declared(changes), device="cpu")
+    assert words in str(refused.value)
+
+
+def test_heads_of_a_published_width_must_be_128_wide():
+    from diffsynth.models.wan_video_dit_keys import dit_config_from_shapes
+
+    shapes = {
+        "patch_embedding.weight": (1536, 16, 1, 2, 2), "blocks.0.ffn.0.weight": (8960, 1536),
+        "head.head.weight": (64, 1536), "text_embedding.0.weight": (1536, 4096),
+        "time_embedding.0.weight": (1536, 256),
+    }  # fmt: skip
+    assert dit_config_from_shapes(shapes, {"num_heads": 12})["num_heads"] == 12
+    with pytest.raises(ValueError, match=r"num_heads 24 is declared, but .* a head 128 columns"):
+        dit_config_from_shapes(shapes, {"num_heads": 24})
