@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json may say: values within the bounds of the options, sizes as the weights have."""
+"""A checkpoint's config.json: values within the bounds of the options, sizes as the weights have them."""
 
 import json
 
