@@ -338,7 +338,7 @@ def test_a_name_that_is_taken_during_the_run_is_not_written_over(transferring, t
     assert out.read_bytes() == b"of another run"
     assert len(VideoData(tmp_path / "out-2.mp4")) == 5
     assert record_path(tmp_path / "out-2.mp4").is_file()
-    assert f"{out} was taken meanwhile: the video is {tmp_path / 'out-2.mp4'}" in capsys.readouterr().err
+    assert f"{out} was created meanwhile: the video is in {tmp_path / 'out-2.mp4'}" in capsys.readouterr().err
 
 
 def test_a_file_system_without_hard_links_keeps_other_files_too(tmp_path, monkeypatch):

@@ -80,12 +80,12 @@ def test_guidance_brings_the_motion_closer_to_the_reference(pipe, clip, caplog):
 def test_the_mode_defaults_to_tile_flow_with_a_reference_and_says_so(pipe, clip, caplog):
     caplog.set_level(logging.INFO)
     default = pipe("a cat", input_video=clip, **QUICK)
-    assert "no mode is named: effi_AMF" in caplog.text
+    assert "no mode is named: using effi_AMF" in caplog.text
     assert torch.equal(default, pipe("a cat", input_video=clip, mode="effi_AMF", sf=4, **QUICK))
     assert not torch.equal(default, pipe("a cat", input_video=clip, sf=2, **QUICK))
     assert torch.equal(default, pipe("a cat", input_video=clip, motion=MotionGuidance(), **QUICK))
     pipe("a cat", height=32, width=32, num_frames=1, **QUICK)
-    assert "no mode is named: No_transfer" in caplog.text
+    assert "no mode is named: using No_transfer" in caplog.text
 
 
 def test_only_the_first_guided_steps_are_guided_and_cost_is_counted(pipe, clip, tmp_path):

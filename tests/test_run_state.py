@@ -137,5 +137,5 @@ def test_a_rule_that_cannot_tell_its_state_is_refused():
         def make(self, *_):
             return object()
 
-    with pytest.raises(TypeError, match=r"needs state\(\) and restore\(state\); object lacks them"):
+    with pytest.raises(TypeError, match=r"must return rules with state\(\), restore\(\); got object"):
         make_rule(Maker(), "positive", range(2), 2)

@@ -374,7 +374,7 @@ BAD_CHOICES = {
     "tea model": ({"cache": "teacache", "tea_cache_model_id": "Wan9"}, "tea_cache_model_id is 'Wan9'"),
     "no ratios": ({"cache": "magcache"}, "no MagCache ratios are known for .* width 160: measure them"),
     "options and threshold": (
-        {"cache": options("first_block", 0.1), "cache_threshold": 0.2}, "goes with a cache's name"
+        {"cache": options("first_block", 0.1), "cache_threshold": 0.2}, "needs cache as a name"
     ),
     "no options": ({"cache": 7}, "cache must be .*CacheOptions or an object with make.*; got 7"),
 }  # fmt: skip

@@ -1,8 +1,8 @@
-"""Denoising steps that reuse the last one's work: one seam for all rules that decide when.
+"""Step caches: rules that decide which denoising steps reuse the last result of the blocks.
 
-A rule looks at a step of one prompt and says whether the blocks run. If they do not, the last residual, what
-the blocks added to their input when they last ran, stands for them. Each prompt has its own rule object, so
-that both prompts in one DiT call and each in its own decide alike.
+At each step, a rule decides for one prompt whether the blocks run. If not, the last residual (what they added
+to their input when they last ran) is added instead. Each prompt has its own rule object, so that
+decisions do not depend on whether both prompts share a DiT call.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,10 @@ class Probe(NamedTuple):
 
 
 class StepCache:
-    """Base of the rules, which keeps the residual: float32, 201 MB for 81 frames of 480x832 at width 1536.
+    """Base class of rules; keeps the residual in float32 (201 MB for 81 frames of 480x832, width 1536).
 
     Attributes:
-        probe_blocks: blocks, from the first, that run at every step before the decision.
+        probe_blocks: number of first blocks, which run at every step before the decision.
         kept: names of the attributes that later decisions read: tensors, never changed in place, and plain
             numbers.
     """
@@ -62,7 +62,7 @@ class StepCache:
         return self._residual
 
     def state(self) -> dict[str, object]:
-        """Return what later steps need of those so far: tensors and plain numbers by name."""
+        """Return the state that later steps need: tensors and plain numbers by name."""
         return {name: getattr(self, name) for name in ("_residual", *self.kept)}
 
     def restore(self, state: Mapping[str, object]) -> None:
@@ -77,17 +77,17 @@ def make_rule(cache: CacheOptions | CacheMaker, prompt: str, steps: range, num_s
     Args:
         cache: options, or an object that makes rules of its own kind.
         prompt: "positive" or "negative".
-        steps: those of the run's steps in which the prompt runs.
+        steps: indices of the run's steps in which the DiT runs with this prompt.
         num_steps: steps of the run.
 
     Raises:
-        TypeError: the object makes rules that cannot tell their state, so that a run could not continue.
+        TypeError: the object's rules lack state() or restore(), so that a run could not be resumed.
     """
     if isinstance(cache, CacheOptions):
         return load(CACHES[cache.name].rule).from_options(cache, prompt, steps, num_steps)
     rule = cache.make(prompt, steps, num_steps)
     if not hasattr(rule, "state") or not hasattr(rule, "restore"):
-        raise TypeError(f"a rule of cache needs state() and restore(state); {type(rule).__name__} lacks them")
+        raise TypeError(f"cache.make must return rules with state(), restore(); got {type(rule).__name__}")
     return rule
 
 
@@ -97,7 +97,7 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
     Where all ask, the result is bit-identical to `dit.run_blocks(state)`.
 
     Args:
-        caches: one a sample, all of one kind.
+        caches: one for each sample, all of the same class.
     """
     first = caches[0].probe_blocks
     before = dit.run_blocks(state, stop=first) if first else state.tokens
@@ -123,7 +123,7 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
 
 
 def _samples(state: DiTState, chosen: Sequence[int]) -> DiTState:
-    """The state of some samples of a batch; by slices, as an index list would wait for the device."""
+    """Return the state of some samples, by slices: indexing with a list would wait for the device."""
     names = ("tokens", "time", "modulation", "context", "image_context")
     tensors = {name: tensor for name in names if (tensor := getattr(state, name)) is not None}
     rows: dict[str, Any] = {n: torch.cat([t[i : i + 1] for i in chosen]) for n, t in tensors.items()}

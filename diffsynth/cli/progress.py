@@ -25,14 +25,14 @@ INTERRUPTED_TEXT = "interrupted; no video was written"
 
 
 def saving_arguments(options: Namespace, output: Path | None) -> dict[str, Any]:
-    """Return the arguments of the run that `add_saving_options` asks for; empty if nothing is saved.
+    """Return a run's saving arguments from the options of `add_saving_options`; empty if nothing is saved.
 
     Args:
-        options: of the command line.
-        output: path of the video, which has a default folder; None if it has no name yet.
+        options: parsed options of the command line.
+        output: path of the video, which decides the default folder; None if it has no name yet.
 
     Raises:
-        UsageError: there is no folder, or there are details of saving although nothing is saved.
+        UsageError: the folder is unknown, or saving options are given although nothing is saved.
     """
     details = {name: value for name, value in vars(options).items() if name in options_of(SavingOptions)}
     resume, folder = details.pop("resume", None), options.checkpoint_dir
@@ -50,9 +50,9 @@ def saving_arguments(options: Namespace, output: Path | None) -> dict[str, Any]:
 def run_watched(
     pipe: WanVideoPipeline, task: VideoTask, model: Mapping[str, Any], loaded: LoadOptions, console: Console
 ) -> tuple[Path, RunRecord]:
-    """Run a task with progress on stderr, as `run_task`.
+    """Run a task like `run_task`, with progress on stderr.
 
-    Ctrl-C stops a saved run at once, as in `runs.signals`, and another run after its current step.
+    Ctrl-C stops a saved run at once, as in `runs.signals`, and an unsaved one after its current step.
 
     Raises:
         KeyboardInterrupt: Ctrl-C was pressed.
@@ -63,21 +63,21 @@ def run_watched(
         with stopping_on_interrupt(pipe, progress, console, at_once=bool(task.saving)):
             path, record = run_task(pipe, task, model, loaded, progress)
     except FileNotFoundError as error:
-        raise RunFailedError(str(error)) from error  # bad usage is known before a run
+        raise RunFailedError(str(error)) from error  # usage errors are found before a run
     except (ValueError, RuntimeError, OSError) as error:
         # Ctrl-C also reaches the ffmpeg that decodes the reference, and the run then lacks its frames.
         if progress.stopping:
             raise KeyboardInterrupt(INTERRUPTED_TEXT) from error
         raise
     if task.output is not None and path != task.output:
-        console.problem(f"{task.output} was taken meanwhile: the video is {path}")
+        console.problem(f"{task.output} was created meanwhile: the video is in {path}")
     return path, record
 
 
 class StageProgress:
     """An observer of a run: a line for each stage, a bar for the denoising steps.
 
-    Once `stopping`, it ends the run by KeyboardInterrupt where the next stage begins, before any decoding.
+    Once `stopping` is true, it raises KeyboardInterrupt when the next stage begins, before any decoding.
     """
 
     def __init__(self, console: Console) -> None:
@@ -92,7 +92,7 @@ class StageProgress:
             self.close()
             self._console.note(event.stage)
         elif event.stage == "guidance":
-            # How many sampling steps there are is known with the first of them.
+            # The number of sampling steps is known only from the first sampling event.
             bar = self._open(f"guided step {event.step}/{event.steps}", None)
             if event.losses:
                 bar.set_postfix_str(f"motion loss {event.losses[-1]:.4g}")
@@ -123,9 +123,9 @@ def stopping_on_interrupt(
 
     Args:
         pipe: the pipeline that runs.
-        progress: observer of the run, which ends it.
-        console: for a message.
-        at_once: leave the signal to the run, which is saved.
+        progress: observer of the run; ends the run once its `stopping` is set.
+        console: console on which the user is told.
+        at_once: leave the signal to the saved run, which stops at once.
     """
 
     def stop(_signal: int, _frame: object) -> None:

@@ -1,6 +1,6 @@
-"""The one place that decides what a run does, for the call, the command, the page and batch files alike.
+"""Decide the options of a run, for Python calls, the command line, the web page and batch files alike.
 
-Order of precedence: what the caller gives, the preset, the checkpoint's defaults, the reference, the
+Order of precedence, highest first: the arguments, the preset, the checkpoint's defaults, the reference, the
 published method.
 """
 
@@ -23,13 +23,13 @@ from diffsynth.configs.options import RunOptions, Shorthands, call_options
 
 logger = logging.getLogger(__name__)
 
-# What other libraries call options of ours, for the message.
+# Names of our options in other libraries, for the error message.
 OTHER_NAMES = {
     "guidance_scale": "cfg_scale", "cfg": "cfg_scale", "strength": "denoising_strength", "generator": "seed",
     "flow_shift": "sigma_shift", "shift": "sigma_shift", "cfg_merge": "batch_cfg", "video": "input_video",
     "steps": "num_inference_steps", "num_steps": "num_inference_steps", "frames": "num_frames",
 }  # fmt: skip
-NEW_SEED = -1  # as other programs have it
+NEW_SEED = -1  # draws a random seed, as in other programs
 LONGEST_PROMPT = 100_000  # characters; models read 512 tokens
 
 
@@ -82,7 +82,7 @@ def resolve(
             of fields of `MotionGuidance`.
         defaults: defaults of the checkpoint.
         reference: facts about the reference video; None without one.
-        model: None checks only what can be known before the model is loaded.
+        model: facts about the model; None to check only what is known before it is loaded.
 
     Raises:
         TypeError: an argument is unknown.
@@ -115,7 +115,7 @@ def resolve(
 def resolve_plan(given: Mapping[str, Any], defaults: RunDefaults, model: ModelFacts) -> RunOptions:
     """Return the options of a run that is planned before it has a reference; see `resolve`.
 
-    The reference is assumed to have the output's size and length. Unless `tiled` is an argument, the plan
+    The reference is assumed to have the output's size and length. Unless `tiled` is passed, the plan
     decides whether the VAE works in tiles.
     """
     facts = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
@@ -144,7 +144,7 @@ def resolve_prompts(
 
 
 def round_size(name: str, pixels: int, multiple: int) -> int:
-    """Return a number of pixels rounded up to a multiple; rounding is logged as a warning.
+    """Return `pixels` rounded up to a multiple of `multiple`; a change is logged as a warning.
 
     Raises:
         ValueError: the number is below 1.
@@ -157,7 +157,7 @@ def round_size(name: str, pixels: int, multiple: int) -> int:
 
 
 def motion_for(checkpoint: str | Path, mode: str = DEFAULT_MODE, **changes: Any) -> MotionGuidance:
-    """Return the numbers of a mode for a checkpoint: the declared ones, else the published ones.
+    """Return the motion guidance of a mode: values that the checkpoint declares, else the published ones.
 
     Args:
         checkpoint: a folder, or a name as for `from_pretrained`.
@@ -166,7 +166,7 @@ def motion_for(checkpoint: str | Path, mode: str = DEFAULT_MODE, **changes: Any)
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: a number is not allowed.
+        ValueError: a value is not allowed.
     """
     declared = run_defaults(checkpoint_folder(checkpoint)).motion.get(mode, {})
     return MotionGuidance.for_mode(mode, {**declared, **changes})
@@ -178,7 +178,7 @@ def _size(
     reference: ReferenceFacts | None,
     model: ModelFacts | None,
 ) -> tuple[int, int]:
-    """Return height and width in pixels; the declared size is transposed for an upright reference."""
+    """Return height and width in pixels; the declared size is transposed for a portrait reference."""
     declared: tuple[int, int] = (defaults["height"], defaults["width"])
     if reference is not None and not defaults.options.keys() >= {"height", "width"}:
         declared = (reference.height, reference.width)
@@ -245,7 +245,7 @@ def _motion(
         mode = motion.mode
     elif mode is None:
         mode = NO_TRANSFER if num_frames is None and not motion else DEFAULT_MODE
-        logger.info("no mode is named: %s", mode)
+        logger.info("no mode is named: using %s", mode)
     if mode == NO_TRANSFER:
         if isinstance(motion, Mapping) and motion:
             raise ValueError(f"motion ({', '.join(sorted(motion))}) has no effect in mode {NO_TRANSFER}")
@@ -302,9 +302,7 @@ def _cache(asked: Any, short: Shorthands, defaults: RunDefaults, model: ModelFac
         raise ValueError(f"cache_threshold={threshold!r} needs cache, one of {', '.join(CACHES)}")
     if asked is not None and not isinstance(asked, str):
         if threshold is not None:
-            raise ValueError(
-                f"cache_threshold={threshold!r} goes with a cache's name; got cache={asked!r:.80}"
-            )
+            raise ValueError(f"cache_threshold={threshold!r} needs cache as a name; got cache={asked!r:.80}")
         return asked
     declared = asked is None
     name = check_value(

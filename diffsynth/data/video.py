@@ -26,25 +26,25 @@ from diffsynth.data.stream import EVERY_FRAME_ONCE, EXACT_SCALING, VIDEO_STREAM,
 
 logger = logging.getLogger(__name__)
 
-TICK = 1e-4  # seconds by which a time may be rounded
+TICK = 1e-4  # tolerance for rounded frame times, in seconds
 Frames = Generator[Image.Image, None, None]
 
 
 class VideoFile:
     """Frames of a video file, or of a part of it.
 
-    A constant rate is read frame by frame, none doubled or dropped; a variable one at its constant mean, so
-    that things move at the speed that the camera saw. One decoder stays open between calls of `frame` and
-    only moves forward; an earlier frame starts it again.
+    A file of constant rate is read frame by frame, without doubling or dropping any; one of variable rate is
+    resampled to its mean rate, so that motion keeps its speed. One decoder stays open between calls of
+    `frame` and only moves forward; a request for an earlier frame restarts it.
 
     Args:
-        path: of the file.
-        fps: frames a second to read it at; None for its own rate.
-        start: second from which on frames are read.
-        end: second before which they are read; None for all.
+        path: path of the file.
+        fps: frames a second to read the file at; None for the file's rate.
+        start: time in seconds of the first frame to read.
+        end: time in seconds at which reading stops; None for the end of the file.
 
     Raises:
-        ValueError, FileNotFoundError: as `probe_video`; ValueError also if no frame lies in the part.
+        ValueError, FileNotFoundError: see `probe_video`; ValueError also if no frame lies from start to end.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class VideoFile:
         notes, filters = list(stream.notes), list(stream.filters)
         if stream.variable or self.fps != stream.rate:
             self._num_frames = max(1, round((stop - stream.times[inside[0]]) * float(self.fps)))
-            # Where rounding leaves the last frame out, the one before it is held.
+            # If rounding drops the last frame, the one before it is repeated.
             filters += [f"fps={self.fps}", "tpad=stop=2:stop_mode=clone"]
             told = "a variable rate" if stream.variable else f"{float(stream.rate):g} frames a second"
             notes.append(f"{told}, read at {float(self.fps):g}")
         width, height = stream.size
-        # In planes first: exact conversion to packed pixels takes twice as long, for the same numbers.
+        # Planar RGB first: exact conversion straight to packed pixels gives the same but takes twice as long.
         filters += [f"scale={width}:{height}:{EXACT_SCALING}", "format=gbrp", "format=rgb24"]
         self._input_params = list(stream.decoder)
         if inside[0] > 0 and not stream.seeks:
             filters.insert(0, f"trim=start_frame={inside[0]}")
         elif inside[0] > 0:
-            # From the middle between two frames on, so that rounding picks neither the wrong one.
+            # Seek to halfway between two frames, so that rounding cannot pick the wrong one.
             between = (stream.times[inside[0] - 1] + stream.times[inside[0]]) / 2
             self._input_params += ["-ss", f"{between:.6f}"]
         self._output_params = [*VIDEO_STREAM, *EVERY_FRAME_ONCE, "-vf", ",".join(filters)]
@@ -124,7 +124,7 @@ class VideoFile:
 
 
 def _decode(path: Path, num_frames: int, input_params: list[str], output_params: list[str]) -> Frames:
-    """Yield num_frames frames of a file, or raise ValueError where fewer decode."""
+    """Yield num_frames frames of a file; raise ValueError if fewer decode."""
     import imageio.v3 as iio
 
     options: Any = {"input_params": input_params, "output_params": output_params}
@@ -145,10 +145,10 @@ def _decode(path: Path, num_frames: int, input_params: list[str], output_params:
     if index < num_frames:
         raise ValueError(
             f"{path} is damaged or has changed: {index} frames decode, {num_frames} when it was opened "
-            f"({problem or 'no complaint of ffmpeg'}); end= or num_frames= uses fewer"
+            f"({problem or 'ffmpeg reports no error'}); set end or num_frames to use fewer"
         )
-    if problem.startswith("["):  # the part of ffmpeg that complains
-        logger.warning("%s is damaged, some of its frames may show it: %s", path, problem)
+    if problem.startswith("["):  # ffmpeg starts an error with its component in brackets
+        logger.warning("%s is damaged, and some of its frames may look wrong: %s", path, problem)
 
 
 class VideoData:
@@ -156,28 +156,28 @@ class VideoData:
 
     It behaves as a sequence: `len`, `video[i]` (negative too), `video[a:b]` (a list), iteration. Frames are
     read on access; reading forward decodes each frame once, and iteration holds one at a time. Opening reads
-    the times of a file's frames without decoding them; only a damaged file is decoded then, and the frames
-    that decode are used, with a warning in the log. The decoder is freed at the last frame, by `close()`, at
-    the end of a `with` block, or with the object.
+    the frames' times without decoding; only a damaged file is decoded on opening, which uses the frames that
+    decode and logs a warning. The decoder is freed after the last frame, by `close()`, at the end of a `with`
+    block, or with the object.
 
     Frames are upright and have square pixels; interlaced video is deinterlaced, HDR is tone-mapped,
-    transparent pixels are laid over black, and a variable rate is read at its constant mean. The log says so.
+    transparent pixels are laid over black, and a variable rate is read at its constant mean. Each is logged.
 
     Args:
         video_file: path of a video; exactly one of video_file and image_folder is required.
         image_folder: path of a folder of png, jpg, jpeg, webp, bmp files, in natural order (2 before 10).
-        height: height of the frames in pixels; requires width, and the other way round.
+        height: height of the frames in pixels; give both height and width, or neither.
         width: width of the frames in pixels.
         fps: frames a second at which a video file is read, at unchanged speed; None for the rate of the file.
-        start: second of the video at which reading begins.
-        end: second before which reading ends; None for the end of the video.
+        start: time in seconds at which reading begins.
+        end: time in seconds at which reading stops; None for the end of the video.
         fit: how frames are brought to height and width: "crop", "pad" or "stretch" (see `fit_frame`).
 
     Raises:
         FileNotFoundError: the file or folder does not exist.
         TypeError: a path is neither str nor PathLike.
-        ValueError: arguments contradict each other, the file is damaged or no video, the folder holds no
-            images, or its images differ in size and height and width are missing.
+        ValueError: arguments contradict each other, the file is damaged or not a video, the folder holds no
+            images, or its images differ in size while height and width are not given.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class VideoData:
         self._length = int(n)
 
     def set_shape(self, height: int, width: int) -> None:
-        """Bring frames to a size in pixels; ValueError unless both are integers above 0."""
+        """Set the size in pixels that frames are fitted to; ValueError unless both are integers above 0."""
         self._shape = checked_int("height", height), checked_int("width", width)
         self._tell_of_cropping()
 
@@ -294,6 +294,6 @@ class VideoData:
     def save_images(self, folder: str | PathLike) -> None:
         """Write the frames to folder (made if missing) as 0.png, 1.png, ...
 
-        FileExistsError if the folder holds images already: none is overwritten. An error leaves none behind.
+        Raises FileExistsError if the folder already holds images. After an error no new image remains.
         """
         write_pngs(iter(self), Path(folder), digits=1)

@@ -31,7 +31,7 @@ TAUS = (1.0, 2.0, 4.0, 8.0, 16.0)
 PROMPTS = ("", "caption")
 # Only motion that is visible: a spinning circle looks the same, and a resting object gives no signal.
 PROBE_SCENES = SceneOptions(spin=0, still=0)
-# First number of the clips' seeds, so that they differ from clips that are drawn elsewhere by two numbers.
+# First of three numbers in a clip's seed; other code uses two, so that its clips are different ones.
 PROBE_SEED = 101
 # A DiT narrower than SMALL_DIM counts as small, made for pictures of SMALL_GRID x SMALL_GRID tokens.
 SMALL_DIM = 1024
@@ -43,14 +43,14 @@ ATTENTION_BYTES = 64 * 2**20
 
 
 def read_displacements(q: Tensor, k: Tensor, truth: TrueFlow, taus: Sequence[float]) -> Tensor:
-    """Return what dense AMF reads at the counted tokens of `truth`, in each reading and at each tau.
+    """Return the displacements that attention motion flow reads at counted tokens, by reading and tau.
 
     This is `attention_motion_flow` with all heads and taus on the same logits, and only the counted queries.
 
     Args:
         q: queries [F, H, W, N, D].
         k: keys [F, H, W, N, D].
-        truth: true motion, which says what is counted.
+        truth: true motion and the tokens to compare (`counted`).
         taus: factors on the logits.
 
     Returns:
@@ -84,7 +84,7 @@ def block_features(
         latents: [1, C, F, h, w].
         timestep: [1].
         context: [1, L, text_dim].
-        blocks: from 0, in rising order.
+        blocks: indices of blocks (0-based), ascending.
 
     Yields:
         (q, k), each [F, H, W, N, D], block by block.
@@ -136,24 +136,24 @@ def probe_motion(
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> ProbeResult:
-    """Measure correlation and slope of read on true displacement by block, reading, noise level and tau.
+    """Measure how read displacement follows the true one (correlation, slope) by block, reading, sigma, tau.
 
     Samples are pooled over clips, pairs of frames, tokens and both components.
 
     Args:
-        pipe: the model.
+        pipe: the pipeline.
         clips: how many to draw, or the clips themselves.
         sigmas: noise levels in (0, 1]: (1 - sigma) * clean + sigma * noise at timestep 1000 * sigma.
         taus: factors on the logits.
-        blocks: of the DiT, from 0; None for all.
+        blocks: indices of blocks of the DiT (0-based); None for all.
         sf: as for `true_flow`.
         tokens: as for `true_flow`.
-        prompt: "", as a reference is read, or "caption" for the clip's own.
-        height: of drawn clips, in pixels; by default as in `natural_size`, likewise the next two.
-        width: of drawn clips, in pixels.
-        num_frames: of drawn clips.
-        scenes: of drawn clips; None for PROBE_SCENES.
-        seed: of drawn clips and of the noise, of which each clip has one.
+        prompt: "", which is the prompt used for references, or "caption" for the caption of each clip.
+        height: height of drawn clips in pixels; this and the next two default to `natural_size`.
+        width: width of drawn clips in pixels.
+        num_frames: number of frames of drawn clips.
+        scenes: options of drawn clips; None for PROBE_SCENES.
+        seed: seed of drawn clips and of the noise; each clip has one noise sample.
         progress: wraps the list of runs of the DiT, one for each clip and noise level.
 
     Raises:
@@ -282,7 +282,7 @@ def _draw(
 
 def _checked_clips(clips: Sequence[SyntheticClip], drawn: tuple) -> list[SyntheticClip]:
     if any(option is not None for option in drawn):
-        raise ValueError("height, width, num_frames and scenes are for drawn clips; these have their own")
+        raise ValueError("height, width, num_frames and scenes apply to drawn clips only, not to given ones")
     sizes = {clip.frames.shape[:3] for clip in clips}
     if len(sizes) != 1:
         raise ValueError(f"clips must be one or more of the same size; got {sorted(sizes)}")

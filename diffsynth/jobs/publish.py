@@ -1,4 +1,4 @@
-"""Output files: checked before a run, published whole after it, never over an existing file unasked."""
+"""Check output paths before a run and write them atomically after it; never overwrite a file unasked."""
 
 import contextlib
 import itertools
@@ -45,7 +45,7 @@ def check_place(path: Path) -> None:
     check_folder(path.parent)
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(record_path(path).with_name(f".{path.name}.json"))  # the longest name that is derived
+            os.lstat(record_path(path).with_name(f".{path.name}.json"))  # longest name derived from path
     except OSError as error:
         raise UsageError(f"output {path} cannot be written: {error.strerror}") from error
     if is_png_folder(path):
@@ -63,11 +63,11 @@ def check_space(path: Path, num_bytes: int, lossless: bool) -> None:
     """Raise UsageError if the disk of an output has too little room for it.
 
     Args:
-        path: of the output.
-        num_bytes: size of its frames in memory.
-        lossless: whether they are kept to the bit.
+        path: path of the output.
+        num_bytes: bytes of its frames in memory.
+        lossless: whether the video is lossless.
     """
-    # Of a noisy video at the best quality H.264 keeps a tenth.
+    # At the best quality, H.264 compresses a noisy video to a tenth.
     needed = (num_bytes if lossless or is_png_folder(path) else num_bytes // 10) + 2**20
     free = shutil.disk_usage(path.parent).free
     if free < needed:
@@ -82,7 +82,7 @@ def is_png_folder(path: Path) -> bool:
 
 
 def reserve_name(folder: Path, stem: str, suffix: str = ".mp4") -> Path:
-    """Make an empty file with a free name, so that no earlier result is lost and no other run takes it."""
+    """Reserve an unused name with an empty file, which protects earlier results and blocks other runs."""
     for path in _numbered(folder / f"{stem}{suffix}"):
         with contextlib.suppress(FileExistsError):
             path.open("x").close()
@@ -91,16 +91,16 @@ def reserve_name(folder: Path, stem: str, suffix: str = ".mp4") -> Path:
 
 
 def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, overwrite: bool = False) -> Path:
-    """Write a video with its record inside, and the record beside it. The video appears whole.
+    """Write a video with its record as metadata, and the record beside it. The video is written atomically.
 
     Args:
-        frames: of the video.
-        path: of the video.
-        record: of the run.
-        overwrite: replace an existing file; otherwise a name that was taken meanwhile gets a number.
+        frames: frames of the video.
+        path: path of the video.
+        record: record of the run.
+        overwrite: replace an existing file; otherwise a number is added to a name taken meanwhile.
 
     Returns:
-        The path that the video has.
+        The path at which the video was written.
     """
     final = write_output(frames, path, lambda file: save_with_metadata(frames, file, record), overwrite)
     write_record(record, final)
@@ -110,18 +110,18 @@ def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, ove
 def write_output(
     frames: Sequence[Image.Image], path: Path, write_video: Callable[[Path], object], overwrite: bool
 ) -> Path:
-    """Write frames to a folder of PNG files, or have a video written beside `path` and moved there.
+    """Write frames to a folder of PNG files, or let `write_video` write a file that is then moved to `path`.
 
-    An error leaves no trace.
+    After an error, no file remains.
 
     Args:
-        frames: of the video.
-        path: of the output.
-        write_video: called with the hidden path to write to.
-        overwrite: replace an existing file; otherwise a name that was taken meanwhile gets a number.
+        frames: frames of the video.
+        path: path of the output.
+        write_video: called with the temporary path to write to.
+        overwrite: replace an existing file; otherwise a number is added to a name taken meanwhile.
 
     Returns:
-        The path that the output has.
+        The path at which the output was written.
     """
     if is_png_folder(path):
         return save_frames(frames, path)
@@ -136,7 +136,7 @@ def write_output(
 
 
 def _place(file: Path, target: Path) -> Path:
-    """Give a file the name of target, or the next free one, and return that."""
+    """Put a file at target, or at the next free name, and return the path used."""
     for path in _numbered(target):
         try:
             os.link(file, path)

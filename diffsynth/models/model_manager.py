@@ -49,11 +49,11 @@ class ModelManager:
     """Loads and keeps models.
 
     Args:
-        torch_dtype: what weights are stored in. `torch.float8_e4m3fn` and `torch.int8` store the linear
-            layers of the repeated blocks in eight bits and everything else in bfloat16, in which they also
-            compute.
+        torch_dtype: dtype in which weights are stored. With `torch.float8_e4m3fn` or `torch.int8`, only the
+            linear layers of the repeated blocks are stored in eight bits; all else is stored in bfloat16, and
+            all layers compute in it.
         device: where weights are put.
-        file_path_list: entries to load at once, as for `load_models`.
+        file_path_list: entries to load immediately, as for `load_models`.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class ModelManager:
         """Load several entries.
 
         Args:
-            file_path_list: each a weight file, a list of the shards of one model, a `*.index.json`, or a
-                folder in the official or the diffusers layout, of which everything that is recognised is
+            file_path_list: entries, each a weight file, a list of the shards of one model, a `*.index.json`,
+                or a folder in the official or diffusers layout, from which all recognised models are
                 loaded.
-            torch_dtype: replaces the manager's for these entries; likewise device, and vae_dtype that of a
-                VAE.
+            torch_dtype, device: override the manager's for these entries.
+            vae_dtype: dtype of a VAE among them; by default torch_dtype.
             model_names: load models of these kinds only.
 
         Raises:
             FileNotFoundError: a file is missing.
-            CheckpointError: weights are damaged, incomplete or foreign; a ValueError that names the file.
+            CheckpointError (a ValueError): weights are damaged, incomplete or unknown; it names the file.
         """
         if isinstance(file_path_list, str | Path):
             raise TypeError(f"file_path_list must be a list of entries; got one path, {file_path_list!s}")
@@ -136,13 +136,13 @@ class ModelManager:
         self.loaded.extend(loaded.values())
 
     def find(self, name: str) -> LoadedModel:
-        """Return the loaded model of a kind; of several, the last one that was loaded.
+        """Return the loaded model of a kind; if there are several, the one loaded last.
 
         Args:
             name: "wan_video_dit", "wan_video_text_encoder" or "wan_video_vae".
 
         Raises:
-            ValueError: none is loaded; the message names what is.
+            ValueError: none is loaded; the message lists the models that are.
         """
         found = [entry for entry in self.loaded if entry.name == name]
         if not found:
@@ -159,8 +159,8 @@ class ModelManager:
 
         Args:
             name: as for `find`.
-            file_path: of the weights it was loaded from, where several are.
-            require_model_path: return it with the list of its files.
+            file_path: a file of the model's weights, to choose among several models.
+            require_model_path: return the tuple (model, list of its files).
         """
         found = [
             entry for entry in self.loaded
@@ -182,13 +182,13 @@ class ModelManager:
         """Add a LoRA file to the DiT at strength `lora_alpha`; several add up.
 
         Args:
-            path: the file; DiffSynth's name for it, file_path, is taken as well.
-            lora_alpha: factor on what the file adds.
+            path: path of the file; DiffSynth's name of the argument, file_path, works too.
+            lora_alpha: factor on the weight changes in the file.
 
         Raises:
-            FileNotFoundError: it is missing.
-            CheckpointError: it is damaged, for another model, matches nothing, or is of a kind that is not
-                supported.
+            FileNotFoundError: the file is missing.
+            CheckpointError: the file is damaged, belongs to another model, matches no layer, or is of an
+                unsupported kind.
         """
         dit = self.find("wan_video_dit")
         lora = read_lora(path or file_path, lora_alpha, dit.model)
@@ -196,10 +196,10 @@ class ModelManager:
         self.loras.append(lora)
 
     def change_lora(self, path: str | Path, lora_alpha: float) -> None:
-        """Give a LoRA file that is loaded another strength.
+        """Change the strength of a loaded LoRA file.
 
         Raises:
-            ValueError: it is not loaded, or lora_alpha is no finite number.
+            ValueError: the file is not loaded, or lora_alpha is not a finite number.
         """
         changing = self._loaded_from(path)
         changed = [replace(lora, alpha=checked_strength(lora_alpha)) for lora in changing[:1]]
@@ -208,12 +208,12 @@ class ModelManager:
         merge(dit.model, dit.tensors, self.loras, changed[0].layers)
 
     def unload_lora(self, path: str | Path | None = None) -> None:
-        """Take a LoRA file out of the DiT again (all of them by default).
+        """Remove a LoRA file from the DiT (all of them by default).
 
-        The weights are bit for bit those of before, read anew from their files.
+        The weights are read from their files again, so they are bit-identical to those before the LoRA.
 
         Raises:
-            ValueError: it is not loaded.
+            ValueError: the file is not loaded.
         """
         leaving = list(self.loras) if path is None else self._loaded_from(path)
         self.loras = [lora for lora in self.loras if lora not in leaving]
@@ -227,13 +227,12 @@ class ModelManager:
         return found
 
 
-# Heads, or tokens of a text; more would take memory that no model needs.
+# Largest number of heads or text tokens that a config.json may declare; no model needs more.
 MOST_DECLARED = 100_000
 
 
 def check_dtype(dtype: torch.dtype, allowed: Sequence[torch.dtype] = DTYPES) -> torch.dtype:
-    """Return a dtype.
-
+    """Return `dtype` if it is allowed.
     Raises:
         ValueError: it is not one of the allowed ones, which the message names.
     """
@@ -243,7 +242,7 @@ def check_dtype(dtype: torch.dtype, allowed: Sequence[torch.dtype] = DTYPES) -> 
 
 
 def _declared(folder: Path) -> dict:
-    """The config.json beside the weights, empty if there is none."""
+    """Return the content of the config.json beside the weights; {} if there is none."""
     config = folder / "config.json"
     if not config.is_file():
         return {}
@@ -268,7 +267,7 @@ def _declared(folder: Path) -> dict:
 
 
 def _build(kind: ModelKind, arguments: dict, tensors: Mapping[str, StoredTensor], source: str) -> nn.Module:
-    """Build a model without memory and point it at the mapped files."""
+    """Build a model on the meta device and assign it the memory-mapped weights."""
     with torch.device("meta"):
         try:
             model = kind.factory(**arguments)
@@ -283,7 +282,7 @@ def _build(kind: ModelKind, arguments: dict, tensors: Mapping[str, StoredTensor]
     for key in packed:
         parent, name = linears[key]
         unpacked = tensors[key].packed
-        assert unpacked is not None  # those are the keys
+        assert unpacked is not None  # by the definition of `packed` above
         setattr(parent, name, PackedLinear(unpacked(), getattr(parent, name)))
     return model.eval().requires_grad_(False)
 

@@ -60,17 +60,17 @@ def guided_step(
     The model is left as found, also after an error.
 
     Args:
-        dit: that denoises.
+        dit: the DiT that denoises.
         latents: [1, C, F, h, w], before the step.
         reference: clean latents of the reference, in the shape of latents.
-        noise: the run's own, in the same shape.
+        noise: the run's initial noise, in the same shape.
         sigma: noise level of the step, in 0..1.
-        timestep: the same on the 0..1000 scale.
+        timestep: the same noise level on the 0..1000 scale.
         context: the positive prompt, [1, L, text_dim].
-        null_context: the empty prompt, under which the reference is described.
-        guidance: the numbers.
-        start: the run's first latents and their sigma, for descriptors that use the mean velocity since.
-        stop: asked before each step of the optimiser; it ends there once this is True.
+        null_context: the empty prompt, with which the DiT runs on the reference.
+        guidance: parameters of the guidance.
+        start: the run's first latents and their sigma, for descriptors that use the mean velocity since then.
+        stop: called before each optimiser step; the optimiser stops once it returns True.
         memory: gradients of earlier guided steps, if some may be repeated; a step that repeats them does not
             run the DiT, and its record has no losses.
 
@@ -110,7 +110,7 @@ def guided_step(
     def objective(x: Tensor) -> Evaluation:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            # Comparable with the target: tile flow looks into the windows that were found there.
+            # The target is passed too, since tile flow must read the windows found in the target.
             seen = descriptor.describe(observe(leaf, context), target())
             loss, terms = descriptor.loss(seen, target())
             (gradient,) = torch.autograd.grad(loss, leaf)

@@ -1,7 +1,7 @@
-"""Gradient reuse (paper section 3.4): when to compute a fresh gradient, and what to step on in between.
+"""Gradient reuse (paper section 3.4): when to compute a fresh gradient, and what to use in between.
 
-The published rule is a fresh gradient every `interval` inner steps and the same one again in between. The
-other rules here are ours, to be compared at equal numbers of fresh gradients. `GradientReuse` holds within a
+The published rule computes a fresh gradient every `interval` inner (optimiser) steps and repeats it between.
+The other rules are ours, for comparison at equal numbers of fresh gradients. `GradientReuse` holds within a
 guided step; `GradientMemory` carries gradients from one guided step to those after it.
 """
 
@@ -16,11 +16,11 @@ from diffsynth.configs.guidance import MotionGuidance
 
 
 class GradientReuse:
-    """The gradients of a series of steps: ask `due` before each step, hand in fresh ones, step on `current`.
+    """Gradients of a series of steps: if `due`, pass a new one to `fresh`; then step along `current`.
 
     Args:
         interval: steps from one fresh gradient to the next.
-        above: reuse only while the last two fresh ones have at least this cosine; None for always.
+        above: reuse only while the last two fresh gradients have at least this cosine; None: always.
         rule: "repeat", "falling" or "extrapolate".
     """
 
@@ -31,9 +31,8 @@ class GradientReuse:
         self._evaluated_at: list[int] = []
 
     def due(self, step: int) -> bool:
-        """Return whether a step (0-based) needs a fresh gradient: after `interval` steps, or at once while
-        the cosine of the last two fresh ones is below `above`.
-        """
+        """Return whether a step (0-based) needs a fresh gradient: every `interval`-th step does, and every
+        step while the cosine of the last two fresh gradients is below `above`."""
         if self._last is None:
             return True
         age = step - self._evaluated_at[-1]
@@ -45,9 +44,8 @@ class GradientReuse:
         self._evaluated_at.append(step)
 
     def current(self, step: int) -> Tensor:
-        """Return the gradient to step on: the last one, or by the rule "extrapolate" the one that lies on
-        the line through the last two, as in a secant method.
-        """
+        """Return the gradient to use: the last one or, with the rule "extrapolate", the one on the line
+        through the last two, as in a secant method."""
         assert self._last is not None  # the first step is due
         age = step - self._evaluated_at[-1]
         if age == 0 or self._before is None or self._rule != "extrapolate":
@@ -56,7 +54,7 @@ class GradientReuse:
         return self._last + (age / between) * (self._last - self._before)
 
     def rate(self, step: int) -> float:
-        """Factor on the learning rate: 1, or by the rule "falling" less the older the gradient is."""
+        """Return the factor on the learning rate: 1, or lower for older gradients with the rule "falling"."""
         age = step - self._evaluated_at[-1]
         return 1 - age / self._interval if self._rule == "falling" else 1.0
 
@@ -65,7 +63,7 @@ class GradientReuse:
         return {"last": self._last, "before": self._before, "evaluated_at": list(self._evaluated_at)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with the series of a `state`."""
+        """Continue the series from a `state`."""
         self._last, self._before = state["last"], state["before"]
         self._evaluated_at = list(state["evaluated_at"])
 
@@ -79,13 +77,12 @@ class GradientReuse:
 
 
 class GradientMemory:
-    """Gradients that guided steps of a run leave to later ones: those of the last one that computed
-    any, by inner step.
-
-    Every `recompute_every`-th guided step computes its own; those between go through the remembered ones
-    again, each at the inner step it was computed for, and need no pass through the DiT. With
-    `recompute_below` a guided step also computes its own while the first gradients of the last two that did
-    have a cosine below it; so the second one always does.
+    """Gradients that later guided steps may repeat: those of the last guided step that computed its own,
+    by inner step.
+    Every `recompute_every`-th guided step computes its own. Those between repeat the stored gradients, each
+    at its own inner step, without running the DiT. With `recompute_below`, a guided step also computes its
+    own while the cosine between the first gradients of the last two computing steps is below that value;
+    the second guided step therefore always does.
     """
 
     def __init__(self, guidance: MotionGuidance) -> None:
@@ -94,7 +91,7 @@ class GradientMemory:
         self._gradients: dict[int, Tensor] = {}
 
     def begin(self) -> Mapping[int, Tensor] | None:
-        """Begin the next guided step: the gradients to repeat, by inner step; None if it computes its own."""
+        """Begin a guided step; return the gradients to repeat, by inner step, or None to compute its own."""
         self._step += 1
         if self._steps.due(self._step):
             self._gradients = {}
@@ -114,7 +111,7 @@ class GradientMemory:
         return {**kept, "step": self._step, "inner_steps": list(self._gradients)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`: the guided steps that follow repeat the same gradients."""
+        """Continue from a `state`: the guided steps that follow repeat the same gradients."""
         self._step = state["step"]
         self._gradients = {k: state[f"gradient.{k}"] for k in state["inner_steps"]}
         self._steps.restore({name: state[f"steps.{name}"] for name in self._steps.state()})

@@ -21,8 +21,8 @@ from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
 from diffsynth.vram_management import synchronize
 
 Scheduler = FlowMatchScheduler | UniPCScheduler
-Velocity = Callable[[int, Tensor, Tensor], Tensor]  # of (step, latents [1, C, F, h, w], timestep)
-# Of (step, latents, timestep) -> the latents that the step begins with, and the losses on the way.
+Velocity = Callable[[int, Tensor, Tensor], Tensor]  # (step, latents [1, C, F, h, w], timestep) -> v
+# (step, latents, timestep) -> the guided latents that the step begins with, and the optimiser's losses.
 Guide = Callable[[int, Tensor, Tensor], tuple[Tensor, tuple[float, ...]]]
 
 
@@ -32,7 +32,7 @@ STAGES = ("encode text", "encode video", "guidance", "sampling", "decode")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEvent:
-    """A stage of a run began, or one of its steps is done.
+    """Event of a run: a stage begins, or a step of it is done.
 
     Attributes:
         stage: one of STAGES.
@@ -173,11 +173,11 @@ def motion_guide(
     """Return the guide that moves latents towards the motion of the reference.
 
     Args:
-        inputs: of the run; with a reference.
+        inputs: inputs of the run, which must have a reference.
         start: the run's first latents [1, C, F, h, w].
         cost: gets the seconds, losses and gradient evaluations of each guided step.
-        memory: of the run, if its guided steps may repeat gradients of earlier ones.
-        stop: ends a guided step early.
+        memory: gradients of earlier guided steps, if later ones may repeat them.
+        stop: called in a guided step; the step ends early once it returns True.
     """
 
     reference, null_context = inputs.reference, prompt.null

@@ -1,7 +1,7 @@
 """A generation from resolved options to frames: encode, sample, decode.
 
-`generate` goes through the stages for each prompt and `sample` through the denoising steps. Where memory runs
-out, a stage is done again one rung down the ladder of settings, denoising from its last finished step.
+`generate` goes through the stages for each prompt and `sample` through the denoising steps. If memory runs
+out, a stage is repeated one rung down the ladder of settings; denoising resumes after its last finished step.
 """
 
 import time
@@ -28,7 +28,7 @@ from diffsynth.schedulers import make_scheduler
 
 T = TypeVar("T")
 Observer = Callable[[RunEvent], None]
-# Told of each yield of the loop; latents that it returns, after guidance or after a step, replace the run's.
+# Called with each event of the loop; latents that it returns for a sampling event replace the run's.
 StepConsumer = Callable[[RunEvent], Tensor | None]
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -68,20 +68,20 @@ def generate(
 ) -> list[GeneratedVideo]:
     """Make a video for each prompt.
 
-    Once stop() is True no further step begins; the latents that there are then become the last video.
+    Once stop() returns True, no further step begins, and the latents so far become the last video.
 
     Args:
-        models: of the pipeline.
+        models: models of the pipeline.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W] in [-1, 1]; None without one.
-        options: as resolved; the ladder decides the rest.
+        options: resolved options; the ladder decides those that are still open.
         ladder: settings for when memory runs out.
         on_step: consumes what the denoising loop yields, after guidance and after each step.
-        observer: told when any other stage begins: encoding texts and video, decoding.
+        observer: called when any other stage begins: encoding texts and video, decoding.
         progress: wraps the range of denoising steps, as tqdm does.
         stop: asked before each step, inside guidance, and after each video.
-        saved: where the run is saved as it proceeds, and continued from.
-        fps: of the reference, for the file of final latents.
+        saved: saved run to write to and to continue from; None if nothing is saved.
+        fps: frames a second of the reference, written into the file of final latents.
     """
     inputs = None if saved is None else saved.inputs
     if inputs is None:
@@ -139,7 +139,7 @@ def _decoded(
     fps: float | None,
     keep: bool,
 ) -> tuple[Frames, RunOptions]:
-    """Decode final latents; if that fails and `keep`, they are kept in a file that the error names."""
+    """Decode final latents; if that fails and `keep` is true, save them in a file that the error names."""
     try:
         with stage("decode", observer, cost.stage_seconds):
             return with_ladder("decode", partial(decode_latents, models, latents), options, ladder)
@@ -157,7 +157,7 @@ def encode(
     ladder: Ladder,
     observer: Observer,
 ) -> tuple[RunInputs, RunOptions]:
-    """Encode the texts that the run reads and the reference, and draw the noise.
+    """Encode the texts and the reference video of a run, and draw its noise.
 
     Returns:
         The inputs of denoising, and the options in force afterwards.
@@ -195,7 +195,7 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
     """Return float32 noise [1, C, F, h, w] from the seed, drawn on rand_device so that devices start alike.
 
     Raises:
-        ValueError: rand_device draws no numbers here.
+        ValueError: rand_device has no random generator on this machine.
     """
     frames = -(-(options.num_frames - 1) // models.vae.temporal_factor) + 1
     rows, cols = (side // models.vae.spatial_factor for side in (options.height, options.width))
@@ -208,10 +208,10 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
 def checked_callables(
     progress_bar_cmd: Progress | None, observer: Observer | None, callback_on_step_end: object
 ) -> tuple[Progress, Observer]:
-    """Return progress bar and observer, or what does nothing for None.
+    """Return progress bar and observer; a None is replaced by a function that does nothing.
 
     Raises:
-        TypeError: an argument can be neither called nor is None; the message names it.
+        TypeError: an argument is neither callable nor None; the message names it.
     """
     called = {"progress_bar_cmd": progress_bar_cmd, "observer": observer}
     for name, call in {**called, "callback_on_step_end": callback_on_step_end}.items():
@@ -226,7 +226,7 @@ def noise_generator(options: RunOptions) -> torch.Generator:
         return torch.Generator(options.rand_device).manual_seed(options.seed)
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"rand_device is {options.rand_device!r}, which draws no numbers here ({error})"
+            f"rand_device is {options.rand_device!r}, which has no random generator here ({error})"
         ) from error
 
 
@@ -245,9 +245,9 @@ def sample(
 ) -> tuple[Tensor, RunOptions, bool]:
     """Denoise the latents of one prompt, from noise or the noised reference.
 
-    If memory runs out, denoising continues after the last finished step, one rung down the ladder; at its
-    end `Ladder.next` raises. `event.step` of a sampling event counts the finished steps; a sampling event is
-    interrupted if stop() became True during the step, whose guidance may then be cut short.
+    If memory runs out, denoising continues after the last finished step, one rung down the ladder; if no
+    rung is left, `Ladder.next` raises. `event.step` of a sampling event counts the finished steps. The event
+    is `interrupted` if stop() became True during the step: its guidance may have been cut short.
 
     Args:
         index: index (0-based) of the prompt.
@@ -279,7 +279,7 @@ def sample(
                     event = next(steps)
                     while True:
                         replaced = on_step(event)
-                        assert event.latents is not None  # of a step there are
+                        assert event.latents is not None  # every event of a step has them
                         latents = event.latents if replaced is None else replaced
                         if event.stage == "sampling" and not event.interrupted:
                             finished = StepState(
@@ -300,7 +300,7 @@ def sample(
             return latents, options, finished is not None and finished.step == options.num_inference_steps
         except (RuntimeError, MemoryError) as error:
             problem = memory_problem(error)
-        # Outside of the except block nothing holds the failed attempt's frames and their tensors any more.
+        # Outside of the except block, no traceback keeps the tensors of the failed attempt alive.
         options = ladder.next(failing, options, problem)
 
 

@@ -1,7 +1,7 @@
-"""The ladder of settings in a run: where it begins, and the next rung when memory runs out.
+"""The ladder of memory settings: pick the first rung of a run, and a lower one when memory runs out.
 
-The stage that failed is done again from its beginning, denoising from its last finished step, so that no
-finished step is lost; what was changed stays changed for the rest of the run.
+A stage that fails is repeated from its beginning; denoising resumes after its last finished step, so that no
+finished step is lost. The new settings apply for the rest of the run.
 """
 
 import gc
@@ -23,9 +23,9 @@ from diffsynth.vram_management import Residency, available_memory, device_memory
 
 logger = logging.getLogger(__name__)
 
-# Share of the free memory that guidance may fill, and of a device's memory for both prompts in one call.
+# Largest share of free memory for guidance, and of total memory for both prompts in one DiT call.
 FILL, FILL_BY_BOTH = 0.6, 0.7
-# How PyTorch words it apart from its own exception: CPU, cuBLAS, cuDNN, a kernel's launch.
+# Out-of-memory messages that are not OutOfMemoryError: CPU, cuBLAS, cuDNN, a kernel's launch.
 ALLOCATION_FAILED = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
 _OF_OPTIONS = ("batch_cfg", *TILING)
 HELP = {
@@ -38,17 +38,17 @@ HELP = {
 
 
 class MemoryRanOutError(RuntimeError):
-    """Memory ran out in a stage that has nothing left to give up."""
+    """Raised when memory runs out in a stage and no setting is left that needs less."""
 
 
 def settings_of(options: RunOptions) -> dict[str, Any]:
-    """Return the options that the ladder may change, as JSON holds them."""
+    """Return the options that the ladder may change, as values that JSON can store."""
     checkpoint = None if options.motion is None else options.motion.checkpoint
     return {**{name: getattr(options, name) for name in _OF_OPTIONS}, "checkpoint": checkpoint}
 
 
 def with_settings(options: RunOptions, settings: Mapping[str, Any]) -> RunOptions:
-    """Return options with those of `settings_of` put back."""
+    """Return options with the values from `settings_of` restored."""
     motion = options.motion and replace(options.motion, checkpoint=settings["checkpoint"])
     return replace(options, motion=motion, **{name: settings[name] for name in _OF_OPTIONS})
 
@@ -67,12 +67,12 @@ class Ladder:
         self._given_up: list[str] = []
 
     def begin(self, options: RunOptions, vram_gb: float | None, *, with_reference: bool) -> RunOptions:
-        """Return the options of a run with all settings decided; with a budget, models are placed, too.
+        """Return the options of a run with all settings decided; if vram_gb is given, also move the models.
 
         Args:
             options: as resolved.
-            vram_gb: memory of the device that the run may use, GB of 2**30 bytes; None for what is free, with
-                models where they are.
+            vram_gb: device memory that the run may use, in units of 2**30 bytes; None to use the free memory
+                and leave the models where they are.
             with_reference: whether a video is encoded.
 
         Raises:
@@ -93,15 +93,15 @@ class Ladder:
         return options if options.tiled is not None else replace(options, tiled=True)
 
     def next(self, stage: str, options: RunOptions, problem: str) -> RunOptions:
-        """Return the options of the next rung for a stage, after one warning; models are placed accordingly.
+        """Return the options of the next rung for a stage; this logs a warning and moves models if needed.
 
         Args:
-            stage: in which memory ran out.
-            options: with which it did.
-            problem: from `memory_problem`.
+            stage: stage in which memory ran out.
+            options: options of the failed attempt.
+            problem: message from `memory_problem`.
 
         Raises:
-            MemoryRanOutError: no rung is left; the message says what there is and what helps.
+            MemoryRanOutError: no rung is left; the message states the memory and what helps.
         """
         gc.collect()
         torch.cuda.empty_cache()
@@ -138,7 +138,7 @@ class Ladder:
         )
 
     def _kept(self, sizes: ModelSizes, options: RunOptions) -> str:
-        """The first that fits of what guidance may keep; on a CPU, moving it to the CPU gains nothing."""
+        """Return the first `checkpoint` setting that fits; not "offload" on a CPU, where it gains nothing."""
         motion = options.motion
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
         if motion is None:
@@ -149,10 +149,10 @@ class Ladder:
         return next(fits, kept[-1])
 
     def _both_fit(self, sizes: ModelSizes, options: RunOptions) -> bool:
-        """Return whether both prompts share a call of the DiT; on a CPU that gains nothing.
+        """Return whether both prompts share a call of the DiT; False on a CPU, where it gains nothing.
 
-        Judged by the device's total memory, not by what is free, so that one machine always decides, and
-        rounds, alike.
+        The test uses the device's total memory, not the free part, so that the decision, and with it
+        rounding, is always the same on one machine.
         """
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
         taken = sizes.dit.weights.total + sampling_pass_bytes(sizes.dit, latents, options, batch=2)
@@ -167,14 +167,14 @@ class Ladder:
 
 
 def memory_problem(error: BaseException) -> str:
-    """Return the first line of an error that says that memory ran out. Raises any other error itself."""
+    """Return the first line of an out-of-memory error; re-raise any other error."""
     if not is_out_of_memory(error):
         raise error
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that memory could not be had, on an accelerator or on the CPU."""
+    """Return whether an exception reports a failed allocation, on an accelerator or on the CPU."""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)

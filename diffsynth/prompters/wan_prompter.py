@@ -1,7 +1,7 @@
-"""Prompts to the text rows that the DiT reads: cleaning, tokens, UMT5, zero rows up to the text length.
+"""Turn prompts into the text rows that the DiT reads: clean, tokenise, encode with UMT5, pad with zeros.
 
-Each prompt is encoded at its own length: what stands under padding changes nothing before it, so 512
-positions need not be computed for a prompt of twenty. Results are remembered.
+Each prompt is encoded at its own length: padding does not change the tokens before it, so a prompt of 20
+tokens does not need 512 positions. Results are cached.
 """
 
 import html
@@ -20,7 +20,7 @@ from diffsynth.prompters.tokenizer import WanTokenizer, cut, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CACHE_SIZE = 64  # prompts; umt5-xxl needs 8 kB a token in bfloat16, so 4 MB at most for each
+DEFAULT_CACHE_SIZE = 64  # prompts; each takes at most 4 MB with umt5-xxl in bfloat16 (8 kB a token)
 _Key = tuple[tuple[int, ...], torch.dtype, int]
 
 
@@ -47,7 +47,7 @@ def clean_prompt(text: str) -> str:
     """Clean a prompt as the official code does: mend Unicode and HTML entities, join white space.
 
     Raises:
-        TypeError: it is not text.
+        TypeError: text is not a str.
     """
     if not isinstance(text, str):
         raise TypeError(f"prompt must be a str; got {text!r}")
@@ -61,7 +61,7 @@ class WanPrompter:
     """Encodes prompts and caches the last `cache_size` results of each text encoder.
 
     Results are kept on the CPU, without their zero rows, as long as their encoder lives; the encoder's
-    `load_state_dict` outdates them. After weights were changed in any other way, call `clear`.
+    `load_state_dict` invalidates them. After changing weights in any other way, call `clear`.
 
     Args:
         text_len: number of rows that the DiT reads, 512 in every Wan2.1 model.
@@ -89,8 +89,8 @@ class WanPrompter:
         warning.
 
         Raises:
-            TypeError, ValueError: it is not text; ValueError also if the tokenizer has more words than the
-                encoder.
+            TypeError: a prompt is not a str.
+            ValueError: the list is empty, or the encoder does not know a token of the tokenizer.
             RuntimeError: the encoder gives values that are not finite.
         """
         sequences, most = self._tokenise(prompt), self.text_len
@@ -105,7 +105,7 @@ class WanPrompter:
         return rows
 
     def cached(self, prompt: str | Sequence[str], text_encoder: TextEncoder) -> bool:
-        """Return whether `encode_prompt` would find everything in its cache, and so not run the encoder."""
+        """Return whether the cache holds all results, so that `encode_prompt` would not run the encoder."""
         results = self._results.get(text_encoder, OrderedDict())
         return all(_key(cut(ids, self.text_len), text_encoder) in results for ids in self._tokenise(prompt))
 
@@ -122,7 +122,7 @@ class WanPrompter:
         return self.tokenizer([clean_prompt(text) for text in prompts], max_length=None)
 
     def _encode(self, ids: list[int], text_encoder: TextEncoder) -> Tensor:
-        """Rows [len(ids), dim] on the CPU."""
+        """Return the rows [len(ids), dim] of a prompt, on the CPU."""
         results = self._results.setdefault(text_encoder, OrderedDict())
         key = _key(ids, text_encoder)
         if key in results:
@@ -131,7 +131,7 @@ class WanPrompter:
         if max(ids) >= text_encoder.vocab:
             raise ValueError(
                 f"{self.tokenizer.file} does not belong to this text encoder: "
-                f"it gives token {max(ids)}, the encoder knows {text_encoder.vocab}"
+                f"it gives token {max(ids)}, but the encoder has only {text_encoder.vocab} tokens"
             )
         rows = text_encoder(torch.tensor([ids], device=text_encoder.device))[0].cpu()
         if not rows.isfinite().all():

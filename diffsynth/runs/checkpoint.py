@@ -1,9 +1,9 @@
-"""A run's folder, its checkpoint_dir: what is written there, when, and what a later call goes on with.
+"""The folder of a saved run (checkpoint_dir): its files, when they are written, and how a run resumes.
 
 inputs.safetensors          text embeddings, reference latents and noise, once they are made
-step.safetensors            the run after one of its steps, replaced as it goes on
-latents-KEY-001.safetensors the final latents of each prompt, before they are decoded; KEY stands for
-                            arguments and weights. They stay; the other two go when the run is done.
+step.safetensors            state after the last saved step, replaced at each save
+latents-KEY-001.safetensors final latents of each prompt; KEY is a hash of arguments and weights. These
+                            files are kept; the other two are deleted when the run is done.
 """
 
 import logging
@@ -118,7 +118,7 @@ class SavedRun:
         state, facts = load_state(path, self._device)
         if facts["key"] != self._key or facts["index"] != index:
             return None
-        logger.info("going on after step %d of prompt %d, from %s", facts["step"], index + 1, path)
+        logger.info("continuing after step %d of prompt %d, from %s", facts["step"], index + 1, path)
         self._last_saved = (facts["step"], time.monotonic())
         facts = {name: facts[name] for name in ("step", "cost", "settings")}
         return StepState(latents=state["latents"], parts=part(state, "parts"), **facts)
@@ -150,7 +150,7 @@ class SavedRun:
     def done(self) -> None:
         """Remove the files that only an unfinished run needs."""
         self._latest = None
-        with suppress(OSError):  # what stays is overwritten or refused by name at the next run
+        with suppress(OSError):  # the next run overwrites or rejects a file that remains
             for name in (STEP, INPUTS):
                 (self._folder / name).unlink(missing_ok=True)
 
@@ -163,8 +163,8 @@ class SavedRun:
         if different := identity_differences(facts["identity"], self._identity):
             raise ValueError(
                 f"checkpoint_dir {self._folder} holds an unfinished run that differs in "
-                f"{', '.join(different)}; give the same again to go on with it, resume=False to discard it, "
-                "or another folder"
+                f"{', '.join(different)}; pass the same again to continue it, resume=False to discard "
+                "it, or another folder"
             )
         prompts = [PromptEmbeddings(**part(state, f"context.{i}")) for i in range(facts["prompts"])]
         reference = state.get("reference")
@@ -172,7 +172,7 @@ class SavedRun:
             prompts=prompts, noise=state["noise"], reference=reference, seconds=facts["seconds"]
         )
         self._inputs_saved = True
-        logger.info("going on with the run in %s", self._folder)
+        logger.info("continuing the run in %s", self._folder)
 
     def _save_inputs(self) -> bool:
         inputs = self.inputs
@@ -182,7 +182,7 @@ class SavedRun:
             tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             facts = {"identity": self._identity, "seed": self._seed, "prompts": len(inputs.prompts)}
             facts["seconds"] = dict(inputs.seconds)
-            # A step of a run before this one must never be taken for one of these inputs.
+            # While these are not saved, a step.safetensors may be an earlier run's and is ignored.
             self._inputs_saved = self._write(INPUTS, tensors, facts)
         return self._inputs_saved
 
@@ -208,7 +208,7 @@ def open_run(
     options: RunOptions,
     interrupt: Callable[[], None],
 ) -> Iterator[SavedRun | None]:
-    """Yield the saved run of a folder, and save its last finished step whatever ends the context.
+    """Yield the saved run of a folder; on exit, also after an error, save its last finished step.
 
     Args:
         folder: the checkpoint_dir; None yields None, for a run that is not saved.
@@ -243,7 +243,7 @@ def run_lock(folder: Path) -> AbstractContextManager[None]:
 
 
 def clear_checkpoints(folder: str | Path) -> None:
-    """Remove the files of runs, final latents too, once their videos are written; other files stay.
+    """Remove all files of runs, final latents too, but no others; call it once the videos are written.
 
     Raises:
         ValueError: a run is using the folder.

@@ -6,8 +6,8 @@ lambda = log(alpha / sigma), all steps start from the exact solution for a const
 
     base = sigma / sigma_last * x_last - alpha * phi * x0_last,  phi = exp(-h) - 1,  h = lambda - lambda_last
 
-and subtract alpha * phi * (weighted differences of predictions). One network call a step: the corrector takes
-the call that the next step makes anyway.
+and subtract alpha * phi * (weighted differences of predictions). Each step makes one network call, since
+the corrector reuses the call of the next step.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from diffsynth.schedulers.flow_match import flow_match_sigmas, mix_noise, nearest_step, require_same_shape
 
 _U_MAX = 0.999
-"""The highest level before the shift, as in Wan2.1; at 1 lambda would be infinite."""
+"""The highest sigma before the shift, as in Wan2.1; a sigma of 1 would make lambda infinite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +38,9 @@ class _Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Past:
-    """State that the next step needs, float32 but for `returned`, which has the caller's type.
+    """State that the next step needs, in float32; only `returned` has the caller's dtype.
 
-    sample: where the last step began, corrected. returned: where it ended, as the caller got it.
+    sample: the corrected start of the last step. returned: the result that it gave to the caller.
     last, before: the prediction of the last step and of the one before it.
     """
 
@@ -54,11 +54,11 @@ class UniPCScheduler:
     """Flow-matching schedule with UniPC steps, used like FlowMatchScheduler but in order, one run at a time.
 
     Args:
-        shift: how far the levels are pushed towards noise, > 0, for calls that do not give their own.
+        shift: how far sigmas are pushed towards noise, > 0; the default of `set_timesteps`.
         num_train_timesteps: the timestep that stands for sigma = 1.
 
-    `sigmas` is float32 [N] on the CPU, falling, the 0 after the last level left out. `timesteps` is float32
-    [N] of whole numbers, 1000 * sigma cut off, as Wan2.1 hands them to its network.
+    `sigmas` is float32 [N] on the CPU, falling, without the final 0. `timesteps` is float32 [N]: 1000 * sigma
+    truncated to whole numbers, as Wan2.1 passes them to its network.
     """
 
     def __init__(self, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
@@ -73,7 +73,7 @@ class UniPCScheduler:
     def set_timesteps(
         self, num_inference_steps: int, denoising_strength: float = 1.0, shift: float | None = None
     ) -> None:
-        """Make the tables of one run and forget the one before. `shift` holds for this call alone.
+        """Set sigmas and timesteps for a new run and drop the old state. `shift` applies to this call only.
 
         Before the shift the levels fall evenly from 0.999 * denoising_strength, so that every strength
         starts one thousandth below where FlowMatchScheduler does.
@@ -90,7 +90,7 @@ class UniPCScheduler:
         self._past = None
 
     def state(self) -> dict[str, object]:
-        """Return what the next step needs of those before, as tensors and plain numbers by name."""
+        """Return the state that the next step needs, as tensors and plain numbers by name."""
         past = self._past
         if past is None:
             return {"next": self._next}
@@ -104,7 +104,7 @@ class UniPCScheduler:
         """Continue from a `state`, after set_timesteps: the steps that follow are bit-identical.
 
         Raises:
-            ValueError: the state is not of these timesteps.
+            ValueError: the state does not fit these timesteps.
         """
         step = state.get("next")
         if not isinstance(step, int) or not 0 <= step <= len(self.timesteps):
@@ -130,9 +130,9 @@ class UniPCScheduler:
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
         """Return `sample` moved from this timestep's level to the next, 0 after the last one.
 
-        Both tensors have one shape; the result has the type and device of `sample`. What was added to the
-        sample since the step before returned it (guidance does that) is kept: the corrector, which takes the
-        step before again from its start, would lose it.
+        Both tensors have one shape; the result has the type and device of `sample`. Anything that
+        the caller (guidance) added to the sample between two steps is kept: the corrector, which repeats the
+        previous step from its start, would otherwise lose it.
 
         Raises:
             RuntimeError: set_timesteps was not called, or the steps are not taken in order.
@@ -158,7 +158,7 @@ class UniPCScheduler:
         found = nearest_step(self.timesteps, timestep)
         if self._next == len(self.timesteps):
             raise RuntimeError(f"All {self._next} steps are done: call set_timesteps before the next run")
-        # Compared by value: so many steps that whole timesteps repeat are still in order.
+        # Values are compared, not indices: with very many steps, truncated timesteps repeat.
         if self.timesteps[found] != self.timesteps[self._next]:
             raise RuntimeError(
                 f"UniPC steps must be taken in order: step {self._next} is at timestep "
@@ -178,7 +178,7 @@ def _base(sample: Tensor, last: _Prediction, sigma: float, phi: float) -> Tensor
 def _predict(sample: Tensor, last: _Prediction, before: _Prediction | None, sigma: float) -> Tensor:
     """UniP: from last.sigma to `sigma`; order 2 with a prediction before the last one, order 1 without."""
     if sigma == 0.0:
-        # The last step is of order 1 (lambda has no end), where it returns the prediction itself.
+        # The last step has order 1, because lambda is infinite at 0: it returns the prediction itself.
         return last.x0
     h = _log_snr(sigma) - last.log_snr
     phi = math.expm1(-h)
@@ -190,7 +190,7 @@ def _predict(sample: Tensor, last: _Prediction, before: _Prediction | None, sigm
 
 
 def _correct(sample: Tensor, now: _Prediction, last: _Prediction, before: _Prediction | None) -> Tensor:
-    """UniC: the step last -> now taken again, with the prediction at its end known.
+    """UniC: repeat the step last -> now, using the prediction at its end.
 
     Order 2 solves rho_before + rho_now = b1, r * rho_before + rho_now = b2 (arXiv 2302.04867, section 3).
     """

@@ -1,4 +1,4 @@
-"""Which models, and which of their blocks, are on the compute device while a stage runs."""
+"""Decide which models, and which of their blocks, are on the compute device while a stage runs."""
 
 import gc
 import threading
@@ -18,10 +18,10 @@ CPU = torch.device("cpu")
 class Residency:
     """Brings models to the compute device when a stage needs them.
 
-    Without offload a model stays there once it came; with offload it rests on the CPU and is on the device
-    only inside `using`: copies of its weights come, and go without being copied back, so that weights which
-    are mapped from a file stay mapped. Models come on first use, so that a large one need not fit beside the
-    others. Of a model that streams, blocks come one by one as they run (see `streaming`).
+    Without offload, a model stays there after its first use. With offload, its weights stay on the CPU, and
+    `using` makes copies on the device that are dropped, not copied back, so that memory-mapped weights stay
+    mapped. Models are moved on first use, so that a large one need not fit beside the others. The blocks of a
+    streamed model are copied one by one as they run (see streaming.py).
     """
 
     def __init__(self, models: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -31,7 +31,7 @@ class Residency:
         self._turn = threading.RLock()
         self._taken = False
         self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}
-        # Of each model that came for a stage: its tensors, and their values on the CPU.
+        # For each model on the device for a stage: its tensors, each with its data on the CPU.
         self._homes: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @property
@@ -41,13 +41,13 @@ class Residency:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Return a context in which no other thread has the models; it waits until one that has them is done.
+        """Return a context in which only this thread uses the models; entering it waits for other threads.
 
-        In it PyTorch is in its plain state, whatever the caller has set: gradients can be taken, new tensors
-        are float32, and nothing is cast.
+        Inside it, PyTorch's modes are the defaults, whatever the caller has set: no inference mode, float32
+        for new tensors, no autocast.
 
         Raises:
-            RuntimeError: this thread has them already, as in a callback of a run.
+            RuntimeError: this thread is already inside the context, as in a callback of a run.
         """
         with self._turn:
             if self._taken:
@@ -67,13 +67,13 @@ class Residency:
     ) -> None:
         """Stream blocks of a model from the next stage on; the first ones stay on the device.
 
-        Everything is offloaded between stages. Weights are page-locked where an accelerator reads them, so
-        that copies run beside its work, unless they would take more than half of the free CPU memory.
+        All models are offloaded between stages. On CUDA, the streamed weights are page-locked so that copies
+        overlap with computation, unless that would take more than half of the free CPU memory.
 
         Args:
-            name: of the model.
-            blocks: of the model, in the order in which they run.
-            num_persistent_params: most parameters of the blocks that stay.
+            name: name of the model.
+            blocks: blocks of the model, in the order in which they run.
+            num_persistent_params: maximum number of parameters in the blocks that stay.
         """
         with self._turn:
             self.rest()
@@ -89,13 +89,13 @@ class Residency:
         self._streams[name] = (BlockStream(streamed, self.device, copies), streamed)
 
     def stop_streaming(self) -> None:
-        """Have models come whole again from the next stage on."""
+        """Stop streaming: from the next stage on, models are moved whole."""
         with self._turn:
             self._streams.clear()
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
-        """Inside this context the named models are on the compute device; an error sends them back, too."""
+        """Inside this context the named models are on the compute device; with offload they then leave it."""
         with self._turn, ExitStack() as leaving:
             if self.offload:
                 leaving.callback(self.rest, *names)
@@ -119,7 +119,7 @@ class Residency:
                 torch.cuda.empty_cache()
 
     def _bring(self, name: str, but: Sequence[nn.Module] = ()) -> None:
-        """Copy a model's weights to the device, but for those of some blocks."""
+        """Copy a model's weights to the device, except those of the blocks `but`."""
         staying = {id(tensor) for block in but for tensor in tensors_of(block)}
         homes = self._homes.setdefault(name, []) if self.offload else []
         for tensor in tensors_of(self.models[name]):
@@ -132,7 +132,7 @@ class Residency:
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """Return a tensor on a device; the tensor itself if it is on it."""
+    """Return a copy of a tensor on a device; the tensor itself if it is already there."""
     return tensor.to(device)
 
 

@@ -16,7 +16,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-# The page's own scripts need inline code and eval; nothing comes from elsewhere.
+# The page's own scripts need inline code and eval; nothing is loaded from other servers.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
@@ -28,15 +28,15 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
-# Routes that would fetch what a visitor names, and the description of all routes.
+# Routes that fetch a URL named by the visitor, and the route that lists all routes.
 _REFUSED = ("/proxy=", "/file=http:", "/file=https:", "/file/http:", "/file/https:", "/openapi.json")
-LARGEST_REQUEST = 1 << 20  # bytes of a request that is no upload
-YOUNG = 600  # seconds for which an upload is kept whatever else arrives
-UPLOADS_KEPT = 10  # uploads of the largest size that are kept at a time
+LARGEST_REQUEST = 1 << 20  # maximum bytes of a request that is not an upload
+YOUNG = 600  # age in seconds below which an upload is never deleted
+UPLOADS_KEPT = 10  # the quota has room for this many uploads of the largest size
 
 
 class Guard:
-    """An ASGI layer around the app that refuses to fetch for visitors and sets the security headers."""
+    """ASGI middleware that refuses foreign or unsafe requests and sets the security headers."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         if reason := self._refusal(scope):
-            if scope["type"] == "websocket":  # before it is accepted, this is answered 403
+            if scope["type"] == "websocket":  # before accepting, this answers 403
                 await send({"type": "websocket.close", "code": 1008, "reason": reason})
             else:
                 await _refuse(send, 403, reason)
@@ -71,7 +71,7 @@ class Guard:
             else:
                 body = await _read_all(receive)
                 if body is None:
-                    await _refuse(send, 413, f"a request may have {LARGEST_REQUEST} bytes")
+                    await _refuse(send, 413, f"a request may have at most {LARGEST_REQUEST} bytes")
                     return
                 if not self._names_uploads_only(body):
                     await _refuse(send, 403, "the request names a file that was not uploaded here")
@@ -80,7 +80,7 @@ class Guard:
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # gradio lets pages of other ports of this machine read answers.
+                # By its CORS headers, gradio would let pages from other local ports read the responses.
                 own = [
                     h for h in message.get("headers", ()) if not h[0].lower().startswith(b"access-control-")
                 ]
@@ -94,7 +94,7 @@ class Guard:
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         path = unquote(scope["path"]).lower()
         if any(route in path for route in _REFUSED):
-            return "this server fetches nothing for others"
+            return "this route is disabled on this server"
         host = headers.get(b"host", "")
         if not self._is_own(host):
             return f"this page is not served as {host[:100]!r}; --allow-host names further hosts"
@@ -104,14 +104,14 @@ class Guard:
             theirs = urlsplit(origin)
             same = theirs.netloc.lower() == host.lower() or theirs.hostname in self._allowed
             if not same:
-                return "another site may not use this page"
+                return "requests from other sites are refused"
         return None
 
     def _is_own(self, host: str) -> bool:
         name = urlsplit(f"//{host}").hostname or ""
         if name in self._names:
             return True
-        # Who listens at all addresses is reached by each of them; a name could be anybody's.
+        # A server on all addresses is reached by any address; an unknown name may be DNS rebinding.
         return self._any_address and _is_address(name)
 
     def _names_uploads_only(self, body: bytes) -> bool:
@@ -119,7 +119,7 @@ class Guard:
         try:
             content = json.loads(body or b"null")
         except (ValueError, RecursionError):
-            return True  # no call of the page's functions
+            return True  # not a call of the page's functions
         return all(self._is_held(path) for path in _paths(content))
 
     def _is_held(self, path: str) -> bool:
@@ -131,7 +131,7 @@ class Guard:
 
 
 def make_room(folder: Path, most: int) -> None:
-    """Delete the oldest uploads of a folder until they take at most a number of bytes; young ones stay."""
+    """Delete the oldest uploads of a folder until at most `most` bytes are left; keep those under YOUNG."""
     found = []
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -147,7 +147,7 @@ def make_room(folder: Path, most: int) -> None:
 
 
 def _paths(content: Any) -> Iterator[str]:
-    """Yield the paths of the files that a call names, however deep."""
+    """Yield the paths of the files that a call names, at any depth."""
     if isinstance(content, dict):
         for name, value in content.items():
             if name == "path" and isinstance(value, str):
@@ -172,7 +172,7 @@ async def _read_all(receive: Receive) -> bytes | None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a receive that gives the body, then what follows it."""
+    """Return an ASGI `receive` that yields the body, then the messages of the original."""
     first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -204,12 +204,12 @@ def read_auth(text: str | None, file: Path | None = None) -> tuple[str, str] | N
     """Return the user and password to ask for; None to ask for none.
 
     Args:
-        text: USER:PASSWORD, by default the environment variable FASTVMT_AUTH. A command line can be read by
-            everybody on the machine.
-        file: a file whose first line is USER:PASSWORD, instead.
+        text: USER:PASSWORD; by default the environment variable FASTVMT_AUTH, because everybody on the
+            machine can read a command line.
+        file: a file whose first line is USER:PASSWORD; takes precedence over text.
 
     Raises:
-        ValueError: a part is missing.
+        ValueError: the user or the password is missing.
         OSError: the file cannot be read.
     """
     if file is not None:
