@@ -652,7 +652,7 @@ def test_bash_completes_commands_options_and_choices(words, expected, capsys, tm
     script.write_text(capsys.readouterr().out)
     quoted = " ".join(f"'{word}'" for word in words)
     place = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}"
-    code = f"source {script}; {place}; _shtab_fastvmt; echo ${{COMPREPLY[@]}}"
+    code = f"source '{script}'; {place}; _shtab_fastvmt; echo ${{COMPREPLY[@]}}"
     result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
     offered = result.stdout.split()
     assert [word for word in offered if not word.startswith("-") or expected[0][0] == "-"] == expected
