@@ -122,3 +122,25 @@ def test_what_cannot_be_called_is_refused_by_name(pipe, name):
 def test_numbers_out_of_all_bounds_are_refused_by_name(pipe, name, value):
     with pytest.raises(ValueError, match=f"{name} must be a"):
         pipe("a cat", **{**RUN, name: value})
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("text_encoder", "the text encoder gave values that are not finite"),
+        (
+            "vae.encoder",
+            r"the VAE's encoder \(in torch.float32\) gave values that are not finite; try",
+        ),
+        ("dit", "the DiT in denoising step 1 gave values that are not finite"),
+        ("vae.decoder", r"the VAE's decoder \(in torch.float32\) gave values that are not finite"),
+    ],
+)
+def test_values_that_are_not_finite_are_found_at_the_stage_that_made_them(pipe, clip, part, words):
+    model = getattr(pipe, part.partition(".")[0])
+    module = model.decoder if part == "vae.decoder" else model.encoder if part == "vae.encoder" else model
+    with torch.no_grad():
+        list(module.parameters())[-1].fill_(float("nan"))
+    pipe.residency.stop_streaming()
+    with pytest.raises(RuntimeError, match=words):
+        pipe("a cat", input_video=clip, mode="No_transfer", **RUN)

@@ -258,7 +258,10 @@ def test_models_are_probed_at_the_size_they_name_else_small_ones_small_and_full_
     [
         ({"clips": 0}, "clips must be at least 1; got 0"),
         ({"clips": []}, r"clips must be one or more of the same size; got \[\]"),
-        ({"clips": [make_clip(0)], "height": 64}, "height, width, num_frames and scenes apply to drawn clips only"),
+        (
+            {"clips": [make_clip(0)], "height": 64},
+            "height, width, num_frames and scenes apply to drawn clips only",
+        ),
         ({"clips": [make_clip(0, height=40)]}, r"whole tokens of 16 x 16 pixels in size; got 40 x 64"),
         ({"sigmas": ()}, "sigmas must be one or more different numbers"),
         ({"taus": (1, 1)}, "taus must be one or more different numbers"),

@@ -95,6 +95,23 @@ def warn_of_reference(pixels: Tensor) -> tuple[bool, list[int]]:
     return still, cuts
 
 
+def finite(values: Tensor, maker: str) -> Tensor:
+    """Return values that a model made.
+
+    Args:
+        maker: the model and its dtype, for the message.
+
+    Raises:
+        RuntimeError: a value is not finite; the message says what to try.
+    """
+    if not values.isfinite().all():
+        raise RuntimeError(
+            f"{maker} gave values that are not finite; try float32, weights without LoRAs, or options that "
+            "are nearer to their defaults"
+        )
+    return values
+
+
 def chunks_to_uint8(chunks: Iterable[Tensor], num_frames: int) -> np.ndarray:
     """Convert decoded chunks [1, 3, t, H, W] in [-1, 1] to their first frames, rounded, uint8 [T, H, W, 3].
 

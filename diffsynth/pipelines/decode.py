@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.configs.options import RunOptions
-from diffsynth.data.tensors import chunks_to_uint8
+from diffsynth.data.tensors import chunks_to_uint8, finite
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.components import Components
 from diffsynth.planning.ladder import Ladder, memory_problem
@@ -35,10 +35,7 @@ def decode_latents(models: Components, latents: Tensor, options: RunOptions) -> 
     Raises:
         RuntimeError: a latent is not finite.
     """
-    if not latents.isfinite().all():
-        raise RuntimeError(
-            f"denoising gave values that are not finite (DiT in {models.dit.dtype}); no video is made"
-        )
+    finite(latents, f"denoising (DiT in {models.dit.dtype})")
     if options.output_type == "latent":
         return latents
     with models.residency.using("vae"):
@@ -47,14 +44,15 @@ def decode_latents(models: Components, latents: Tensor, options: RunOptions) -> 
 
 def decode_frames(vae: WanVideoVAE, latents: Tensor, options: RunOptions) -> Frames:
     """Decode finite latents [1, C, F, h, w] to a video of options.output_type: "pil", "np" or "pt"."""
+    decoder = f"the VAE's decoder (in {vae.dtype})"
     if options.output_type == "pt":
-        return vae.decode(latents, num_frames=options.num_frames, **options.tiling)
+        return finite(vae.decode(latents, num_frames=options.num_frames, **options.tiling), decoder)
     if options.tiled:
         video = vae.decode(latents, num_frames=options.num_frames, **options.tiling)
         chunks: Iterable[Tensor] = video.split(vae.temporal_factor, dim=2)
     else:
         chunks = vae.decode_chunks(latents)
-    frames = chunks_to_uint8(chunks, options.num_frames)
+    frames = chunks_to_uint8((finite(chunk, decoder) for chunk in chunks), options.num_frames)
     return frames if options.output_type == "np" else [Image.fromarray(frame) for frame in frames]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffsynth.caches.rules import make_rule
 from diffsynth.configs.options import RunOptions
+from diffsynth.data.tensors import finite
 from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents, keep_latents, latents_facts
@@ -179,7 +180,8 @@ def encode(
 
     def encode_video(pixels: Tensor, options: RunOptions) -> Tensor:
         with models.residency.using("vae"):
-            return models.vae.encode(pixels, **options.tiling)
+            latents = models.vae.encode(pixels, **options.tiling)
+            return finite(latents, f"the VAE's encoder (in {models.vae.dtype})")
 
     with stage("encode text", observer, seconds):
         embeddings, options = with_ladder("encode text", encode_texts, options, ladder)
