@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs for everything that reads files; used by test_fuzz.py and benchmarks/fuzz.py.
+"""Damaged and hostile inputs for everything that reads files; also for benchmarks/reliability/fuzz.py.
 
 A target writes a case to a file and reads it as the library does. That may succeed, or raise what is
 documented; anything else, more than SECONDS of processor time, or memory that grows, is a defect.

@@ -1,4 +1,4 @@
-"""500 damaged and hostile files: each is read, or refused as documented. benchmarks/fuzz.py tries 10,000."""
+"""500 damaged and hostile files: each is read, or refused as documented."""
 
 import json
 

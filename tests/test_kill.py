@@ -1,4 +1,4 @@
-"""Runs killed with signal 9 that go on; benchmarks/kill_and_resume.py does it at many more moments."""
+"""Runs killed with signal 9 that go on; benchmarks/reliability/kill_and_resume.py tries more moments."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill_and_resume.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "reliability" / "kill_and_resume.py"
 STAGES = ("guidance", "sampling", "save state", "decode", "write video")
 
 

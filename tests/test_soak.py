@@ -1,4 +1,4 @@
-"""Runs one after the other in a process leave nothing behind; benchmarks/soak.py does more of them."""
+"""Runs one after the other in a process leave nothing behind; benchmarks/reliability/soak.py does more."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from diffsynth.testing import write_checkpoint
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "reliability"))
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc, of Linux")
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -98,8 +97,11 @@ def _lock(path: Path) -> int | None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+    # Unlike shutil.rmtree without opening a file: there may be no handle left.
+    if path.is_dir() and not path.is_symlink():
+        for inside in path.iterdir():
+            _remove(inside)
+        path.rmdir()
     else:
         path.unlink(missing_ok=True)
 

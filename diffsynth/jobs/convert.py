@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from diffsynth.data.files import unfinished
 from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, files_of, open_weights
 from diffsynth.models.model_kinds import kind_of
 
@@ -36,6 +38,7 @@ def convert_checkpoint(
     Raises:
         ValueError: another dtype.
         FileExistsError: the output exists.
+        OSError: the output cannot be written.
         FileNotFoundError, CheckpointError: the folder does not hold a whole DiT in the official layout.
     """
     folder, output = Path(folder), Path(output)
@@ -46,16 +49,19 @@ def convert_checkpoint(
         if _is_converted(output, tensors, dtype):
             return output
         raise FileExistsError(f"output {output} is there, and holds something else; name a new folder")
-    unfinished = output.with_name(f".converting-{output.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(
-        folder,
-        unfinished,
-        copy_function=_link,
-        ignore=lambda _parent, names: {n for n in names if n in dit_files or n.startswith(_STEM)},
-    )
-    _write_shards(tensors, unfinished, dtype, shard_bytes)
-    return unfinished.rename(output)
+    with unfinished(output, folder=True) as partial:
+        shutil.copytree(
+            folder,
+            partial,
+            copy_function=_link,
+            ignore=lambda _parent, names: {n for n in names if n in dit_files or n.startswith(_STEM)},
+            dirs_exist_ok=True,
+        )
+        try:
+            _write_shards(tensors, partial, dtype, shard_bytes)
+        except SafetensorError as error:
+            raise OSError(f"output {output} cannot be written: {error}") from error
+        return partial.rename(output)
 
 
 def _is_converted(output: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> bool:

@@ -40,8 +40,10 @@ def prepare_folder(checkpoint_dir: str | Path) -> Path:
     trial = folder / f"{PARTIAL}trial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        trial.write_bytes(b"0")
-        trial.unlink(missing_ok=True)
+        try:
+            trial.write_bytes(b"0")
+        finally:
+            trial.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"checkpoint_dir {folder} cannot be written to: {error}") from error
     return folder

@@ -1,6 +1,6 @@
 """Try thousands of damaged and hostile files on everything that reads files, and print how they ended.
 
-python benchmarks/fuzz.py --cases 10000
+python benchmarks/reliability/fuzz.py --cases 10000
 """
 
 import argparse
@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from fuzzing import make_targets, peak_megabytes, run_target
 

@@ -1,7 +1,8 @@
 """Kill -9 a run at random moments, in every stage, and go on with it: are the frames those of a run that
 nothing happened to, and is a good video file ever broken?
 
-    python benchmarks/kill_and_resume.py [--model nano --moments 30 --steps 5 --seed 0 --json table.json]
+    python benchmarks/reliability/kill_and_resume.py \
+        [--model nano --moments 30 --steps 5 --seed 0 --json table.json]
 
 Each run is a fork of its own, which loads the model, runs with a checkpoint_dir and writes a video over an
 older one. It kills itself at a block, a file operation or a frame drawn by lot; while the model loads, the

@@ -1,6 +1,6 @@
 """Many runs in one process: does memory grow, do file handles stay open?
 
-python benchmarks/soak.py --runs 50
+python benchmarks/reliability/soak.py --runs 50
 """
 
 import argparse
