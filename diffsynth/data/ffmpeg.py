@@ -13,7 +13,7 @@ from pathlib import Path
 OLDEST = (5, 1)  # -fps_mode is new in it
 # "[h264 @ 0x55] [error] words": the level counts before the words only; a file may be named "[error].mp4".
 _COMPLAINT = re.compile(r"^(?:\[[^\]]+ @ \w+\] )*\[(?:error|fatal)\] (.*)$", re.MULTILINE)
-_REPORT = threading.Lock()  # FFREPORT belongs to the whole process
+_REPORT = threading.Lock()  # environment variables belong to the whole process
 
 
 class FfmpegError(RuntimeError):
@@ -27,7 +27,7 @@ def run_ffmpeg(arguments: Sequence[str], seconds: float | None = None) -> tuple[
         The standard output, and the log; each line of the log has its level.
 
     Raises:
-        FfmpegError: ffmpeg cannot run, or is older than 5.1.
+        FfmpegError: ffmpeg cannot run, is killed, or is older than 5.1.
         subprocess.TimeoutExpired: it takes more than that many seconds.
     """
     try:
@@ -43,6 +43,8 @@ def run_ffmpeg(arguments: Sequence[str], seconds: float | None = None) -> tuple[
             f"ffmpeg, which reads and writes videos, does not run: {error}. Reinstall imageio-ffmpeg, or "
             f"name the program in the environment variable IMAGEIO_FFMPEG_EXE"
         ) from error
+    if done.returncode < 0:
+        raise FfmpegError(f"ffmpeg was killed by signal {-done.returncode}; {' '.join(command)}")
     log = done.stderr.decode(errors="replace")
     version = re.search(r"ffmpeg version n?(\d+)\.(\d+)", log + done.stdout[:200].decode(errors="replace"))
     if version and (int(version[1]), int(version[2])) < OLDEST:
@@ -90,16 +92,19 @@ def reported() -> Iterator[tuple[Callable[[], str], Callable]]:
             name = re.sub(r"([\\:'])", r"\\\1", str(file))
             its_log = logging.getLogger("imageio_ffmpeg")
             with _REPORT:
-                # It warns of frames that a filter makes larger or smaller than those of the file.
-                level, before = its_log.level, os.environ.get("FFREPORT")
+                # It warns of frames that a filter makes larger or smaller than the file has them. It would run
+                # Python code between fork and exec, where a process with threads may hang.
+                given = {"FFREPORT": f"file={name}:level=16", "IMAGEIO_FFMPEG_NO_PREVENT_SIGINT": "1"}
+                level, before = its_log.level, {name: os.environ.get(name) for name in given}
                 its_log.setLevel(logging.ERROR)
-                os.environ["FFREPORT"] = f"file={name}:level=16"
+                os.environ.update(given)
                 try:
                     yield
                 finally:
                     its_log.setLevel(level)
-                    os.environ.pop("FFREPORT")
-                    if before is not None:
-                        os.environ["FFREPORT"] = before
+                    for variable, value in before.items():
+                        os.environ.pop(variable)
+                        if value is not None:
+                            os.environ[variable] = value
 
         yield read, starting

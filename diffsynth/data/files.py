@@ -60,7 +60,10 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
     Args:
         folder: make a folder instead of a file.
     """
-    stem = PARTIAL + hashlib.sha256(path.name.encode()).hexdigest()[:12]
+    # What is unfinished itself, as save_video's target below publish, belongs to the same path.
+    name = path.name.removeprefix(PARTIAL)
+    stem = name[:12] if name != path.name else hashlib.sha256(path.name.encode()).hexdigest()[:12]
+    stem = PARTIAL + stem
     for left in path.parent.glob(f"{stem}-*"):
         if (handle := _lock(left)) is not None:
             _remove(left)

@@ -97,6 +97,8 @@ def probe_video(path: Path) -> Stream:
     even = times[0] + np.arange(len(times)) / float(rate) if rate else times
     decoder, filters, notes = _treatment(log, line)
     size, shape_notes = _upright_size(log, line)
+    if 0 in size:
+        raise ValueError(f"video file {path} says no size of its frames: it is damaged or no video")
     duration = _duration(log)
     return Stream(
         times=times,
