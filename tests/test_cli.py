@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from shlex import quote
 
 import pytest
 
@@ -317,7 +318,7 @@ def test_overwrite_replaces_a_video_and_a_failed_run_keeps_it(transferring, tmp_
     assert (out.read_bytes(), visible(tmp_path)) == (b"precious", [kept.name, "out.mp4"])
     message = capsys.readouterr().err
     assert "the video could not be written: disk full" in message
-    assert f"its final latents are kept: fastvmt decode {kept} -o OUT.mp4 makes it" in message
+    assert f"its final latents are kept: fastvmt decode {quote(str(kept))} -o OUT.mp4 makes it" in message
     model = transferring[transferring.index("--model") + 1]
     assert main(["decode", kept, "-o", tmp_path / "late.mp4", "--model", model]) == 0
     assert main([*transferring, "--overwrite"]) == 0

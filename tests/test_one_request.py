@@ -4,7 +4,6 @@ page. The records agree in all but times and paths, and so do the frames.
 
 import json
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,8 +162,7 @@ def test_a_request_gives_the_same_frames_and_record_by_call_command_batch_and_pa
 def published(tmp_path, monkeypatch):
     """A small checkpoint that resolves as Wan2.1-T2V-1.3B does; its runs end once they are resolved."""
     sizes = published_sizes("1.3b")
-    facts = SimpleNamespace(vae=SimpleNamespace(spatial_factor=2 ** len(sizes.vae.temporal)), dit=sizes.dit)
-    published_facts = Components.facts(facts)
+    published_facts = sizes.facts()
 
     def resolved(_models, prompts, _pixels, options, _ladder, **_others):
         frames = [Image.new("RGB", (options.width, options.height))] * 2

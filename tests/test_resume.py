@@ -257,7 +257,7 @@ def test_what_differs_is_told_by_name(pipe, clip, tmp_path):
     for changes, message in other.values():
         with pytest.raises(ValueError, match=rf"holds an unfinished run that differs in .*{message}"):
             run(pipe, **{**options, **changes}, checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match=r"differs in prompt \(\['a cat'\] there, \['a dog'\] given\); give"):
+    with pytest.raises(ValueError, match=r"differs in prompt \(\['a cat'\] there, \['a dog'\] given\); pass"):
         run(pipe, "a dog", **options, checkpoint_dir=tmp_path)
     assert (tmp_path / STEP).read_bytes() == kept
     assert torch.equal(

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from shlex import quote
 
 import numpy as np
 import pytest
@@ -226,7 +227,7 @@ def test_latents_outlive_a_decoder_that_fails(transfer, tiny_checkpoint, tmp_pat
     (kept,) = tmp_path.glob("fastvmt-latents-*.safetensors")
     told = capsys.readouterr().err
     assert "the decoder broke" in told
-    assert f"fastvmt decode {kept} -o OUT.mp4" in told
+    assert f"fastvmt decode {quote(str(kept))} -o OUT.mp4" in told
     assert main(["decode", kept, "-o", tmp_path / "b.mp4", "--model", tiny_checkpoint]) == 0
     assert len(VideoData(tmp_path / "b.mp4")) == 5
     pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")

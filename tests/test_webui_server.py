@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import pytest
 
@@ -132,7 +133,7 @@ def test_files_of_other_folders_are_not_served(server, clip):
     address, session = server
     assert status(address, "/") == 200
     for path in (clip, "/etc/passwd", session.folder / "config.json", f"{session.cache}/../../passwd"):
-        assert status(address, f"/gradio_api/file={path}") in (403, 404)
+        assert status(address, f"/gradio_api/file={quote(str(path))}") in (403, 404)
     assert status(address, "/gradio_api/proxy=http://127.0.0.1:1/") == 403
 
 

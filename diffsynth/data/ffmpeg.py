@@ -92,8 +92,8 @@ def reported() -> Iterator[tuple[Callable[[], str], Callable]]:
             name = re.sub(r"([\\:'])", r"\\\1", str(file))
             its_log = logging.getLogger("imageio_ffmpeg")
             with _REPORT:
-                # It warns of frames that a filter makes larger or smaller than the file has them. It would run
-                # Python code between fork and exec, where a process with threads may hang.
+                # Its log warns of frames that a filter resizes. By default it runs Python code between fork
+                # and exec, where a process with threads may hang.
                 given = {"FFREPORT": f"file={name}:level=16", "IMAGEIO_FFMPEG_NO_PREVENT_SIGINT": "1"}
                 level, before = its_log.level, {name: os.environ.get(name) for name in given}
                 its_log.setLevel(logging.ERROR)
