@@ -1,5 +1,6 @@
 """The page's server under many visitors at once, over its own protocol."""
 
+import asyncio
 import json
 import os
 import threading
@@ -13,6 +14,7 @@ import pytest
 
 from diffsynth.configs.options import LoadOptions
 from diffsynth.testing import write_checkpoint, write_clip
+from diffsynth.webui import queue as queue_module
 from diffsynth.webui.queue import JobQueue
 from diffsynth.webui.security import make_room
 from diffsynth.webui.uploads import UploadLimits
@@ -47,7 +49,8 @@ def server(tmp_path_factory):
         limits=UploadLimits(megabytes=1),
     )
     queue = JobQueue(MOST_WAITING)
-    config = uvicorn.Config(make_app(Page(session, queue)), port=0, log_level="error")
+    app = make_app(Page(session, queue))
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
     uvicorn_server = uvicorn.Server(config)
     thread = threading.Thread(target=uvicorn_server.run, daemon=True)
     thread.start()
@@ -237,3 +240,72 @@ def test_old_uploads_make_room(tmp_path):
     assert sorted(path.parent.name for path in tmp_path.rglob("*.mp4")) == ["3", "4"]
     make_room(tmp_path, 0)
     assert [path.parent.name for path in tmp_path.rglob("*.mp4")] == ["4"]  # it may be in use
+
+
+def test_wrong_passwords_have_to_wait_longer_and_longer(server, monkeypatch):
+    from diffsynth.webui import security
+
+    now = [0.0]
+    monkeypatch.setattr(security.time, "monotonic", lambda: now[0])
+    answers, tried = [], []
+
+    async def app(_scope, _receive, send):
+        tried.append(now[0])
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+
+    guard = security.Guard(app, uploads=server[1].cache, cache=server[1].cache)
+
+    async def send(message):
+        answers.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b"username=a&password=b"}
+
+    def log_in():
+        headers = [(b"host", b"localhost")]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/login",
+            "headers": headers,
+            "client": ("1.2.3.4", 1),
+        }
+        asyncio.run(guard(scope, receive, send))
+        return next(m["status"] for m in answers[::-1] if m["type"] == "http.response.start")
+
+    for second in range(120):
+        now[0] = float(second)
+        assert {log_in() for _ in range(20)} <= {400, 429}
+    assert tried == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0] or len(tried) <= 10
+    assert len(tried) >= 7
+
+
+def test_a_refused_request_is_an_error_for_programs_and_a_budget_is_kept(server, clip):
+    address, session = server
+    client = gradio_client.Client(address, verbose=False)
+    with pytest.raises(gradio_client.exceptions.AppError, match="prompt is empty"):
+        request_of(client, clip, "").result(PATIENCE)
+    object.__setattr__(session, "max_minutes", 1e-9)
+    object.__setattr__(session, "pace", 1e9)
+    try:
+        with pytest.raises(gradio_client.exceptions.AppError, match="1e-09 are the limit here"):
+            request_of(client, clip, "a cat").result(PATIENCE)
+    finally:
+        object.__setattr__(session, "max_minutes", None)
+    assert request_of(client, clip, "a cat").result(PATIENCE)
+
+
+def test_a_run_whose_visitor_has_gone_ends(server, clip, monkeypatch):
+    address, session = server
+    monkeypatch.setattr(queue_module, "MOST_ABSENT", 1.0)
+    client = gradio_client.Client(address, verbose=False)
+    before = set(session.output_dir.glob("*.mp4"))
+    gone = request_of(client, clip, "a dog", steps=200)
+    while not gone.outputs():
+        time.sleep(0.05)
+    gone.cancel()
+    begun = time.monotonic()
+    assert request_of(client, clip, "a cat").result(PATIENCE)
+    # 200 steps would take longer, and their video is not written.
+    assert len(set(session.output_dir.glob("*.mp4")) - before) == 1
+    assert time.monotonic() - begun < PATIENCE

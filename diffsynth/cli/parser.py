@@ -228,6 +228,7 @@ def _add_ui(parser: Parser) -> None:
     )
     parser.add_argument("--max-upload", type=number, default=200, metavar="MB", help="of a reference (200)")
     parser.add_argument("--max-frames", type=whole, default=2000, metavar="N", help="of a reference (2000)")
+    parser.add_argument("--max-minutes", type=number, metavar="N", help="that a run may take (no limit)")
     parser.add_argument("--max-waiting", type=whole, default=32, metavar="N", help="runs in the queue (32)")
     add_model_options(parser)
 

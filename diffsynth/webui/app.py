@@ -19,7 +19,7 @@ from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
 from diffsynth.webui.references import starting_clips
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard
-from diffsynth.webui.session import Session, make_video, show_motion
+from diffsynth.webui.session import Session, check_budget, make_video, show_motion
 from diffsynth.webui.uploads import keep_upload
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class Page:
             reference = None
             if uploaded is not None and request["mode"] != NO_TRANSFER:
                 reference = self._kept(uploaded)
+            check_budget(self.session, request, reference)
             return self.queue.submit(lambda job: make_video(self.session, request, reference, job))
 
         yield from self._follow(start, self._show_run, num_shown=4)
@@ -127,6 +128,7 @@ class Page:
         try:
             job = start()
             while not job.future.done():
+                job.followed()
                 ahead = self.queue.ahead(job)
                 yield (panel.running(job.progress, job.state, ahead, job.seconds), job.id, *unchanged)
                 time.sleep(1 / LOOKS_PER_SECOND)
@@ -139,6 +141,8 @@ class Page:
         elif error is not None:
             status = panel.failed(error)
         yield (status, None, *shown)
+        if error is not None:  # so that a program that calls this page sees no success
+            raise self._gradio.Error(str(error) or type(error).__name__, print_exception=False)
 
     def _show_run(self, run: PastRun) -> tuple:
         return (*self._files_of(run), self.gallery())

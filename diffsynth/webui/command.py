@@ -49,6 +49,7 @@ def run(options: Namespace, console: Console) -> int:
             output_dir=output_dir.resolve(),
             cache=cache,
             limits=limits,
+            max_minutes=options.max_minutes,
         )
         app = make_app(Page(session, queue), auth, host=options.host, allowed_hosts=options.allow_host)
         address = f"http://{options.host}:{listening.getsockname()[1]}"

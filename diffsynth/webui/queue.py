@@ -14,6 +14,7 @@ from typing import Any
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 MOST_WAITING = 32
+MOST_ABSENT = 60.0  # seconds without anybody who follows a job, after which it ends
 
 
 class QueueFullError(RuntimeError):
@@ -60,6 +61,7 @@ class QueuedJob:
         self._started: float | None = None
         self._ended: float | None = None
         self._asked_to_stop = threading.Event()
+        self._followed = time.monotonic()
         self._lock = threading.Lock()
         self._interrupt: Callable[[], None] | None = None
 
@@ -98,10 +100,18 @@ class QueuedJob:
         """Set fields of `RunProgress`."""
         self.progress = replace(self.progress, **changes)
 
+    def followed(self) -> None:
+        """Note that somebody follows the job."""
+        self._followed = time.monotonic()
+
     def check(self) -> None:
-        """Raise JobCancelledError if the job was cancelled."""
+        """Raise JobCancelledError if the job was cancelled, or nobody follows it any more."""
         if self._asked_to_stop.is_set():
             raise JobCancelledError("cancelled; no video was written")
+        if time.monotonic() - self._followed > MOST_ABSENT:
+            raise JobCancelledError(
+                f"nobody has followed the run for {MOST_ABSENT:g} s; no video was written"
+            )
 
     def cancel(self) -> None:
         """Cancel the job: at once if it waits, else at the next `check` of its work."""

@@ -32,6 +32,8 @@ _HEADERS = (
 _REFUSED = ("/proxy=", "/file=http:", "/file=https:", "/file/http:", "/file/https:", "/openapi.json")
 LARGEST_REQUEST = 1 << 20  # maximum bytes of a request that is not an upload
 YOUNG = 600  # age in seconds below which an upload is never deleted
+LONGEST_WAIT = 60.0  # seconds after many wrong passwords
+MOST_CLIENTS = 10_000  # whose wrong passwords are counted
 UPLOADS_KEPT = 10  # the quota has room for this many uploads of the largest size
 
 
@@ -53,6 +55,8 @@ class Guard:
         self._allowed = {name.lower() for name in allowed}
         self._any_address = not is_local(host)
         self._folders = uploads.resolve(), cache.resolve()
+        self._wrong: dict[str, int] = {}  # client -> wrong passwords since the last right one
+        self._locked_until: dict[str, float] = {}
         self._quota = int(UPLOADS_KEPT * megabytes * 2**20)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -64,6 +68,11 @@ class Guard:
                 await send({"type": "websocket.close", "code": 1008, "reason": reason})
             else:
                 await _refuse(send, 403, reason)
+            return
+        login = scope["type"] == "http" and scope["path"].rstrip("/").endswith("/login")
+        client = (scope.get("client") or ("",))[0]
+        if login and time.monotonic() < self._locked_until.get(client, 0):
+            await _refuse(send, 429, "wait before you try another password")
             return
         if scope["type"] == "http" and scope["method"] == "POST":
             if scope["path"].endswith("/upload"):
@@ -80,6 +89,8 @@ class Guard:
 
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if login:
+                    self._note_login(client, message["status"])
                 # By its CORS headers, gradio would let pages from other local ports read the responses.
                 own = [
                     h for h in message.get("headers", ()) if not h[0].lower().startswith(b"access-control-")
@@ -88,6 +99,16 @@ class Guard:
             await send(message)
 
         await self._app(scope, receive, send_guarded)
+
+    def _note_login(self, client: str, status: int) -> None:
+        """Let a client wait after each wrong password, twice as long as after the one before."""
+        if status < 400:
+            self._wrong.pop(client, None)
+            return
+        if len(self._wrong) > MOST_CLIENTS:
+            self._wrong.clear()
+        self._wrong[client] = self._wrong.get(client, 0) + 1
+        self._locked_until[client] = time.monotonic() + min(2.0 ** (self._wrong[client] - 2), LONGEST_WAIT)
 
     def _refusal(self, scope: Message) -> str | None:
         """Return why a request is refused for its path or its headers."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER, flow_modes
 from diffsynth.configs.fields import fields_of
-from diffsynth.configs.options import DEFAULT_FPS, LoadOptions, ReferenceOptions, call_options
+from diffsynth.configs.options import DEFAULT_FPS, LoadOptions, ReferenceOptions, RunOptions, call_options
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.evaluation.flow_images import save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
@@ -17,6 +17,8 @@ from diffsynth.jobs.task import make_task, open_reference, run_task
 from diffsynth.pipelines.components import reference_facts
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.planning.cost import run_cost
+from diffsynth.planning.sizes import ModelSizes
 from diffsynth.runs.record import describe_model
 from diffsynth.webui.gallery import PastRun
 from diffsynth.webui.previews import Previews
@@ -34,6 +36,8 @@ class Session:
         model: description of the model, for the record.
         output_dir: folder of videos and records, with the references of runs in references/.
         cache: folder of files that the page shows and can make again.
+        max_minutes: minutes that a run may take; None for no limit.
+        pace: operations a second of this machine; None without such a limit.
     """
 
     pipe: WanVideoPipeline
@@ -44,6 +48,8 @@ class Session:
     cache: Path
     limits: UploadLimits
     previews: Previews
+    max_minutes: float | None = None
+    pace: float | None = None
 
     @property
     def references(self) -> Path:
@@ -59,6 +65,7 @@ def open_session(
     output_dir: Path,
     cache: Path,
     limits: UploadLimits,
+    max_minutes: float | None = None,
 ) -> Session:
     """Load a model by its name, as `fastvmt transfer --model` does; loading may raise further errors.
 
@@ -67,6 +74,7 @@ def open_session(
         models_dir: folder of the published models.
         output_dir: folder of videos and records; made if it is missing.
         cache: folder of files that the page shows.
+        max_minutes: minutes that a run may take; a short run measures how fast this machine is.
 
     Raises:
         OSError: the output folder cannot be written to.
@@ -84,7 +92,49 @@ def open_session(
         cache=cache,
         limits=limits,
         previews=Previews(pipe),
+        max_minutes=max_minutes,
+        pace=None if max_minutes is None else _pace(pipe),
     )
+
+
+def _pace(pipe: WanVideoPipeline) -> float:
+    """Return the operations a second of a run of one step and a few frames."""
+    call = {"num_frames": 5, "num_inference_steps": 1, "mode": NO_TRANSFER, "output_type": "latent"}
+    (made,) = pipe.run("a short run", progress_bar_cmd=None, **call)  # type: ignore[arg-type]  # a mapping
+    return _operations(pipe, made.options) / made.cost.time_gen
+
+
+def _operations(pipe: WanVideoPipeline, run: RunOptions) -> float:
+    sizes = ModelSizes.of(pipe.residency.models)
+    return run_cost(sizes.dit, sizes.latent_shape(run.height, run.width, run.num_frames), run).flops
+
+
+def check_budget(session: Session, request: Mapping[str, Any], reference: Path | None) -> None:
+    """Raise ValueError if a request would take more minutes than a run may.
+
+    Args:
+        request: from `checked_request`.
+        reference: path of the reference video; None without one.
+    """
+    if session.max_minutes is None or session.pace is None:
+        return
+    minutes = _operations(session.pipe, _resolved(session, request, reference)) / session.pace / 60
+    if minutes > session.max_minutes:
+        raise ValueError(
+            f"this run would take about {minutes:.3g} minutes, and {session.max_minutes:g} are the limit "
+            "here: ask for fewer frames, fewer steps or a smaller size"
+        )
+
+
+def _resolved(
+    session: Session, request: Mapping[str, Any], reference: Path | None, **changes: Any
+) -> RunOptions:
+    """Return the options of the run that a request asks for, with changes."""
+    call = {name: value for name, value in request.items() if name in call_options()} | changes
+    if reference is None:
+        return resolve(call, session.pipe.defaults, None, session.pipe.models.facts())
+    with open_reference(reference, fields_of(ReferenceOptions, request)) as video:
+        return resolve(call, session.pipe.defaults, reference_facts(video), session.pipe.models.facts())
 
 
 def make_video(
@@ -122,9 +172,7 @@ def show_motion(session: Session, request: Mapping[str, Any], reference: Path, j
     """
     mode = request["mode"] if request["mode"] in flow_modes() else DEFAULT_MODE
     used = fields_of(ReferenceOptions, request)
-    call = {name: value for name, value in request.items() if name in call_options()} | {"mode": mode}
-    with open_reference(reference, used) as video:
-        run = resolve(call, session.pipe.defaults, reference_facts(video), session.pipe.models.facts())
+    run = _resolved(session, request, reference, mode=mode)
     motion = motion_for(session.folder, mode)
     asked = f"{reference.name} {run.height} {run.width} {run.num_frames} {motion} {used}"
     path = session.cache / f"motion-{hashlib.sha256(asked.encode()).hexdigest()[:20]}.mp4"
