@@ -37,8 +37,8 @@ def diffusers_vae_key_map(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, st
     found = (re.match(r"(?:en|de)coder\.(down|up)_blocks\.0\.resnets\.(\d+)\.", key) for key in shapes)
     # Residual blocks of a level; "down" is there in Wan2.2's VAE only.
     num_resnets: dict[str, int] = {}
-    for match in filter(None, found):
-        num_resnets[match[1]] = max(num_resnets.get(match[1], 0), int(match[2]) + 1)
+    for kind, index in (match.groups() for match in found if match):
+        num_resnets[kind] = max(num_resnets.get(kind, 0), int(index) + 1)
     official = {key: _official_key(match, num_resnets) for key in shapes if (match := _NAME.fullmatch(key))}
     return {key: name for key, name in official.items() if name is not None}
 
