@@ -50,11 +50,12 @@ class ReferenceFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """Facts of a model that decide options: width and blocks of the DiT, pixels of a token."""
+    """Facts of a model that decide options: width and blocks of the DiT, pixels of a token, its boundary."""
 
     dim: int
     num_layers: int
     pixels_per_token: tuple[int, int]
+    boundary: float | None = None
 
 
 def resolve(
@@ -91,6 +92,8 @@ def resolve(
     options["num_frames"] = _length(given, defaults, reference)
     options["denoising_strength"] = _strength(given, defaults, reference)
     options["seed"] = given.get("seed", secrets.randbelow(2**32))
+    if model is not None and model.boundary is not None and "boundary" not in {**defaults.options, **given}:
+        options["boundary"] = model.boundary
     options["motion"] = None
     options["cache"] = _cache(given.get("cache"), short, defaults, model)
     run = RunOptions(**options)

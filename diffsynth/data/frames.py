@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Picture = str | Path | Image.Image | np.ndarray  # a file, an image or a uint8 array [H, W, 3]
 FITS = ("crop", "pad", "stretch")  # how a frame is brought to another size
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,15 @@ def load_image(path: Path) -> Image.Image:
         raise
     except _UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def read_picture(picture: Picture) -> Image.Image:
+    """Return a picture, upright and RGB.
+
+    Raises:
+        TypeError, ValueError: it is no picture, or the file is not readable.
+    """
+    return load_image(Path(picture)) if isinstance(picture, str | Path) else next(rgb_frames([picture]))
 
 
 def rgb_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray) -> Iterator[Image.Image]:

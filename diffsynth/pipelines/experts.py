@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from diffsynth.pipelines.components import Components
+
 
 def is_high_noise(timestep: Tensor | float, boundary: float) -> bool:
     """Return whether the high-noise expert denoises at a timestep (0 to 1000), given the boundary in 0..1.
@@ -16,3 +18,11 @@ def expert_steps(timesteps: Tensor, step: int, boundary: float) -> range:
     high = [is_high_noise(timestep, boundary) for timestep in timesteps]
     first = high.index(high[step])
     return range(first, first + high.count(high[step]))
+
+
+def expert_at(models: Components, timesteps: Tensor, step: int, boundary: float) -> tuple[str, range]:
+    """Return the name in `Components` of the DiT that denoises a step, and all steps that it denoises."""
+    if models.low_noise_dit is None:
+        return "dit", range(len(timesteps))
+    steps = expert_steps(timesteps, step, boundary)
+    return "dit" if is_high_noise(timesteps[step], boundary) else "low_noise_dit", steps

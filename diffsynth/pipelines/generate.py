@@ -7,24 +7,37 @@ out, a stage is done again one rung down the ladder of settings, denoising from 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffsynth.caches.rules import make_rule
 from diffsynth.configs.options import RunOptions
+from diffsynth.data.tensors import picture_to_tensor
+from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents, keep_latents, latents_facts
 from diffsynth.pipelines.denoise import RunEvent, cfg_velocity, denoise, motion_guide
+from diffsynth.pipelines.experts import expert_at
+from diffsynth.pipelines.image_condition import encode_pictures
 from diffsynth.planning.ladder import Ladder, memory_problem, settings_of, with_settings
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost, measured
-from diffsynth.runs.state import PromptEmbeddings, RunInputs, StepState, joined, part
-from diffsynth.schedulers import make_scheduler
+from diffsynth.runs.state import (
+    NO_CONDITION,
+    ImageCondition,
+    PromptEmbeddings,
+    RunInputs,
+    StepState,
+    joined,
+    part,
+)
+from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
 
 T = TypeVar("T")
 Observer = Callable[[RunEvent], None]
@@ -65,6 +78,7 @@ def generate(
     stop: Callable[[], bool],
     saved: SavedRun | None = None,
     fps: float | None = None,
+    pictures: Sequence[Image.Image] = (),
 ) -> list[GeneratedVideo]:
     """Make a video for each prompt.
 
@@ -82,10 +96,11 @@ def generate(
         stop: asked before each step, inside guidance, and after each video.
         saved: where the run is saved as it proceeds, and continued from.
         fps: of the reference, for the file of final latents.
+        pictures: those that the video begins and, if there are two, ends with.
     """
     inputs = None if saved is None else saved.inputs
     if inputs is None:
-        inputs, options = encode(models, prompts, pixels, options, ladder, observer)
+        inputs, options = encode(models, prompts, pixels, pictures, options, ladder, observer)
         if saved is not None:
             saved.keep_inputs(inputs)
     videos: list[GeneratedVideo] = []
@@ -153,17 +168,18 @@ def encode(
     models: Components,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
+    pictures: Sequence[Image.Image],
     options: RunOptions,
     ladder: Ladder,
     observer: Observer,
 ) -> tuple[RunInputs, RunOptions]:
-    """Encode the texts that the run reads and the reference, and draw the noise.
+    """Encode the texts that the run reads, the reference and the pictures, and draw the noise.
 
     Returns:
         The inputs of denoising, and the options in force afterwards.
     """
     texts = {"positive": [prompt for prompt, _ in prompts]}
-    if options.cfg_scale != 1:
+    if options.cfg_scale != 1 or options.low_noise_cfg_scale not in (1, None):
         texts["negative"] = [negative_prompt for _, negative_prompt in prompts]
     if options.motion is not None:
         texts["null"] = [""] * len(prompts)
@@ -181,14 +197,31 @@ def encode(
         with models.residency.using("vae"):
             return models.vae.encode(pixels, **options.tiling)
 
+    def encode_images(own: list[Tensor], fitted: list[Tensor]) -> tuple[ImageCondition, RunOptions]:
+        return with_ladder("encode video", partial(encode_pictures, models, own, fitted), options, ladder)
+
     with stage("encode text", observer, seconds):
         embeddings, options = with_ladder("encode text", encode_texts, options, ladder)
     reference = None
     if pixels is not None:
         with stage("encode video", observer, seconds):
             reference, options = with_ladder("encode video", partial(encode_video, pixels), options, ladder)
-    noise = draw_noise(models, options)
-    return RunInputs(prompts=embeddings, noise=noise, reference=reference, seconds=seconds), options
+    conditions = [NO_CONDITION, NO_CONDITION]
+    if pictures:
+        fitted = [picture_to_tensor(picture, options.height, options.width) for picture in pictures]
+        conditions[0], options = encode_images([picture_to_tensor(picture) for picture in pictures], fitted)
+        if pixels is not None:
+            ends = [pixels[:, :, 0], pixels[:, :, -1]][: len(pictures)]
+            conditions[1], options = encode_images(ends, ends)
+    inputs = RunInputs(
+        prompts=embeddings,
+        noise=draw_noise(models, options),
+        reference=reference,
+        seconds=seconds,
+        condition=conditions[0],
+        reference_condition=conditions[1],
+    )
+    return inputs, options
 
 
 def draw_noise(models: Components, options: RunOptions) -> Tensor:
@@ -199,7 +232,7 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
     """
     frames = -(-(options.num_frames - 1) // models.vae.temporal_factor) + 1
     rows, cols = (side // models.vae.spatial_factor for side in (options.height, options.width))
-    shape = (1, models.dit.in_dim, frames, rows, cols)
+    shape = (1, models.vae.z_dim, frames, rows, cols)
     generator = noise_generator(options)
     noise = torch.randn(shape, generator=generator, device=options.rand_device, dtype=torch.float32)
     return noise.to(models.device)
@@ -244,8 +277,9 @@ def sample(
 ) -> tuple[Tensor, RunOptions, bool]:
     """Denoise the latents of one prompt, from noise or the noised reference.
 
-    If memory runs out, denoising continues after the last finished step, one rung down the ladder; at its
-    end `Ladder.next` raises. `event.step` of a sampling event counts the finished steps; a sampling event is
+    Of two experts, the first's weights go before the second's come, after the last step of the first. If
+    memory runs out, denoising continues after the last finished step, one rung down the ladder; at its end
+    `Ladder.next` raises. `event.step` of a sampling event counts the finished steps; a sampling event is
     interrupted if stop() became True during the step, whose guidance may then be cut short.
 
     Args:
@@ -269,10 +303,25 @@ def sample(
         found = at_start if finished is None else finished.cost
         cost.restore({**found, "time_gen": cost.time_gen, "dit_block_calls": cost.dit_block_calls})
         failing = "sampling"
+        scheduler = scheduler_of(options)
+        done = 0 if finished is None else finished.step
+        expert, phase = expert_at(
+            models, scheduler.timesteps, min(done, options.num_inference_steps - 1), options.boundary
+        )
         try:
-            with models.residency.using("dit"), measured(cost, models.dit, models.device) as elapsed:
-                latents, steps, parts = begin_denoising(models, index, inputs, options, cost, stop, finished)
-                done = 0 if finished is None else finished.step
+            dit = getattr(models, expert)
+            with models.residency.using(expert), measured(cost, dit, models.device) as elapsed:
+                latents, steps, parts = begin_denoising(
+                    dit,
+                    scheduler,
+                    phase,
+                    index,
+                    inputs,
+                    expert_options(options, expert),
+                    cost,
+                    stop,
+                    finished,
+                )
                 with suppress(StopIteration):
                     failing = "guidance" if done < guided_steps else "sampling"
                     event = next(steps)
@@ -296,15 +345,34 @@ def sample(
                         guided_next = event.stage == "sampling" and event.step < guided_steps
                         failing = "guidance" if guided_next else "sampling"
                         event = steps.send(replaced)
-            return latents, options, finished is not None and finished.step == options.num_inference_steps
+            done = 0 if finished is None else finished.step
+            if done == phase.stop < options.num_inference_steps:
+                continue
+            return latents, options, done == options.num_inference_steps
         except (RuntimeError, MemoryError) as error:
             problem = memory_problem(error)
         # Outside of the except block nothing holds the failed attempt's frames and their tensors any more.
         options = ladder.next(failing, options, problem)
 
 
+def scheduler_of(options: RunOptions) -> FlowMatchScheduler | UniPCScheduler:
+    """Return a new scheduler with the timesteps of a run."""
+    scheduler = make_scheduler(options.sampler, options.sigma_shift)
+    scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
+    return scheduler
+
+
+def expert_options(options: RunOptions, expert: str) -> RunOptions:
+    """Return the options with which an expert denoises: the low-noise one may have its own cfg_scale."""
+    if expert != "low_noise_dit" or options.low_noise_cfg_scale is None:
+        return options
+    return replace(options, cfg_scale=options.low_noise_cfg_scale)
+
+
 def begin_denoising(
-    models: Components,
+    dit: WanModel,
+    scheduler: FlowMatchScheduler | UniPCScheduler,
+    phase: range,
     index: int,
     inputs: RunInputs,
     options: RunOptions,
@@ -312,21 +380,28 @@ def begin_denoising(
     stop: Callable[[], bool],
     finished: StepState | None,
 ) -> tuple[Tensor, Generator[RunEvent, Tensor | None, None], dict[str, Any]]:
-    """Set up the denoising of one prompt, from its start or from its last finished step.
+    """Set up the denoising of one prompt by a DiT, from its start or from its last finished step.
+
+    Args:
+        scheduler: new, with the timesteps of the run.
+        phase: steps of the run that this DiT denoises; step caches and gradient memory are its own.
 
     Returns:
         The first latents [1, C, F, h, w], the generator of steps, and by name the parts that keep state from
         step to step: scheduler, gradient memory, and the step cache's rule of each prompt.
     """
     prompt, motion, num_steps = inputs.prompts[index], options.motion, options.num_inference_steps
-    scheduler = make_scheduler(options.sampler, options.sigma_shift)
-    scheduler.set_timesteps(num_steps, options.denoising_strength)
-    start = inputs.noise
+    start, first_frame = inputs.noise, inputs.condition.first_frame
     if inputs.reference is not None:
-        start = scheduler.add_noise(inputs.reference, inputs.noise, scheduler.timesteps[0])
+        clean = inputs.reference
+        if first_frame is not None:
+            clean = torch.cat([first_frame.to(clean), clean[:, :, 1:]], dim=2)
+        start = scheduler.add_noise(clean, inputs.noise, scheduler.timesteps[0])
     rules = {}
     if options.cache is not None:
-        cached = {"positive": range(num_steps), "negative": options.cfg_steps}
+        guided = options.cfg_steps
+        negative = range(max(phase.start, guided.start), min(phase.stop, guided.stop))
+        cached = {"positive": phase, "negative": negative}
         rules = {
             name: make_rule(options.cache, name, steps, num_steps) for name, steps in cached.items() if steps
         }
@@ -335,20 +410,21 @@ def begin_denoising(
     parts |= {f"rules.{name}": rule for name, rule in rules.items()}
     if finished is not None:
         for name, remembering in parts.items():
-            remembering.restore(part(finished.parts, name))
+            if name == "scheduler" or finished.step > phase.start:
+                remembering.restore(part(finished.parts, name))
     guide = None
     if motion is not None:
-        guide = motion_guide(
-            models.dit, prompt, inputs, motion, scheduler, start, cost, memory=memory, stop=stop
-        )
+        guide = motion_guide(dit, prompt, inputs, motion, scheduler, start, cost, memory=memory, stop=stop)
     latents = start if finished is None else finished.latents
     steps = denoise(
         latents,
         scheduler,
-        cfg_velocity(models.dit, prompt, options, rules),
+        cfg_velocity(dit, prompt, options, rules, inputs.condition),
         guide,
         guided_steps=0 if motion is None else motion.guided_steps,
+        condition=inputs.condition,
         first=0 if finished is None else finished.step,
+        end=phase.stop,
         stop=stop,
     )
     return latents, steps, parts

@@ -4,12 +4,16 @@ The channels stand behind the noise in the input of the DiT: a mask of `temporal
 each frame of a latent frame, and the latents of a video that is mid grey where no picture is given.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffsynth.configs.options import RunOptions
 from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.pipelines.components import Components
+from diffsynth.runs.state import ImageCondition
 
 
 def image_condition(
@@ -45,3 +49,27 @@ def image_condition(
     repeats[-1] += frames * step - repeats.sum()
     mask = given.repeat_interleave(repeats).unflatten(0, (frames, step)).T[None, :, :, None, None]
     return torch.cat([mask.expand(len(latents), -1, -1, *latents.shape[3:]), latents], dim=1)
+
+
+def encode_pictures(
+    models: Components, own: Sequence[Tensor], fitted: Sequence[Tensor], options: RunOptions
+) -> ImageCondition:
+    """Return what one or two pictures, the first and the last frame, give to the DiT.
+
+    Args:
+        own: the pictures [1, 3, H, W] in [-1, 1] as they are, for CLIP.
+        fitted: the same in the size of the video.
+    """
+    clip_feature = None
+    if models.dit.has_image_input and models.image_encoder is not None:
+        with models.residency.using("image_encoder"):
+            tokens = [models.image_encoder.encode_image(picture) for picture in own]
+        clip_feature = torch.cat(tokens, dim=1).float()
+    with models.residency.using("vae"):
+        if models.dit.in_dim == models.dit.out_dim:
+            return ImageCondition(first_frame=models.vae.encode(fitted[0][:, :, None], **options.tiling))
+        first, *last = fitted
+        y = image_condition(models.vae, first, options.num_frames, *last, **options.tiling)
+    return ImageCondition(
+        y=y, clip_feature=clip_feature, first_frame=y[:, models.vae.temporal_factor :, :1].contiguous()
+    )
