@@ -1,10 +1,13 @@
 """Whole runs of image models and of Wan2.2 against golden trajectories of the official code."""
 
+import shutil
+from functools import cache
+
 import pytest
 import torch
 from PIL import Image
 
-from diffsynth import WanVideoPipeline
+from diffsynth import ModelManager, WanVideoPipeline
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_keys import dit_config_from_shapes
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
@@ -12,6 +15,7 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.pipelines import generate
+from diffsynth.testing import write_checkpoint
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
 
@@ -125,3 +129,83 @@ def test_two_experts_of_texts_are_the_official_ones(run, sampler):
 def test_two_experts_of_pictures_are_the_official_ones(run, sampler, batch_cfg):
     scales = {"cfg_scale": 4.0, "low_noise_cfg_scale": 2.5}
     run("pipe_a14b_i2v_tiny", sampler, ["image"], **scales, batch_cfg=batch_cfg)
+
+
+SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 1}
+SMALL |= {"progress_bar_cmd": None, "output_type": "latent", "sigma_shift": 5.0}
+PICTURE = Image.linear_gradient("L").resize((40, 50))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A function: size -> a checkpoint of that size in the official layout."""
+    return cache(lambda size: write_checkpoint(tmp_path_factory.mktemp("family") / size, size=size))
+
+
+@pytest.mark.parametrize("size", ["tiny-i2v", "tiny-flf2v", "tiny-ti2v", "tiny-a14b", "tiny-a14b-i2v"])
+def test_official_folders_load_and_take_the_pictures_of_their_kind(checkpoint, size):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint(size), device="cpu")
+    takes = {"tiny-i2v": ["input_image"], "tiny-flf2v": ["input_image", "end_image"], "tiny-a14b": []}
+    given = dict.fromkeys(takes.get(size, ["input_image"]), PICTURE)
+    latents = pipe("a cat", **given, **SMALL)
+    assert latents.shape == ((1, 48, 2, 2, 2) if size == "tiny-ti2v" else (1, 16, 2, 4, 4))
+    assert latents.isfinite().all()
+    if given:
+        other = {name: PICTURE.transpose(Image.Transpose.ROTATE_180) for name in given}
+        assert not torch.equal(pipe("a cat", **other, **SMALL), latents)
+    if size not in ("tiny-ti2v", "tiny-a14b"):
+        with pytest.raises(ValueError, match="needs input_image; none is given"):
+            pipe("a cat", **SMALL)
+    if "end_image" not in given and size != "tiny-a14b-i2v":
+        with pytest.raises(ValueError, match="this model takes no end_image"):
+            pipe("a cat", **{**given, "end_image": PICTURE}, **SMALL)
+
+
+def test_a_text_model_takes_no_picture(tiny_checkpoint):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    with pytest.raises(ValueError, match="this model takes no input_image"):
+        pipe("a cat", input_image=PICTURE, **SMALL)
+
+
+def test_equal_experts_give_the_bits_of_one(checkpoint, tmp_path):
+    pair = tmp_path / "pair"
+    shutil.copytree(checkpoint("tiny-a14b"), pair)
+    shutil.rmtree(pair / "low_noise_model")
+    shutil.copytree(pair / "high_noise_model", pair / "low_noise_model")
+    both = WanVideoPipeline.from_pretrained(pair, device="cpu")
+    assert both.models.low_noise_dit is not both.dit
+    one = WanVideoPipeline(both.dit, both.text_encoder, both.vae, both.prompter, "cpu")
+    for sampler in ("euler", "unipc"):
+        assert torch.equal(both("a cat", sampler=sampler, **SMALL), one("a cat", sampler=sampler, **SMALL))
+    clip = [PICTURE.rotate(turn).convert("RGB") for turn in range(5)]
+    motion = {"guided_steps": 3, "inner_steps": 2, "block": 1, "window": 1, "tile": (1, 1), "sf": 2}
+    arguments = {**SMALL, "input_video": clip, "motion": motion, "denoising_strength": 1.0, "boundary": 0.9}
+    assert torch.equal(both("a cat", **arguments), one("a cat", **arguments))
+
+
+def test_one_expert_alone_is_refused(checkpoint):
+    folder = checkpoint("tiny-a14b")
+    manager = ModelManager(torch_dtype=torch.float32)
+    manager.load_models([folder], model_names=["wan_video_dit", "wan_video_text_encoder", "wan_video_vae"])
+    with pytest.raises(ValueError, match="is one of two experts; load the low-noise one as well"):
+        WanVideoPipeline.from_model_manager(manager)
+    manager.load_models([folder / "low_noise_model"])
+    assert WanVideoPipeline.from_model_manager(manager).models.experts == ("dit", "low_noise_dit")
+
+
+@pytest.mark.parametrize("size", ["tiny-i2v", "tiny-ti2v", "tiny-a14b"])
+def test_an_unfinished_run_continues_to_the_same_bits(checkpoint, size, tmp_path):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint(size), device="cpu")
+    given = {} if size == "tiny-a14b" else {"input_image": PICTURE}
+    whole = pipe("a cat", **given, **SMALL)
+
+    def stop(pipe, step, *_):
+        if step == 1:
+            pipe.interrupt()
+
+    saving = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    pipe("a cat", **given, **SMALL, **saving, callback_on_step_end=stop)
+    if given:
+        with pytest.raises(ValueError, match="differs in input_image"):
+            pipe("a cat", input_image=PICTURE.rotate(90), **SMALL, **saving)
+    assert torch.equal(pipe("a cat", **given, **SMALL, **saving), whole)
