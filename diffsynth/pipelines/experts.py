@@ -21,7 +21,11 @@ def expert_steps(timesteps: Tensor, step: int, boundary: float) -> range:
 
 
 def expert_at(models: Components, timesteps: Tensor, step: int, boundary: float) -> tuple[str, range]:
-    """Return the name in `Components` of the DiT that denoises a step, and all steps that it denoises."""
+    """Return the name in `Components` of the DiT that denoises a step, and all steps that it denoises.
+
+    After the last step, the same as for that.
+    """
+    step = min(step, len(timesteps) - 1)
     if models.low_noise_dit is None:
         return "dit", range(len(timesteps))
     steps = expert_steps(timesteps, step, boundary)

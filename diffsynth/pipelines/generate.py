@@ -1,49 +1,33 @@
 """A generation from resolved options to frames: encode, sample, decode.
 
-`generate` goes through the stages for each prompt and `sample` through the denoising steps. Where memory runs
-out, a stage is done again one rung down the ladder of settings, denoising from its last finished step.
+Where memory runs out, a stage is done again one rung down the ladder of settings.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.caches.rules import make_rule
 from diffsynth.configs.options import RunOptions
 from diffsynth.data.tensors import picture_to_tensor
-from diffsynth.models.wan_video_dit import WanModel
-from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents, keep_latents, latents_facts
-from diffsynth.pipelines.denoise import RunEvent, cfg_velocity, denoise, motion_guide
-from diffsynth.pipelines.experts import expert_at
+from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.image_condition import encode_pictures
-from diffsynth.planning.ladder import Ladder, memory_problem, settings_of, with_settings
+from diffsynth.pipelines.sample import Progress, StepConsumer, sample
+from diffsynth.planning.ladder import Ladder, memory_problem
 from diffsynth.runs.checkpoint import SavedRun
-from diffsynth.runs.cost import RunCost, measured
-from diffsynth.runs.state import (
-    NO_CONDITION,
-    ImageCondition,
-    PromptEmbeddings,
-    RunInputs,
-    StepState,
-    joined,
-    part,
-)
-from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
+from diffsynth.runs.cost import RunCost
+from diffsynth.runs.state import NO_CONDITION, ImageCondition, PromptEmbeddings, RunInputs
 
 T = TypeVar("T")
 Observer = Callable[[RunEvent], None]
-# Told of each yield of the loop; latents that it returns, after guidance or after a step, replace the run's.
-StepConsumer = Callable[[RunEvent], Tensor | None]
-Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +53,7 @@ def generate(
     models: Components,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
+    pictures: Sequence[Image.Image],
     options: RunOptions,
     ladder: Ladder,
     *,
@@ -78,7 +63,6 @@ def generate(
     stop: Callable[[], bool],
     saved: SavedRun | None = None,
     fps: float | None = None,
-    pictures: Sequence[Image.Image] = (),
 ) -> list[GeneratedVideo]:
     """Make a video for each prompt.
 
@@ -88,6 +72,7 @@ def generate(
         models: of the pipeline.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W] in [-1, 1]; None without one.
+        pictures: those that the video begins and, if there are two, ends with.
         options: as resolved; the ladder decides the rest.
         ladder: settings for when memory runs out.
         on_step: consumes what the denoising loop yields, after guidance and after each step.
@@ -96,8 +81,8 @@ def generate(
         stop: asked before each step, inside guidance, and after each video.
         saved: where the run is saved as it proceeds, and continued from.
         fps: of the reference, for the file of final latents.
-        pictures: those that the video begins and, if there are two, ends with.
     """
+    noise_generator(options)  # fails before a model runs
     inputs = None if saved is None else saved.inputs
     if inputs is None:
         inputs, options = encode(models, prompts, pixels, pictures, options, ladder, observer)
@@ -260,174 +245,6 @@ def noise_generator(options: RunOptions) -> torch.Generator:
         raise ValueError(
             f"rand_device is {options.rand_device!r}, which draws no numbers here ({error})"
         ) from error
-
-
-def sample(
-    models: Components,
-    index: int,
-    inputs: RunInputs,
-    options: RunOptions,
-    ladder: Ladder,
-    cost: RunCost,
-    *,
-    on_step: StepConsumer,
-    progress: Progress,
-    stop: Callable[[], bool],
-    saved: SavedRun | None,
-) -> tuple[Tensor, RunOptions, bool]:
-    """Denoise the latents of one prompt, from noise or the noised reference.
-
-    Of two experts, the first's weights go before the second's come, after the last step of the first. If
-    memory runs out, denoising continues after the last finished step, one rung down the ladder; at its end
-    `Ladder.next` raises. `event.step` of a sampling event counts the finished steps; a sampling event is
-    interrupted if stop() became True during the step, whose guidance may then be cut short.
-
-    Args:
-        index: index (0-based) of the prompt.
-        cost: receives the cost of the prompt.
-        saved: saves finished steps; its unfinished run is continued.
-
-    Returns:
-        Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
-    """
-    finished = None if saved is None else saved.begun(index)
-    if finished is not None:
-        cost.restore(finished.cost)
-        options = with_settings(options, finished.settings)
-    guided_steps = 0 if options.motion is None else options.motion.guided_steps
-    at_start = cost.state()
-    bar = iter(progress(range(0 if finished is None else finished.step, options.num_inference_steps)))
-    next(bar, None)  # shows the bar
-    while True:
-        # The time of a failed attempt is part of the cost; the losses of its unfinished step are not.
-        found = at_start if finished is None else finished.cost
-        cost.restore({**found, "time_gen": cost.time_gen, "dit_block_calls": cost.dit_block_calls})
-        failing = "sampling"
-        scheduler = scheduler_of(options)
-        done = 0 if finished is None else finished.step
-        expert, phase = expert_at(
-            models, scheduler.timesteps, min(done, options.num_inference_steps - 1), options.boundary
-        )
-        try:
-            dit = getattr(models, expert)
-            with models.residency.using(expert), measured(cost, dit, models.device) as elapsed:
-                latents, steps, parts = begin_denoising(
-                    dit,
-                    scheduler,
-                    phase,
-                    index,
-                    inputs,
-                    expert_options(options, expert),
-                    cost,
-                    stop,
-                    finished,
-                )
-                with suppress(StopIteration):
-                    failing = "guidance" if done < guided_steps else "sampling"
-                    event = next(steps)
-                    while True:
-                        replaced = on_step(event)
-                        assert event.latents is not None  # of a step there are
-                        latents = event.latents if replaced is None else replaced
-                        if event.stage == "sampling" and not event.interrupted:
-                            finished = StepState(
-                                step=event.step,
-                                latents=latents,
-                                parts=joined(
-                                    {name: remembering.state() for name, remembering in parts.items()}
-                                ),
-                                cost={**cost.state(), "time_gen": elapsed()},
-                                settings=settings_of(options),
-                            )
-                            if saved is not None:
-                                saved.step_done(finished)
-                            next(bar, None)
-                        guided_next = event.stage == "sampling" and event.step < guided_steps
-                        failing = "guidance" if guided_next else "sampling"
-                        event = steps.send(replaced)
-            done = 0 if finished is None else finished.step
-            if done == phase.stop < options.num_inference_steps:
-                continue
-            return latents, options, done == options.num_inference_steps
-        except (RuntimeError, MemoryError) as error:
-            problem = memory_problem(error)
-        # Outside of the except block nothing holds the failed attempt's frames and their tensors any more.
-        options = ladder.next(failing, options, problem)
-
-
-def scheduler_of(options: RunOptions) -> FlowMatchScheduler | UniPCScheduler:
-    """Return a new scheduler with the timesteps of a run."""
-    scheduler = make_scheduler(options.sampler, options.sigma_shift)
-    scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
-    return scheduler
-
-
-def expert_options(options: RunOptions, expert: str) -> RunOptions:
-    """Return the options with which an expert denoises: the low-noise one may have its own cfg_scale."""
-    if expert != "low_noise_dit" or options.low_noise_cfg_scale is None:
-        return options
-    return replace(options, cfg_scale=options.low_noise_cfg_scale)
-
-
-def begin_denoising(
-    dit: WanModel,
-    scheduler: FlowMatchScheduler | UniPCScheduler,
-    phase: range,
-    index: int,
-    inputs: RunInputs,
-    options: RunOptions,
-    cost: RunCost,
-    stop: Callable[[], bool],
-    finished: StepState | None,
-) -> tuple[Tensor, Generator[RunEvent, Tensor | None, None], dict[str, Any]]:
-    """Set up the denoising of one prompt by a DiT, from its start or from its last finished step.
-
-    Args:
-        scheduler: new, with the timesteps of the run.
-        phase: steps of the run that this DiT denoises; step caches and gradient memory are its own.
-
-    Returns:
-        The first latents [1, C, F, h, w], the generator of steps, and by name the parts that keep state from
-        step to step: scheduler, gradient memory, and the step cache's rule of each prompt.
-    """
-    prompt, motion, num_steps = inputs.prompts[index], options.motion, options.num_inference_steps
-    start, first_frame = inputs.noise, inputs.condition.first_frame
-    if inputs.reference is not None:
-        clean = inputs.reference
-        if first_frame is not None:
-            clean = torch.cat([first_frame.to(clean), clean[:, :, 1:]], dim=2)
-        start = scheduler.add_noise(clean, inputs.noise, scheduler.timesteps[0])
-    rules = {}
-    if options.cache is not None:
-        guided = options.cfg_steps
-        negative = range(max(phase.start, guided.start), min(phase.stop, guided.stop))
-        cached = {"positive": phase, "negative": negative}
-        rules = {
-            name: make_rule(options.cache, name, steps, num_steps) for name, steps in cached.items() if steps
-        }
-    memory = GradientMemory(motion) if motion is not None and motion.recompute_every > 1 else None
-    parts: dict[str, Any] = {"scheduler": scheduler, **({"memory": memory} if memory else {})}
-    parts |= {f"rules.{name}": rule for name, rule in rules.items()}
-    if finished is not None:
-        for name, remembering in parts.items():
-            if name == "scheduler" or finished.step > phase.start:
-                remembering.restore(part(finished.parts, name))
-    guide = None
-    if motion is not None:
-        guide = motion_guide(dit, prompt, inputs, motion, scheduler, start, cost, memory=memory, stop=stop)
-    latents = start if finished is None else finished.latents
-    steps = denoise(
-        latents,
-        scheduler,
-        cfg_velocity(dit, prompt, options, rules, inputs.condition),
-        guide,
-        guided_steps=0 if motion is None else motion.guided_steps,
-        condition=inputs.condition,
-        first=0 if finished is None else finished.step,
-        end=phase.stop,
-        stop=stop,
-    )
-    return latents, steps, parts
 
 
 def with_ladder(

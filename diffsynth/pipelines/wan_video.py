@@ -35,13 +35,7 @@ from diffsynth.pipelines.components import (
 )
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
-from diffsynth.pipelines.generate import (
-    GeneratedVideo,
-    Observer,
-    checked_callables,
-    generate,
-    noise_generator,
-)
+from diffsynth.pipelines.generate import GeneratedVideo, Observer, checked_callables, generate
 from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
@@ -273,7 +267,7 @@ class WanVideoPipeline:
 
     @property
     def costs(self) -> list[RunCost]:
-        """The costs of the videos of the last finished call, in their order."""
+        """Return the costs of the videos of the last finished call, in their order."""
         return [video.cost for video in self._videos]
 
     # fmt: off
@@ -355,16 +349,14 @@ class WanVideoPipeline:
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
         if test_latency and latency_dir is None:
             raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
-        saving = SavingOptions(
-            checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
-        )
+        every: Any = {"checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes}
+        saving = SavingOptions(**every, resume=resume)
         self.models.check_pictures(input_image is not None, end_image is not None)
         pictures = [read_picture(picture) for picture in (input_image, end_image) if picture is not None]
         folder = None if checkpoint_dir is None else prepare_folder(checkpoint_dir)
         if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
             options["seed"] = saved_seed(folder)
         run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
-        noise_generator(run)
         pixels = None
         if input_video is not None:
             pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
@@ -375,22 +367,16 @@ class WanVideoPipeline:
             run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
             logger.info("generating %d video(s): %s", len(prompts), run)
             self._interrupted.clear()
-            with open_run(
-                folder, saving, self.residency, prompts, pixels, pictures, run, self.interrupt
-            ) as saved:
+            frames = pixels, pictures
+            with open_run(folder, saving, self.residency, prompts, *frames, run, self.interrupt) as saved:
                 videos = generate(
-                    self.models,
-                    prompts,
-                    pixels,
-                    run,
-                    ladder,
+                    *(self.models, prompts, *frames, run, ladder),
                     on_step=partial(self._on_step, callback_on_step_end, observer),
                     observer=observer,
                     progress=progress,
                     stop=self.interrupted,
                     saved=saved,
                     fps=input_video.fps if isinstance(input_video, VideoData) else None,
-                    pictures=pictures,
                 )
         if test_latency and latency_dir is not None:
             for video in videos:
