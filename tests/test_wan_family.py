@@ -14,7 +14,7 @@ from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae22 import WanVideoVAE22
-from diffsynth.pipelines import generate
+from diffsynth.pipelines import generate, image_condition
 from diffsynth.testing import write_checkpoint
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -72,7 +72,7 @@ def run(golden, monkeypatch):
         # Golden pictures are no whole numbers: pictures of another brightness stand for them.
         stand_ins = {name: Image.new("L", (64, 48), i) for i, name in enumerate(pictures)}
         tensors = {(i, i, i): g[name] for i, name in enumerate(pictures)}
-        monkeypatch.setattr(generate, "picture_to_tensor", lambda p, *_: tensors[p.getpixel((0, 0))])
+        monkeypatch.setattr(image_condition, "picture_to_tensor", lambda p, *_: tensors[p.getpixel((0, 0))])
         monkeypatch.setattr(generate, "draw_noise", lambda *_: g["noise"])
         numbers = info.get("run", info["kwargs"])
         seen = [g["noise"]]
@@ -209,3 +209,13 @@ def test_an_unfinished_run_continues_to_the_same_bits(checkpoint, size, tmp_path
         with pytest.raises(ValueError, match="differs in input_image"):
             pipe("a cat", input_image=PICTURE.rotate(90), **SMALL, **saving)
     assert torch.equal(pipe("a cat", **given, **SMALL, **saving), whole)
+
+
+def test_guidance_with_a_picture_is_refused_before_a_model_runs(checkpoint):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint("tiny-i2v"), device="cpu")
+    clip = [PICTURE.rotate(turn).convert("RGB") for turn in range(5)]
+    motion = {"guided_steps": 1, "block": 1, "window": 1, "tile": (1, 1), "sf": 2}
+    with pytest.raises(ValueError, match="takes no picture yet; give mode='No_transfer'"):
+        pipe("a cat", input_video=clip, input_image=PICTURE, motion=motion, **SMALL)
+    follows = {**SMALL, "input_video": clip, "input_image": PICTURE, "denoising_strength": 0.5}
+    assert pipe("a cat", mode="No_transfer", **follows).isfinite().all()

@@ -151,22 +151,18 @@ def transformers_to_official(tensors: Mapping[str, StoredTensor]) -> dict[str, S
         block = re.fullmatch(r"vision_model\.encoder\.layers\.(\d+)\.(.+)", path)
         if key in _TRANSFORMERS:
             shape = torch.Size([1] * (3 - len(tensor.shape)) + list(tensor.shape))
-            found[_TRANSFORMERS[key]] = StoredTensor(tensor.file, shape, partial(_reshaped, tensor, shape))
+            found[_TRANSFORMERS[key]] = StoredTensor(tensor.file, shape, partial(_joined, [tensor], shape))
         elif block is None:
             found[f"{_TRANSFORMERS.get(path, path)}.{kind}"] = tensor
         elif block[2] == "self_attn.q_proj":
             parts = [tensors[key.replace("q_proj", f"{name}_proj")] for name in "qkv"]
             shape = torch.Size([3 * tensor.shape[0], *tensor.shape[1:]])
             name = f"transformer.{block[1]}.attn.to_qkv.{kind}"
-            found[name] = StoredTensor(tensor.file, shape, partial(_stacked, parts))
+            found[name] = StoredTensor(tensor.file, shape, partial(_joined, parts, shape))
         elif block[2] not in ("self_attn.k_proj", "self_attn.v_proj"):
             found[f"transformer.{block[1]}.{_BLOCK.get(block[2], block[2])}.{kind}"] = tensor
     return found
 
 
-def _reshaped(tensor: StoredTensor, shape: torch.Size) -> Tensor:
-    return tensor.read().reshape(shape)
-
-
-def _stacked(parts: list[StoredTensor]) -> Tensor:
-    return torch.cat([part.read() for part in parts])
+def _joined(parts: list[StoredTensor], shape: torch.Size) -> Tensor:
+    return torch.cat([part.read() for part in parts]).reshape(shape)

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.configs.options import RunOptions
-from diffsynth.data.tensors import picture_to_tensor
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents, keep_latents, latents_facts
 from diffsynth.pipelines.denoise import RunEvent
@@ -24,7 +23,7 @@ from diffsynth.pipelines.sample import Progress, StepConsumer, sample
 from diffsynth.planning.ladder import Ladder, memory_problem
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost
-from diffsynth.runs.state import NO_CONDITION, ImageCondition, PromptEmbeddings, RunInputs
+from diffsynth.runs.state import NO_CONDITION, PromptEmbeddings, RunInputs
 
 T = TypeVar("T")
 Observer = Callable[[RunEvent], None]
@@ -83,6 +82,8 @@ def generate(
         fps: of the reference, for the file of final latents.
     """
     noise_generator(options)  # fails before a model runs
+    if options.motion is not None and pictures:
+        raise ValueError(f"mode {options.mode} takes no picture yet; give mode='No_transfer' with one")
     inputs = None if saved is None else saved.inputs
     if inputs is None:
         inputs, options = encode(models, prompts, pixels, pictures, options, ladder, observer)
@@ -182,29 +183,22 @@ def encode(
         with models.residency.using("vae"):
             return models.vae.encode(pixels, **options.tiling)
 
-    def encode_images(own: list[Tensor], fitted: list[Tensor]) -> tuple[ImageCondition, RunOptions]:
-        return with_ladder("encode video", partial(encode_pictures, models, own, fitted), options, ladder)
-
     with stage("encode text", observer, seconds):
         embeddings, options = with_ladder("encode text", encode_texts, options, ladder)
     reference = None
     if pixels is not None:
         with stage("encode video", observer, seconds):
             reference, options = with_ladder("encode video", partial(encode_video, pixels), options, ladder)
-    conditions = [NO_CONDITION, NO_CONDITION]
+    condition = NO_CONDITION
     if pictures:
-        fitted = [picture_to_tensor(picture, options.height, options.width) for picture in pictures]
-        conditions[0], options = encode_images([picture_to_tensor(picture) for picture in pictures], fitted)
-        if pixels is not None:
-            ends = [pixels[:, :, 0], pixels[:, :, -1]][: len(pictures)]
-            conditions[1], options = encode_images(ends, ends)
+        encode_all = partial(encode_pictures, models, pictures)
+        condition, options = with_ladder("encode video", encode_all, options, ladder)
     inputs = RunInputs(
         prompts=embeddings,
         noise=draw_noise(models, options),
         reference=reference,
         seconds=seconds,
-        condition=conditions[0],
-        reference_condition=conditions[1],
+        condition=condition,
     )
     return inputs, options
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffsynth.configs.options import RunOptions
+from diffsynth.data.tensors import picture_to_tensor
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.components import Components
 from diffsynth.runs.state import ImageCondition
@@ -52,23 +54,20 @@ def image_condition(
 
 
 def encode_pictures(
-    models: Components, own: Sequence[Tensor], fitted: Sequence[Tensor], options: RunOptions
+    models: Components, pictures: Sequence[Image.Image], options: RunOptions
 ) -> ImageCondition:
-    """Return what one or two pictures, the first and the last frame, give to the DiT.
-
-    Args:
-        own: the pictures [1, 3, H, W] in [-1, 1] as they are, for CLIP.
-        fitted: the same in the size of the video.
-    """
+    """Return what one or two pictures, first and last frame, give to the DiT; CLIP sees them whole."""
     clip_feature = None
     if models.dit.has_image_input and models.image_encoder is not None:
         with models.residency.using("image_encoder"):
-            tokens = [models.image_encoder.encode_image(picture) for picture in own]
+            tokens = [
+                models.image_encoder.encode_image(picture) for picture in map(picture_to_tensor, pictures)
+            ]
         clip_feature = torch.cat(tokens, dim=1).float()
+    first, *last = (picture_to_tensor(picture, options.height, options.width) for picture in pictures)
     with models.residency.using("vae"):
         if models.dit.in_dim == models.dit.out_dim:
-            return ImageCondition(first_frame=models.vae.encode(fitted[0][:, :, None], **options.tiling))
-        first, *last = fitted
+            return ImageCondition(first_frame=models.vae.encode(first[:, :, None], **options.tiling))
         y = image_condition(models.vae, first, options.num_frames, *last, **options.tiling)
     return ImageCondition(
         y=y, clip_feature=clip_feature, first_frame=y[:, models.vae.temporal_factor :, :1].contiguous()

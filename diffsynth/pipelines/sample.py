@@ -42,8 +42,9 @@ def sample(
     """Denoise the latents of one prompt, from noise or the noised reference.
 
     The weights of an expert go after its last step. If memory runs out, denoising continues after the last
-    finished step, one rung down the ladder; at its end `Ladder.next` raises. `event.step` of a sampling event counts the finished steps; a sampling event is
-    interrupted if stop() became True during the step, whose guidance may then be cut short.
+    finished step, one rung down the ladder; at its end `Ladder.next` raises. `event.step` of a sampling event
+    counts the finished steps; a sampling event is interrupted if stop() became True during the step, whose
+    guidance may then be cut short.
 
     Args:
         index: index (0-based) of the prompt.

@@ -36,7 +36,6 @@ from diffsynth.vram_management import Residency
 logger = logging.getLogger(__name__)
 
 INPUTS, STEP, LOCK = "inputs.safetensors", "step.safetensors", ".lock"
-CONDITIONS = ("condition", "reference_condition")
 LATENTS = "latents-{key}-{number:03d}.safetensors"
 
 
@@ -183,7 +182,7 @@ class SavedRun:
             noise=state["noise"],
             reference=reference,
             seconds=facts["seconds"],
-            **{name: ImageCondition(**part(state, name)) for name in CONDITIONS},
+            condition=ImageCondition(**part(state, "condition")),
         )
         self._inputs_saved = True
         logger.info("going on with the run in %s", self._folder)
@@ -192,7 +191,7 @@ class SavedRun:
         inputs = self.inputs
         if not self._inputs_saved and inputs is not None:
             contexts = {f"context.{i}": c._asdict() for i, c in enumerate(inputs.prompts)}
-            contexts |= {name: getattr(inputs, name)._asdict() for name in CONDITIONS}
+            contexts["condition"] = inputs.condition._asdict()
             tensors = {**joined(contexts), "noise": inputs.noise, "reference": inputs.reference}
             tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             facts = {"identity": self._identity, "seed": self._seed, "prompts": len(inputs.prompts)}

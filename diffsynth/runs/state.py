@@ -72,7 +72,7 @@ class RunInputs:
         noise: [1, C, F, h, w].
         reference: latents of the reference in the shape of noise; None without one.
         seconds: duration of each stage that made them.
-        condition: from the pictures of the run; reference_condition: from the reference's own frames.
+        condition: from the pictures of the run.
     """
 
     prompts: list[PromptEmbeddings]
@@ -80,7 +80,6 @@ class RunInputs:
     reference: Tensor | None
     seconds: Mapping[str, float]
     condition: ImageCondition = NO_CONDITION
-    reference_condition: ImageCondition = NO_CONDITION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
