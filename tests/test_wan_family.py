@@ -6,10 +6,11 @@ from functools import cache
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffsynth import ModelManager, WanVideoPipeline
 from diffsynth.models.wan_video_dit import WanModel
-from diffsynth.models.wan_video_dit_keys import dit_config_from_shapes
+from diffsynth.models.wan_video_dit_keys import diffusers_module, dit_config_from_shapes
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -219,3 +220,71 @@ def test_guidance_with_a_picture_is_refused_before_a_model_runs(checkpoint):
         pipe("a cat", input_video=clip, input_image=PICTURE, motion=motion, **SMALL)
     follows = {**SMALL, "input_video": clip, "input_image": PICTURE, "denoising_strength": 0.5}
     assert pipe("a cat", mode="No_transfer", **follows).isfinite().all()
+
+
+def diffusers_names(weights):
+    """DiT weights under diffusers names."""
+    found = {}
+    for key, value in weights.items():
+        path, _, tensor = key.rpartition(".")
+        theirs = {"head.modulation": "scale_shift_table"}.get(key)
+        if theirs is None:
+            theirs = (
+                f"{path}.scale_shift_table"
+                if tensor == "modulation"
+                else f"{diffusers_module(path)}.{tensor}"
+            )
+        found[theirs] = value.contiguous()
+    return found
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "comfy"])
+@pytest.mark.parametrize("size", ["tiny-a14b", "tiny-i2v"])
+def test_other_layouts_load_to_the_same_video(checkpoint, size, layout, tmp_path):
+    official = checkpoint(size)
+    whole = WanVideoPipeline.from_pretrained(official, device="cpu")
+    given = {"input_image": PICTURE} if size == "tiny-i2v" else {}
+    files = {"dit": "wan2.2_t2v_high_noise_14B_fp16", "low_noise_dit": "wan2.2_t2v_low_noise_14B_fp16"}
+    folders = {"dit": "transformer", "low_noise_dit": "transformer_2"}
+    for name in whole.models.experts:
+        weights = getattr(whole.models, name).state_dict()
+        is_comfy = layout == "comfy"
+        folder = tmp_path / ("diffusion_models" if is_comfy else folders[name])
+        folder.mkdir(exist_ok=True)
+        stem = files[name] if is_comfy and size == "tiny-a14b" else "wan2.1_i2v" if is_comfy else "model"
+        weights = {k: v.contiguous() for k, v in weights.items()} if is_comfy else diffusers_names(weights)
+        save_file(weights, folder / f"{stem}.safetensors")
+        (folder / "config.json").write_text('{"num_attention_heads": 2}')
+    if whole.models.image_encoder is not None:
+        folder = tmp_path / ("clip_vision" if layout == "comfy" else "image_encoder")
+        folder.mkdir()
+        save_file(transformers_names(whole.models.image_encoder.state_dict()), folder / "model.safetensors")
+    for pattern in ("*.pth", "google"):
+        for path in official.glob(pattern):
+            if "clip" not in path.name:
+                (tmp_path / path.name).symlink_to(path)
+    pipe = WanVideoPipeline.from_pretrained(tmp_path, device="cpu")
+    assert pipe.models.experts == whole.models.experts
+    expected = whole("a cat", **given, **SMALL)
+    torch.testing.assert_close(pipe("a cat", **given, **SMALL), expected, atol=1e-4, rtol=0)
+
+
+def transformers_names(weights):
+    """Weights of the image encoder under transformers' names; its last block, which nobody reads, is zero."""
+    last = {key: value * 0 for key, value in weights.items() if key.startswith("transformer.0.")}
+    found = {}
+    for key, value in {**weights, **{k.replace(".0.", ".2.", 1): v for k, v in last.items()}}.items():
+        for ours, theirs in {
+            "pre_norm": "vision_model.pre_layrnorm", "transformer": "vision_model.encoder.layers",
+            ".norm": ".layer_norm", "attn.proj": "self_attn.out_proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2",
+            "patch_embedding": "vision_model.embeddings.patch_embedding",
+        }.items():  # fmt: skip
+            key = key.replace(ours, theirs)
+        if "to_qkv" in key:
+            parts = zip("qkv", value.chunk(3), strict=True)
+            found |= {key.replace("attn.to_qkv", f"self_attn.{n}_proj"): v.clone() for n, v in parts}
+        else:
+            found[key] = value.clone()
+    found["vision_model.embeddings.class_embedding"] = found.pop("cls_embedding").flatten()
+    found["vision_model.embeddings.position_embedding.weight"] = found.pop("pos_embedding")[0]
+    return found
