@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffsynth.models.attention import attention
 from diffsynth.models.wan_video_dit import DiTBlock, DiTState, WanModel
-from diffsynth.models.wan_video_dit_layers import modulate
+from diffsynth.models.wan_video_dit_layers import gated, modulate, modulation_of
 
 BLOCK, LAST_BLOCK, WINDOW, TILE, SF, INNER_STEPS, INTERVAL = 14, 19, 21, (3, 4), 4, 10, 3
 
@@ -26,13 +26,12 @@ def run_block(block: DiTBlock, tokens: Tensor, state: DiTState, capture: list | 
             capture.append((q, k))
         return layer.o(attention(q, k, layer.v(x).unflatten(-1, (layer.num_heads, -1))).flatten(2))
 
-    modulation = (block.modulation + state.modulation).unsqueeze(2).unbind(1)
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation_of(block.modulation, state.modulation)
     dtype = state.context.dtype
     x = modulate(block.norm1(tokens), shift1, scale1).to(dtype)
-    tokens = tokens + checkpoint(self_attention, x, use_reentrant=False) * gate1
+    tokens = gated(tokens, checkpoint(self_attention, x, use_reentrant=False), gate1)
     tokens = tokens + block.cross_attn(block.norm3(tokens).to(dtype), state.context, None)
-    return tokens + block.ffn(modulate(block.norm2(tokens), shift2, scale2).to(dtype)) * gate2
+    return gated(tokens, block.ffn(modulate(block.norm2(tokens), shift2, scale2).to(dtype)), gate2)
 
 
 def features(dit: WanModel, x: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,28 +14,34 @@ from torch import nn
 
 from diffsynth.data import save_video
 from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.testing_tokenizer import write_tokenizer
 
-# Arguments of the DiT, of the text encoder (but its vocabulary) and of the VAE, by size.
-SIZES: dict[str, tuple[dict, dict, dict]] = {
-    "tiny": (
-        {"dim": 24, "ffn_dim": 48, "freq_dim": 32, "num_heads": 2, "num_layers": 2},
-        {"dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 4, "num_layers": 2, "num_buckets": 32},
-        {"dim": 4},
-    ),
-    "deep": (
-        {"dim": 48, "ffn_dim": 96, "freq_dim": 32, "num_heads": 4, "num_layers": 16},
-        {"dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 4, "num_layers": 2, "num_buckets": 32},
-        {"dim": 4},
-    ),
+_TEXT = {"dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 4, "num_layers": 2, "num_buckets": 32}
+_DIT = {"dim": 24, "ffn_dim": 48, "freq_dim": 32, "num_heads": 2, "num_layers": 2}
+_CLIP = {"image_size": 28, "patch_size": 14, "dim": 80, "mlp_ratio": 2, "num_heads": 1, "num_layers": 3}
+_IMAGE = {"in_dim": 36, "has_image_input": True, "image_dim": 80}
+_DEEP = {"dim": 48, "ffn_dim": 96, "freq_dim": 32, "num_heads": 4, "num_layers": 16}
+# Arguments of the DiT by size, and model_type in its config.json; sizes of "a14b" have two experts.
+SIZES: dict[str, tuple[dict, str]] = {
+    "tiny": (_DIT, "t2v"),
+    "deep": (_DEEP, "t2v"),
+    "tiny-i2v": ({**_DIT, **_IMAGE}, "i2v"),
+    "tiny-flf2v": ({**_DIT, **_IMAGE, "image_positions": 10}, "flf2v"),
+    "tiny-ti2v": ({**_DIT, "in_dim": 48, "out_dim": 48}, "ti2v"),
+    "tiny-a14b": (_DIT, "t2v"),
+    "tiny-a14b-i2v": ({**_DIT, "in_dim": 36}, "i2v"),
 }
 
 
 def write_checkpoint(directory: str | Path, size: str = "tiny", seed: int = 0) -> Path:
     """Write a random, seeded checkpoint in the official layout: sharded DiT, .pth T5 and VAE, tokenizer.
 
+    `size` is "tiny", "deep" (16 blocks), or the layout of a model of the family: "tiny-i2v", "tiny-flf2v",
+    "tiny-ti2v", "tiny-a14b" (two experts) or "tiny-a14b-i2v".
     Returns the directory. Raises ValueError for an unknown size and FileExistsError if the directory has
     files in it.
     """
@@ -53,21 +59,34 @@ def write_checkpoint(directory: str | Path, size: str = "tiny", seed: int = 0) -
 
 
 def _write_parts(directory: Path, size: str, seed: int) -> None:
-    dit_kwargs, text_kwargs, vae_kwargs = SIZES[size]
+    dit_kwargs, model_type = SIZES[size]
     vocab = write_tokenizer(directory / "google" / "umt5-xxl")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vae = WanVideoVAE(**vae_kwargs)
-        text = WanTextEncoder(vocab=vocab, **text_kwargs)
-        dit = WanModel(in_dim=vae.z_dim, out_dim=vae.z_dim, text_dim=text_kwargs["dim"], **dit_kwargs)
-        for model in (dit, text, vae):
+        is_ti2v = model_type == "ti2v"
+        vae = WanVideoVAE22(dim=4, dec_dim=4) if is_ti2v else WanVideoVAE(dim=4)
+        text = WanTextEncoder(vocab=vocab, **_TEXT)
+        sizes = {"in_dim": vae.z_dim, "out_dim": vae.z_dim, "text_dim": _TEXT["dim"], **dit_kwargs}
+        folders = ["high_noise_model", "low_noise_model"] if "a14b" in size else ["."]
+        dits = [WanModel(**sizes) for _ in folders]
+        clip = WanImageEncoder(**_CLIP) if dits[0].has_image_input else None
+        for model in (*dits, text, vae, *([] if clip is None else [clip])):
             _randomise(model)
-    _write_sharded(directory, dit)
-    config = {"_class_name": "WanModel", "model_type": "t2v", "text_len": dit.text_len, "eps": dit.eps}
-    config |= {"in_dim": dit.in_dim, "out_dim": dit.out_dim, **dit_kwargs}
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    for folder, dit in zip(folders, dits, strict=True):
+        (directory / folder).mkdir(exist_ok=True)
+        _write_sharded(directory / folder, dit)
+        config = {"_class_name": "WanModel", "model_type": model_type, "text_len": dit.text_len}
+        config |= {"eps": dit.eps, "in_dim": dit.in_dim, "out_dim": dit.out_dim}
+        config |= {name: dit_kwargs[name] for name in _DIT}
+        (directory / folder / "config.json").write_text(json.dumps(config, indent=2))
     torch.save(_weights(text, torch.bfloat16), directory / "models_t5_umt5-xxl-enc-bf16.pth")
-    torch.save(_weights(vae, torch.float32), directory / "Wan2.1_VAE.pth")
+    torch.save(_weights(vae, torch.float32), directory / f"Wan2.{2 if is_ti2v else 1}_VAE.pth")
+    if clip is not None:
+        weights = {f"visual.{key}": value for key, value in _weights(clip, torch.float32).items()}
+        # The published file has a last block, which the encoder does not use.
+        for key in [key for key in weights if key.startswith("visual.transformer.0.")]:
+            weights[key.replace(".0.", f".{_CLIP['num_layers'] - 1}.", 1)] = weights[key]
+        torch.save(weights, directory / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
 
 
 def _randomise(model: nn.Module) -> None:

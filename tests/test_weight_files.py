@@ -321,7 +321,6 @@ FOREIGN_FILES = {
     "Stable Diffusion 3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
     "Stable Diffusion": "model.diffusion_model.input_blocks.1.0.in_layers.0.weight",
     "LTX-Video, CogVideoX or a relative": "transformer_blocks.0.attn1.to_q.weight",
-    "the VAE of Wan2.2-TI2V-5B": "decoder.upsamples.0.upsamples.0.residual.2.weight",
     "a CLIP image encoder": "visual.transformer.resblocks.0.attn.in_proj_weight",
     "it is a LoRA; load_lora": "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
 }

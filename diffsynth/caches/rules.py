@@ -102,7 +102,9 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
     first = caches[0].probe_blocks
     before = dit.run_blocks(state, stop=first) if first else state.tokens
     added = (before - state.tokens).split(1) if first else [None] * len(caches)
-    probes = map(Probe, state.modulation.split(1), added)
+    # Of several timesteps, the last frame's: the first frame's stays 0 where a picture fixes it.
+    modulation = state.modulation if state.modulation.ndim == 3 else state.modulation[:, -1]
+    probes = map(Probe, modulation.split(1), added)
     computing = [cache.decide(probe) for cache, probe in zip(caches, probes, strict=True)]
     chosen = [i for i, computes in enumerate(computing) if computes]
     ran = before[:0]

@@ -107,6 +107,14 @@ class RunOptions:
     cfg_scale: float = option(
         Number(), "classifier-free guidance, v_neg + cfg_scale * (v_pos - v_neg); 1: without", default=5.8
     )
+    low_noise_cfg_scale: float | None = option(
+        OrNone(Number(), "cfg_scale"), "cfg_scale of the low-noise expert, for models of two", default=None
+    )
+    boundary: float = option(
+        Number(least=0, most=1),
+        "share of the timesteps from which on the high-noise expert runs, for models of two",
+        default=0.875,
+    )
     sigma_shift: float = option(Number(above=0, most=1000), "shift of the noise schedule", default=7.0)
     # PyTorch's generator of a CPU uses the low 32 bits: larger seeds would repeat videos.
     seed: int = option(Whole(0, 2**32 - 1), "seed of the noise; drawn if not given or -1", default=0)
@@ -239,6 +247,8 @@ class CallOptions(TypedDict, total=False):
     num_inference_steps: int | None
     denoising_strength: float | None
     cfg_scale: float | None
+    low_noise_cfg_scale: float | None
+    boundary: float | None
     sigma_shift: float | None
     seed: int | None
     rand_device: str | None

@@ -51,13 +51,14 @@ class ReferenceFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """Facts of a model that decide options.
+    """Facts about a model that decide options.
 
     Attributes:
         dim: width of the DiT, which has num_layers blocks of num_heads heads.
-        pixels_per_token: (rows, columns).
-        pixels_per_latent: rows, and columns.
-        frames_per_latent: of a latent frame after the first.
+        pixels_per_token: rows and columns of pixels in a token.
+        pixels_per_latent: rows, and columns, of pixels in a latent.
+        frames_per_latent: frames in a latent frame after the first.
+        boundary: share of the timesteps from which on the high-noise expert runs; None for one DiT.
     """
 
     dim: int
@@ -66,6 +67,7 @@ class ModelFacts:
     pixels_per_token: tuple[int, int]
     pixels_per_latent: int
     frames_per_latent: int
+    boundary: float | None = None
 
 
 def resolve(
@@ -102,6 +104,8 @@ def resolve(
     options["num_frames"] = _length(given, defaults, reference)
     options["denoising_strength"] = _strength(given, defaults, reference)
     options["seed"] = given.get("seed", secrets.randbelow(2**32))
+    if model is not None and model.boundary is not None and "boundary" not in {**defaults.options, **given}:
+        options["boundary"] = model.boundary
     options["motion"] = None
     options["cache"] = _cache(given.get("cache"), short, defaults, model)
     run = RunOptions(**options)

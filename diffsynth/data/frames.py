@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from diffsynth.data.files import unfinished
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Picture = str | Path | Image.Image | np.ndarray  # a file, an image or a uint8 array [H, W, 3]
 FITS = ("crop", "pad", "stretch")  # how a frame is brought to another size
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,20 @@ def load_image(path: Path) -> Image.Image:
         raise
     except _UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def read_picture(picture: Picture, name: str) -> Image.Image:
+    """Return a picture, upright and RGB.
+
+    Args:
+        name: name of the argument, for errors.
+
+    Raises:
+        TypeError, ValueError: it is not a picture, or the file is not readable.
+    """
+    if isinstance(picture, str | Path):
+        return load_image(Path(picture))
+    return next(rgb_frames([picture], name))
 
 
 def rgb_frames(

@@ -56,6 +56,11 @@ def video_to_tensor(video: Video, num_frames: int, height: int, width: int) -> T
     return out.mul_(2 / 255).sub_(1)
 
 
+def picture_to_tensor(picture: Image.Image, height: int | None = None, width: int | None = None) -> Tensor:
+    """Return a picture as [1, 3, H, W] in [-1, 1], cropped and resized to a size if one is given."""
+    return video_to_tensor([picture], 1, height or picture.height, width or picture.width)[:, :, 0]
+
+
 def changes(pixels: Tensor) -> Tensor:
     """Return how much each frame of [1, 3, T, H, W] differs from the one before: [T - 1], levels of 255."""
     grey = pixels[0, :, :, ::4, ::4].mean(0) * 127.5

@@ -25,7 +25,7 @@ DOWNLOAD_HINT = "published checkpoints are fetched by: python examples/download_
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
 # Names under which weights are published: such files must be whole, others in a folder may be anything.
 PUBLISHED_NAME = re.compile(
-    r"(diffusion_pytorch_model|model|models_t5|Wan2\.1_VAE)\b.*\.(safetensors|pth)|models_t5.*"
+    r"(diffusion_pytorch_model|model|Wan2\.[12]_VAE)\b.*\.(safetensors|pth)|models_(t5|clip).*"
 )
 _WRAPPERS = ("model_state", "state_dict", "model")
 # Endings of the scales of float8 weights, W = numbers * scale, and of tensors that only their kernels need.
@@ -33,8 +33,11 @@ _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _OF_KERNELS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 _FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _SUFFIXES = ("safetensors", "sft", "gguf", "pth", "pt", "bin", "ckpt")
-# Where the diffusers layout and Comfy keep their weights.
-_COMPONENTS = ("transformer", "text_encoder", "vae", "diffusion_models", "text_encoders", "split_files")
+# Where the official layout of two experts, the diffusers layout and Comfy keep their weights.
+_COMPONENTS = (
+    "high_noise_model", "low_noise_model", "transformer", "transformer_2", "text_encoder", "vae",
+    "image_encoder", "diffusion_models", "text_encoders", "clip_vision", "split_files",
+)  # fmt: skip
 # What reading bytes that are no pickle, or half of one, ends in.
 _DAMAGE = (
     RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, OverflowError,

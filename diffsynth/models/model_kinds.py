@@ -1,4 +1,4 @@
-"""Recognise a set of tensors: DiT, VAE or text encoder, under which names, with which arguments.
+"""Recognise a set of tensors: DiT, VAE, text or image encoder, under which names, with which arguments.
 
 Kinds are told by names and shapes, so any width and depth loads; official and diffusers names are understood.
 """
@@ -6,22 +6,34 @@ Kinds are told by names and shapes, so any width and depth loads; official and d
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
 from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_keys import dit_config_from_shapes, official_key
+from diffsynth.models.wan_video_image_encoder import (
+    WanImageEncoder,
+    image_encoder_config_from_shapes,
+    transformers_to_official,
+    unused_names,
+)
 from diffsynth.models.wan_video_text_encoder import (
     WanTextEncoder,
     text_encoder_config_from_shapes,
     transformers_to_official_key,
 )
 from diffsynth.models.wan_video_vae import WanVideoVAE, vae_config_from_shapes
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.models.wan_video_vae_keys import diffusers_vae_key_map
 
 PIECES = "spiece_model"  # the bytes of the tokenizer, in Comfy's files of the text encoder
+# The second DiT of a pair, which only its folder or file name tells from the first.
+LOW_NOISE_DIT = "wan_video_low_noise_dit"
+_EXPERT = re.compile(r"(high[-_]?noise)|low[-_]?noise|transformer_2/", re.IGNORECASE)
 Shapes = Mapping[str, tuple[int, ...]]
+Tensors = Mapping[str, StoredTensor]
 Declared = Mapping[str, object]
 
 
@@ -31,8 +43,10 @@ class ModelKind:
 
     Attributes:
         official_mark: a tensor name that only this kind has; diffusers_mark: the same in the other layout.
-        beside: how the names begin that files of this kind may hold and the model does not take.
-        to_official: function of all diffusers names and shapes -> {diffusers name: official name}.
+        beside: function of the arguments -> how the names begin that files of this kind may hold and the
+            model does not take.
+        to_official: function of the tensors under diffusers names -> under official ones. A name that is not
+            understood stays as it is, to be reported as unexpected.
         arguments: function of official names and shapes and of the config.json -> arguments of `factory`.
     """
 
@@ -40,13 +54,22 @@ class ModelKind:
     factory: Callable[..., nn.Module]
     official_mark: str
     diffusers_mark: str
-    to_official: Callable[[Shapes], Mapping[str, str | None]]
+    to_official: Callable[[Tensors], Tensors]
     arguments: Callable[[Shapes, Declared], dict]
-    beside: tuple[str, ...] = ()
+    beside: Callable[[dict], tuple[str, ...]] = lambda _: ()
 
 
-def _renamed(rename: Callable[[str], str | None]) -> Callable[[Shapes], dict[str, str | None]]:
-    return lambda shapes: {key: rename(key) for key in shapes}
+def _renamed(rename: Callable[[str], str | None]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {rename(key) or key: tensor for key, tensor in tensors.items()}
+
+
+def _renamed_vae(tensors: Tensors) -> Tensors:
+    names = diffusers_vae_key_map(_shapes(tensors))
+    return {names.get(key, key): tensor for key, tensor in tensors.items()}
+
+
+def _shapes(tensors: Tensors) -> Shapes:
+    return {key: tensor.shape for key, tensor in tensors.items()}
 
 
 def _vae_arguments(shapes: Shapes, declared: Declared) -> dict:
@@ -71,15 +94,32 @@ KINDS = (
         to_official=_renamed(transformers_to_official_key),
         arguments=lambda shapes, _: text_encoder_config_from_shapes(shapes),
         # The tokenizer, and the half of UMT5 that writes text.
-        beside=(PIECES, "decoder.", "lm_head.", "logit_scale"),
+        beside=lambda _: (PIECES, "decoder.", "lm_head.", "logit_scale"),
+    ),
+    ModelKind(
+        name="wan_video_vae",
+        factory=WanVideoVAE22,
+        official_mark="decoder.upsamples.0.upsamples.0.residual.2.weight",
+        diffusers_mark="encoder.down_blocks.0.resnets.0.conv1.weight",
+        to_official=_renamed_vae,
+        arguments=_vae_arguments,
     ),
     ModelKind(
         name="wan_video_vae",
         factory=WanVideoVAE,
         official_mark="decoder.upsamples.0.residual.2.weight",
         diffusers_mark="decoder.mid_block.resnets.0.conv1.weight",
-        to_official=diffusers_vae_key_map,
+        to_official=_renamed_vae,
         arguments=_vae_arguments,
+    ),
+    ModelKind(
+        name="wan_video_image_encoder",
+        factory=WanImageEncoder,
+        official_mark="transformer.0.attn.to_qkv.weight",
+        diffusers_mark="vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        to_official=transformers_to_official,
+        arguments=image_encoder_config_from_shapes,
+        beside=lambda arguments: unused_names(arguments["num_layers"]),
     ),
 )
 
@@ -91,7 +131,6 @@ _FOREIGN = {
     r"(input|down)[._]blocks[._]\d+[._](\d|attentions|resnets)|mid_block\.attentions": "Stable Diffusion",
     r"transformer[._]blocks[._]0[._](attn1|norm1|attn[._])": "LTX-Video, CogVideoX or a relative",
     r"vace[._]blocks": "Wan VACE",
-    r"(up|down)samples\.0\.(up|down)samples": "the VAE of Wan2.2-TI2V-5B",
     r"visual\.transformer|vision_model\.": "a CLIP image encoder",
     r"text_model\.": "a CLIP text encoder",
 }
@@ -159,19 +198,26 @@ def recognise(
             f"{is_not}: {len(tensors)} tensors, among them {', '.join(sorted(tensors)[:3]) or 'none'}{hint}"
         )
     if kind.official_mark not in tensors:
-        names = kind.to_official({key: tensor.shape for key, tensor in tensors.items()})
-        # A name that is not understood stays as it is, to be reported as unexpected.
-        tensors = {names.get(key) or key: tensor for key, tensor in tensors.items()}
-    tensors = {
-        key: tensor for key, tensor in tensors.items() if not (kind.beside and key.startswith(kind.beside))
-    }
+        tensors = kind.to_official(tensors)
     try:
-        arguments = kind.arguments({key: tensor.shape for key, tensor in tensors.items()}, declared)
+        arguments = kind.arguments(_shapes(tensors), declared)
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise CheckpointError(
             f"{source} looks like a {kind.name}, but its size cannot be told: {error}{hint}"
         ) from error
-    return kind, dict(tensors), arguments
+    beside = kind.beside(arguments)
+    return kind, {key: t for key, t in tensors.items() if not key.startswith(beside)}, arguments
+
+
+def name_of(kind: ModelKind, file: Path) -> str:
+    """Return the name under which a model is found: its kind's, or that of the low-noise expert of a pair."""
+    return LOW_NOISE_DIT if kind.factory is WanModel and expert_of(file) == "low" else kind.name
+
+
+def expert_of(file: Path) -> str | None:
+    """Return which expert of a pair a file is by its name or its folder's: "high", "low", None if neither."""
+    match = _EXPERT.search(f"{file.parent.name}/{file.name}")
+    return match and ("high" if match[1] else "low")
 
 
 def check_complete(model: nn.Module, tensors: Mapping[str, StoredTensor], source: str) -> None:

@@ -21,7 +21,7 @@ from diffsynth.models.checkpoint_files import (
 )
 from diffsynth.models.lora import merge
 from diffsynth.models.lora_files import Lora, checked_strength, read_lora
-from diffsynth.models.model_kinds import PIECES, ModelKind, check_complete, recognise, split
+from diffsynth.models.model_kinds import PIECES, ModelKind, check_complete, name_of, recognise, split
 from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear, block_linears, pack_block_linears
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class ModelManager:
                 logger.warning("%s; left out", error)
                 continue
             for held, (kind, tensors, arguments) in models:
-                name = kind.name
+                name = name_of(kind, files[0])
                 if model_names is not None and name not in model_names:
                     continue
                 if name in loaded:
@@ -139,7 +139,8 @@ class ModelManager:
         """Return the loaded model of a kind; if there are several, the one loaded last.
 
         Args:
-            name: "wan_video_dit", "wan_video_text_encoder" or "wan_video_vae".
+            name: "wan_video_dit", "wan_video_text_encoder", "wan_video_vae", "wan_video_image_encoder" or,
+                for the second of two experts, "wan_video_low_noise_dit".
 
         Raises:
             ValueError: none is loaded; the message lists the models that are.
@@ -274,8 +275,8 @@ def _build(kind: ModelKind, arguments: dict, tensors: Mapping[str, StoredTensor]
         except ValueError as error:
             raise CheckpointError(f"{source} and the config.json beside it do not agree: {error}") from error
     check_complete(model, tensors, source)
-    name_of: Callable[[str], str] = getattr(model, "official_key", str)
-    linears = {name_of(f"{path}.weight"): (parent, name) for path, parent, name in block_linears(model)}
+    official: Callable[[str], str] = getattr(model, "official_key", str)
+    linears = {official(f"{path}.weight"): (parent, name) for path, parent, name in block_linears(model)}
     packed = {key for key, tensor in tensors.items() if tensor.packed is not None and key in linears}
     state = {key: tensor.read() for key, tensor in tensors.items() if key not in packed}
     model.load_state_dict(state, strict=False, assign=True)

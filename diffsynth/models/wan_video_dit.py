@@ -1,4 +1,4 @@
-"""The Wan2.1 diffusion transformer (DiT), under the official state-dict keys.
+"""The diffusion transformer (DiT) of Wan2.1 and Wan2.2, under the official state-dict keys.
 
 Axes: B batch, C channels, F latent frames, h/w latent rows/columns, H/W token rows/columns, S = F*H*W tokens,
 N heads, d head width, D = N*d model width. Tokens are ordered by frame, then row, then column.
@@ -24,8 +24,10 @@ from diffsynth.models.wan_video_dit_layers import (
     ImageEmbedding,
     LayerNorm,
     SelfAttention,
+    gated,
     linear_in,
     modulate,
+    modulation_of,
     precise_dtype,
     rotary_table,
     sinusoidal_embedding,
@@ -37,7 +39,9 @@ class DiTState:
     """Inputs of the blocks, as `WanModel.embed` derives them from those of the model.
 
     Attributes:
-        tokens: [B, S, D], float32, as are time [B, D] and modulation [B, 6, D].
+        tokens: [B, S, D], float32, as are time and modulation.
+        time: [B, D], or [B, T, D] for T timesteps a sample; modulation: the same with 6 rows, [B, 6, D] or
+            [B, T, 6, D].
         context: [B, L, D] in the weights' dtype; image_context: [B, L_img, D] or None.
         grid: (F, H, W).
         rope: [S, 1, d/2], complex.
@@ -67,19 +71,15 @@ class DiTBlock(nn.Module):
         self.norm2 = LayerNorm(dim, eps=eps, elementwise_affine=False)
         self.ffn = FeedForward(dim, ffn_dim)
 
-    def _modulation(self, state: DiTState) -> tuple[Tensor, ...]:
-        """(shift, scale, gate) of self-attention, then of the feed-forward, each [B, 1, D]."""
-        return (self.modulation.to(state.modulation.dtype) + state.modulation).unsqueeze(2).unbind(1)
-
     def queries_keys(self, tokens: Tensor, state: DiTState) -> tuple[Tensor, Tensor]:
         """Return the normed, rotated q and k [B, S, N, d] of this block's self-attention, and no more."""
-        shift, scale, *_ = self._modulation(state)
+        shift, scale, *_ = modulation_of(self.modulation, state.modulation)
         return self.self_attn.queries_keys(
             modulate(self.norm1(tokens), shift, scale).to(state.context.dtype), state.rope
         )
 
     def forward(self, tokens: Tensor, state: DiTState) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulation(state)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_of(self.modulation, state.modulation)
         dtype = state.context.dtype
         # No name here holds the inputs of attention and feed-forward: their memory is free after each.
         y = self.self_attn(
@@ -88,10 +88,10 @@ class DiTBlock(nn.Module):
             state.grid,
             state.attention_window,
         )
-        tokens = torch.addcmul(tokens, y.to(tokens.dtype), gate1)
+        tokens = gated(tokens, y, gate1)
         tokens = tokens + self.cross_attn(self.norm3(tokens).to(dtype), state.context, state.image_context)
         y = self.ffn(modulate(self.norm2(tokens), shift2, scale2).to(dtype))
-        return torch.addcmul(tokens, y.to(tokens.dtype), gate2)
+        return gated(tokens, y, gate2)
 
 
 class Head(nn.Module):
@@ -104,13 +104,19 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out_features)
 
     def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
-        """Map tokens [B, S, D] with time [B, D] -> [B, S, out_features]."""
-        shift, scale = (self.modulation.to(time.dtype) + time[:, None]).unsqueeze(2).unbind(1)
+        """Map tokens [B, S, D] with time [B, D] or [B, T, D] -> [B, S, out_features]."""
+        shift, scale = modulation_of(self.modulation, time.unsqueeze(-2))
         return linear_in(tokens.dtype, self.head, modulate(self.norm(tokens), shift, scale))
 
 
 class WanModel(nn.Module):
-    """The DiT. Arguments as in the official config; has_image_input adds the image branch of I2V models."""
+    """The DiT. Arguments as in the official config, and those of the image branch of Wan2.1's image models.
+
+    Args:
+        has_image_input: attend to CLIP features, too.
+        image_dim: width of the CLIP features.
+        image_positions: number of learned positions that are added to them; 0 for none.
+    """
 
     def __init__(
         self,
@@ -127,6 +133,8 @@ class WanModel(nn.Module):
         patch_size: tuple[int, int, int] = (1, 2, 2),
         has_image_input: bool = False,
         text_len: int = 512,
+        image_dim: int = 1280,
+        image_positions: int = 0,
     ) -> None:
         super().__init__()
         if num_heads < 1 or freq_dim % 2:
@@ -136,9 +144,9 @@ class WanModel(nn.Module):
         self.dim, self.in_dim, self.out_dim = dim, in_dim, out_dim
         self.ffn_dim, self.text_dim, self.freq_dim, self.text_len = ffn_dim, text_dim, freq_dim, text_len
         self.num_heads, self.num_layers, self.eps = num_heads, num_layers, eps
-        frames, rows, columns = patch_size
-        self.patch_size = (frames, rows, columns)
-        self.has_image_input = has_image_input
+        frames, rows, cols = patch_size
+        self.patch_size = (frames, rows, cols)
+        self.has_image_input, self.image_positions = has_image_input, image_positions
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
@@ -150,7 +158,7 @@ class WanModel(nn.Module):
         )
         self.head = Head(dim, out_dim * prod(self.patch_size), eps)
         if has_image_input:
-            self.img_emb = ImageEmbedding(dim)
+            self.img_emb = ImageEmbedding(image_dim, dim, image_positions)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,7 +170,7 @@ class WanModel(nn.Module):
         return self.patch_embedding.weight.device
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the time embedding [B, D] of timestep [B] and the blocks' modulation [B, 6, D]."""
+        """Return the time embedding [..., D] of timestep [...] and the blocks' modulation [..., 6, D]."""
         dtype = precise_dtype(self.dtype)
         hidden = linear_in(dtype, self.time_embedding[0], sinusoidal_embedding(timestep, self.freq_dim))
         time = linear_in(dtype, self.time_embedding[2], F.silu(hidden))
@@ -192,15 +200,21 @@ class WanModel(nn.Module):
                 f"x must be [B, {self.in_dim}, F, h, w] with F, h, w divisible by {self.patch_size}; "
                 f"got {tuple(x.shape)}"
             )
-        if timestep.ndim != 1 or len(timestep) not in (1, len(x)):
-            raise ValueError(f"timestep must be [B]; got {tuple(timestep.shape)}")
+        frames, rows, cols = (n // p for n, p in zip(x.shape[2:], self.patch_size, strict=True))
+        grid = (frames, rows, cols)
+        counts = (frames, prod(grid))  # of timesteps a sample, where it has several
+        if timestep.ndim not in (1, 2) or len(timestep) not in (1, len(x)) or (
+            timestep.ndim == 2 and timestep.shape[1] not in counts
+        ):  # fmt: skip
+            raise ValueError(
+                f"timestep must be [B], [B, {counts[0]}] or [B, {counts[1]}]; got {tuple(timestep.shape)}"
+            )
         if context.ndim != 3 or context.shape[1] > self.text_len or context.shape[2] != self.text_dim:
             raise ValueError(
                 f"context must be [B, at most {self.text_len}, {self.text_dim}]; got {tuple(context.shape)}"
             )
         stream = precise_dtype(self.dtype)
         tokens = self.patch_embedding(x.to(self.dtype))
-        grid = tuple(tokens.shape[2:])
         time, modulation = self.embed_time(timestep.to(x.device))
         # Rows past the prompt are zero before the text MLP and attended to: the official model has no mask.
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.text_len - context.shape[1]))
@@ -257,10 +271,10 @@ class WanModel(nn.Module):
 
         Args:
             x: noised latents [B, in_dim, F, h, w].
-            timestep: [B], on the scale of 0 to 1000.
+            timestep: on the scale of 0 to 1000; [B], or one a latent frame [B, F] or a token [B, S].
             context: text embedding [B, L, text_dim], padded here with zero rows to text_len.
-            clip_feature: [B, 257, 1280], for image models.
-            y: [B, C, F, h, w], channels appended to x, for image models.
+            clip_feature: [B, L, image_dim] if has_image_input; of two images, one after the other.
+            y: [B, in_dim - out_dim, F, h, w], channels appended to x, for image models.
 
         Returns:
             [B, out_dim, F, h, w], float32.

@@ -20,6 +20,10 @@ _TOP = {
     "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
     "proj_out": "head.head",
 }
+_TENSORS = {
+    "scale_shift_table": "head.modulation",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+}
 _SELF = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 _CROSS = {**_SELF, "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
 _BLOCK = {
@@ -51,8 +55,8 @@ def diffusers_module(path: str) -> str | None:
 
 def official_key(key: str) -> str | None:
     """Return the official name of a tensor of the diffusers layout; None if it is not one."""
-    if key == "scale_shift_table":
-        return "head.modulation"
+    if key in _TENSORS:
+        return _TENSORS[key]
     path, _, tensor = key.rpartition(".")
     if tensor == "scale_shift_table" and _BLOCK_PATH.fullmatch(f"{path}.x"):
         return f"{path}.modulation"
@@ -89,6 +93,10 @@ def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapp
             f"{', '.join(wrong)} is declared, but the weights have width {dim} and {max(blocks) + 1} blocks, "
             f"and a head {width:g} columns"
         )
+    image = {}
+    if "img_emb.proj.0.weight" in shapes:
+        positions = shapes.get("img_emb.emb_pos", (1, 0))[1]
+        image = {"image_dim": shapes["img_emb.proj.0.weight"][0], "image_positions": positions}
     return {
         "dim": dim,
         "in_dim": in_dim,
@@ -100,6 +108,7 @@ def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapp
         "num_layers": max(blocks) + 1,
         "eps": declared.get("eps", 1e-6),
         "patch_size": tuple(patch_size),
-        "has_image_input": "img_emb.proj.0.weight" in shapes,
+        "has_image_input": bool(image),
         "text_len": declared.get("text_len", 512),
+        **image,
     }

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from diffsynth.models.attention import attention
 from diffsynth.models.local_attention import Grid, Window, local_attention
 
-IMAGE_TOKEN_DIM = 1280  # width of the CLIP features that image models take
 SLICE_TOKENS = 4096  # of a feed-forward without gradients; enough to keep a GPU busy
 
 
@@ -23,9 +22,9 @@ def precise_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Embed timestep [B], on the scale of 0 to 1000, as [B, dim] float64, cosines first."""
+    """Embed timestep [...], on the scale of 0 to 1000, as [..., dim] float64, cosines first."""
     exponent = torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
-    angles = timestep.double()[:, None] * 10000.0**-exponent
+    angles = timestep.double()[..., None] * 10000.0**-exponent
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -76,9 +75,29 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+def modulation_of(own: Tensor, time: Tensor) -> list[Tensor]:
+    """Add a layer's modulation [1, n, D] to the timestep's -> n tensors [B, T, 1, D].
+
+    Args:
+        time: [B, n, D] for one timestep a sample (T = 1), or [B, T, n, D].
+    """
+    return [part.reshape(len(part), -1, 1, part.shape[-1]) for part in (own.to(time.dtype) + time).unbind(-2)]
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return x * (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+    """Return x * (1 + scale) + shift.
+
+    Args:
+        x: tokens [B, S, D].
+        shift: [B, T, 1, D], each entry for S / T tokens in a row; likewise scale.
+    """
+    return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)), 1 + scale).flatten(1, 2)
+
+
+def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Return x + y * gate for tokens [B, S, D] and a gate [B, T, 1, D], as in `modulate`."""
+    parts = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, parts), y.to(x.dtype).unflatten(1, parts), gate).flatten(1, 2)
 
 
 def linear_in(dtype: torch.dtype, layer: nn.Module, x: Tensor) -> Tensor:
@@ -150,14 +169,23 @@ class FeedForward(nn.Sequential):
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP features [B, L, 1280] -> context [B, L, D] (image models)."""
+    """CLIP features [B, L, image_dim] -> context [B, L, D] (image models).
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        positions: number L of learned positions, added to the features; 0 for none.
+    """
+
+    def __init__(self, image_dim: int, dim: int, positions: int) -> None:
         super().__init__()
-        wide = IMAGE_TOKEN_DIM
         self.proj = nn.Sequential(
-            LayerNorm(wide), nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, dim), LayerNorm(dim)
+            LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            LayerNorm(dim),
         )
+        if positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, positions, image_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        return self.proj(x + self.emb_pos if hasattr(self, "emb_pos") else x)

@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, Cache, Decoder, Encoder
+from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, PATCH, Cache, Decoder, Encoder
 from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid, blend
 
 # Statistics of the latents of the published VAE, channel by channel.
@@ -40,6 +40,8 @@ class WanVideoVAE(nn.Module):
             the published configs).
         latents_mean: with latents_std, the statistics that normalise the latents; by default the published
             ones for 16 channels, else 0 and 1.
+        dec_dim: channels of the decoder at full resolution, in a VAE of the wiring of Wan2.2 (see
+            `wan_video_vae22`); None for that of Wan2.1, whose halves both have dim.
 
     Raises:
         ValueError: arguments do not fit together.
@@ -54,6 +56,7 @@ class WanVideoVAE(nn.Module):
         temperal_downsample: Sequence[bool] = (False, True, True),
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        dec_dim: int | None = None,
     ) -> None:
         super().__init__()
         if min(dim, z_dim, num_res_blocks, *dim_mult) < 1:
@@ -67,7 +70,8 @@ class WanVideoVAE(nn.Module):
                 f"got {tuple(temperal_downsample)} and {tuple(dim_mult)}"
             )
         self.z_dim = z_dim
-        self.spatial_factor = 2 ** len(temperal_downsample)
+        residual = dec_dim is not None
+        self.spatial_factor = 2 ** len(temperal_downsample) * (PATCH if residual else 1)
         self.temporal_factor = 2 ** sum(map(bool, temperal_downsample))
         mean, std = (0.0,) * z_dim, (1.0,) * z_dim
         if z_dim == len(PUBLISHED_MEAN):
@@ -81,11 +85,11 @@ class WanVideoVAE(nn.Module):
         if min(self.latents_std) <= 0:
             raise ValueError(f"latents_std must be positive; got {self.latents_std}")
 
-        widths = [dim * multiple for multiple in dim_mult]
-        self.encoder = Encoder(dim, z_dim, widths, num_res_blocks, temperal_downsample)
+        widths, dec_widths = ([n * m for m in dim_mult] for n in (dim, dim if dec_dim is None else dec_dim))
+        self.encoder = Encoder(dim, z_dim, widths, num_res_blocks, temperal_downsample, residual)
         self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
-        self.decoder = Decoder(z_dim, widths[::-1], num_res_blocks, temperal_downsample[::-1])
+        self.decoder = Decoder(z_dim, dec_widths[::-1], num_res_blocks, temperal_downsample[::-1], residual)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -261,7 +265,7 @@ def _join(chunks: Iterator[Tensor], num_frames: int) -> Tensor:
 
 
 def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """Return the arguments of `WanVideoVAE` that official names and shapes of tensors tell.
+    """Return the arguments of `WanVideoVAE` or `WanVideoVAE22` that official names and shapes tell.
 
     Raises:
         ValueError: they are not those of such a VAE.
@@ -269,34 +273,38 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     for key in ("encoder.conv1.weight", "conv2.weight"):
         if key not in shapes:
             raise ValueError(f"not a Wan VAE: there is no tensor {key}")
+    found = (re.match(r"encoder\.downsamples\.(\d+)\.(?:downsamples\.(\d+)\.)?", key) for key in shapes)
+    blocks = {match[0]: (int(match[1]), int(match[2] or 0)) for match in found if match}
+    residual = any(block.count("downsamples") == 2 for block in blocks)
+    channels = IMAGE_CHANNELS * (PATCH**2 if residual else 1)
     dim, *rest = shapes["encoder.conv1.weight"]
-    if rest != [IMAGE_CHANNELS, 3, 3, 3]:
+    if rest != [channels, 3, 3, 3]:
         raise ValueError(
-            f"not a Wan VAE: encoder.conv1.weight must be [dim, {IMAGE_CHANNELS}, 3, 3, 3]; "
-            f"got {[dim, *rest]}"
+            f"not a Wan VAE: encoder.conv1.weight must be [dim, {channels}, 3, 3, 3]; got {[dim, *rest]}"
         )
     widths: list[list[int]] = [[]]  # of the residual blocks, level by level
     temporal = []
-    found = [int(match[1]) for key in shapes if (match := re.match(r"encoder\.downsamples\.(\d+)\.", key))]
-    for index in range(max(found, default=-1) + 1):
-        block = f"encoder.downsamples.{index}"
-        if f"{block}.residual.6.weight" in shapes:
-            widths[-1].append(shapes[f"{block}.residual.6.weight"][0])
-        elif f"{block}.resample.1.weight" in shapes:
-            temporal.append(f"{block}.time_conv.weight" in shapes)
+    for block in sorted(blocks, key=blocks.__getitem__):
+        if f"{block}residual.6.weight" in shapes:
+            widths[-1].append(shapes[f"{block}residual.6.weight"][0])
+        elif f"{block}resample.1.weight" in shapes:
+            temporal.append(f"{block}time_conv.weight" in shapes)
             widths.append([])
         else:
-            raise ValueError(f"not a Wan VAE: {block} is neither a residual block nor a resampling")
+            raise ValueError(f"not a Wan VAE: {block[:-1]} is neither a residual block nor a resampling")
     num_res_blocks = len(widths[0])
     if any(not level or len(level) != num_res_blocks or level[-1] % dim for level in widths):
         raise ValueError(
             "not a Wan VAE: levels of the encoder must have equally many residual blocks, of widths that are "
             f"multiples of {dim}; got widths {widths}"
         )
-    return {
+    config = {
         "dim": dim,
         "z_dim": shapes["conv2.weight"][0],
         "dim_mult": tuple(level[-1] // dim for level in widths),
         "num_res_blocks": num_res_blocks,
         "temperal_downsample": tuple(temporal),
     }
+    if residual:
+        config["dec_dim"] = shapes["decoder.conv1.weight"][0] * dim // widths[-1][-1]
+    return config

@@ -23,10 +23,10 @@ _RESIDUAL = {
 # A name is [half.] module [. inner path] . tensor
 _NAME = re.compile(
     r"(?:(?P<half>encoder|decoder)\.)?(?P<module>quant_conv|post_quant_conv|conv_in|conv_out|norm_out|"
-    r"mid_block\.(?:resnets|attentions)\.\d+|down_blocks\.\d+|up_blocks\.\d+\.(?:resnets|upsamplers)\.\d+)"
-    r"(?:\.(?P<inner>.+))?\.(?P<tensor>weight|bias|gamma)"
+    r"mid_block\.(?:resnets|attentions)\.\d+|(?:down|up)_blocks\.\d+\.(?:resnets\.\d+|downsampler|upsampler"
+    r"|upsamplers\.\d+)|down_blocks\.\d+)(?:\.(?P<inner>.+))?\.(?P<tensor>weight|bias|gamma)"
 )
-_UP_BLOCK = re.compile(r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)")
+_IN_LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)|.+)")
 
 
 def diffusers_vae_key_map(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -34,20 +34,27 @@ def diffusers_vae_key_map(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, st
 
     Names that are not understood are left out, so that a file of another layout gives few or none.
     """
-    found = (re.match(r"decoder\.up_blocks\.0\.resnets\.(\d+)\.", key) for key in shapes)
-    num_resnets = len({match[1] for match in found if match})
+    found = (re.match(r"(?:en|de)coder\.(down|up)_blocks\.0\.resnets\.(\d+)\.", key) for key in shapes)
+    # Residual blocks of a level; "down" is there in Wan2.2's VAE only.
+    num_resnets: dict[str, int] = {}
+    for kind, index in (match.groups() for match in found if match):
+        num_resnets[kind] = max(num_resnets.get(kind, 0), int(index) + 1)
     official = {key: _official_key(match, num_resnets) for key in shapes if (match := _NAME.fullmatch(key))}
     return {key: name for key, name in official.items() if name is not None}
 
 
-def _official_key(name: re.Match[str], num_resnets: int) -> str | None:
+def _official_key(name: re.Match[str], num_resnets: Mapping[str, int]) -> str | None:
     half, module, inner, tensor = name.group("half", "module", "inner", "tensor")
     if half is None:
         module = _TOP.get(module)
-    elif up_block := _UP_BLOCK.fullmatch(module):
-        # In one list: of each level the residual blocks, then the upsampler.
-        place = num_resnets if up_block[2] == "upsamplers" else int(up_block[3])
-        module = f"upsamples.{int(up_block[1]) * (num_resnets + 1) + place}"
+    elif in_level := _IN_LEVEL.fullmatch(module):
+        kind, level, resnet = in_level.groups()
+        # The resampling stands after the residual blocks of its level.
+        place = num_resnets.get(kind, 0) if resnet is None else int(resnet)
+        if "down" in num_resnets:
+            module = f"{kind}samples.{level}.{kind}samples.{place}"
+        else:  # all levels in one list
+            module = f"{kind}samples.{int(level) * (num_resnets[kind] + 1) + place}"
     elif module.startswith("down_blocks."):
         module = module.replace("down_blocks", "downsamples")
     else:

@@ -1,9 +1,11 @@
-"""Blocks of the Wan2.1 video VAE, and its encoder and decoder, which run over a video chunk by chunk.
+"""Blocks of the video VAEs, and their encoder and decoder, which run over a video chunk by chunk.
 
 Axes: B batch, C channels, t frames of one chunk, h/w rows/columns at the block's resolution. Every block maps
 [B, C, t, h, w] to the same kind of tensor.
 A `Cache` carries what a causal layer needs of earlier chunks. It is made by the caller, one for each video,
 and is filled as chunks pass; a layer that is not in it yet sees the first chunk, which must be one frame.
+Wan2.2's VAE is made of the same blocks: "residual" here means its wiring, in which cells of PATCH x PATCH
+pixels are folded into channels and each level has a shortcut without weights.
 Precision: the dtype of the weights, but for the norms, which compute in float32 at least.
 """
 
@@ -17,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 IMAGE_CHANNELS = 3
+PATCH = 2  # rows and columns of pixels that Wan2.2's VAE folds into channels
 NUM_PAST = 2  # earlier frames that a causal convolution sees
 Cache = dict[nn.Module, Tensor]
 
@@ -130,14 +133,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns at half the channels; if temporal, also twice the frames, but for the first.
+    """Twice the rows and columns; if temporal, also twice the frames, but for the first.
 
     The first frame passes by the temporal convolution, and no later frame sees it there.
     """
 
-    def __init__(self, channels: int, temporal: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3, padding=1)})
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, out_channels, 3, padding=1)})
         self.time_conv = CausalConv3d(channels, 2 * channels, spatial_kernel=1) if temporal else None
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
@@ -149,6 +152,66 @@ class Upsample(nn.Module):
                 self.time_conv.forget(x, cache)
         frames = F.interpolate(rearrange(x, "b c t h w -> (b t) c h w"), scale_factor=2, mode="nearest")
         return rearrange(self.resample["1"](frames), "(b t) c h w -> b c t h w", b=x.shape[0])
+
+
+def average_down(x: Tensor, channels: int, time: int, space: int) -> Tensor:
+    """Shrink x [B, C, t, h, w] by whole factors: the mean over groups of the values of each cell.
+
+    The values of a cell stand in the order (channel, frame, row, column) and are averaged in `channels` equal
+    groups. Zeros stand before the first frame where the frames do not fill the cells.
+    """
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % time, 0))
+    cells = rearrange(x, "b c (t dt) (h dy) (w dx) -> b (c dt dy dx) t h w", dt=time, dy=space, dx=space)
+    return cells.unflatten(1, (channels, -1)).mean(dim=2)
+
+
+def duplicate_up(x: Tensor, channels: int, time: int, space: int, first: bool) -> Tensor:
+    """Grow x [B, C, t, h, w] by whole factors: repeated channels become the values of a cell.
+
+    Args:
+        first: this is the first chunk, whose frame stays one.
+    """
+    x = x.repeat_interleave(channels * time * space**2 // x.shape[1], dim=1)
+    x = rearrange(
+        x, "b (c dt dy dx) t h w -> b c (t dt) (h dy) (w dx)", c=channels, dt=time, dy=space, dx=space
+    )
+    return x[:, :, time - 1 :] if first else x
+
+
+class DownLevel(nn.Module):
+    """One level of Wan2.2's encoder: residual blocks and a resampling, plus the input, shrunk."""
+
+    def __init__(self, blocks: Sequence[nn.Module], channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.downsamples = nn.ModuleList(blocks)
+        last = blocks[-1]
+        self.space = 2 if isinstance(last, Downsample) else 1
+        self.time = 2 if isinstance(last, Downsample) and last.time_conv is not None else 1
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        shortcut = average_down(x, self.channels, self.time, self.space)
+        for block in self.downsamples:
+            x = block(x, cache)
+        return x + shortcut
+
+
+class UpLevel(nn.Module):
+    """One level of Wan2.2's decoder: residual blocks, then a resampling plus the input, grown; or neither."""
+
+    def __init__(self, blocks: Sequence[nn.Module], channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.upsamples = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        before, last = x, self.upsamples[-1]
+        first = isinstance(last, Upsample) and last.time_conv not in cache
+        for block in self.upsamples:
+            x = block(x, cache)
+        if not isinstance(last, Upsample):
+            return x
+        return x + duplicate_up(before, self.channels, 1 if last.time_conv is None else 2, 2, first)
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -172,25 +235,35 @@ class Encoder(nn.Module):
     Args:
         widths: channels of each level, from full resolution on; a resolution step lies between two levels.
         temporal: for each resolution step, whether it halves the frames, too.
+        residual: the wiring of Wan2.2.
     """
 
     def __init__(
-        self, dim: int, z_dim: int, widths: Sequence[int], num_res_blocks: int, temporal: Sequence[bool]
+        self,
+        dim: int,
+        z_dim: int,
+        widths: Sequence[int],
+        num_res_blocks: int,
+        temporal: Sequence[bool],
+        residual: bool,
     ) -> None:
         super().__init__()
-        self.conv1 = CausalConv3d(IMAGE_CHANNELS, dim)
+        self.patch = PATCH if residual else 1
+        self.conv1 = CausalConv3d(IMAGE_CHANNELS * self.patch**2, dim)
         self.downsamples = nn.ModuleList()
         width = dim
         for level, out_width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                self.downsamples.append(ResidualBlock(width, out_width))
-                width = out_width
+            inputs = [width] + [out_width] * (num_res_blocks - 1)
+            width = out_width
+            blocks: list[nn.Module] = [ResidualBlock(channels, width) for channels in inputs]
             if level < len(temporal):
-                self.downsamples.append(Downsample(width, temporal[level]))
+                blocks.append(Downsample(width, temporal[level]))
+            self.downsamples.extend([DownLevel(blocks, width)] if residual else blocks)
         self.middle = _middle(width)
         self.head = _head(width, 2 * z_dim)
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        x = rearrange(x, "b c t (h dy) (w dx) -> b (c dx dy) t h w", dy=self.patch, dx=self.patch)
         x = self.conv1(self.conv1.with_past(x, cache))
         for block in (*self.downsamples, *self.middle):
             x = block(x, cache)
@@ -201,28 +274,36 @@ class Decoder(nn.Module):
     """One latent frame [B, z, 1, h, w] -> a chunk of pixels [B, 3, t, H, W], not clamped.
 
     widths and temporal: as for `Encoder`, both in reverse order; num_res_blocks: of the encoder, here one
-    more.
+    more; residual: the wiring of Wan2.2.
     """
 
     def __init__(
-        self, z_dim: int, widths: Sequence[int], num_res_blocks: int, temporal: Sequence[bool]
+        self,
+        z_dim: int,
+        widths: Sequence[int],
+        num_res_blocks: int,
+        temporal: Sequence[bool],
+        residual: bool,
     ) -> None:
         super().__init__()
+        self.patch = PATCH if residual else 1
         width = widths[0]
         self.conv1 = CausalConv3d(z_dim, width)
         self.middle = _middle(width)
         self.upsamples = nn.ModuleList()
         for level, out_width in enumerate(widths):
-            for _ in range(num_res_blocks + 1):
-                self.upsamples.append(ResidualBlock(width, out_width))
-                width = out_width
+            inputs = [width] + [out_width] * num_res_blocks
+            width = out_width
+            blocks: list[nn.Module] = [ResidualBlock(channels, width) for channels in inputs]
             if level < len(temporal):
-                self.upsamples.append(Upsample(width, temporal[level]))
-                width //= 2
-        self.head = _head(width, IMAGE_CHANNELS)
+                width = width if residual else width // 2
+                blocks.append(Upsample(out_width, width, temporal[level]))
+            self.upsamples.extend([UpLevel(blocks, width)] if residual else blocks)
+        self.head = _head(width, IMAGE_CHANNELS * self.patch**2)
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         x = self.conv1(self.conv1.with_past(x, cache))
         for block in (*self.middle, *self.upsamples):
             x = block(x, cache)
-        return _run_head(self.head, x, cache)
+        x = _run_head(self.head, x, cache)
+        return rearrange(x, "b (c dx dy) t h w -> b c t (h dy) (w dx)", dy=self.patch, dx=self.patch)

@@ -11,23 +11,30 @@ from diffsynth.configs.resolve import ModelFacts, ReferenceFacts
 from diffsynth.data import VideoData
 from diffsynth.data.tensors import Video, frame_size
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
-from diffsynth.models.model_kinds import KINDS
+from diffsynth.models.model_kinds import KINDS, LOW_NOISE_DIT, expert_of
 from diffsynth.models.model_manager import LoadedModel, ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import WanTokenizer, find_tokenizer, load_tokenizer, tokenizer_from_pieces
 from diffsynth.vram_management import Residency, choose_device
 
 # What models can compute in; eight bits are for storage.
+REQUIRED = ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
 WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Components:
-    """DiT, text encoder, VAE and prompter of a pipeline; `residency` brings models to the compute device.
+    """The models and the prompter of a pipeline; `residency` brings models to the compute device.
+
+    Attributes:
+        dit: the DiT, or the high-noise expert of two.
+        image_encoder: of the models that read pictures through CLIP.
 
     Raises:
         ValueError: the models do not belong together.
@@ -38,18 +45,31 @@ class Components:
     vae: WanVideoVAE
     prompter: WanPrompter
     residency: Residency
+    low_noise_dit: WanModel | None = None
+    image_encoder: WanImageEncoder | None = None
 
     def __post_init__(self) -> None:
-        if self.dit.has_image_input or self.dit.in_dim != self.vae.z_dim:
+        dit, z_dim = self.dit, self.vae.z_dim
+        if dit.out_dim != z_dim or dit.in_dim not in (z_dim, 2 * z_dim + self.vae.temporal_factor):
             raise ValueError(
-                f"this pipeline takes a text-to-video DiT of {self.vae.z_dim} input channels; got one with "
-                f"in_dim={self.dit.in_dim}, has_image_input={self.dit.has_image_input}"
+                f"the DiT has in_dim={dit.in_dim}, out_dim={dit.out_dim}, which are not those of a VAE with "
+                f"{z_dim} channels"
             )
+        if dit.has_image_input and self.image_encoder is None:
+            raise ValueError("the DiT reads pictures through CLIP, but no image encoder is loaded")
+        low = self.low_noise_dit
+        if low is not None and (low.in_dim, low.dim, low.text_dim) != (dit.in_dim, dit.dim, dit.text_dim):
+            raise ValueError("the low-noise and the high-noise expert are of two different models")
         if self.dit.text_dim != self.text_encoder.dim:
             raise ValueError(
                 f"the DiT takes text of width {self.dit.text_dim}, "
                 f"the text encoder gives {self.text_encoder.dim}"
             )
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the DiTs here, the high-noise one first."""
+        return ("dit",) if self.low_noise_dit is None else ("dit", "low_noise_dit")
 
     @property
     def device(self) -> torch.device:
@@ -59,11 +79,12 @@ class Components:
     def to(
         self, device: str | torch.device | None = None, torch_dtype: torch.dtype | None = None
     ) -> "Components":
-        """Return the models on another device, or with DiT and text encoder in another dtype."""
+        """Return the models on another device, or all but the VAE in another dtype."""
         if torch_dtype is not None:
             check_dtype(torch_dtype, WIDE_DTYPES)
-            self.dit.to(torch_dtype)
-            self.text_encoder.to(torch_dtype)
+            for name, model in self.residency.models.items():
+                if name != "vae":
+                    model.to(torch_dtype)
         if device is None:
             return self
         self.residency.stop_streaming()
@@ -73,7 +94,22 @@ class Components:
 
     def facts(self) -> ModelFacts:
         """Return the facts about the models that decide options of a run."""
-        return ModelSizes.of(self.residency.models).facts()
+        facts = ModelSizes.of(self.residency.models).facts()
+        boundary = 0.9 if self.dit.in_dim > self.dit.out_dim else 0.875  # as published, of two experts
+        return facts if self.low_noise_dit is None else replace(facts, boundary=boundary)
+
+    def check_pictures(self, has_first: bool, has_last: bool) -> None:
+        """Raise ValueError if a picture is missing that the model needs, or passed that it does not take."""
+        needs, has_positions = self.dit.in_dim > self.dit.out_dim, self.dit.image_positions > 0
+        takes_last = needs and (has_positions or not self.dit.has_image_input)
+        for name, given, needed, taken in (
+            ("input_image", has_first, needs, needs or isinstance(self.vae, WanVideoVAE22)),
+            ("end_image", has_last, has_positions, takes_last),
+        ):
+            if needed and not given:
+                raise ValueError(f"this model continues pictures and needs {name}; none is given")
+            if given and not taken:
+                raise ValueError(f"this model takes no {name}")
 
 
 def load_checkpoint(
@@ -83,12 +119,13 @@ def load_checkpoint(
     loras: Mapping[str, float] | Mapping[Path, float],
     parts: Mapping[str, str | Path],
 ) -> ModelManager:
-    """Load the three models of a checkpoint folder, or of a name as for `from_pretrained`, and LoRAs.
+    """Load the models of a checkpoint folder, or of a name as for `from_pretrained`, and LoRAs.
 
     Args:
-        torch_dtype: dtype of DiT and text encoder.
+        torch_dtype: dtype of all models but the VAE.
         loras: LoRA file -> strength.
-        parts: weights of "dit", "text_encoder" and "vae" that are loaded instead of the folder's.
+        parts: weights of "dit", "text_encoder", "vae", "low_noise_dit" and "image_encoder" that are loaded
+            instead of the folder's.
 
     Raises:
         TypeError: parts has another name.
@@ -100,14 +137,15 @@ def load_checkpoint(
         if not Path(file).is_file():
             raise FileNotFoundError(f"LoRA {file} does not exist")
     manager = ModelManager(torch_dtype=torch_dtype)
-    kinds = {kind.name.removeprefix("wan_video_"): kind.name for kind in KINDS}
+    names = dict.fromkeys([*(kind.name for kind in KINDS), LOW_NOISE_DIT])
+    kinds = {name.removeprefix("wan_video_"): name for name in names}
     if unknown := sorted(parts.keys() - kinds.keys()):
         raise TypeError(f"weights can be given for {', '.join(kinds)}; got {', '.join(unknown)}")
     if wanted := [kind for name, kind in kinds.items() if name not in parts]:
         manager.load_models([folder], vae_dtype=vae_dtype, model_names=wanted)
     for name, file in parts.items():
         manager.load_models([file], vae_dtype=vae_dtype, model_names=[kinds[name]])
-    missing = set(kinds.values()) - {model.name for model in manager.loaded}
+    missing = set(REQUIRED) - {model.name for model in manager.loaded}
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks the weights of {', '.join(sorted(missing))}; {DOWNLOAD_HINT}"
@@ -115,6 +153,19 @@ def load_checkpoint(
     for file, strength in loras.items():
         manager.load_lora(file, strength)
     return manager
+
+
+def models_of(manager: ModelManager) -> dict[str, LoadedModel]:
+    """Return the loaded models of a pipeline by their names in `Components`.
+
+    Raises:
+        ValueError: one of the three that every pipeline has is missing, or the second expert of a pair.
+    """
+    names = dict.fromkeys([*REQUIRED, *(entry.name for entry in manager.loaded)])
+    found = {name.removeprefix("wan_video_"): manager.find(name) for name in names}
+    if expert_of(found["dit"].files[0]) == "high" and "low_noise_dit" not in found:
+        raise ValueError(f"{found['dit'].files[0]} is one of two experts; load the low-noise one as well")
+    return found
 
 
 def tokenizer_of(text_encoder: LoadedModel, folder: str | Path | None = None) -> WanTokenizer:

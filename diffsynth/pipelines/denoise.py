@@ -17,7 +17,7 @@ from diffsynth.data.tensors import finite
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory, NonFiniteGuidanceError, guided_step
 from diffsynth.runs.cost import RunCost
-from diffsynth.runs.state import PromptEmbeddings, RunInputs
+from diffsynth.runs.state import NO_CONDITION, ImageCondition, PromptEmbeddings, RunInputs
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
 from diffsynth.vram_management import synchronize
 
@@ -63,7 +63,9 @@ def denoise(
     guide: Guide | None = None,
     *,
     guided_steps: int = 0,
+    condition: ImageCondition = NO_CONDITION,
     first: int = 0,
+    end: int | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[RunEvent, Tensor | None, None]:
     """Denoise latents through the timesteps of a scheduler.
@@ -73,7 +75,8 @@ def denoise(
         scheduler: a scheduler with its timesteps set.
         velocity: returns the DiT's prediction.
         guide: moves the latents before each of the first guided_steps steps.
-        first: index (0-based) of the first step.
+        condition: its first frame is kept, in the models that have it so.
+        first: index (0-based) of the first step; end: of the one before which the loop ends, if not the last.
         stop: asked before each step; once it returns True, no further step begins.
 
     Yields:
@@ -81,12 +84,14 @@ def denoise(
         sent back after a step replace the run's.
     """
     steps = len(scheduler.timesteps)
-    for index in range(first, steps):
+    latents = condition.hold(latents)
+    for index in range(first, steps if end is None else end):
         if stop():
             return
         timestep = scheduler.timesteps[index]
         if guide is not None and index < guided_steps:
             latents, losses = guide(index, latents, timestep)
+            latents = condition.hold(latents)
             yield RunEvent(
                 stage="guidance",
                 step=index + 1,
@@ -100,6 +105,7 @@ def denoise(
         if index == first:  # later steps are checked at the end: a device waits for each check
             finite(v, f"the DiT in denoising step {index + 1}")
         clean, latents = latents - v * (timestep / 1000), scheduler.step(v, timestep, latents)
+        clean, latents = condition.hold(clean), condition.hold(latents)
         replaced = yield RunEvent(
             stage="sampling",
             step=index + 1,
@@ -113,23 +119,34 @@ def denoise(
 
 
 def dit_velocity(
-    dit: WanModel, x: Tensor, timestep: Tensor, context: Tensor, caches: Sequence[StepCache] = ()
+    dit: WanModel,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    caches: Sequence[StepCache] = (),
+    condition: ImageCondition = NO_CONDITION,
 ) -> Tensor:
     """Call the DiT once, for latents x [B, C, F, h, w] at one timestep.
 
     Args:
         caches: one for each of the B samples, whose blocks may then be skipped.
+        condition: from the pictures of the run.
     """
     # Without non_blocking, a copy from the CPU waits until the device has done all its work.
-    timestep = timestep.to(x.device, non_blocking=True).expand(x.shape[0])
+    timestep = timestep.to(x.device, non_blocking=True).reshape(1)
+    given = condition.of_dit(timestep, x.shape[0], x.shape[2])
     if not caches:
-        return dit(x, timestep, context)
-    state = dit.embed(x, timestep, context)
+        return dit(x, context=context, **given)
+    state = dit.embed(x, context=context, **given)
     return dit.unembed(run_blocks_cached(dit, state, caches), state)
 
 
 def cfg_velocity(
-    dit: WanModel, prompt: PromptEmbeddings, options: RunOptions, rules: Mapping[str, StepCache]
+    dit: WanModel,
+    prompt: PromptEmbeddings,
+    options: RunOptions,
+    rules: Mapping[str, StepCache],
+    condition: ImageCondition = NO_CONDITION,
 ) -> Velocity:
     """Return the velocity v_neg + cfg_scale * (v_pos - v_neg) as a function of (step, latents, timestep).
 
@@ -149,13 +166,14 @@ def cfg_velocity(
 
     def velocity(step: int, x: Tensor, t: Tensor) -> Tensor:
         if negative is None or step not in guided:
-            return dit_velocity(dit, x, t, positive, pos_cache)
+            return dit_velocity(dit, x, t, positive, pos_cache, condition)
         if both is not None:
-            v_both = dit_velocity(dit, x.expand(2, -1, -1, -1, -1), t, both, pos_cache + neg_cache)
+            x = x.expand(2, -1, -1, -1, -1)
+            v_both = dit_velocity(dit, x, t, both, pos_cache + neg_cache, condition)
             v_pos, v_neg = v_both.chunk(2)
         else:
-            v_pos = dit_velocity(dit, x, t, positive, pos_cache)
-            v_neg = dit_velocity(dit, x, t, negative, neg_cache)
+            v_pos = dit_velocity(dit, x, t, positive, pos_cache, condition)
+            v_neg = dit_velocity(dit, x, t, negative, neg_cache, condition)
         return v_neg + options.cfg_scale * (v_pos - v_neg)
 
     return velocity

@@ -1,37 +1,33 @@
 """A generation from resolved options to frames: encode, sample, decode.
 
-`generate` goes through the stages for each prompt and `sample` through the denoising steps. If memory runs
-out, a stage is repeated one rung down the ladder of settings; denoising resumes after its last finished step.
+If memory runs out, a stage is repeated one rung down the ladder of settings.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from diffsynth.caches.rules import make_rule
 from diffsynth.configs.options import RunOptions
 from diffsynth.data.tensors import finite
-from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents, keep_latents, latents_facts
-from diffsynth.pipelines.denoise import RunEvent, cfg_velocity, denoise, motion_guide
-from diffsynth.planning.ladder import Ladder, memory_problem, settings_of, with_settings
+from diffsynth.pipelines.denoise import RunEvent
+from diffsynth.pipelines.image_condition import encode_pictures
+from diffsynth.pipelines.sample import Progress, StepConsumer, sample
+from diffsynth.planning.ladder import Ladder, memory_problem
 from diffsynth.runs.checkpoint import SavedRun
-from diffsynth.runs.cost import RunCost, measured
-from diffsynth.runs.state import PromptEmbeddings, RunInputs, StepState, joined, part
-from diffsynth.schedulers import make_scheduler
+from diffsynth.runs.cost import RunCost
+from diffsynth.runs.state import NO_CONDITION, PromptEmbeddings, RunInputs
 
 T = TypeVar("T")
 Observer = Callable[[RunEvent], None]
-# Called with each event of the loop; latents that it returns for a sampling event replace the run's.
-StepConsumer = Callable[[RunEvent], Tensor | None]
-Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +53,7 @@ def generate(
     models: Components,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
+    pictures: Sequence[Image.Image],
     options: RunOptions,
     ladder: Ladder,
     *,
@@ -75,6 +72,7 @@ def generate(
         models: models of the pipeline.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W] in [-1, 1]; None without one.
+        pictures: the picture that the video begins with and, if there are two, the one that it ends with.
         options: resolved options; the ladder decides those that are still open.
         ladder: settings for when memory runs out.
         on_step: consumes what the denoising loop yields, after guidance and after each step.
@@ -84,9 +82,12 @@ def generate(
         saved: saved run to write to and to continue from; None if nothing is saved.
         fps: frames a second of the reference, written into the file of final latents.
     """
+    noise_generator(options)  # fails before a model runs
+    if options.motion is not None and pictures:
+        raise ValueError(f"mode {options.mode} takes no picture yet; give mode='No_transfer' with one")
     inputs = None if saved is None else saved.inputs
     if inputs is None:
-        inputs, options = encode(models, prompts, pixels, options, ladder, observer)
+        inputs, options = encode(models, prompts, pixels, pictures, options, ladder, observer)
         if saved is not None:
             saved.keep_inputs(inputs)
     videos: list[GeneratedVideo] = []
@@ -154,17 +155,18 @@ def encode(
     models: Components,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
+    pictures: Sequence[Image.Image],
     options: RunOptions,
     ladder: Ladder,
     observer: Observer,
 ) -> tuple[RunInputs, RunOptions]:
-    """Encode the texts and the reference video of a run, and draw its noise.
+    """Encode the texts, the reference video and the pictures of a run, and draw its noise.
 
     Returns:
         The inputs of denoising, and the options in force afterwards.
     """
     texts = {"positive": [prompt for prompt, _ in prompts]}
-    if options.cfg_scale != 1:
+    if options.cfg_scale != 1 or options.low_noise_cfg_scale not in (1, None):
         texts["negative"] = [negative_prompt for _, negative_prompt in prompts]
     if options.motion is not None:
         texts["null"] = [""] * len(prompts)
@@ -189,8 +191,18 @@ def encode(
     if pixels is not None:
         with stage("encode video", observer, seconds):
             reference, options = with_ladder("encode video", partial(encode_video, pixels), options, ladder)
-    noise = draw_noise(models, options)
-    return RunInputs(prompts=embeddings, noise=noise, reference=reference, seconds=seconds), options
+    condition = NO_CONDITION
+    if pictures:
+        encode_all = partial(encode_pictures, models, pictures)
+        condition, options = with_ladder("encode video", encode_all, options, ladder)
+    inputs = RunInputs(
+        prompts=embeddings,
+        noise=draw_noise(models, options),
+        reference=reference,
+        seconds=seconds,
+        condition=condition,
+    )
+    return inputs, options
 
 
 def draw_noise(models: Components, options: RunOptions) -> Tensor:
@@ -201,7 +213,7 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
     """
     frames = -(-(options.num_frames - 1) // models.vae.temporal_factor) + 1
     rows, cols = (side // models.vae.spatial_factor for side in (options.height, options.width))
-    shape = (1, models.dit.in_dim, frames, rows, cols)
+    shape = (1, models.vae.z_dim, frames, rows, cols)
     generator = noise_generator(options)
     noise = torch.randn(shape, generator=generator, device=options.rand_device, dtype=torch.float32)
     return noise.to(models.device)
@@ -230,131 +242,6 @@ def noise_generator(options: RunOptions) -> torch.Generator:
         raise ValueError(
             f"rand_device is {options.rand_device!r}, which has no random generator here ({error})"
         ) from error
-
-
-def sample(
-    models: Components,
-    index: int,
-    inputs: RunInputs,
-    options: RunOptions,
-    ladder: Ladder,
-    cost: RunCost,
-    *,
-    on_step: StepConsumer,
-    progress: Progress,
-    stop: Callable[[], bool],
-    saved: SavedRun | None,
-) -> tuple[Tensor, RunOptions, bool]:
-    """Denoise the latents of one prompt, from noise or the noised reference.
-
-    If memory runs out, denoising continues after the last finished step, one rung down the ladder; if no
-    rung is left, `Ladder.next` raises. `event.step` of a sampling event counts the finished steps. The event
-    is `interrupted` if stop() became True during the step: its guidance may have been cut short.
-
-    Args:
-        index: index (0-based) of the prompt.
-        cost: receives the cost of the prompt.
-        saved: saves finished steps; its unfinished run is continued.
-
-    Returns:
-        Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
-    """
-    finished = None if saved is None else saved.begun(index)
-    if finished is not None:
-        cost.restore(finished.cost)
-        options = with_settings(options, finished.settings)
-    guided_steps = 0 if options.motion is None else options.motion.guided_steps
-    at_start = cost.state()
-    bar = iter(progress(range(0 if finished is None else finished.step, options.num_inference_steps)))
-    next(bar, None)  # shows the bar
-    while True:
-        # The time of a failed attempt is part of the cost; the losses of its unfinished step are not.
-        found = at_start if finished is None else finished.cost
-        cost.restore({**found, "time_gen": cost.time_gen, "dit_block_calls": cost.dit_block_calls})
-        failing = "sampling"
-        try:
-            with models.residency.using("dit"), measured(cost, models.dit, models.device) as elapsed:
-                latents, steps, parts = begin_denoising(models, index, inputs, options, cost, stop, finished)
-                done = 0 if finished is None else finished.step
-                with suppress(StopIteration):
-                    failing = "guidance" if done < guided_steps else "sampling"
-                    event = next(steps)
-                    while True:
-                        replaced = on_step(event)
-                        assert event.latents is not None  # every event of a step has them
-                        latents = event.latents if replaced is None else replaced
-                        if event.stage == "sampling" and not event.interrupted:
-                            finished = StepState(
-                                step=event.step,
-                                latents=latents,
-                                parts=joined(
-                                    {name: remembering.state() for name, remembering in parts.items()}
-                                ),
-                                cost={**cost.state(), "time_gen": elapsed()},
-                                settings=settings_of(options),
-                            )
-                            if saved is not None:
-                                saved.step_done(finished)
-                            next(bar, None)
-                        guided_next = event.stage == "sampling" and event.step < guided_steps
-                        failing = "guidance" if guided_next else "sampling"
-                        event = steps.send(replaced)
-            return latents, options, finished is not None and finished.step == options.num_inference_steps
-        except (RuntimeError, MemoryError) as error:
-            problem = memory_problem(error)
-        # Outside of the except block, no traceback keeps the tensors of the failed attempt alive.
-        options = ladder.next(failing, options, problem)
-
-
-def begin_denoising(
-    models: Components,
-    index: int,
-    inputs: RunInputs,
-    options: RunOptions,
-    cost: RunCost,
-    stop: Callable[[], bool],
-    finished: StepState | None,
-) -> tuple[Tensor, Generator[RunEvent, Tensor | None, None], dict[str, Any]]:
-    """Set up the denoising of one prompt, from its start or from its last finished step.
-
-    Returns:
-        The first latents [1, C, F, h, w], the generator of steps, and by name the parts that keep state from
-        step to step: scheduler, gradient memory, and the step cache's rule of each prompt.
-    """
-    prompt, motion, num_steps = inputs.prompts[index], options.motion, options.num_inference_steps
-    scheduler = make_scheduler(options.sampler, options.sigma_shift)
-    scheduler.set_timesteps(num_steps, options.denoising_strength)
-    start = inputs.noise
-    if inputs.reference is not None:
-        start = scheduler.add_noise(inputs.reference, inputs.noise, scheduler.timesteps[0])
-    rules = {}
-    if options.cache is not None:
-        cached = {"positive": range(num_steps), "negative": options.cfg_steps}
-        rules = {
-            name: make_rule(options.cache, name, steps, num_steps) for name, steps in cached.items() if steps
-        }
-    memory = GradientMemory(motion) if motion is not None and motion.recompute_every > 1 else None
-    parts: dict[str, Any] = {"scheduler": scheduler, **({"memory": memory} if memory else {})}
-    parts |= {f"rules.{name}": rule for name, rule in rules.items()}
-    if finished is not None:
-        for name, remembering in parts.items():
-            remembering.restore(part(finished.parts, name))
-    guide = None
-    if motion is not None:
-        guide = motion_guide(
-            models.dit, prompt, inputs, motion, scheduler, start, cost, memory=memory, stop=stop
-        )
-    latents = start if finished is None else finished.latents
-    steps = denoise(
-        latents,
-        scheduler,
-        cfg_velocity(models.dit, prompt, options, rules),
-        guide,
-        guided_steps=0 if motion is None else motion.guided_steps,
-        first=0 if finished is None else finished.step,
-        stop=stop,
-    )
-    return latents, steps, parts
 
 
 def with_ladder(

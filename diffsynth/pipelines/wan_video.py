@@ -18,7 +18,7 @@ from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.options import CallOptions, SavingOptions
 from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_plan, resolve_prompts
 from diffsynth.data import VideoData
-from diffsynth.data.frames import checked_int
+from diffsynth.data.frames import Picture, checked_int, read_picture
 from diffsynth.data.tensors import Video, video_to_tensor, warn_of_reference
 from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.model_manager import ModelManager, check_dtype
@@ -29,18 +29,13 @@ from diffsynth.pipelines.components import (
     WIDE_DTYPES,
     Components,
     load_checkpoint,
+    models_of,
     reference_facts,
     tokenizer_of,
 )
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
-from diffsynth.pipelines.generate import (
-    GeneratedVideo,
-    Observer,
-    checked_callables,
-    generate,
-    noise_generator,
-)
+from diffsynth.pipelines.generate import GeneratedVideo, Observer, checked_callables, generate
 from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
@@ -59,10 +54,10 @@ Callback = Callable[["WanVideoPipeline", int, Tensor, dict[str, Tensor]], dict[s
 
 
 class WanVideoPipeline:
-    """Text-to-video and video-to-video with Wan2.1. Build it by `from_pretrained` or `from_model_manager`.
+    """Videos from texts, pictures and videos with Wan. Build it by `from_pretrained` or `from_model_manager`.
 
     Attributes:
-        models: DiT, text encoder, VAE, prompter and their devices.
+        models: the models (see `Components`), the prompter and their devices.
         defaults: the checkpoint's defaults for arguments that a call leaves out.
     """
 
@@ -74,11 +69,12 @@ class WanVideoPipeline:
         prompter: WanPrompter,
         device: str | torch.device = "auto",
         defaults: RunDefaults | None = None,
+        **more: Any,
     ) -> None:
-        residency = Residency({"dit": dit, "text_encoder": text_encoder, "vae": vae}, choose_device(device))
-        self.models = Components(
-            dit=dit, text_encoder=text_encoder, vae=vae, prompter=prompter, residency=residency
-        )
+        models = {"dit": dit, "text_encoder": text_encoder, "vae": vae, **more}
+        residency = Residency(models, choose_device(device))
+        residency.offload = "low_noise_dit" in more  # one expert at a time
+        self.models = Components(**models, prompter=prompter, residency=residency)
         self.defaults = RunDefaults() if defaults is None else defaults
         self._manager: ModelManager | None = None
         self._interrupted = threading.Event()
@@ -93,10 +89,10 @@ class WanVideoPipeline:
         tokenizer_path: str | Path | None = None,
         use_usp: bool = False,
     ) -> "WanVideoPipeline":
-        """Return a pipeline over the DiT, text encoder and VAE of a manager.
+        """Return a pipeline over the models of a manager.
 
         Args:
-            torch_dtype: dtype of DiT and text encoder, by default as loaded; the VAE stays as loaded.
+            torch_dtype: dtype of all models but the VAE; by default as loaded.
             device: by default the manager's.
             tokenizer_path: folder of the tokenizer; by default the text encoder's.
             use_usp: DiffSynth's switch for several GPUs; only False.
@@ -107,13 +103,12 @@ class WanVideoPipeline:
         """
         if use_usp:
             raise ValueError("use_usp=True is not supported: one pipeline computes on one device")
-        dit, text, vae = (
-            model_manager.find(name) for name in ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
-        )
-        models: Any = dit.model, text.model, vae.model
-        prompter = WanPrompter(tokenizer_of(text, tokenizer_path), models[0].text_len)
+        found = models_of(model_manager)
+        models: Any = {name: entry.model for name, entry in found.items()}
+        prompter = WanPrompter(tokenizer_of(found["text_encoder"], tokenizer_path), models["dit"].text_len)
         device = model_manager.device if device is None else device
-        pipe = cls(models[0], models[1], models[2], prompter, device, run_defaults(dit.files[0].parent))
+        defaults = run_defaults(found["dit"].files[0].parent)
+        pipe = cls(**models, prompter=prompter, device=device, defaults=defaults)
         pipe._manager = model_manager
         return pipe.to(torch_dtype=torch_dtype)
 
@@ -134,7 +129,7 @@ class WanVideoPipeline:
             torch_dtype: bfloat16 on an accelerator, float32 on a CPU; float8_e4m3fn and int8 store in 8 bits.
             device: "auto", "cpu", "cuda", "cuda:1", ...
             loras: LoRA file -> strength; the files are merged into the DiT.
-            parts: dit, text_encoder and vae: weights that are loaded instead of the checkpoint's.
+            parts: dit, text_encoder, vae, ...: weights that are loaded instead of the checkpoint's.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -234,7 +229,8 @@ class WanVideoPipeline:
         self.residency.stop_streaming()
         if num_persistent_param_in_dit is not None:
             kept = checked_int("num_persistent_param_in_dit", num_persistent_param_in_dit, minimum=0)
-            self.residency.stream("dit", self.dit.blocks, kept)
+            for name in self.models.experts:
+                self.residency.stream(name, getattr(self.models, name).blocks, kept)
         if stream_text_encoder:
             self.residency.stream("text_encoder", self.text_encoder.encoder.block)
 
@@ -258,7 +254,8 @@ class WanVideoPipeline:
         Raises:
             ValueError: the backend is unknown.
         """
-        compile_blocks(self.dit, backend)
+        for name in self.models.experts:
+            compile_blocks(getattr(self.models, name), backend)
 
     def interrupt(self) -> None:
         """Stop the running call before its next step, from any thread, and let it decode its latents."""
@@ -270,7 +267,7 @@ class WanVideoPipeline:
 
     @property
     def costs(self) -> list[RunCost]:
-        """The costs of the videos of the last finished call, in their order."""
+        """Return the costs of the videos of the last finished call, in their order."""
         return [video.cost for video in self._videos]
 
     # fmt: off
@@ -311,6 +308,8 @@ class WanVideoPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         input_video: Video | None = None,
         *,
+        input_image: Picture | None = None,
+        end_image: Picture | None = None,
         progress_bar_cmd: Callable[[Iterable[int]], Iterable[int]] | None = tqdm,
         callback_on_step_end: Callback | None = None,
         observer: Observer | None = None,
@@ -328,6 +327,7 @@ class WanVideoPipeline:
             prompt: what the video should show; several for several videos from the same noise.
             negative_prompt: what it should not show; the checkpoint's by default.
             input_video: the reference; its first num_frames frames, centre-cropped and resized.
+            input_image: the picture that the video begins with, likewise fitted; end_image: ends with.
             progress_bar_cmd: wraps the denoising steps, as tqdm does.
             callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); latents in a dict that
                 it returns replace the run's.
@@ -348,14 +348,15 @@ class WanVideoPipeline:
         progress, observer = checked_callables(progress_bar_cmd, observer, callback_on_step_end)
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
         costs = latency_file(latency_dir) if test_latency else None
-        saving = SavingOptions(
-            checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
-        )
+        every: Any = {"checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes}
+        saving = SavingOptions(**every, resume=resume)
+        self.models.check_pictures(input_image is not None, end_image is not None)
+        named = {"input_image": input_image, "end_image": end_image}
+        pictures = [read_picture(picture, name) for name, picture in named.items() if picture is not None]
         folder = None if checkpoint_dir is None else prepare_folder(checkpoint_dir)
         if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
             options["seed"] = saved_seed(folder)
         run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
-        noise_generator(run)
         pixels = None
         if input_video is not None:
             pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
@@ -366,13 +367,10 @@ class WanVideoPipeline:
             run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
             logger.info("generating %d video(s): %s", len(prompts), run)
             self._interrupted.clear()
-            with open_run(folder, saving, self.residency, prompts, pixels, run, self.interrupt) as saved:
+            frames = pixels, pictures
+            with open_run(folder, saving, self.residency, prompts, *frames, run, self.interrupt) as saved:
                 videos = generate(
-                    self.models,
-                    prompts,
-                    pixels,
-                    run,
-                    ladder,
+                    *(self.models, prompts, *frames, run, ladder),
                     on_step=partial(self._on_step, callback_on_step_end, observer),
                     observer=observer,
                     progress=progress,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import cast
 
 import torch
@@ -105,6 +106,7 @@ class VAESize:
     """Layout and dtype of the VAE, and its weights. Fields as the arguments of `WanVideoVAE`."""
 
     z_dim: int
+    spatial_factor: int
     widths: tuple[int, ...]
     num_res_blocks: int
     temporal: tuple[bool, ...]
@@ -116,7 +118,8 @@ class VAESize:
         """Return the sizes of a loaded VAE."""
         levels: list[list[int]] = [[]]
         temporal = []
-        for block in vae.encoder.downsamples:
+        nested = (getattr(level, "downsamples", [level]) for level in vae.encoder.downsamples)
+        for block in chain.from_iterable(nested):
             if hasattr(block, "time_conv"):
                 temporal.append(block.time_conv is not None)
                 levels.append([])
@@ -125,6 +128,7 @@ class VAESize:
                 levels[-1].append(cast(nn.Conv3d, last).out_channels)
         return cls(
             z_dim=vae.z_dim,
+            spatial_factor=vae.spatial_factor,
             widths=tuple(level[-1] for level in levels),
             num_res_blocks=len(levels[0]),
             temporal=tuple(temporal),
@@ -159,7 +163,7 @@ class ModelSizes:
 
     def facts(self) -> ModelFacts:
         """Return the facts that decide options of a run."""
-        factor = 2 ** len(self.vae.temporal)
+        factor = self.vae.spatial_factor
         rows, cols = (factor * side for side in self.dit.patch_size[1:])
         return ModelFacts(
             dim=self.dit.dim,
@@ -173,7 +177,7 @@ class ModelSizes:
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a video in pixels; sides are rounded up to whole tokens."""
         frames = -(-(num_frames - 1) // 2 ** sum(self.vae.temporal)) + 1
-        factor = 2 ** len(self.vae.temporal)
+        factor = self.vae.spatial_factor
         rows, cols = (
             -(-side // (factor * patch)) * patch
             for side, patch in zip((height, width), self.dit.patch_size[1:], strict=True)

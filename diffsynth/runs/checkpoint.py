@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffsynth.configs.options import RunOptions, SavingOptions
@@ -20,7 +21,16 @@ from diffsynth.data.files import PARTIAL, checked_path, locked
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import identity_differences, identity_key, run_identity
 from diffsynth.runs.signals import stoppable
-from diffsynth.runs.state import PromptEmbeddings, RunInputs, StepState, joined, load_state, part, save_state
+from diffsynth.runs.state import (
+    ImageCondition,
+    PromptEmbeddings,
+    RunInputs,
+    StepState,
+    joined,
+    load_state,
+    part,
+    save_state,
+)
 from diffsynth.vram_management import Residency
 
 logger = logging.getLogger(__name__)
@@ -171,7 +181,11 @@ class SavedRun:
         prompts = [PromptEmbeddings(**part(state, f"context.{i}")) for i in range(facts["prompts"])]
         reference = state.get("reference")
         self.inputs = RunInputs(
-            prompts=prompts, noise=state["noise"], reference=reference, seconds=facts["seconds"]
+            prompts=prompts,
+            noise=state["noise"],
+            reference=reference,
+            seconds=facts["seconds"],
+            condition=ImageCondition(**part(state, "condition")),
         )
         self._inputs_saved = True
         logger.info("continuing the run in %s", self._folder)
@@ -180,6 +194,7 @@ class SavedRun:
         inputs = self.inputs
         if not self._inputs_saved and inputs is not None:
             contexts = {f"context.{i}": c._asdict() for i, c in enumerate(inputs.prompts)}
+            contexts["condition"] = inputs.condition._asdict()
             tensors = {**joined(contexts), "noise": inputs.noise, "reference": inputs.reference}
             tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             facts = {"identity": self._identity, "seed": self._seed, "prompts": len(inputs.prompts)}
@@ -207,6 +222,7 @@ def open_run(
     residency: Residency,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
+    pictures: Sequence[Image.Image],
     options: RunOptions,
     interrupt: Callable[[], None],
 ) -> Iterator[SavedRun | None]:
@@ -217,6 +233,7 @@ def open_run(
         saving: how often the run is saved, and whether an unfinished one is continued.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W]; None without one.
+        pictures: those that the video begins and ends with.
         interrupt: called when a signal stops the run.
 
     Raises:
@@ -227,7 +244,7 @@ def open_run(
         yield None
         return
     with run_lock(folder), stoppable(folder, interrupt):
-        identity = run_identity(residency.models, prompts, pixels, options)
+        identity = run_identity(residency.models, prompts, pixels, pictures, options)
         saved = SavedRun(folder, saving, identity, options.seed, residency.device)
         try:
             yield saved

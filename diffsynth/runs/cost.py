@@ -102,6 +102,6 @@ def measured(cost: RunCost, dit: WanModel, device: torch.device) -> Iterator[Cal
     finally:
         synchronize(device)
         cost.time_gen += time.perf_counter() - started
-        cost.peak_memory = peak_memory(device)
+        cost.peak_memory = max(cost.peak_memory, peak_memory(device))
         for hook in hooks:
             hook.remove()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from diffsynth.configs.options import RunOptions
@@ -19,6 +20,7 @@ def run_identity(
     models: Mapping[str, nn.Module],
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
+    pictures: Sequence[Image.Image],
     options: RunOptions,
 ) -> dict[str, str]:
     """Return everything that decides the result, as short texts: arguments, the reference's frames, weights.
@@ -26,6 +28,7 @@ def run_identity(
     Args:
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W]; None without one.
+        pictures: the first one, then the last, of those that are given.
         options: resolved options; output_type is not part of the identity.
     """
     positive, negative = ([pair[i] for pair in prompts] for i in (0, 1))
@@ -35,6 +38,8 @@ def run_identity(
             identity |= _named(item.name, getattr(options, item.name))
     if pixels is not None:
         identity["input_video"] = f"frames of hash {_hash(pixels.numpy().data)}"
+    for name, picture in zip(("input_image", "end_image"), pictures, strict=False):
+        identity[name] = f"{picture.width}x{picture.height} of hash {_hash(picture.tobytes())}"
     for name, model in models.items():
         identity[f"weights of {name}"] = weights_fingerprint(model)
     return identity

@@ -1,0 +1,170 @@
+"""The denoising steps of one prompt, through its experts, and again where memory runs out."""
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsynth.caches.rules import make_rule
+from diffsynth.configs.options import RunOptions
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.motion import GradientMemory
+from diffsynth.pipelines.components import Components
+from diffsynth.pipelines.denoise import RunEvent, Scheduler, cfg_velocity, denoise, motion_guide
+from diffsynth.pipelines.experts import expert_at
+from diffsynth.planning.ladder import Ladder, memory_problem, settings_of, with_settings
+from diffsynth.runs.checkpoint import SavedRun
+from diffsynth.runs.cost import RunCost, measured
+from diffsynth.runs.state import RunInputs, StepState, joined, part
+from diffsynth.schedulers import make_scheduler
+
+# Called with each event of the loop; latents that it returns for a sampling event replace the run's.
+StepConsumer = Callable[[RunEvent], Tensor | None]
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+def sample(
+    models: Components,
+    index: int,
+    inputs: RunInputs,
+    options: RunOptions,
+    ladder: Ladder,
+    cost: RunCost,
+    *,
+    on_step: StepConsumer,
+    progress: Progress,
+    stop: Callable[[], bool],
+    saved: SavedRun | None,
+) -> tuple[Tensor, RunOptions, bool]:
+    """Denoise the latents of one prompt, from noise or the noised reference.
+
+    The weights of an expert go after its last step. If memory runs out, denoising continues after the last
+    finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises. `event.step` of a
+    sampling event counts the finished steps. The event is `interrupted` if stop() became True during the
+    step: its guidance may have been cut short.
+
+    Args:
+        index: index (0-based) of the prompt.
+        cost: receives the cost of the prompt.
+        saved: saves finished steps; its unfinished run is continued.
+
+    Returns:
+        Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
+    """
+    finished = None if saved is None else saved.begun(index)
+    if finished is not None:
+        cost.restore(finished.cost)
+        options = with_settings(options, finished.settings)
+    guided_steps = 0 if options.motion is None else options.motion.guided_steps
+    at_start = cost.state()
+    bar = iter(progress(range(0 if finished is None else finished.step, options.num_inference_steps)))
+    next(bar, None)  # shows the bar
+    while True:
+        # The time of a failed attempt is part of the cost; the losses of its unfinished step are not.
+        found = at_start if finished is None else finished.cost
+        cost.restore({**found, "time_gen": cost.time_gen, "dit_block_calls": cost.dit_block_calls})
+        done = 0 if finished is None else finished.step
+        scheduler = make_scheduler(options.sampler, options.sigma_shift)
+        scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
+        expert, phase = expert_at(models, scheduler.timesteps, done, options.boundary)
+        scale = None if expert == "dit" else options.low_noise_cfg_scale
+        own = options if scale is None else replace(options, cfg_scale=scale)
+        failing = "guidance" if done < guided_steps else "sampling"
+        dit = getattr(models, expert)
+        try:
+            with models.residency.using(expert), measured(cost, dit, models.device) as elapsed:
+                latents, steps, parts = begin_denoising(
+                    dit, scheduler, phase, index, inputs, own, cost, stop, finished
+                )
+                with suppress(StopIteration):
+                    event = next(steps)
+                    while True:
+                        replaced = on_step(event)
+                        assert event.latents is not None  # every event of a step has them
+                        latents = event.latents if replaced is None else replaced
+                        if event.stage == "sampling" and not event.interrupted:
+                            finished = StepState(
+                                step=event.step,
+                                latents=latents,
+                                parts=joined({name: kept.state() for name, kept in parts.items()}),
+                                cost={**cost.state(), "time_gen": elapsed()},
+                                settings=settings_of(options),
+                            )
+                            if saved is not None:
+                                saved.step_done(finished)
+                            next(bar, None)
+                        guided_next = event.stage == "sampling" and event.step < guided_steps
+                        failing = "guidance" if guided_next else "sampling"
+                        event = steps.send(replaced)
+            done = 0 if finished is None else finished.step
+            if done == phase.stop < options.num_inference_steps:
+                continue
+            return latents, options, done == options.num_inference_steps
+        except (RuntimeError, MemoryError) as error:
+            problem = memory_problem(error)
+        # Outside of the except block, no traceback keeps the tensors of the failed attempt alive.
+        options = ladder.next(failing, options, problem)
+
+
+def begin_denoising(
+    dit: WanModel,
+    scheduler: Scheduler,
+    phase: range,
+    index: int,
+    inputs: RunInputs,
+    options: RunOptions,
+    cost: RunCost,
+    stop: Callable[[], bool],
+    finished: StepState | None,
+) -> tuple[Tensor, Generator[RunEvent, Tensor | None, None], dict[str, Any]]:
+    """Set up the denoising of one prompt by a DiT, from its start or from its last finished step.
+
+    Args:
+        scheduler: new, with the timesteps of the run.
+        phase: steps of the run that this DiT denoises; step caches and gradient memory are its own.
+
+    Returns:
+        The first latents [1, C, F, h, w], the generator of steps, and by name the parts that keep state from
+        step to step: scheduler, gradient memory, and the step cache's rule of each prompt.
+    """
+    prompt, motion, num_steps = inputs.prompts[index], options.motion, options.num_inference_steps
+    start, first_frame = inputs.noise, inputs.condition.first_frame
+    if inputs.reference is not None:
+        clean = inputs.reference
+        if first_frame is not None:
+            clean = torch.cat([first_frame.to(clean), clean[:, :, 1:]], dim=2)
+        start = scheduler.add_noise(clean, inputs.noise, scheduler.timesteps[0])
+    rules = {}
+    if options.cache is not None:
+        guided = options.cfg_steps
+        negative = range(max(phase.start, guided.start), min(phase.stop, guided.stop))
+        cached = {"positive": phase, "negative": negative}
+        rules = {
+            name: make_rule(options.cache, name, steps, num_steps) for name, steps in cached.items() if steps
+        }
+    memory = GradientMemory(motion) if motion is not None and motion.recompute_every > 1 else None
+    parts: dict[str, Any] = {"scheduler": scheduler, **({"memory": memory} if memory else {})}
+    parts |= {f"rules.{name}": rule for name, rule in rules.items()}
+    if finished is not None:
+        for name, remembering in parts.items():
+            if name == "scheduler" or finished.step > phase.start:
+                remembering.restore(part(finished.parts, name))
+    guide = None
+    if motion is not None:
+        guide = motion_guide(dit, prompt, inputs, motion, scheduler, start, cost, memory=memory, stop=stop)
+    latents = start if finished is None else finished.latents
+    steps = denoise(
+        latents,
+        scheduler,
+        cfg_velocity(dit, prompt, options, rules, inputs.condition),
+        guide,
+        guided_steps=0 if motion is None else motion.guided_steps,
+        condition=inputs.condition,
+        first=0 if finished is None else finished.step,
+        end=phase.stop,
+        stop=stop,
+    )
+    return latents, steps, parts

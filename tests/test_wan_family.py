@@ -1,0 +1,290 @@
+"""Whole runs of image models and of Wan2.2 against golden trajectories of the official code."""
+
+import shutil
+from functools import cache
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffsynth import ModelManager, WanVideoPipeline
+from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_dit_keys import diffusers_module, dit_config_from_shapes
+from diffsynth.models.wan_video_image_encoder import WanImageEncoder
+from diffsynth.models.wan_video_text_encoder import WanTextEncoder
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
+from diffsynth.pipelines import generate, image_condition
+from diffsynth.testing import write_checkpoint
+
+CLOSE = {"atol": 2e-5, "rtol": 0}
+
+
+def dit_of(tensors, info, prefix="sd."):
+    weights = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    dit = WanModel(**dit_config_from_shapes(shapes, info["config"])).eval().requires_grad_(False)
+    dit.load_state_dict(weights)
+    return dit
+
+
+class Texts:
+    """A prompter that knows the golden embeddings of two texts."""
+
+    def __init__(self, g):
+        self.known = {"a prompt": g["context"], "its opposite": g["negative_context"]}
+
+    def cached(self, _texts, _encoder):
+        return True
+
+    def encode_prompt(self, texts, _encoder):
+        length = max(self.known[text].shape[1] for text in texts)
+        padded = [
+            torch.nn.functional.pad(t, (0, 0, 0, length - t.shape[1])) for t in map(self.known.get, texts)
+        ]
+        return torch.cat(padded)
+
+
+@pytest.fixture
+def run(golden, monkeypatch):
+    """A function: golden run, solver, pictures, options -> final latents, which are the golden ones."""
+
+    def make(name, sampler, pictures=(), key=None, **options):
+        g, info = golden(name)
+        weights = info["weights"]
+        text = WanTextEncoder(
+            vocab=8, dim=40, dim_attn=8, dim_ffn=8, num_heads=2, num_layers=1, num_buckets=4
+        )
+        more = {}
+        if "sd_high.head.modulation" in g:
+            dit = dit_of(g, info, "sd_high.")
+            more["low_noise_dit"] = dit_of(g, info, "sd_low.")
+        else:
+            dit = dit_of(*golden(weights["dit"]))
+        vae_name = weights.get("vae", "vae_tiny_weights")
+        vae = WanVideoVAE22(**golden(vae_name)[1]["kwargs"]) if "22" in vae_name else WanVideoVAE(dim=4)
+        vae.load_state_dict(golden(vae_name)[0])
+        if "clip" in weights:
+            clip, clip_info = golden(weights["clip"])
+            more["image_encoder"] = WanImageEncoder(**clip_info["kwargs"]).requires_grad_(False)
+            more["image_encoder"].load_state_dict({k[3:]: v for k, v in clip.items() if k[:3] == "sd."})
+        pipe = WanVideoPipeline(dit, text, vae.requires_grad_(False), Texts(g), "cpu", **more)
+        # Golden pictures are no whole numbers: pictures of another brightness stand for them.
+        stand_ins = {name: Image.new("L", (64, 48), i) for i, name in enumerate(pictures)}
+        tensors = {(i, i, i): g[name] for i, name in enumerate(pictures)}
+        monkeypatch.setattr(image_condition, "picture_to_tensor", lambda p, *_: tensors[p.getpixel((0, 0))])
+        monkeypatch.setattr(generate, "draw_noise", lambda *_: g["noise"])
+        numbers = info.get("run", info["kwargs"])
+        seen = [g["noise"]]
+        result = pipe(
+            "a prompt",
+            "its opposite",
+            **dict(zip(("input_image", "end_image"), stand_ins.values(), strict=False)),
+            **{name: numbers[name] for name in ("num_frames", "height", "width")},
+            num_inference_steps=numbers["steps"],
+            sigma_shift=numbers["shift"],
+            sampler=sampler,
+            tiled=False,
+            output_type="latent",
+            progress_bar_cmd=None,
+            callback_on_step_end=lambda _pipe, _step, _t, kwargs: seen.append(kwargs["latents"]),
+            **{"cfg_scale": numbers.get("cfg_scale"), **options},
+        )
+        expected = g[f"{key + '.' if key else ''}{sampler}.trajectory"]
+        torch.testing.assert_close(torch.cat(seen[1:]), expected[1:], **CLOSE)
+        torch.testing.assert_close(result[0], expected[-1], **CLOSE)
+        return result
+
+    return make
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_image_to_video_of_wan21_is_the_official_one(run, sampler):
+    run("pipe_i2v21_tiny", sampler, ["image"])
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_first_and_last_frame_to_video_is_the_official_one(run, sampler):
+    run("pipe_flf2v_tiny", sampler, ["image", "last_image"])
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_ti2v_with_and_without_a_picture_is_the_official_one(run, sampler, golden):
+    result = run("pipe_ti2v_tiny", sampler, ["image"], key="i2v")
+    first = golden("pipe_ti2v_tiny")[0]["first_frame_latents"]
+    torch.testing.assert_close(result[:, :, :1], first, **CLOSE)
+    run("pipe_ti2v_tiny", sampler, key="t2v")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_two_experts_of_texts_are_the_official_ones(run, sampler):
+    scales = {"cfg_scale": 4.0, "low_noise_cfg_scale": 3.0}
+    run("pipe_a14b_t2v_tiny", sampler, **scales)
+    with pytest.raises(AssertionError):
+        run("pipe_a14b_t2v_tiny", sampler, **scales, boundary=0.0)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+@pytest.mark.parametrize("batch_cfg", [False, True])
+def test_two_experts_of_pictures_are_the_official_ones(run, sampler, batch_cfg):
+    scales = {"cfg_scale": 4.0, "low_noise_cfg_scale": 2.5}
+    run("pipe_a14b_i2v_tiny", sampler, ["image"], **scales, batch_cfg=batch_cfg)
+
+
+SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 3, "seed": 1}
+SMALL |= {"progress_bar_cmd": None, "output_type": "latent", "sigma_shift": 5.0}
+PICTURE = Image.linear_gradient("L").resize((40, 50))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A function: size -> a checkpoint of that size in the official layout."""
+    return cache(lambda size: write_checkpoint(tmp_path_factory.mktemp("family") / size, size=size))
+
+
+@pytest.mark.parametrize("size", ["tiny-i2v", "tiny-flf2v", "tiny-ti2v", "tiny-a14b", "tiny-a14b-i2v"])
+def test_official_folders_load_and_take_the_pictures_of_their_kind(checkpoint, size):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint(size), device="cpu")
+    takes = {"tiny-i2v": ["input_image"], "tiny-flf2v": ["input_image", "end_image"], "tiny-a14b": []}
+    given = dict.fromkeys(takes.get(size, ["input_image"]), PICTURE)
+    latents = pipe("a cat", **given, **SMALL)
+    assert latents.shape == ((1, 48, 2, 2, 2) if size == "tiny-ti2v" else (1, 16, 2, 4, 4))
+    assert latents.isfinite().all()
+    if given:
+        other = {name: PICTURE.transpose(Image.Transpose.ROTATE_180) for name in given}
+        assert not torch.equal(pipe("a cat", **other, **SMALL), latents)
+    if size not in ("tiny-ti2v", "tiny-a14b"):
+        with pytest.raises(ValueError, match="needs input_image; none is given"):
+            pipe("a cat", **SMALL)
+    if "end_image" not in given and size != "tiny-a14b-i2v":
+        with pytest.raises(ValueError, match="this model takes no end_image"):
+            pipe("a cat", **{**given, "end_image": PICTURE}, **SMALL)
+
+
+def test_a_text_model_takes_no_picture(tiny_checkpoint):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    with pytest.raises(ValueError, match="this model takes no input_image"):
+        pipe("a cat", input_image=PICTURE, **SMALL)
+
+
+def test_equal_experts_give_the_bits_of_one(checkpoint, tmp_path):
+    pair = tmp_path / "pair"
+    shutil.copytree(checkpoint("tiny-a14b"), pair)
+    shutil.rmtree(pair / "low_noise_model")
+    shutil.copytree(pair / "high_noise_model", pair / "low_noise_model")
+    both = WanVideoPipeline.from_pretrained(pair, device="cpu")
+    assert both.models.low_noise_dit is not both.dit
+    one = WanVideoPipeline(both.dit, both.text_encoder, both.vae, both.prompter, "cpu")
+    for sampler in ("euler", "unipc"):
+        assert torch.equal(both("a cat", sampler=sampler, **SMALL), one("a cat", sampler=sampler, **SMALL))
+    clip = [PICTURE.rotate(turn).convert("RGB") for turn in range(5)]
+    motion = {"guided_steps": 3, "inner_steps": 2, "block": 1, "window": 1, "tile": (1, 1), "sf": 2}
+    arguments = {**SMALL, "input_video": clip, "motion": motion, "denoising_strength": 1.0, "boundary": 0.9}
+    assert torch.equal(both("a cat", **arguments), one("a cat", **arguments))
+
+
+def test_one_expert_alone_is_refused(checkpoint):
+    folder = checkpoint("tiny-a14b")
+    manager = ModelManager(torch_dtype=torch.float32)
+    manager.load_models([folder], model_names=["wan_video_dit", "wan_video_text_encoder", "wan_video_vae"])
+    with pytest.raises(ValueError, match="is one of two experts; load the low-noise one as well"):
+        WanVideoPipeline.from_model_manager(manager)
+    manager.load_models([folder / "low_noise_model"])
+    assert WanVideoPipeline.from_model_manager(manager).models.experts == ("dit", "low_noise_dit")
+
+
+@pytest.mark.parametrize("size", ["tiny-i2v", "tiny-ti2v", "tiny-a14b"])
+def test_an_unfinished_run_continues_to_the_same_bits(checkpoint, size, tmp_path):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint(size), device="cpu")
+    given = {} if size == "tiny-a14b" else {"input_image": PICTURE}
+    whole = pipe("a cat", **given, **SMALL)
+
+    def stop(pipe, step, *_):
+        if step == 1:
+            pipe.interrupt()
+
+    saving = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    pipe("a cat", **given, **SMALL, **saving, callback_on_step_end=stop)
+    if given:
+        with pytest.raises(ValueError, match="differs in input_image"):
+            pipe("a cat", input_image=PICTURE.rotate(90), **SMALL, **saving)
+    assert torch.equal(pipe("a cat", **given, **SMALL, **saving), whole)
+
+
+def test_guidance_with_a_picture_is_refused_before_a_model_runs(checkpoint):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint("tiny-i2v"), device="cpu")
+    clip = [PICTURE.rotate(turn).convert("RGB") for turn in range(5)]
+    motion = {"guided_steps": 1, "block": 1, "window": 1, "tile": (1, 1), "sf": 2}
+    with pytest.raises(ValueError, match="takes no picture yet; give mode='No_transfer'"):
+        pipe("a cat", input_video=clip, input_image=PICTURE, motion=motion, **SMALL)
+    follows = {**SMALL, "input_video": clip, "input_image": PICTURE, "denoising_strength": 0.5}
+    assert pipe("a cat", mode="No_transfer", **follows).isfinite().all()
+
+
+def diffusers_names(weights):
+    """DiT weights under diffusers names."""
+    found = {}
+    for key, value in weights.items():
+        path, _, tensor = key.rpartition(".")
+        theirs = {"head.modulation": "scale_shift_table"}.get(key)
+        if theirs is None:
+            theirs = (
+                f"{path}.scale_shift_table"
+                if tensor == "modulation"
+                else f"{diffusers_module(path)}.{tensor}"
+            )
+        found[theirs] = value.contiguous()
+    return found
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "comfy"])
+@pytest.mark.parametrize("size", ["tiny-a14b", "tiny-i2v"])
+def test_other_layouts_load_to_the_same_video(checkpoint, size, layout, tmp_path):
+    official = checkpoint(size)
+    whole = WanVideoPipeline.from_pretrained(official, device="cpu")
+    given = {"input_image": PICTURE} if size == "tiny-i2v" else {}
+    files = {"dit": "wan2.2_t2v_high_noise_14B_fp16", "low_noise_dit": "wan2.2_t2v_low_noise_14B_fp16"}
+    folders = {"dit": "transformer", "low_noise_dit": "transformer_2"}
+    for name in whole.models.experts:
+        weights = getattr(whole.models, name).state_dict()
+        is_comfy = layout == "comfy"
+        folder = tmp_path / ("diffusion_models" if is_comfy else folders[name])
+        folder.mkdir(exist_ok=True)
+        stem = files[name] if is_comfy and size == "tiny-a14b" else "wan2.1_i2v" if is_comfy else "model"
+        weights = {k: v.contiguous() for k, v in weights.items()} if is_comfy else diffusers_names(weights)
+        save_file(weights, folder / f"{stem}.safetensors")
+        (folder / "config.json").write_text('{"num_attention_heads": 2}')
+    if whole.models.image_encoder is not None:
+        folder = tmp_path / ("clip_vision" if layout == "comfy" else "image_encoder")
+        folder.mkdir()
+        save_file(transformers_names(whole.models.image_encoder.state_dict()), folder / "model.safetensors")
+    for pattern in ("*.pth", "google"):
+        for path in official.glob(pattern):
+            if "clip" not in path.name:
+                (tmp_path / path.name).symlink_to(path)
+    pipe = WanVideoPipeline.from_pretrained(tmp_path, device="cpu")
+    assert pipe.models.experts == whole.models.experts
+    expected = whole("a cat", **given, **SMALL)
+    torch.testing.assert_close(pipe("a cat", **given, **SMALL), expected, atol=1e-4, rtol=0)
+
+
+def transformers_names(weights):
+    """Weights of the image encoder under transformers' names; its last block, which nobody reads, is zero."""
+    last = {key: value * 0 for key, value in weights.items() if key.startswith("transformer.0.")}
+    found = {}
+    for key, value in {**weights, **{k.replace(".0.", ".2.", 1): v for k, v in last.items()}}.items():
+        for ours, theirs in {
+            "pre_norm": "vision_model.pre_layrnorm", "transformer": "vision_model.encoder.layers",
+            ".norm": ".layer_norm", "attn.proj": "self_attn.out_proj", "mlp.0": "mlp.fc1", "mlp.2": "mlp.fc2",
+            "patch_embedding": "vision_model.embeddings.patch_embedding",
+        }.items():  # fmt: skip
+            key = key.replace(ours, theirs)
+        if "to_qkv" in key:
+            parts = zip("qkv", value.chunk(3), strict=True)
+            found |= {key.replace("attn.to_qkv", f"self_attn.{n}_proj"): v.clone() for n, v in parts}
+        else:
+            found[key] = value.clone()
+    found["vision_model.embeddings.class_embedding"] = found.pop("cls_embedding").flatten()
+    found["vision_model.embeddings.position_embedding.weight"] = found.pop("pos_embedding")[0]
+    return found
