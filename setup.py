@@ -32,7 +32,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["diffsynth", "diffsynth.*"]),
-    package_data={"diffsynth": ["py.typed", "configs/*.json"]},
+    package_data={"diffsynth": ["py.typed", "configs/*.json", "testing_data/*/*"]},
     cmdclass={"build_py": BuildWithNano},
     entry_points={"console_scripts": ["fastvmt = diffsynth.cli.main:main"]},
     install_requires=Path("requirements.txt").read_text().split(),

@@ -5,6 +5,7 @@ pictures.
 """
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae22 import WanVideoVAE22
-from diffsynth.testing_tokenizer import write_tokenizer
 
+_TOKENIZER = Path(__file__).with_name("testing_data") / "umt5-xxl"  # of few words
 _TEXT = {"dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 4, "num_layers": 2, "num_buckets": 32}
 _DIT = {"dim": 24, "ffn_dim": 48, "freq_dim": 32, "num_heads": 2, "num_layers": 2}
 _CLIP = {"image_size": 28, "patch_size": 14, "dim": 80, "mlp_ratio": 2, "num_heads": 1, "num_layers": 3}
@@ -60,7 +61,8 @@ def write_checkpoint(directory: str | Path, size: str = "tiny", seed: int = 0) -
 
 def _write_parts(directory: Path, size: str, seed: int) -> None:
     dit_kwargs, model_type = SIZES[size]
-    vocab = write_tokenizer(directory / "google" / "umt5-xxl")
+    tokenizer = shutil.copytree(_TOKENIZER, directory / "google" / "umt5-xxl")
+    vocab = len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         is_ti2v = model_type == "ti2v"

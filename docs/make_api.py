@@ -10,13 +10,13 @@ from pathlib import Path
 
 import diffsynth
 from diffsynth import evaluation
-from diffsynth.caches.mag_calibration import calibrate_magcache
 from diffsynth.configs.caches import CACHES, Cache, CacheOptions
 from diffsynth.configs.defaults import RunDefaults
 from diffsynth.configs.descriptors import DESCRIPTORS, Descriptor
 from diffsynth.configs.fields import OrNone, options_of
 from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, SavingOptions, Shorthands
 from diffsynth.configs.resolve import motion_for
+from diffsynth.evaluation.mag_calibration import calibrate_magcache
 from diffsynth.evaluation.synthetic import SyntheticClip, make_clip
 from diffsynth.jobs.convert import convert_checkpoint
 from diffsynth.models.attention import use_attention

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffsynth.configs.checkpoints import PUBLISHED
-from diffsynth.configs.download import SOURCES, DownloadError, download, missing_files
+from diffsynth.jobs.download import SOURCES, DownloadError, download, missing_files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,12 +24,12 @@ from diffsynth.configs.caches import CACHES
 from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.descriptors import DESCRIPTORS
-from diffsynth.configs.download import DownloadError
 from diffsynth.configs.fields import load, options_of
 from diffsynth.configs.resolve import resolve, resolve_prompts
 from diffsynth.data import frames, writer
 from diffsynth.evaluation.trackers import METHODS
 from diffsynth.jobs import models, publish, task
+from diffsynth.jobs.download import DownloadError
 from diffsynth.jobs.publish import check_folder, reserve_name
 from diffsynth.models.attention import BACKENDS
 from diffsynth.models.model_manager import DTYPES

@@ -13,9 +13,9 @@ import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import save_file
 
-from diffsynth.configs import download as download_module
 from diffsynth.configs.checkpoints import PUBLISHED, PublishedCheckpoint
-from diffsynth.configs.download import DownloadError, download, missing_files
+from diffsynth.jobs import download as download_module
+from diffsynth.jobs.download import DownloadError, download, missing_files
 from diffsynth.models.wan_video_dit import WanModel
 
 TINY = PublishedCheckpoint(

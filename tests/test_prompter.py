@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizer_writer import write_tokenizer
 
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.prompters import WanPrompter, clean_prompt
 from diffsynth.prompters.tokenizer import WanTokenizer
-from diffsynth.testing_tokenizer import write_tokenizer
 
 SIZES = {"dim": 16, "dim_attn": 16, "dim_ffn": 32, "num_heads": 2, "num_layers": 2}
 DOG, CAT = "A dog runs on the grass.", "A black cat jumps"

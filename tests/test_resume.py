@@ -13,10 +13,11 @@ from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.caches import CacheOptions
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.decode import decode_saved, read_latents_facts
+from diffsynth.pipelines.decode import decode_saved
 from diffsynth.runs import state as run_state
 from diffsynth.runs.checkpoint import INPUTS, STEP, clear_checkpoints, run_lock
 from diffsynth.runs.identity import weights_fingerprint
+from diffsynth.runs.latents import read_latents
 from diffsynth.runs.signals import RunInterrupted
 from diffsynth.runs.state import load_state, save_state
 from diffsynth.testing import write_clip
@@ -469,7 +470,7 @@ def test_signals_are_left_alone_without_a_folder_in_threads_and_where_they_are_i
 def test_saved_latents_decode_to_the_runs_frames_by_pipeline_or_vae(pipe, clip, tmp_path):
     frames = run(pipe, input_video=clip, mode="No_transfer", output_type="np", checkpoint_dir=tmp_path)
     (path,) = tmp_path.glob("latents-*")
-    facts = read_latents_facts(path)
+    facts = read_latents(path)[1]
     assert (facts["num_frames"], facts["height"], facts["width"], facts["fps"]) == (5, 32, 32, clip.fps)
     assert facts["cost"]["dit_block_calls"] == pipe.costs[0].dit_block_calls
     assert np.array_equal(decode_saved(path, pipe, output_type="np"), frames)

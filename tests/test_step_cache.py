@@ -8,13 +8,13 @@ import torch
 from diffsynth import WanVideoPipeline
 from diffsynth.caches.first_block_cache import FirstBlockCache
 from diffsynth.caches.mag_cache import MagCache
-from diffsynth.caches.mag_calibration import calibrate_magcache
 from diffsynth.caches.rules import Probe, StepCache, make_rule, run_blocks_cached
 from diffsynth.configs.cache_tables import MagRatios, mag_cache_models
 from diffsynth.configs.caches import CACHES, Cache, CacheOptions, choose_cache
 from diffsynth.configs.defaults import RunDefaults
 from diffsynth.configs.options import RunOptions
 from diffsynth.configs.resolve import ModelFacts, resolve
+from diffsynth.evaluation.mag_calibration import calibrate_magcache
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.denoise import cfg_velocity, denoise, motion_guide

@@ -5,7 +5,7 @@ import torch
 
 from diffsynth.caches.rules import Probe
 from diffsynth.caches.tea_cache import TeaCache
-from diffsynth.configs.cache_tables import TEA_CACHE_MODELS
+from diffsynth.configs.cache_tables import tea_cache_models
 from diffsynth.configs.caches import CacheOptions, choose_cache
 
 
@@ -14,7 +14,7 @@ def seen(e0):
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.2])
-@pytest.mark.parametrize("model_id", sorted(TEA_CACHE_MODELS))
+@pytest.mark.parametrize("model_id", sorted(tea_cache_models()))
 def test_decisions_are_the_published_ones(golden, model_id, threshold):
     tensors, info = golden("teacache")
     cache = TeaCache(info["steps"], threshold, model_id)

@@ -2,10 +2,10 @@ import json
 import shutil
 
 import pytest
+from tokenizer_writer import write_tokenizer
 
 from diffsynth.prompters import clean_prompt
 from diffsynth.prompters.tokenizer import cut, find_tokenizer, load_tokenizer
-from diffsynth.testing_tokenizer import write_tokenizer
 
 TEXTS = [
     "A red car drives along a wet road.",

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from diffsynth.caches.rules import Probe, StepCache
-from diffsynth.configs.cache_tables import TEA_CACHE_MODELS
+from diffsynth.configs.cache_tables import tea_cache_models
 from diffsynth.configs.caches import CacheOptions
 
 
@@ -23,7 +23,7 @@ class TeaCache(StepCache):
     Args:
         num_steps: steps in which the prompt runs; the first and the last one always compute.
         threshold: sum of estimated changes at which blocks run again; higher skips more, 0 never.
-        model_id: a key of TEA_CACHE_MODELS.
+        model_id: a key of `tea_cache_models()`.
 
     Attributes:
         accumulated: sum of estimated changes since the blocks last ran.
@@ -37,7 +37,7 @@ class TeaCache(StepCache):
         self.num_steps, self.threshold = num_steps, threshold
         self.accumulated = 0.0
         self.relative_change: float | None = None
-        self._coefficients = TEA_CACHE_MODELS[model_id].coefficients
+        self._coefficients = tea_cache_models()[model_id].coefficients
         self._step = 0
         self._previous: Tensor | None = None
 

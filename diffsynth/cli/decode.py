@@ -19,7 +19,8 @@ from diffsynth.jobs.publish import check_output, check_place, write_output
 from diffsynth.models.checkpoint_files import CheckpointError, files_of
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.decode import decode_saved, read_latents_facts
+from diffsynth.pipelines.decode import decode_saved
+from diffsynth.runs.latents import read_latents
 from diffsynth.runs.record import metadata_comment
 from diffsynth.vram_management import choose_device
 
@@ -32,7 +33,7 @@ def run(options: Namespace, console: Console) -> int:
         RunFailedError: the model has no whole VAE.
     """
     check_place(options.output)
-    facts = read_latents_facts(options.latents)
+    facts = read_latents(options.latents)[1]
     folder = choose_model(options.model, options.models_dir, console.note)
     asked = vars(options)
     tiling = {name: asked[name] for name in TILING if name in asked}

@@ -9,8 +9,8 @@ from typing import Any
 
 from diffsynth.cli.console import DONE, FAILED, Console
 from diffsynth.configs.checkpoints import PUBLISHED, checkpoint_folder
-from diffsynth.configs.download import missing_files
 from diffsynth.data.ffmpeg import FfmpegError, check_ffmpeg
+from diffsynth.jobs.download import missing_files
 from diffsynth.version import __version__
 
 NEEDED = ("torch", "numpy", "pillow", "einops", "safetensors", "tqdm", "ftfy", "tokenizers", "imageio-ffmpeg")

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.checkpoints import PUBLISHED
-from diffsynth.configs.download import download, missing_files
+from diffsynth.jobs.download import download, missing_files
 
 
 def run(options: Namespace, console: Console) -> int:

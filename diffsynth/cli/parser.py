@@ -18,9 +18,9 @@ from diffsynth.cli.arguments import (
 )
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
-from diffsynth.configs.download import SOURCES
 from diffsynth.configs.fields import Whole
 from diffsynth.configs.options import DTYPES, TILING, FileOptions, LoadOptions, ReferenceOptions, RunOptions
+from diffsynth.jobs.download import SOURCES
 from diffsynth.jobs.errors import UsageError
 from diffsynth.version import __version__
 

@@ -100,24 +100,14 @@ class TeaCacheModel:
     source: str = "TeaCache4Wan2.1, the set fitted with e0 as the input (use_ret_steps)"
 
 
-TEA_CACHE_MODELS = {
-    "Wan2.1-T2V-1.3B": TeaCacheModel(
-        coefficients=(-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
-        thresholds=(0.05, 0.08),
-    ),
-    "Wan2.1-T2V-14B": TeaCacheModel(
-        coefficients=(-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
-        thresholds=(0.14, 0.2),
-    ),
-    "Wan2.1-I2V-14B-480P": TeaCacheModel(
-        coefficients=(2.57151496e5, -3.54229917e4, 1.40286849e3, -1.35890334e1, 1.32517977e-1),
-        thresholds=(0.13, 0.26),
-    ),
-    "Wan2.1-I2V-14B-720P": TeaCacheModel(
-        coefficients=(8.10705460e3, 2.13393892e3, -3.72934672e2, 1.66203073e1, -4.17769401e-2),
-        thresholds=(0.18, 0.3),
-    ),
-}
+@cache
+def tea_cache_models() -> dict[str, TeaCacheModel]:
+    """Return the models whose polynomials are published, by name."""
+    table = json.loads(Path(__file__).with_name("tea_cache.json").read_text())
+    return {
+        name: TeaCacheModel(coefficients=tuple(row["coefficients"]), thresholds=tuple(row["thresholds"]))
+        for name, row in table.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

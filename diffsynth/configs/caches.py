@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffsynth.configs.cache_tables import MODEL_OF_DIT_DIM, TEA_CACHE_MODELS, MagRatios, mag_cache_models
+from diffsynth.configs.cache_tables import MODEL_OF_DIT_DIM, MagRatios, mag_cache_models, tea_cache_models
 from diffsynth.configs.fields import Choice, Number, Text, Whole, check_options, check_value, option
 
 Ratios = Mapping[str, Sequence[float]]
@@ -32,15 +32,15 @@ class Cache:
 
 def _tea_cache(dit_dim: int, _declared: Ratios | None, model_id: str) -> dict[str, Any]:
     model_id = model_id or MODEL_OF_DIT_DIM.get(dit_dim, "")
-    if model_id not in TEA_CACHE_MODELS:
-        known = ", ".join(TEA_CACHE_MODELS)
+    if model_id not in tea_cache_models():
+        known = ", ".join(tea_cache_models())
         if model_id:
             raise ValueError(f"tea_cache_model_id is {model_id!r}; it must be one of: {known}")
         raise ValueError(
             f"no TeaCache coefficients are known for a DiT of width {dit_dim}; "
             f"pass tea_cache_model_id, one of: {known}"
         )
-    return {"model_id": model_id, "threshold": TEA_CACHE_MODELS[model_id].thresholds[0]}
+    return {"model_id": model_id, "threshold": tea_cache_models()[model_id].thresholds[0]}
 
 
 def _mag_cache(dit_dim: int, declared: Ratios | None, _model_id: str) -> dict[str, Any]:

@@ -90,6 +90,18 @@ class MotionKind:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedOptions:
+    """Options whose values are checked.
+
+    Raises:
+        ValueError: a value is not allowed; the message names the option.
+    """
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
     """Options of a run, apart from prompts, reference and callbacks.
 
@@ -206,7 +218,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shorthands:
+class Shorthands(CheckedOptions):
     """Arguments of the call that set options of the run. None or an empty text leaves those options alone."""
 
     preset: str = option(
@@ -233,9 +245,6 @@ class Shorthands:
         "memory of the device that the run may use, GB of 2**30 bytes",
         default=None,
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 class CallOptions(TypedDict, total=False):
@@ -277,12 +286,8 @@ def call_options() -> dict[str, tuple[Option, Any]]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FileOptions:
-    """Options of the video file that frames are written to.
-
-    Raises:
-        ValueError: a value is not allowed; the message names the option.
-    """
+class FileOptions(CheckedOptions):
+    """Options of the video file that frames are written to."""
 
     fps: float | None = option(
         OrNone(Number(above=0), "the reference's, else the model's"), "frames a second", default=None
@@ -291,17 +296,10 @@ class FileOptions:
     lossless: bool = option(Switch(), "keep every pixel to the bit; for .mkv, .avi and .webm", default=False)
     keep_audio: bool = option(Switch(), "keep the sound of the reference", default=False)
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReferenceOptions:
-    """Options of reading a reference video.
-
-    Raises:
-        ValueError: a value is not allowed; the message names the option.
-    """
+class ReferenceOptions(CheckedOptions):
+    """Options of reading a reference video."""
 
     ref_fps: float | None = option(
         OrNone(Number(above=0), "its own"), "frames a second at which the reference is read", default=None
@@ -316,20 +314,14 @@ class ReferenceOptions:
         Choice(FITS), "how the reference's frames are brought to another aspect", default="crop"
     )
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoadOptions:
+class LoadOptions(CheckedOptions):
     """Options of loading and running a model, which records hold; None leaves a choice to the pipeline.
 
     Attributes:
         dit: a file, or a folder that holds one; likewise text_encoder and vae.
         loras: LoRA file -> strength; the files are merged into the DiT.
-
-    Raises:
-        ValueError: a value is not allowed; the message names the option.
     """
 
     dit: str | None = option(OrNone(Text()), "weights of the DiT, instead of the model's", default=None)
@@ -356,23 +348,13 @@ class LoadOptions:
     )
     loras: Mapping[str, float] | None = None
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SavingOptions:
-    """Options of saving the state of a long run.
-
-    Raises:
-        ValueError: a value is not allowed; the message names the option.
-    """
+class SavingOptions(CheckedOptions):
+    """Options of saving the state of a long run."""
 
     checkpoint_every: int = option(Whole(1), "steps from save to save", default=5)
     checkpoint_minutes: float = option(Number(above=0), "or minutes, whichever comes first", default=2.0)
     resume: bool = option(
         Switch(), "go on with an unfinished run that is there; otherwise it is discarded", default=True
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from diffsynth.configs.checkpoints import PUBLISHED, checkpoint_folder
-from diffsynth.configs.download import missing_files
 from diffsynth.configs.options import LoadOptions
+from diffsynth.jobs.download import missing_files
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.models.attention import use_attention
 from diffsynth.models.checkpoint_files import CheckpointError

@@ -26,11 +26,11 @@ from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import attention_kernel
 from diffsynth.jobs.publish import publish
 from diffsynth.pipelines.components import reference_facts
-from diffsynth.pipelines.decode import keep_latents, latents_facts
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import Observer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
+from diffsynth.runs.latents import keep_latents, latents_facts
 from diffsynth.runs.record import (
     RunRecord,
     describe_reference,

@@ -1,11 +1,7 @@
 """Latents to frames: at the end of a run, or later from a file of final latents."""
 
 import logging
-import shlex
-import tempfile
-import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +15,12 @@ from diffsynth.data.tensors import chunks_to_uint8, finite
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.components import Components
 from diffsynth.planning.ladder import Ladder, memory_problem
-from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import weights_fingerprint
-from diffsynth.runs.state import load_state, save_state
+from diffsynth.runs.latents import read_latents
 
 logger = logging.getLogger(__name__)
 
 Frames = list[Image.Image] | np.ndarray | Tensor
-KIND = "final latents"
 
 
 def decode_latents(models: Components, latents: Tensor, options: RunOptions) -> Frames:
@@ -56,58 +50,6 @@ def decode_frames(vae: WanVideoVAE, latents: Tensor, options: RunOptions) -> Fra
     return frames if options.output_type == "np" else [Image.fromarray(frame) for frame in frames]
 
 
-def latents_facts(vae: WanVideoVAE, options: RunOptions, fps: float | None, cost: RunCost) -> dict[str, Any]:
-    """Return the facts that are saved with final latents: the options that decoding needs, and the cost.
-
-    Args:
-        fps: frames a second of the reference; None if unknown.
-    """
-    return {
-        "kind": KIND,
-        "num_frames": options.num_frames,
-        "height": options.height,
-        "width": options.width,
-        "fps": fps,
-        "vae": weights_fingerprint(vae),
-        "cost": cost.state(),
-    }
-
-
-def keep_latents(
-    latents: Tensor, facts: Mapping[str, object], folders: Iterable[Path], stem: str, error: BaseException
-) -> None:
-    """Save final latents that are no video yet, in the first folder that takes them.
-
-    Args:
-        latents: [1, C, F, h, w].
-        facts: see `latents_facts`.
-        folders: those to try, before the system's folder for temporary files.
-        stem: how the file's name begins.
-        error: why there is no video; its `latents_path` becomes the file, or None where none takes it.
-    """
-    kept = None
-    for folder in (*folders, Path(tempfile.gettempdir())):
-        path = folder / f"{stem}-{uuid.uuid4().hex[:8]}.safetensors"
-        with suppress(OSError, ValueError):
-            save_state(path, {"latents": latents}, facts)
-            kept = path
-            break
-    error.latents_path = kept  # type: ignore[attr-defined]  # for callers
-    if kept is not None:
-        line = f"fastvmt decode {shlex.quote(str(kept))} -o OUT.mp4"
-        logger.error("there is no video (%s), but its final latents are kept: %s makes it", error, line)
-
-
-def read_latents_facts(path: str | Path) -> Mapping[str, Any]:
-    """Return the `latents_facts` in a file of final latents.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged or of another kind.
-    """
-    return _read(path)[1]
-
-
 @torch.no_grad()
 def decode_saved(
     path: str | Path,
@@ -133,7 +75,7 @@ def decode_saved(
     """
     if output_type not in ("pil", "np", "pt"):
         raise ValueError(f"output_type must be one of pil, np, pt; got {output_type!r}")
-    latents, facts = _read(path)
+    latents, facts = read_latents(path)
     models = None if isinstance(vae_or_pipe, WanVideoVAE) else vae_or_pipe.models
     vae = vae_or_pipe if models is None else models.vae
     pixels = tuple(n * vae.spatial_factor for n in latents.shape[3:])
@@ -160,10 +102,3 @@ def decode_saved(
         except (RuntimeError, MemoryError) as error:
             problem = memory_problem(error)
         options = ladder.next("decode", options, problem)
-
-
-def _read(path: str | Path) -> tuple[Tensor, Mapping[str, Any]]:
-    state, facts = load_state(Path(path))
-    if facts.get("kind") != KIND:
-        raise ValueError(f"{path} holds no final latents, but another part of a run")
-    return state["latents"], facts

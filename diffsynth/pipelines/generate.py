@@ -17,13 +17,14 @@ from torch import Tensor
 from diffsynth.configs.options import RunOptions
 from diffsynth.data.tensors import finite
 from diffsynth.pipelines.components import Components
-from diffsynth.pipelines.decode import Frames, decode_latents, keep_latents, latents_facts
+from diffsynth.pipelines.decode import Frames, decode_latents
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.image_condition import encode_pictures
 from diffsynth.pipelines.sample import Progress, StepConsumer, sample
 from diffsynth.planning.ladder import Ladder, memory_problem
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost
+from diffsynth.runs.latents import keep_latents, latents_facts
 from diffsynth.runs.state import NO_CONDITION, PromptEmbeddings, RunInputs
 
 T = TypeVar("T")

@@ -1,36 +1,11 @@
-"""A small tokenizer in the layout of google/umt5-xxl, trained on the sentences below."""
+"""A small tokenizer in the layout of google/umt5-xxl, trained on the sentences beside this file."""
 
 import io
 import json
 from pathlib import Path
 from typing import Any
 
-_SENTENCES = """
-A red car drives along a wet road at night.
-A brown dog runs on the green grass in the park.
-A white horse gallops over the beach in slow motion.
-Two people walk slowly across a stone bridge.
-The camera turns around a wooden boat on a quiet lake.
-A black cat jumps from the table to the window.
-An old man plays the violin on a small stage.
-A yellow bus waits at the corner of a busy street.
-Waves break on the rocks under a cloudy sky.
-A young woman dances in front of a blue wall.
-Snow falls on the roofs of a mountain village.
-A robot waters flowers in a glass house, close shot.
-The camera moves forward through a dark forest.
-A child throws a ball, and the dog brings it back.
-A silver plane lands on a long runway at sunset.
-Leaves turn in the wind; the light is warm and soft.
-A bear rides a bicycle, cartoon style, bright colours.
-Smoke rises from a cup of coffee on the desk.
-A tiger walks towards the viewer, low angle, 4k.
-Fish swim in circles above a coral reef.
-A train passes quickly behind the tall trees.
-Is it raining? No: the street is dry, the sun shines!
-A bird with wide wings glides over the valley.
-The ship leaves the harbour (view from above).
-""".strip().splitlines()
+_SENTENCES = Path(__file__).with_name("tokenizer_sentences.txt").read_text().splitlines()
 
 # As umt5's: these ids, and no normalisation beside white space.
 _SPECIAL = {"pad": ("<pad>", 0), "eos": ("</s>", 1), "bos": ("<s>", 2), "unk": ("<unk>", 3)}
