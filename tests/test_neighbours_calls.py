@@ -41,7 +41,9 @@ def test_arguments_of_features_that_are_not_used_are_none(pipe):
     assert torch.equal(
         run(pipe, **dict.fromkeys(unused), negative_prompt=None, tea_cache_l1_thresh=None), whole
     )
-    with pytest.raises(TypeError, match="unexpected keyword argument 'input_image'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'control_video'"):
+        run(pipe, control_video=np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="this model takes no input_image"):
         run(pipe, input_image=np.zeros((8, 8, 3), np.uint8))
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth import ModelManager, WanVideoPipeline
+from diffsynth.models.checkpoint_files import CheckpointError
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_keys import diffusers_module, dit_config_from_shapes
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
@@ -191,7 +192,28 @@ def test_one_expert_alone_is_refused(checkpoint):
     with pytest.raises(ValueError, match="is one of two experts; load the low-noise one as well"):
         WanVideoPipeline.from_model_manager(manager)
     manager.load_models([folder / "low_noise_model"])
-    assert WanVideoPipeline.from_model_manager(manager).models.experts == ("dit", "low_noise_dit")
+    pipe = WanVideoPipeline.from_model_manager(manager)
+    assert pipe.models.experts == ("dit", "low_noise_dit")
+    with pytest.raises(CheckpointError, match="two experts are not supported yet"):
+        manager.load_lora(folder / "lora.safetensors")
+
+
+def test_one_expert_at_a_time_is_on_the_device(checkpoint, monkeypatch):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint("tiny-a14b"), device="cpu")
+    whole = pipe("a cat", **SMALL)
+    assert pipe.residency.offload
+    stays = []
+    using, rest = pipe.residency.using, pipe.residency.rest
+    monkeypatch.setattr(pipe.residency, "using", lambda *names: stays.append(names) or using(*names))
+    monkeypatch.setattr(pipe.residency, "rest", lambda *names: stays.append(("rest", *names)) or rest(*names))
+    assert torch.equal(pipe("a cat", **SMALL), whole)
+    in_order = [names for names in stays if "dit" in names[-1]]
+    assert in_order == [("dit",), ("rest", "dit"), ("low_noise_dit",), ("rest", "low_noise_dit")]
+    pipe.enable_vram_management(num_persistent_param_in_dit=0)
+    assert set(pipe.residency.streaming) == {"dit", "low_noise_dit"}
+    assert torch.equal(pipe("a cat", **SMALL), whole)
+    torch.testing.assert_close(pipe("a cat", **SMALL, vram_budget_gb=4), whole, atol=1e-4, rtol=0)
+    assert pipe.residency.offload
 
 
 @pytest.mark.parametrize("size", ["tiny-i2v", "tiny-ti2v", "tiny-a14b"])

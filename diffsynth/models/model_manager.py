@@ -21,7 +21,15 @@ from diffsynth.models.checkpoint_files import (
 )
 from diffsynth.models.lora import merge
 from diffsynth.models.lora_files import Lora, checked_strength, read_lora
-from diffsynth.models.model_kinds import PIECES, ModelKind, check_complete, name_of, recognise, split
+from diffsynth.models.model_kinds import (
+    LOW_NOISE_DIT,
+    PIECES,
+    ModelKind,
+    check_complete,
+    name_of,
+    recognise,
+    split,
+)
 from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear, block_linears, pack_block_linears
 
 logger = logging.getLogger(__name__)
@@ -191,6 +199,8 @@ class ModelManager:
             CheckpointError: the file is damaged, belongs to another model, matches no layer, or is of an
                 unsupported kind.
         """
+        if any(entry.name == LOW_NOISE_DIT for entry in self.loaded):
+            raise CheckpointError("LoRAs for models of two experts are not supported yet")
         dit = self.find("wan_video_dit")
         lora = read_lora(path or file_path, lora_alpha, dit.model)
         merge(dit.model, dit.tensors, [*self.loras, lora], lora.layers)

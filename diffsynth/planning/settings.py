@@ -49,14 +49,15 @@ class Settings:
     def place(self, residency: Residency) -> None:
         """Have the models of a pipeline where the settings say."""
         residency.stop_streaming()
-        residency.offload = self.offload
+        residency.offload = self.offload or "low_noise_dit" in residency.models  # one expert at a time
         if not self.offload:
             return
         residency.rest()
         if self.resident_blocks is not None:
-            blocks = cast(WanModel, residency.models["dit"]).blocks
-            staying = [t.numel() for block in blocks[: self.resident_blocks] for t in tensors_of(block)]
-            residency.stream("dit", blocks, sum(staying))
+            for name in residency.models.keys() & {"dit", "low_noise_dit"}:
+                blocks = cast(WanModel, residency.models[name]).blocks
+                staying = [t.numel() for block in blocks[: self.resident_blocks] for t in tensors_of(block)]
+                residency.stream(name, blocks, sum(staying))
         if self.stream_text_encoder:
             text_encoder = cast(WanTextEncoder, residency.models["text_encoder"])
             residency.stream("text_encoder", text_encoder.encoder.block)
