@@ -64,9 +64,7 @@ class MagCache(StepCache):
             RuntimeError: called for more steps than there are ratios.
         """
         if self._step == len(self.ratios):
-            raise RuntimeError(
-                f"This MagCache was made for {len(self.ratios)} steps: make a new one for each run"
-            )
+            raise RuntimeError(f"this MagCache is for {len(self.ratios)} steps: make a new one for each run")
         forced = self._step < self._first_choice
         if not forced:
             self._ratio *= self.ratios[self._step]

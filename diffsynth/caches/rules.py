@@ -52,11 +52,7 @@ class StepCache:
 
     @property
     def residual(self) -> Tensor:
-        """Return the last stored residual.
-
-        Raises:
-            RuntimeError: there is none.
-        """
+        """Return the last stored residual; RuntimeError if there is none."""
         if self._residual is None:
             raise RuntimeError("No residual is stored: call store after each step whose blocks must run")
         return self._residual

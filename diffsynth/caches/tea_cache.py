@@ -53,9 +53,7 @@ class TeaCache(StepCache):
             RuntimeError: called more than num_steps times.
         """
         if self._step == self.num_steps:
-            raise RuntimeError(
-                f"This TeaCache was made for {self.num_steps} steps: make a new one for each run"
-            )
+            raise RuntimeError(f"this TeaCache is for {self.num_steps} steps: make a new one for each run")
         e0 = probe.modulation.detach().float()
         # Estimates of small changes are below 0, and so is their sum: 0 is no bound that it reaches.
         forced = self._step in (0, self.num_steps - 1) or self.threshold == 0

@@ -70,11 +70,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> WanVideoVAE:
-    """Load the VAE of a checkpoint folder alone.
-
-    Raises:
-        RunFailedError: the folder has none that is whole.
-    """
+    """Load the VAE of a checkpoint folder alone; RunFailedError if the folder has none that is whole."""
     manager = ModelManager(torch_dtype=dtype, device=device)
     try:
         # The VAE is the smallest file of the published checkpoints.

@@ -166,9 +166,7 @@ def _add_transfer(parser: Parser) -> None:
     text = "video file; a free name in the current folder, of reference, mode and seed, by default"
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help=text)
     parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
-    parser.add_argument(
-        "--from", dest="record", type=Path, metavar="RECORD", help="repeat the run of a record or its video"
-    )
+    parser.add_argument("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
     parser.add_argument("--force", action="store_true", help="with --from: although something changed")
     _add_run(parser)
 
@@ -178,7 +176,7 @@ def _add_inspect(parser: Parser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the result (REF-motion)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
     parser.add_argument(
-        "--mode", choices=flow_modes(), default=DEFAULT_MODE, help=f"whose flow ({DEFAULT_MODE})"
+        "--mode", choices=flow_modes(), default=DEFAULT_MODE, help=f"of the flow ({DEFAULT_MODE})"
     )
     parser.add_argument("--sigma", type=number, default=0.7, metavar="X", help="noise level, in (0, 1] (0.7)")
     add_options(parser, RunOptions, "the size; as for transfer", only=("height", "width"))
@@ -224,7 +222,7 @@ def _add_ui(parser: Parser) -> None:
         help="another name of the page, as of a proxy",
     )
     parser.add_argument(
-        "-o", "--output-dir", default="videos", metavar="DIR", help="for videos, records, references (videos)"
+        "-o", "--output-dir", default="videos", metavar="DIR", help="folder of the videos (videos)"
     )
     parser.add_argument("--max-upload", type=number, default=200, metavar="MB", help="of a reference (200)")
     parser.add_argument("--max-frames", type=whole, default=2000, metavar="N", help="of a reference (2000)")

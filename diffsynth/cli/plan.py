@@ -18,11 +18,7 @@ from diffsynth.planning.sizes import ModelSizes, published_sizes
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Print the plan.
-
-    Raises:
-        RunFailedError: no settings fit; the message says what would help.
-    """
+    """Print the plan; RunFailedError if no settings fit, which says what would help."""
     sizes, defaults = _model(options, console)
     asked = with_motion({name: value for name, value in vars(options).items() if value is not None})
     call = {name: value for name, value in asked.items() if name in call_options()}

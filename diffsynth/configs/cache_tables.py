@@ -35,9 +35,7 @@ class MagRatios:
             if ratios is None and name == "negative":
                 continue
             if not isinstance(ratios, tuple) or not ratios or not all(_is_ratio(r) for r in ratios):
-                raise ValueError(
-                    f"MagCache ratios: {name} must be finite numbers above 0; got {ratios!r:.80}"
-                )
+                raise ValueError(f"MagCache ratios: {name} must be finite and above 0; got {ratios!r:.80}")
         if self.negative is not None and len(self.negative) != len(self.positive):
             counts = f"{len(self.positive)} positive and {len(self.negative)} negative"
             raise ValueError(f"MagCache ratios: {counts} ones; both must be of one run")
@@ -50,9 +48,7 @@ class MagRatios:
             ValueError: `declared` has another form.
         """
         if not isinstance(declared, Mapping) or not {"positive"} <= declared.keys() <= set(PROMPTS):
-            raise ValueError(
-                f"MagCache ratios must hold positive and may hold negative; got {declared!r:.80}"
-            )
+            raise ValueError(f"MagCache ratios must hold positive, may hold negative; got {declared!r:.80}")
         return cls(**{name: tuple(r) if isinstance(r, list) else r for name, r in declared.items()})
 
     def to_json(self) -> dict[str, list[float]]:

@@ -98,9 +98,7 @@ def run_defaults(folder: Path) -> RunDefaults:
     declarable = _declarable()
     known = {*declarable, "motion", "mag_ratios", "presets"}
     if not isinstance(section, dict) or not section.keys() <= known:
-        raise ValueError(
-            f"{path}: {SECTION!r} may hold {', '.join(sorted(known))}; it holds {section!r:.200}"
-        )
+        raise ValueError(f"{path}: {SECTION!r} may hold {', '.join(sorted(known))}; it has {section!r:.200}")
     presets = section.get("presets", {})
     if not _maps_to_maps(presets) or not all(
         preset.keys() <= {*declarable, "motion"} for preset in presets.values()
@@ -108,9 +106,7 @@ def run_defaults(folder: Path) -> RunDefaults:
         raise ValueError(f"{path}: {SECTION!r}: presets must map names to other fields; it is {presets!r}")
     for name, entry in {SECTION: section, **presets}.items():
         if not _maps_to_maps(entry.get("motion", {})):
-            raise ValueError(
-                f"{path}: {name!r}: motion must map modes to their numbers; it is {entry['motion']!r}"
-            )
+            raise ValueError(f"{path}: {name!r}: motion must map modes to numbers; it is {entry['motion']!r}")
         try:
             _check_values(entry)
         except ValueError as error:

@@ -24,11 +24,7 @@ class Kind(Protocol):
         """Placeholder of a value in the help of the command line."""
 
     def read(self, text: str) -> Any:
-        """Parse a value.
-
-        Raises:
-            ValueError: the text is not an allowed value.
-        """
+        """Parse a value; ValueError if the text is not an allowed value."""
 
     def check(self, value: Any) -> Any:
         """Return an allowed value, converted to the type of the kind.
@@ -233,11 +229,7 @@ def fields_of(owner: type[Owner], values: Mapping[str, Any]) -> Owner:
 
 
 def check_value(name: str, kind: Kind, value: Any) -> Any:
-    """Return a value in its own type.
-
-    Raises:
-        ValueError: it is not allowed; the message names it and says what is.
-    """
+    """Return a value in its own type; ValueError that names it and what is allowed, if it is not."""
     try:
         return kind.check(value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -273,10 +265,6 @@ def load(path: str) -> Any:
 
 
 def only_known(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
-    """Check the names in a mapping.
-
-    Raises:
-        ValueError: a name is unknown; the message says which.
-    """
+    """Check the names in a mapping; ValueError that names those that are unknown."""
     if unknown := sorted(given.keys() - set(known)):
         raise ValueError(f"{what} has no field {', '.join(unknown)}")

@@ -117,9 +117,7 @@ class MotionGuidance:
         default=1,
     )
     # Flow, in tokens
-    sf: int = option(
-        Whole(2), "frames that each latent frame is compared with: pairs i <= j < i + sf", default=4
-    )
+    sf: int = option(Whole(2), "frames that each latent frame is compared with: i <= j < i + sf", default=4)
     window: int = option(SEARCH_WINDOW, "side of the search window, in tokens", default=21)
     tile: tuple[int, int] = option(TILE, "tokens that share a search window", default=(3, 4))
     tau: float = option(TAU, "factor on the attention logits", default=1.0)
@@ -138,9 +136,7 @@ class MotionGuidance:
         "factor on the mean over tokens (1560: the tokens of 480x832)",
         default=1560.0,
     )
-    prediction_weight: float = option(
-        _WEIGHT, "weight of the predicted clean latents (FlowMotion)", default=20.0
-    )
+    prediction_weight: float = option(_WEIGHT, "weight of predicted clean latents (FlowMotion)", default=20.0)
     difference_weight: float = option(_WEIGHT, "weight of their frame differences (FlowMotion)", default=5.0)
     prediction_cfg: float = option(_WEIGHT, "guidance scale of the prediction (FlowMotion)", default=6.0)
     across_velocity: float = option(
@@ -150,7 +146,7 @@ class MotionGuidance:
     guided_steps: int = option(Whole(0), "denoising steps that are guided, from the first", default=10)
     inner_steps: int = option(Whole(1), "optimiser steps in each guided step", default=10)
     interval: int = option(
-        Whole(1), "inner steps from one fresh gradient to the next; those between reuse it", default=3
+        Whole(1), "inner steps from a fresh gradient to the next, which reuse it", default=3
     )
     reuse: str = option(
         Choice(("repeat", "falling", "extrapolate")),
@@ -161,16 +157,14 @@ class MotionGuidance:
         _COSINE, "reuse only while the last two fresh gradients have this cosine; None: always", default=None
     )
     update: str = option(
-        Choice(("adamw", "gradient")), "AdamW as published, or plain descent (gradient)", default="adamw"
+        Choice(("adamw", "gradient")), "AdamW as published, or descent (gradient)", default="adamw"
     )
     lr: tuple[float, float] = option(
         Several(Number(above=0), ("first", "end")),
         "learning rate, linear over the inner steps; the end is not reached",
         default=(0.003, 0.002),
     )
-    fade: float = option(
-        _WEIGHT, "factor on lr at the end of the guided steps, linear from 1 at the first", default=1.0
-    )
+    fade: float = option(_WEIGHT, "factor on lr at the last guided step, linear from 1 at first", default=1.0)
     weight_decay: float = option(_WEIGHT, "weight decay of an inner step, times lr", default=0.01)
     recompute_every: int = option(
         Whole(1), "guided steps from one that computes gradients to the next; those between repeat them",
@@ -235,11 +229,7 @@ class MotionGuidance:
         return replace(self, lr=(factor * self.lr[0], factor * self.lr[1]))
 
     def block_for(self, num_layers: int) -> int:
-        """Return the block to read in a DiT of `num_layers` blocks.
-
-        Raises:
-            ValueError: the DiT has no such block.
-        """
+        """Return the block to read in a DiT of `num_layers` blocks; ValueError if there is no such block."""
         scaled = PAPER_BLOCK if num_layers in PAPER_DEPTHS else round(PAPER_BLOCK / 30 * num_layers)
         if self.block is None or (self.block == PAPER_BLOCK >= num_layers and self.variant == "paper"):
             return min(scaled, num_layers - 1)

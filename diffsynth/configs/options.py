@@ -145,7 +145,7 @@ class RunOptions:
     sampler: str = option(Choice(SAMPLERS), "the solver of the noise schedule", default="euler")
     motion: MotionGuidance | None = option(MotionKind(), "what is transferred and how", default=None)
     cache: CacheOptions | CacheMaker | None = option(
-        CacheKind(), "steps that reuse the work of an earlier one", default=None
+        CacheKind(), "steps that reuse an earlier one", default=None
     )
     cfg_interval: tuple[float, float] = option(
         Several(Number(least=0, most=1), ("from", "to")),
@@ -221,12 +221,10 @@ class RunOptions:
 class Shorthands(CheckedOptions):
     """Arguments of the call that set options of the run. None or an empty text leaves those options alone."""
 
-    preset: str = option(
-        Text(), "a set of defaults: exact, balanced, fast or the model's own", default="exact"
-    )
+    preset: str = option(Text(), "set of defaults: exact, balanced, fast or the model's own", default="exact")
     mode: str | None = option(OrNone(Choice(MODES)), "how motion is transferred", default=None)
     sf: int | None = option(
-        OrNone(Whole(2)), "frames that each latent frame is compared with, as in motion", default=None
+        OrNone(Whole(2)), "frames compared with each latent frame, as in motion", default=None
     )
     motion_scale: float | None = option(
         OrNone(Number(above=0)),
@@ -236,9 +234,7 @@ class Shorthands(CheckedOptions):
     cache_threshold: float | None = option(
         OrNone(Number(least=0)), "threshold of the cache, instead of the published one", default=None
     )
-    tea_cache_l1_thresh: float | None = option(
-        OrNone(Number(least=0)), "TeaCache with this threshold", default=None
-    )
+    tea_cache_l1_thresh: float | None = option(OrNone(Number(least=0)), "threshold of TeaCache", default=None)
     tea_cache_model_id: str = option(Text(), "whose coefficients TeaCache takes", default="")
     vram_budget_gb: float | None = option(
         OrNone(Number(above=0, most=100_000)),
@@ -305,14 +301,12 @@ class ReferenceOptions(CheckedOptions):
         OrNone(Number(above=0), "its own"), "frames a second at which the reference is read", default=None
     )
     start: float | None = option(
-        OrNone(Number(least=0)), "second of the reference at which its use begins", default=None
+        OrNone(Number(least=0)), "second of the reference at which it begins", default=None
     )
     end: float | None = option(
-        OrNone(Number(above=0)), "second of the reference at which its use ends", default=None
+        OrNone(Number(above=0)), "second of the reference at which it ends", default=None
     )
-    fit: str = option(
-        Choice(FITS), "how the reference's frames are brought to another aspect", default="crop"
-    )
+    fit: str = option(Choice(FITS), "how the reference's frames get another aspect", default="crop")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,22 +319,18 @@ class LoadOptions(CheckedOptions):
     """
 
     dit: str | None = option(OrNone(Text()), "weights of the DiT, instead of the model's", default=None)
-    text_encoder: str | None = option(
-        OrNone(Text()), "weights of the text encoder, instead of the model's", default=None
-    )
+    text_encoder: str | None = option(OrNone(Text()), "text encoder instead of the model's", default=None)
     vae: str | None = option(OrNone(Text()), "weights of the VAE, instead of the model's", default=None)
     device: str | None = option(OrNone(Text()), "auto, cpu, cuda, cuda:1, ...", default=None)
     dtype: str | None = option(
-        OrNone(Choice(DTYPES)), "type of the weights; float32 on a CPU, else bfloat16", default=None
+        OrNone(Choice(DTYPES)), "of the weights; float32 on a CPU, else bfloat16", default=None
     )
     vae_dtype: str | None = option(OrNone(Choice(WIDE_DTYPES)), "type of the VAE (float32)", default=None)
     attention: str | None = option(
         OrNone(Choice(ATTENTION)), "attention kernel; by default the best one that is installed", default=None
     )
     compile: bool | None = option(OrNone(Switch()), "compile the DiT's blocks", default=None)
-    offload: bool | None = option(
-        OrNone(Switch()), "models rest on the CPU between their stages", default=None
-    )
+    offload: bool | None = option(OrNone(Switch()), "models stay on the CPU between stages", default=None)
     persistent: int | None = option(
         OrNone(Whole(0)),
         "stream the DiT's blocks from the CPU but for this many parameters, which stay on the device",
@@ -355,6 +345,4 @@ class SavingOptions(CheckedOptions):
 
     checkpoint_every: int = option(Whole(1), "steps from save to save", default=5)
     checkpoint_minutes: float = option(Number(above=0), "or minutes, whichever comes first", default=2.0)
-    resume: bool = option(
-        Switch(), "go on with an unfinished run that is there; otherwise it is discarded", default=True
-    )
+    resume: bool = option(Switch(), "continue an unfinished run; otherwise it is discarded", default=True)

@@ -267,9 +267,7 @@ def _motion(
     if num_frames is None:
         raise ValueError(f"mode {motion.mode!r} transfers motion and needs input_video; none is given")
     if num_frames < 2:
-        raise ValueError(
-            f"mode {motion.mode!r} needs num_frames of at least 2, and an input_video of as many; got 1"
-        )
+        raise ValueError(f"mode {motion.mode!r} needs num_frames and input_video of 2 frames or more; got 1")
     if motion.guided_steps > num_steps:
         logger.warning("guided_steps=%d: the run has only %d steps", motion.guided_steps, num_steps)
         motion = replace(motion, guided_steps=num_steps)

@@ -32,9 +32,7 @@ def frame_size(video: Video) -> tuple[int, int]:
     if isinstance(video, VideoData):
         return video.shape()
     if isinstance(video, str) or not isinstance(video, Sequence | np.ndarray):
-        raise TypeError(
-            f"input_video must be a VideoData, images or a uint8 array; got {type(video).__name__}"
-        )
+        raise TypeError(f"input_video must be VideoData, images or a uint8 array; got {type(video).__name__}")
     first = next(rgb_frames(islice(video, 1), "input_video"))
     return first.height, first.width
 

@@ -194,7 +194,7 @@ class VideoData:
     ) -> None:
         if (video_file is None) == (image_folder is None):
             raise ValueError(
-                f"give exactly one of video_file and image_folder, got {video_file!r} and {image_folder!r}"
+                f"give one of video_file and image_folder, got {video_file!r} and {image_folder!r}"
             )
         if (height is None) != (width is None):
             raise ValueError(f"give both height and width or neither, got height={height!r}, width={width!r}")

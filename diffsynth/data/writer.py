@@ -175,9 +175,7 @@ def _add_sound(encoding: dict[str, Any], target: Path, source: Path, start: floa
         raise FileNotFoundError(f"audio_from {source} does not exist")
     codec = _SOUND_CODECS.get(target.suffix.lower())
     if codec is None:
-        raise ValueError(
-            f"a {target.suffix} file has no sound: leave out audio_from, or choose another suffix"
-        )
+        raise ValueError(f"a {target.suffix} file has no sound: leave out audio_from or take another suffix")
     if "Audio:" not in run_ffmpeg(["-i", file_url(source)])[1]:
         logger.info("%s has no sound to keep", source)
         return
@@ -190,9 +188,7 @@ def _checked_params(params: Sequence[str] | None) -> list[str]:
     if params is None:
         return []
     if isinstance(params, str) or not all(isinstance(word, str) for word in params):
-        raise TypeError(
-            f"ffmpeg_params must be a list of strings such as ['-preset', 'slow'], got {params!r}"
-        )
+        raise TypeError(f"ffmpeg_params must be a list of strings as ['-preset', 'slow'], got {params!r}")
     return list(params)
 
 

@@ -123,7 +123,7 @@ def _check(generated: Tracklets, reference: Tracklets, least_step: float) -> Non
     own, other = generated.points.shape[1], reference.points.shape[1]
     if own != other or own < 2:
         raise ValueError(
-            f"generated and reference must have as many frames, 2 or more; got {own} and {other}"
+            f"generated and reference must have as many frames, at least 2; got {own} and {other}"
         )
     if not least_step >= 0:
         raise ValueError(f"least_step must be 0 or more pixels; got {least_step!r}")

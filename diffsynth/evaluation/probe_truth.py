@@ -73,9 +73,7 @@ def true_flow(
         raise ValueError(f"tokens must be one of {', '.join(TOKENS)}; got {tokens!r}")
     num_latents = -(-(num_frames - 1) // temporal_factor) + 1
     if num_latents < 2 or sf < 2:
-        raise ValueError(
-            f"motion needs two latent frames and sf of at least 2; got {num_frames} frames and sf={sf}"
-        )
+        raise ValueError(f"motion needs two latent frames and sf >= 2; got {num_frames} frames, sf={sf}")
     covered = [_frames_of(i, temporal_factor, num_frames) for i in range(num_latents)]
     pairs = [(i, j) for i, j in frame_pairs(num_latents, sf) if i != j]
     flow, counted = list[np.ndarray](), list[np.ndarray]()
@@ -203,9 +201,7 @@ def _covariances(sums: np.ndarray) -> np.ndarray:
 def _correlation_and_slope(covariance: np.ndarray, floor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     true, read, product = covariance[..., 0, 0], covariance[..., 1, 1], covariance[..., 0, 1]
     if (true <= np.maximum(floor[..., 0], 1e-9)).any():
-        raise ValueError(
-            "the clips have no motion to compare with (no tokens to count, or all move alike); take more"
-        )
+        raise ValueError("the clips have no motion to compare with (no tokens, or all move alike); take more")
     still = read <= np.maximum(floor[..., 1], 1e-12)
     correlation = np.where(still, 0.0, product / np.sqrt(np.where(still, 1.0, true * read)))
     return correlation.clip(-1, 1), product / true

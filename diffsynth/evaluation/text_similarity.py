@@ -69,9 +69,7 @@ def load_clip(folder: str | PathLike | None = None, *, device: str | torch.devic
     )
     model, report = loaded
     if report["missing_keys"]:
-        raise ValueError(
-            f"{folder} is no CLIP: its weights lack {sorted(report['missing_keys'])[0]} and others"
-        )
+        raise ValueError(f"{folder} is no CLIP: it lacks {sorted(report['missing_keys'])[0]} and others")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return Clip(model=model.eval().to(device, torch.float32), tokenizer=tokenizer)
 

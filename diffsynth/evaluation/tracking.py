@@ -43,11 +43,7 @@ class Track:
 
 
 def video_array(frames: Video) -> np.ndarray:
-    """Return a video as one uint8 array [T, H, W, 3].
-
-    Raises:
-        TypeError, ValueError: a frame is none; the message names it.
-    """
+    """Return a video as uint8 [T, H, W, 3]; TypeError, ValueError that names a frame that is none."""
     return np.stack([np.asarray(frame) for frame in rgb_frames(frames)])
 
 

@@ -63,9 +63,7 @@ def download(
     _fetch(checkpoint, folder, list(faults), source)
     left = missing_files(folder, checkpoint)
     if left:
-        raise DownloadError(
-            _explain(checkpoint, folder, source, "files are still incomplete: " + "; ".join(left))
-        )
+        raise DownloadError(_explain(checkpoint, folder, source, "still incomplete: " + "; ".join(left)))
     return folder
 
 

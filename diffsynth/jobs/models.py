@@ -78,11 +78,7 @@ def parts_of(options: LoadOptions) -> dict[str, str]:
 
 
 def load_pipeline(folder: Path, options: LoadOptions) -> WanVideoPipeline:
-    """Load the pipeline of a checkpoint.
-
-    Raises:
-        RunFailedError: its weights are damaged or incomplete.
-    """
+    """Load the pipeline of a checkpoint; RunFailedError if its weights are damaged or incomplete."""
     dtypes = {"torch_dtype": options.dtype, "vae_dtype": options.vae_dtype}
     chosen: dict[str, Any] = {
         name: getattr(torch, dtype) for name, dtype in dtypes.items() if dtype is not None

@@ -52,9 +52,7 @@ def check_place(path: Path) -> None:
         return
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         kinds = ", ".join(VIDEO_SUFFIXES)
-        raise UsageError(
-            f"output {path} must end in one of {kinds}, or have no suffix: a folder of PNG files"
-        )
+        raise UsageError(f"output {path} must end in one of {kinds}, or have no suffix: a folder of PNGs")
     if path.is_dir():
         raise UsageError(f"output {path} is a folder; give the name of a video file")
 
@@ -71,9 +69,7 @@ def check_space(path: Path, num_bytes: int, lossless: bool) -> None:
     needed = (num_bytes if lossless or is_png_folder(path) else num_bytes // 10) + 2**20
     free = shutil.disk_usage(path.parent).free
     if free < needed:
-        raise UsageError(
-            f"{path.parent} has {free / 2**20:.1f} MiB free; the video may take {needed / 2**20:.1f}"
-        )
+        raise UsageError(f"{path.parent} has {free / 2**20:.1f} MiB free; it may need {needed / 2**20:.1f}")
 
 
 def is_png_folder(path: Path) -> bool:

@@ -103,11 +103,7 @@ _chosen: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 
 
 def check_backend_name(name: str) -> str:
-    """Return the name of an attention backend.
-
-    Raises:
-        ValueError: it is unknown; the message lists the known ones.
-    """
+    """Return the name of an attention backend; ValueError that lists the known ones, if it is unknown."""
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; known: {', '.join(BACKENDS)}")
     return name
@@ -115,11 +111,7 @@ def check_backend_name(name: str) -> str:
 
 @contextmanager
 def use_attention(name: str) -> Iterator[None]:
-    """Return a context in which attention runs on the named backend.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
+    """Return a context in which attention runs on the named backend; ValueError if the name is unknown."""
     token = _chosen.set(check_backend_name(name))
     try:
         yield

@@ -123,9 +123,7 @@ class Scaling:
             return 1.0
         rank = _matching(self.ranks, name, self.rank)
         if own_rank is not None and rank not in (None, own_rank):
-            raise CheckpointError(
-                f"{self.source} declares rank {rank:g} for {name}; its factors have {own_rank}"
-            )
+            raise CheckpointError(f"{self.source} declares rank {rank:g} for {name}; it has {own_rank}")
         rank = own_rank if rank is None else rank
         return 1.0 if rank is None else alpha / self._divisor(rank)
 
@@ -198,11 +196,7 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
 
 
 def checked_strength(alpha: float) -> float:
-    """Return a LoRA's strength.
-
-    Raises:
-        ValueError: it is not a finite number.
-    """
+    """Return a LoRA's strength; ValueError if it is not a finite number."""
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"lora_alpha must be a finite number; got {alpha!r}")
     return alpha
@@ -257,9 +251,7 @@ def _check_sizes(lora: str, layer: str, parts: Mapping[str, StoredTensor], modul
         raise CheckpointError(f"{lora} does not fit the modulation of {layer}; it is for another model")
     if (shape := _weight_shape(module)) is not None and not _fits(parts, shape):
         sizes = ", ".join(f"{part} {tuple(stored.shape)}" for part, stored in parts.items())
-        raise CheckpointError(
-            f"{lora} does not fit {layer}: weight {tuple(shape)}, {sizes}; it is for another model"
-        )
+        raise CheckpointError(f"{lora} does not fit {layer}, {tuple(shape)}: {sizes}; it is of another model")
 
 
 def _weight_shape(module: nn.Module) -> torch.Size | None:

@@ -184,11 +184,7 @@ class WanModel(nn.Module):
         clip_feature: Tensor | None = None,
         y: Tensor | None = None,
     ) -> DiTState:
-        """Return what the blocks read, given the inputs of `forward`.
-
-        Raises:
-            ValueError: a size does not fit.
-        """
+        """Return what the blocks read, given the inputs of `forward`; ValueError if a size does not fit."""
         if self.has_image_input != (clip_feature is not None):
             need = "needs" if self.has_image_input else "does not take"
             raise ValueError(f"this DiT {need} clip_feature (has_image_input={self.has_image_input})")
@@ -207,7 +203,7 @@ class WanModel(nn.Module):
             timestep.ndim == 2 and timestep.shape[1] not in counts
         ):  # fmt: skip
             raise ValueError(
-                f"timestep must be [B], [B, {counts[0]}] or [B, {counts[1]}]; got {tuple(timestep.shape)}"
+                f"timestep must be [B(, {counts[0]} or {counts[1]})]; got {tuple(timestep.shape)}"
             )
         if context.ndim != 3 or context.shape[1] > self.text_len or context.shape[2] != self.text_dim:
             raise ValueError(

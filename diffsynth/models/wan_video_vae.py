@@ -230,15 +230,11 @@ class WanVideoVAE(nn.Module):
             raise TypeError(f"video must be of a floating type with values in [-1, 1]; got {video.dtype}")
         height, width = video.shape[3:]
         if min(height, width) < 1 or height % self.spatial_factor or width % self.spatial_factor:
-            raise ValueError(
-                f"height and width must be multiples of {self.spatial_factor}; got {height} x {width}"
-            )
+            raise ValueError(f"sides must be multiples of {self.spatial_factor}; got {height} x {width}")
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.z_dim or 0 in latents.shape:
-            raise ValueError(
-                f"latents must be [B, {self.z_dim}, F, h, w], none of them 0; got {list(latents.shape)}"
-            )
+            raise ValueError(f"latents must be [B, {self.z_dim}, F, h, w], not 0; got {list(latents.shape)}")
 
 
 def _video_chunks(video: Tensor, step: int) -> Iterator[Tensor]:
@@ -280,7 +276,7 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     dim, *rest = shapes["encoder.conv1.weight"]
     if rest != [channels, 3, 3, 3]:
         raise ValueError(
-            f"not a Wan VAE: encoder.conv1.weight must be [dim, {channels}, 3, 3, 3]; got {[dim, *rest]}"
+            f"not a Wan VAE: encoder.conv1.weight [dim, {channels}, 3, 3, 3]; got {[dim, *rest]}"
         )
     widths: list[list[int]] = [[]]  # of the residual blocks, level by level
     temporal = []

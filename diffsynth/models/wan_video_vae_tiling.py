@@ -46,9 +46,7 @@ class TileGrid:
     def __post_init__(self) -> None:
         for name, value in (("tile_size", self.size), ("tile_stride", self.stride)):
             if len(value) != 2 or not all(isinstance(n, int) and n >= 1 for n in value):
-                raise ValueError(
-                    f"{name} must be two whole numbers of latent positions, at least 1; got {value}"
-                )
+                raise ValueError(f"{name} must be two whole numbers of latents, at least 1; got {value}")
         if any(stride > size for stride, size in zip(self.stride, self.size, strict=True)):
             raise ValueError(
                 f"tile_stride must not exceed tile_size, or gaps are left; got {self.stride} > {self.size}"

@@ -47,11 +47,7 @@ class WanTokenizer:
 
 
 def cut(ids: list[int], max_length: int) -> list[int]:
-    """Return at most max_length ids, the end token kept.
-
-    Raises:
-        ValueError: max_length is below 1.
-    """
+    """Return at most max_length ids, the end token kept; ValueError if max_length is below 1."""
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, the end token; got {max_length}")
     return ids if len(ids) <= max_length else [*ids[: max_length - 1], END_ID]

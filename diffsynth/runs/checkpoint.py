@@ -253,11 +253,7 @@ def open_run(
 
 
 def run_lock(folder: Path) -> AbstractContextManager[None]:
-    """Return a context that locks the folder of a run.
-
-    Raises:
-        ValueError: on entering, another run uses the folder.
-    """
+    """Return a context that locks a run's folder; entering raises ValueError if another run uses it."""
     return locked(folder / LOCK, f"checkpoint_dir {folder} is in use by another run")
 
 

@@ -130,11 +130,7 @@ class FlowMatchScheduler:
         return {}
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Continue from a `state`, after set_timesteps.
-
-        Raises:
-            ValueError: it is that of another scheduler.
-        """
+        """Continue from a `state`, after set_timesteps; ValueError if it is that of another scheduler."""
         if state:
             raise ValueError(f"an Euler scheduler keeps nothing; got a state of {', '.join(sorted(state))}")
 

@@ -28,7 +28,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            f"device {device!r} was asked for, but torch sees no CUDA device; use device='cpu' or 'auto'"
+            f"device {device!r} needs CUDA, and torch sees no such device; use 'cpu' or 'auto'"
         )
     return chosen
 

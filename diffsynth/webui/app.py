@@ -183,9 +183,7 @@ def build(page: Page) -> Any:
         with gr.Row():
             with gr.Column(scale=2):
                 reference = gr.Video(label="Reference", sources=["upload"], height=240, elem_id="reference")
-                clip = gr.Dropdown(
-                    list(page.clips), value=None, label="... or one that comes along", elem_id="clip"
-                )
+                clip = gr.Dropdown(list(page.clips), value=None, label="... or a shipped one", elem_id="clip")
                 prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
                 preset = gr.Radio([EXACT, *defaults.presets], value=EXACT, label="Preset", elem_id="preset")
                 with gr.Row():
@@ -227,9 +225,7 @@ def build(page: Page) -> Any:
                     motion = gr.Video(
                         label="Motion", interactive=False, loop=True, autoplay=True, elem_id="motion"
                     )
-                files = gr.File(
-                    label="Video and record", file_count="multiple", interactive=False, elem_id="files"
-                )
+                files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
         past = gr.Gallery(
             page.gallery, label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
         )

@@ -33,9 +33,7 @@ def run(options: Namespace, console: Console) -> int:
 
     listening = _listen(options.host, options.port)
     if not is_local(options.host) and auth is None:
-        console.problem(
-            f"anybody who reaches {options.host} may use this page; --auth USER:PASSWORD asks who"
-        )
+        console.problem(f"who reaches {options.host} may use this page; --auth USER:PASSWORD asks who")
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     check_folder(output_dir)

@@ -48,11 +48,7 @@ def past_runs(folder: Path, most: int = MOST_SHOWN) -> list[PastRun]:
 
 
 def find_run(folder: Path, name: str) -> PastRun:
-    """Return the run whose video has this name in the folder.
-
-    Raises:
-        ValueError: the folder has no such run.
-    """
+    """Return the run whose video has this name in the folder; ValueError if the folder has no such run."""
     file = record_path(folder / name)
     run = _run_of(file) if Path(name).name == name and _is_plain(file) else None
     if run is None:

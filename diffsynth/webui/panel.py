@@ -20,9 +20,7 @@ _OF_DENOISING = ("guidance", "sampling")
 _CLEAR = (ValueError, TypeError, FileNotFoundError, MemoryRanOutError, QueueFullError)
 _LONGEST = 600  # characters of an error
 
-IDLE = (
-    '<div class="fv-idle">The result appears here: the motion of the reference, what the prompt says.</div>'
-)
+IDLE = '<div class="fv-idle">The result appears here: the motion of the reference, what a prompt says.</div>'
 # Gradio's variables give the colours, so that dark pages work.
 CSS = """
 .fv-message { padding: .7em 1em; border-radius: 8px; background: var(--background-fill-secondary); }

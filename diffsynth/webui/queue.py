@@ -109,9 +109,7 @@ class QueuedJob:
         if self._asked_to_stop.is_set():
             raise JobCancelledError("cancelled; no video was written")
         if time.monotonic() - self._followed > MOST_ABSENT:
-            raise JobCancelledError(
-                f"nobody has followed the run for {MOST_ABSENT:g} s; no video was written"
-            )
+            raise JobCancelledError(f"nobody followed the run for {MOST_ABSENT:g} s; no video was written")
 
     def cancel(self) -> None:
         """Cancel the job: at once if it waits, else at the next `check` of its work."""
@@ -154,11 +152,7 @@ class JobQueue:
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[QueuedJob], Any]) -> QueuedJob:
-        """Queue the work.
-
-        Raises:
-            QueueFullError: too many jobs wait already.
-        """
+        """Queue the work; QueueFullError if too many jobs wait already."""
         job = QueuedJob()
         with self._lock:
             waiting = max(0, len(self._unfinished) - 1)

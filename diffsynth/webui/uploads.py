@@ -129,9 +129,7 @@ def _copy(source: BinaryIO, target: Path, limits: UploadLimits) -> str:
         while chunk := source.read(_CHUNK):
             size += len(chunk)
             if size > limits.megabytes * 2**20:
-                raise ValueError(
-                    f"the uploaded file is larger than {limits.megabytes:g} MB, which is the limit here"
-                )
+                raise ValueError(f"the file is larger than {limits.megabytes:g} MB, the limit here")
             digest.update(chunk)
             file.write(chunk)
     return digest.hexdigest()
@@ -150,9 +148,7 @@ def _check_decodes(path: Path, limits: UploadLimits) -> None:
             f"the uploaded video takes longer than {limits.seconds:g} s to read; send a shorter one"
         ) from error
     if "exceeds specified max pixel count" in log:
-        raise ValueError(
-            f"the uploaded video's frames have more than {limits.pixels} pixels; send a smaller one"
-        )
+        raise ValueError(f"the video's frames have more than {limits.pixels} pixels; send a smaller one")
     if not _FRAME.search(first):
         raise ValueError("the uploaded file cannot be decoded: it is damaged or no video")
     if len(_FRAME.findall(packets)) > limits.frames:
