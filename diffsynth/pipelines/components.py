@@ -141,7 +141,8 @@ def load_checkpoint(
     kinds = {name.removeprefix("wan_video_"): name for name in names}
     if unknown := sorted(parts.keys() - kinds.keys()):
         raise TypeError(f"weights can be given for {', '.join(kinds)}; got {', '.join(unknown)}")
-    if wanted := [kind for name, kind in kinds.items() if name not in parts]:
+    wanted = [kind for name, kind in kinds.items() if name not in parts]
+    if not set(REQUIRED).isdisjoint(wanted):
         manager.load_models([folder], vae_dtype=vae_dtype, model_names=wanted)
     for name, file in parts.items():
         manager.load_models([file], vae_dtype=vae_dtype, model_names=[kinds[name]])

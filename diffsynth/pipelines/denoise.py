@@ -13,7 +13,6 @@ from torch import Tensor
 from diffsynth.caches.rules import StepCache, run_blocks_cached
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import RunOptions
-from diffsynth.data.tensors import finite
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory, NonFiniteGuidanceError, guided_step
 from diffsynth.runs.cost import RunCost
@@ -102,8 +101,6 @@ def denoise(
             )
         interrupted = stop()
         v = velocity(index, latents, timestep)
-        if index == first:  # later steps are checked at the end: a device waits for each check
-            finite(v, f"the DiT in denoising step {index + 1}")
         clean, latents = latents - v * (timestep / 1000), scheduler.step(v, timestep, latents)
         clean, latents = condition.hold(clean), condition.hold(latents)
         replaced = yield RunEvent(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsynth.caches.rules import make_rule
 from diffsynth.configs.options import RunOptions
+from diffsynth.data.tensors import finite
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
@@ -82,8 +83,11 @@ def sample(
                 with suppress(StopIteration):
                     event = next(steps)
                     while True:
-                        replaced = on_step(event)
                         assert event.latents is not None  # every event of a step has them
+                        if event.stage == "sampling" and event.step == done + 1:
+                            # Later steps are checked at the end: a device waits for each check.
+                            finite(event.latents, f"the DiT in denoising step {event.step}")
+                        replaced = on_step(event)
                         latents = event.latents if replaced is None else replaced
                         if event.stage == "sampling" and not event.interrupted:
                             finished = StepState(
