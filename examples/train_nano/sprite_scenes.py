@@ -98,9 +98,7 @@ def make_sprite_clip(
     words = [own or f"{item.colour} {item.shape}" for item, own in zip(motion.objects, names, strict=True)]
     caption = " and ".join(_with_article(word) for word in reversed(words))
     background = np.asarray(_reduced(grounds[0]))
-    return SpriteClip(
-        frames=frames, caption=f"{caption} on {place}", motion=motion, background=background
-    )
+    return SpriteClip(frames=frames, caption=f"{caption} on {place}", motion=motion, background=background)
 
 
 def _with_article(words: str) -> str:
