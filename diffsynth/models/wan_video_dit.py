@@ -37,7 +37,8 @@ class DiTState:
     """Inputs of the blocks, as `WanModel.embed` derives them from those of the model.
 
     Attributes:
-        tokens: [B, S, D], float32, as are time [B, D] and modulation [B, 6, D].
+        tokens: [B, S, D], float32, as are time [B, D] and modulation [B, 6, D]; with a timestep for each
+            frame, time [B, S, D] and modulation [B, S, 6, D].
         context: [B, L, D] in the weights' dtype; image_context: [B, L_img, D] or None.
         grid: (F, H, W).
         rope: [S, 1, d/2], complex.
@@ -68,8 +69,11 @@ class DiTBlock(nn.Module):
         self.ffn = FeedForward(dim, ffn_dim)
 
     def _modulation(self, state: DiTState) -> tuple[Tensor, ...]:
-        """(shift, scale, gate) of self-attention, then of the feed-forward, each [B, 1, D]."""
-        return (self.modulation.to(state.modulation.dtype) + state.modulation).unsqueeze(2).unbind(1)
+        """(shift, scale, gate) of self-attention, then of the feed-forward, each [B, 1 or S, D]."""
+        modulation = self.modulation.to(state.modulation.dtype) + state.modulation
+        if modulation.ndim == 3:
+            modulation = modulation[:, None]
+        return modulation.unbind(2)
 
     def queries_keys(self, tokens: Tensor, state: DiTState) -> tuple[Tensor, Tensor]:
         """Return the normed, rotated q and k [B, S, N, d] of this block's self-attention, and no more."""
@@ -104,8 +108,9 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out_features)
 
     def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
-        """Map tokens [B, S, D] with time [B, D] -> [B, S, out_features]."""
-        shift, scale = (self.modulation.to(time.dtype) + time[:, None]).unsqueeze(2).unbind(1)
+        """Map tokens [B, S, D] with time [B, D] or [B, S, D] -> [B, S, out_features]."""
+        time = time[:, None] if time.ndim == 2 else time
+        shift, scale = (self.modulation.to(time.dtype) + time[:, :, None]).unbind(2)
         return linear_in(tokens.dtype, self.head, modulate(self.norm(tokens), shift, scale))
 
 
@@ -192,8 +197,9 @@ class WanModel(nn.Module):
                 f"x must be [B, {self.in_dim}, F, h, w] with F, h, w divisible by {self.patch_size}; "
                 f"got {tuple(x.shape)}"
             )
-        if timestep.ndim != 1 or len(timestep) not in (1, len(x)):
-            raise ValueError(f"timestep must be [B]; got {tuple(timestep.shape)}")
+        by_frame = timestep.ndim == 2 and timestep.shape[1] == x.shape[2] // self.patch_size[0]
+        if not (timestep.ndim == 1 or by_frame) or len(timestep) not in (1, len(x)):
+            raise ValueError(f"timestep must be [B] or [B, F]; got {tuple(timestep.shape)}")
         if context.ndim != 3 or context.shape[1] > self.text_len or context.shape[2] != self.text_dim:
             raise ValueError(
                 f"context must be [B, at most {self.text_len}, {self.text_dim}]; got {tuple(context.shape)}"
@@ -201,7 +207,11 @@ class WanModel(nn.Module):
         stream = precise_dtype(self.dtype)
         tokens = self.patch_embedding(x.to(self.dtype))
         grid = tuple(tokens.shape[2:])
-        time, modulation = self.embed_time(timestep.to(x.device))
+        time, modulation = self.embed_time(timestep.flatten().to(x.device))
+        if by_frame:
+            per_frame = grid[1] * grid[2]
+            time = time.unflatten(0, timestep.shape).repeat_interleave(per_frame, dim=1)
+            modulation = modulation.unflatten(0, timestep.shape).repeat_interleave(per_frame, dim=1)
         # Rows past the prompt are zero before the text MLP and attended to: the official model has no mask.
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.text_len - context.shape[1]))
         return DiTState(
@@ -257,7 +267,7 @@ class WanModel(nn.Module):
 
         Args:
             x: noised latents [B, in_dim, F, h, w].
-            timestep: [B], on the scale of 0 to 1000.
+            timestep: [B], on the scale of 0 to 1000; or [B, F], of each latent frame (0: a clean one).
             context: text embedding [B, L, text_dim], padded here with zero rows to text_len.
             clip_feature: [B, 257, 1280], for image models.
             y: [B, C, F, h, w], channels appended to x, for image models.

@@ -1,7 +1,8 @@
 """Fetch the sprites: the npm package of Microsoft's Fluent emoji (MIT), named by plain English words.
 
 python examples/train_nano/sprite_package.py
-Writes small copies into examples/train_nano/sprites, where they are committed; needed only to change the selection.
+Writes small copies into examples/train_nano/sprites, where they are committed; needed only to
+change the selection.
 """
 
 import argparse

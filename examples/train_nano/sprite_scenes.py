@@ -1,6 +1,7 @@
 """Clips of sprites over backgrounds, moved as `diffsynth.evaluation.synthetic` moves its shapes.
 
-The motion comes from `make_clip`: its maps from an object's coordinates to pixels stay, its pictures are replaced.
+The motion comes from `make_clip`: its maps from an object's coordinates to pixels stay, its pictures are
+replaced.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,8 @@
 """Train the video VAE of Wan2.2-TI2V-nano on generated clips.
 
 python examples/train_nano/train_vae.py --run results/train_nano --start models/Wan2.1-T2V-nano
-Continues from results/train_nano/vae.state if it is there. --start: weights to begin with. --decoder_steps: further steps on whole clips that
+Continues from results/train_nano/vae.state if it is there. --start: weights to begin with.
+--decoder_steps: further steps on whole clips that
 leave the encoder, and so the latents that a DiT was trained on, as they are.
 """
 
