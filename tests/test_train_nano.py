@@ -147,7 +147,7 @@ def test_without_npm_the_sprites_are_not_fetched_and_it_says_why(monkeypatch, tm
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="npm is needed"):
         sprite_package.fetch_sprites(tmp_path)
-    with pytest.raises(FileNotFoundError, match="sprite_package.py"):
+    with pytest.raises(FileNotFoundError, match=r"sprite_package\.py"):
         sprite_package.sprite("unicorn")
 
 
