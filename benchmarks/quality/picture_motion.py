@@ -1,7 +1,7 @@
 """Path error of motion transfer on clips of sprites, with and without a picture, and a sheet to look at.
 
 python -m benchmarks.quality.picture_motion --model models/Wan2.2-TI2V-nano --pairs 8 --output results/picture
-The pipeline does not take a picture yet: here the DiT's embedding is wrapped so that the first latent frame is
+The pipeline does not take a picture yet: here the embedding is wrapped so that the first latent frame is
 clean, with timestep 0. The reference pass is given the reference's own first frame.
 """
 
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.quality.methods import standard_methods
 from diffsynth import WanVideoPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_nano"))
@@ -141,7 +142,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.output.mkdir(parents=True, exist_ok=True)
     pipe = WanVideoPipeline.from_pretrained(args.model, device="cpu")
-    declared = pipe.defaults.motion["effi_AMF"]
+    declared = next(method.motion for method in standard_methods(pipe) if method.name == "effi_AMF")
+    assert declared is not None
     gentle = replace(declared, lr=tuple(args.lr))
     cases = [
         ("text", False, {"mode": "No_transfer", "cfg_scale": args.cfg}),
