@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from diffsynth import WanVideoPipeline
-from diffsynth.evaluation.synthetic import make_clip
+from diffsynth.evaluation.synthetic import PLAIN, make_clip
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.prompters.tokenizer import load_tokenizer
 
 SCRIPTS = Path(__file__).parent.parent / "examples" / "train_nano"
+
+
+NANO = SCRIPTS.parent.parent / "models" / "Wan2.1-T2V-nano"
 
 
 def run(script, *options):
@@ -97,6 +100,55 @@ def test_the_packaged_vae_has_normalised_latents_and_the_same_pixels(monkeypatch
     torch.testing.assert_close(folded.decode(expected), vae.decode(plain), atol=1e-4, rtol=0)
     variance = vae.encode_moments(clip)[1] - 2 * std.log().float().view(1, 8, 1, 1, 1)
     torch.testing.assert_close(folded.encode_moments(clip)[1], variance, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_training_starts_from_a_checkpoint(tmp_path):
+    options = ["--run", tmp_path, "--start", NANO, "--clips", 4, "--workers", 1]
+    run("train_vae.py", *options, "--steps", 1, "--held_out", 1)
+    psnr = json.loads((tmp_path / "vae.jsonl").read_text().splitlines()[-1])["psnr"]
+    assert psnr > 15  # from nothing, one step gives about 5
+    sizes = ["--images", 4, "--image_batch", 2, "--video_batch", 2, "--image_steps", 1, "--video_steps", 1]
+    run("train_dit.py", *options, *sizes)
+    lines = [json.loads(line) for line in (tmp_path / "dit.jsonl").read_text().splitlines()]
+    assert lines[-1]["validation_text"] < 1.5
+    assert lines[-1]["validation_picture"] < 1.5
+
+
+def test_sprites_move_as_the_shapes_of_the_clip_that_gives_the_motion(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from sprite_scenes import SpriteScenes, make_sprite_clip
+
+    motion = make_clip(3, options=PLAIN)
+    clip = make_sprite_clip(3, name="football", motion=motion, scenes=SpriteScenes(motion=PLAIN))
+    assert clip.caption.startswith("a football on ")
+    changed = np.abs(clip.frames.astype(float) - clip.background).max(-1) > 30
+    grid = np.indices(changed.shape[1:]).reshape(2, -1).T + 0.5
+    places = np.stack([grid[mask.ravel()].mean(0) for mask in changed])
+    np.testing.assert_allclose(places, motion.centroids[0], atol=1.5)
+
+
+def test_captions_are_made_of_known_words_and_held_out_sprites_are_never_drawn(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from captions import WORDS
+    from sprite_package import HELD_OUT_SPRITES
+    from sprite_scenes import make_sprite_clip
+
+    captions = [make_sprite_clip((9, i), num_frames=1).caption for i in range(150)]
+    words = {word for caption in captions for word in caption.split()}
+    assert words <= set(WORDS)
+    assert not words & set(HELD_OUT_SPRITES)
+
+
+def test_without_npm_the_sprites_are_not_fetched_and_it_says_why(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import sprite_package
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="npm is needed"):
+        sprite_package.fetch_sprites(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"sprite_package\.py"):
+        sprite_package.sprite("unicorn")
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sprite_package import SPRITES
+from sprite_scenes import PATTERNS, SCENERY
 from torch import Tensor
 
 from diffsynth.evaluation.synthetic import BACKGROUND_TEXTURES, COLOURS, OBJECT_TEXTURES, SHAPES
@@ -14,6 +16,8 @@ PAD, END, _, UNKNOWN = range(4)
 BLANK = "\u2581"  # stands before each word
 WORDS = ("a", "an", "the", "and", "on", "with", "background", *SHAPES, *COLOURS)
 WORDS += (*OBJECT_TEXTURES, *BACKGROUND_TEXTURES[1:])
+# New words come last, so that the numbers of the others stay those of an earlier checkpoint.
+WORDS += tuple(word for word in (*SPRITES, *SCENERY, *PATTERNS, "gradient") if word not in WORDS)
 TEXT_LEN = 32  # rows that the DiT reads
 VOCAB = len(SPECIAL) + len(WORDS)
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from runs import half_precision, make_clips, to_model
 from safetensors.torch import load_file, save_file
+from sprite_scenes import SpriteScenes
 from torch import Tensor
 
-from diffsynth.evaluation.synthetic import SceneOptions
 from diffsynth.models.wan_video_vae import WanVideoVAE
 
 logger = logging.getLogger(__name__)
 
-SCENES = SceneOptions()
+SCENES = SpriteScenes()
 CHUNK = 1000  # clips in a file
 
 

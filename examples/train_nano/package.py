@@ -1,17 +1,19 @@
-"""Write Wan2.1-T2V-nano, a checkpoint folder in the official layout, from the states of both trainings.
+"""Write Wan2.2-TI2V-nano, a checkpoint folder in the official layout, from the states of both trainings.
 
-python examples/train_nano/package.py --run results/train_nano --output models/Wan2.1-T2V-nano
+python examples/train_nano/package.py --run results/train_nano --output models/Wan2.2-TI2V-nano
 Numbers of motion that are in the folder's config.json already are kept.
 """
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from captions import TEXT_LEN, write_tokenizer
 from runs import load_state
 from safetensors.torch import save_file
+from sprite_package import FOLDER
 from torch import Tensor
 from train_dit import DIT, TextToVideo
 from train_vae import SIZE as VAE_SIZE
@@ -55,7 +57,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, default=Path("results/train_nano"))
-    parser.add_argument("--output", type=Path, default=Path("models/Wan2.1-T2V-nano"))
+    parser.add_argument("--output", type=Path, default=Path("models/Wan2.2-TI2V-nano"))
     args = parser.parse_args()
     state = load_state(args.run / "dit.state")
     vae = WanVideoVAE(**VAE_SIZE)
@@ -66,6 +68,7 @@ def main() -> None:
             parameter.copy_(state["average"][name])
 
     args.output.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(FOLDER / "LICENSE", args.output / "LICENSE.fluent-emoji")
     write_tokenizer(args.output / "google" / "umt5-xxl")
     mean, std = (numbers.flatten().double() for numbers in state["stats"])
     write_weights(args.output / "Wan2.1_VAE.safetensors", normalised(vae, mean, std))
@@ -74,7 +77,7 @@ def main() -> None:
     z = VAE_SIZE["z_dim"]
     config = {
         "_class_name": "WanModel",
-        "model_type": "t2v",
+        "model_type": "ti2v",
         "text_len": TEXT_LEN,
         "in_dim": z,
         "out_dim": z,

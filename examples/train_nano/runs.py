@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from sprite_scenes import SpriteScenes, make_sprite_clip
 from tqdm import tqdm
-
-from diffsynth.evaluation.synthetic import SceneOptions, make_clip
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ VAE_TRAINING, VAE_HELD_OUT, DIT_TRAINING = 1, 2, 3
 
 
 def make_clips(
-    kind: int, first: int, count: int, options: SceneOptions, workers: int, num_frames: int = 17
+    kind: int, first: int, count: int, options: SpriteScenes, workers: int, num_frames: int = 17
 ) -> tuple[np.ndarray, list[str]]:
     """Clips of the seeds (kind, first) ... and their captions: uint8 [count, T, H, W, 3]."""
     seeds = [(kind, first + i) for i in range(count)]
@@ -35,9 +34,9 @@ def make_clips(
 
 
 def _frames_and_caption(
-    seed: tuple[int, int], options: SceneOptions, num_frames: int
+    seed: tuple[int, int], options: SpriteScenes, num_frames: int
 ) -> tuple[np.ndarray, str]:
-    clip = make_clip(seed, options=options, num_frames=num_frames)
+    clip = make_sprite_clip(seed, scenes=options, num_frames=num_frames)
     return clip.frames, clip.caption
 
 

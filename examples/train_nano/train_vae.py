@@ -1,7 +1,8 @@
-"""Train the video VAE of Wan2.1-T2V-nano on generated clips.
+"""Train the video VAE of Wan2.2-TI2V-nano on generated clips.
 
-python examples/train_nano/train_vae.py --run results/train_nano
-Continues from results/train_nano/vae.state if it is there. --decoder_steps: further steps on whole clips that
+python examples/train_nano/train_vae.py --run results/train_nano --start models/Wan2.1-T2V-nano
+Continues from results/train_nano/vae.state if it is there. --start: weights to begin with.
+--decoder_steps: further steps on whole clips that
 leave the encoder, and so the latents that a DiT was trained on, as they are.
 """
 
@@ -24,6 +25,9 @@ from runs import (
     save_state,
     to_model,
 )
+from safetensors.torch import load_file
+from sprite_package import HELD_OUT_SPRITES
+from sprite_scenes import SpriteScenes
 from torch import Tensor, nn
 
 from diffsynth.evaluation.synthetic import SceneOptions
@@ -38,9 +42,14 @@ SIZE: dict[str, Any] = {
     "num_res_blocks": 1,
     "temperal_downsample": (True, True),
 }
-SCENES = SceneOptions(textured=0.2, shaded=0.2, checkered=0.15, second_object=0.3, camera=0.3)
+MOTION = SceneOptions(textured=0.2, shaded=0.2, checkered=0.15, second_object=0.3, camera=0.3)
+SCENES = SpriteScenes(motion=MOTION)
+UNSEEN = SpriteScenes(motion=MOTION, sprites=HELD_OUT_SPRITES, shapes_only=0.0)
 # From easy to hard: share of the steps, clips in a batch, frames, pixels a side.
 STAGES = ((0.32, 16, 1, 64), (0.2, 6, 5, 64), (0.28, 8, 17, 32), (0.2, 3, 17, 64))
+# A VAE that codes motion already needs fewer single frames.
+STAGES_FROM_START = ((0.25, 16, 1, 64), (0.15, 6, 5, 64), (0.4, 8, 17, 32), (0.2, 3, 17, 64))
+Stages = tuple[tuple[float, int, int, int], ...]
 KL_WEIGHT = 5e-4
 
 
@@ -84,11 +93,11 @@ def freeze_encoder(vae: WanVideoVAE) -> None:
     vae.conv1.requires_grad_(False)
 
 
-def batch_for(step: int, total: int, clips: np.ndarray, seed: int) -> Tensor:
+def batch_for(step: int, total: int, clips: np.ndarray, seed: int, stages: Stages = STAGES) -> Tensor:
     """The clips of a step: cut in time and space to the size of its stage, turned at random."""
     rng = np.random.default_rng((seed, step))
-    ends = np.cumsum([share for share, *_ in STAGES])
-    _, count, frames, side = STAGES[min(int(np.searchsorted(ends, (step + 1) / total)), len(STAGES) - 1)]
+    ends = np.cumsum([share for share, *_ in stages])
+    _, count, frames, side = stages[min(int(np.searchsorted(ends, (step + 1) / total)), len(stages) - 1)]
     start = rng.integers(0, clips.shape[1] - frames + 1)
     row, col = rng.integers(0, clips.shape[2] - side + 1, 2)
     area = clips[rng.integers(0, len(clips), count)]
@@ -97,7 +106,7 @@ def batch_for(step: int, total: int, clips: np.ndarray, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_errors(vae: WanVideoVAE, count: int, scenes: SceneOptions = SCENES) -> Tensor:
+def held_out_errors(vae: WanVideoVAE, count: int, scenes: SpriteScenes = SCENES) -> Tensor:
     """Mean squared error [count] of each whole held-out clip, over pixels from 0 to 1."""
     frames, _ = make_clips(VAE_HELD_OUT, 0, count, scenes, workers=1)
     video = to_model(frames).to(vae.device)
@@ -115,6 +124,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, default=Path("results/train_nano"))
+    parser.add_argument("--start", type=Path, help="checkpoint folder whose VAE training starts from")
     parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--decoder_steps", type=int, default=0)
     parser.add_argument("--clips", type=int, default=3000)
@@ -129,7 +139,11 @@ def main() -> None:
     clips, _ = make_clips(VAE_TRAINING, 0, args.clips, SCENES, args.workers)
     torch.manual_seed(args.seed)
     vae = WanVideoVAE(**SIZE)
-    start_near_identity(vae)
+    if args.start is None:
+        start_near_identity(vae)
+    else:
+        vae.load_state_dict(load_file(args.start / "Wan2.1_VAE.safetensors"))
+    stages = STAGES if args.start is None else STAGES_FROM_START
     vae.to(device)
     optimisers = make_optimisers(
         vae, lambda _, p: p.ndim >= 4, muon_lr=1.2e-3, adam_lr=1e-3, weight_decay=0.0
@@ -143,7 +157,7 @@ def main() -> None:
     total = args.steps + args.decoder_steps
     for step in range(first, total):
         torch.manual_seed(args.seed * 1_000_003 + step)
-        video = batch_for(step, args.steps, clips, args.seed).to(device)
+        video = batch_for(step, args.steps, clips, args.seed, stages).to(device)
         if step < args.steps:
             rate = rate_at(step, args.steps, warm_up=30, falling=0.6)
         else:
@@ -160,7 +174,9 @@ def main() -> None:
         if (step + 1) % 10 == 0:
             log.write(step=step + 1, loss=loss.item(), **parts)
         if (step + 1) % 200 == 0 or step + 1 in (args.steps, total):
-            log.write(step=step + 1, psnr=psnr(held_out_errors(vae, args.held_out).mean()).item())
+            errors = held_out_errors(vae, args.held_out), held_out_errors(vae, args.held_out, UNSEEN)
+            seen, unseen = (psnr(error.mean()).item() for error in errors)
+            log.write(step=step + 1, psnr=seen, psnr_unseen_sprites=unseen)
             saved = [optimiser.state_dict() for optimiser in optimisers]
             save_state(
                 args.run / "vae.state", {"model": vae.state_dict(), "optimisers": saved, "step": step + 1}
