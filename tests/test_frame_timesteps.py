@@ -34,5 +34,5 @@ def test_another_timestep_of_the_first_frame_changes_the_result(dit):
 
 def test_the_number_of_timesteps_is_checked(dit):
     x, context = inputs()
-    with pytest.raises(ValueError, match=r"\[B\] or \[B, F\]"):
+    with pytest.raises(ValueError, match=r"timestep must be \[B\] or \[B, 3 or 12\]; got"):
         dit(x, torch.zeros(2, 2), context)

@@ -384,5 +384,8 @@ def test_models_are_named_one_by_one(tiny_checkpoint, tmp_path, capsys):
     assert "every frame is as recorded" in capsys.readouterr().out
     assert main(["transfer", *asked, "--vae", mine["dit"], "-o", tmp_path / "b.mp4", "--device", "cpu"]) == 1
     assert ".index.json holds no wan_video_vae" in capsys.readouterr().err
-    with pytest.raises(TypeError, match="weights can be given for dit, text_encoder, vae; got clip"):
+    with pytest.raises(
+        TypeError,
+        match="weights can be given for dit, text_encoder, vae, image_encoder, low_noise_dit; got clip",
+    ):
         WanVideoPipeline.from_pretrained(tiny_checkpoint, clip="x")

@@ -203,7 +203,7 @@ class WanModel(nn.Module):
             timestep.ndim == 2 and timestep.shape[1] not in counts
         ):  # fmt: skip
             raise ValueError(
-                f"timestep must be [B(, {counts[0]} or {counts[1]})]; got {tuple(timestep.shape)}"
+                f"timestep must be [B] or [B, {counts[0]} or {counts[1]}]; got {tuple(timestep.shape)}"
             )
         if context.ndim != 3 or context.shape[1] > self.text_len or context.shape[2] != self.text_dim:
             raise ValueError(
