@@ -43,9 +43,8 @@ def sample(
     """Denoise the latents of one prompt, from noise or the noised reference.
 
     The weights of an expert go after its last step. If memory runs out, denoising continues after the last
-    finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises. `event.step` of a
-    sampling event counts the finished steps. The event is `interrupted` if stop() became True during the
-    step: its guidance may have been cut short.
+    finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises. A sampling event is
+    `interrupted` if stop() became True during the step, whose guidance may have been cut short.
 
     Args:
         index: index (0-based) of the prompt.
@@ -84,12 +83,11 @@ def sample(
                     event = next(steps)
                     while True:
                         assert event.latents is not None  # every event of a step has them
-                        if event.stage == "sampling" and event.step == done + 1:
-                            # Later steps are checked at the end: a device waits for each check.
-                            finite(event.latents, f"the DiT in denoising step {event.step}")
                         replaced = on_step(event)
                         latents = event.latents if replaced is None else replaced
                         if event.stage == "sampling" and not event.interrupted:
+                            if event.step == done + 1:  # a device waits for each check: later at the end only
+                                finite(event.latents, f"the DiT in denoising step {event.step}")
                             finished = StepState(
                                 step=event.step,
                                 latents=latents,
