@@ -40,7 +40,7 @@ def sample(
     stop: Callable[[], bool],
     saved: SavedRun | None,
 ) -> tuple[Tensor, RunOptions, bool]:
-    """Denoise the latents of one prompt, from noise or the noised reference.
+    """Denoise the latents of one prompt, from noise or the noised reference, and add up its cost.
 
     The weights of an expert go after its last step. If memory runs out, denoising continues after the last
     finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises. A sampling event is
@@ -48,8 +48,7 @@ def sample(
 
     Args:
         index: index (0-based) of the prompt.
-        cost: receives the cost of the prompt.
-        saved: saves finished steps; its unfinished run is continued.
+        saved: saves finished steps, and what it holds is continued.
 
     Returns:
         Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
@@ -98,8 +97,8 @@ def sample(
                             if saved is not None:
                                 saved.step_done(finished)
                             next(bar, None)
-                        guided_next = event.stage == "sampling" and event.step < guided_steps
-                        failing = "guidance" if guided_next else "sampling"
+                        more = event.stage == "sampling" and event.step < guided_steps
+                        failing = "guidance" if more else "sampling"
                         event = steps.send(replaced)
             done = 0 if finished is None else finished.step
             if done == phase.stop < options.num_inference_steps:
