@@ -274,7 +274,7 @@ BAD_ARGUMENTS = {
     ),
     "one frame": (
         {"input_video": [Image.new("RGB", (32, 32))]},
-        "needs num_frames of at least 2, and an input_video of as many; got 1",
+        "needs num_frames and input_video of 2 frames or more; got 1",
     ),
     "sf": ({"sf": 1}, "sf must be .* at least 2 or None; got 1"),
     "block": ({"motion": MotionGuidance(block=5)}, r"block must be in 0\.\.1 for this DiT; got 5"),

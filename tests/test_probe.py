@@ -143,7 +143,7 @@ def test_pooling_pieces_is_pooling_all_and_a_constant_reading_has_no_correlation
     assert pooled(true, np.full_like(true, 0.1), blind).correlation == 0
     with pytest.raises(ValueError, match="the clips have no motion to compare with"):
         pooled(np.ones_like(true), read, blind)
-    with pytest.raises(ValueError, match="no tokens to count, or all move alike"):
+    with pytest.raises(ValueError, match="no tokens, or all move alike"):
         agreement(np.zeros((1, 4, 4)))
 
 
@@ -270,7 +270,7 @@ def test_models_are_probed_at_the_size_they_name_else_small_ones_small_and_full_
         ({"blocks": [2]}, r"blocks must be in 0..1 for this DiT; got \[2\]"),
         ({"prompt": "a dog"}, "prompt must be '' or 'caption'; got 'a dog'"),
         ({"tokens": "none"}, "tokens must be one of object, all; got 'none'"),
-        ({"sf": 1}, "sf of at least 2; got 17 frames and sf=1"),
+        ({"sf": 1}, "sf >= 2; got 17 frames, sf=1"),
         ({"num_frames": 1}, "motion needs two latent frames"),
         (
             {**TINY, "tokens": "all", "scenes": SceneOptions(still=1, camera=0, spin=0, growth=0)},

@@ -71,7 +71,7 @@ def test_a_checkpoint_that_declares_nothing_has_the_published_defaults(tmp_path)
     [
         ({"steps": 3}, "'fastvmt' may hold .*cfg_scale.*steps"),
         ([1], "'fastvmt' may hold"),
-        ({"motion": {"AMF": 3}}, "motion must map modes to their numbers"),
+        ({"motion": {"AMF": 3}}, "motion must map modes to numbers"),
         ({"presets": {"fast": 3}}, "presets must map names to other fields"),
         ({"presets": {"fast": {"presets": {}, "steps": 1}}}, "presets must map names to other fields"),
         ({"presets": {"fast": {"motion": {"AMF": 1}}}}, "'fast': motion must map modes"),

@@ -424,7 +424,7 @@ def test_bad_numbers_of_magcache_are_named():
         options("magcache", 0.1, max_skip=0)
     with pytest.raises(ValueError, match=r"retention must be a finite number at least 0, at most 1; got 1.5"):
         options("magcache", 0.1, retention=1.5)
-    with pytest.raises(ValueError, match=r"positive must be finite numbers above 0; got \(1.0, -0.5\)"):
+    with pytest.raises(ValueError, match=r"positive must be finite and above 0; got \(1.0, -0.5\)"):
         MagRatios((1.0, -0.5))
     with pytest.raises(ValueError, match="2 positive and 1 negative ones; both must be of one run"):
         MagRatios((1.0, 1.0), (1.0,))
@@ -437,5 +437,5 @@ def test_more_calls_than_steps_and_reuse_of_nothing_are_refused():
     with pytest.raises(RuntimeError, match="No residual is stored"):
         _ = cache.residual
     assert cache.decide(NOTHING)
-    with pytest.raises(RuntimeError, match="This MagCache was made for 1 steps"):
+    with pytest.raises(RuntimeError, match="this MagCache is for 1 steps"):
         cache.decide(NOTHING)

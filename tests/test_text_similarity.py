@@ -129,7 +129,7 @@ def test_weights_that_lack_a_part_of_clip_are_refused(clip_folder, tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     del state["visual_projection.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"is no CLIP: its weights lack visual_projection.weight"):
+    with pytest.raises(ValueError, match=r"is no CLIP: it lacks visual_projection.weight"):
         load_clip(tmp_path, device="cpu")
 
 

@@ -161,7 +161,7 @@ def test_room_and_names_are_known_before_the_run(transfer, tmp_path, monkeypatch
     assert "cannot be written: File name too long" in capsys.readouterr().err
     monkeypatch.setattr(publish.shutil, "disk_usage", lambda _path: type("Usage", (), {"free": 2**14})())
     assert transfer(tmp_path / "a.mp4") == 2
-    assert "has 0.0 MiB free; the video may take" in capsys.readouterr().err
+    assert "has 0.0 MiB free; it may need" in capsys.readouterr().err
 
 
 def test_a_file_that_goes_missing_during_a_run_is_no_bad_usage(transfer, tmp_path, monkeypatch, capsys):

@@ -316,7 +316,7 @@ def test_arguments_that_do_not_fit_together_are_refused(arguments, message):
         ((3, 5, 16, 16), r"video must be \[B, 3, T >= 1, H, W\]; got \[3, 5, 16, 16\]"),
         ((1, 4, 5, 16, 16), r"got \[1, 4, 5, 16, 16\]"),
         ((1, 3, 0, 16, 16), r"T >= 1.*got \[1, 3, 0, 16, 16\]"),
-        ((1, 3, 5, 37, 48), "height and width must be multiples of 8; got 37 x 48"),
+        ((1, 3, 5, 37, 48), "sides must be multiples of 8; got 37 x 48"),
         ((1, 3, 5, 16, 20), "multiples of 8; got 16 x 20"),
         ((1, 3, 5, 0, 16), "multiples of 8; got 0 x 16"),
     ],

@@ -84,7 +84,7 @@ def test_every_video_of_a_batch_is_tiled_alike(vae, golden):
 @pytest.mark.parametrize(
     ("size", "stride", "message"),
     [
-        ((0, 4), (1, 1), "tile_size must be two whole numbers of latent positions, at least 1"),
+        ((0, 4), (1, 1), "tile_size must be two whole numbers of latents, at least 1"),
         ((4, 4), (0, 4), "tile_stride must be two whole numbers"),
         ((4,), (4, 4), "tile_size must be two whole numbers"),
         ((4.5, 4), (4, 4), "tile_size must be two whole numbers"),

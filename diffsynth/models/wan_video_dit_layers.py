@@ -91,11 +91,15 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         x: tokens [B, S, D].
         shift: [B, T, 1, D], each entry for S / T tokens in a row; likewise scale.
     """
+    if shift.shape[1] == 1:  # without views, whose strides compiled code would take for another input
+        return torch.addcmul(shift[:, 0], x, 1 + scale[:, 0])
     return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)), 1 + scale).flatten(1, 2)
 
 
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """Return x + y * gate for tokens [B, S, D] and a gate [B, T, 1, D], as in `modulate`."""
+    if gate.shape[1] == 1:
+        return torch.addcmul(x, y.to(x.dtype), gate[:, 0])
     parts = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, parts), y.to(x.dtype).unflatten(1, parts), gate).flatten(1, 2)
 

@@ -276,7 +276,7 @@ def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     dim, *rest = shapes["encoder.conv1.weight"]
     if rest != [channels, 3, 3, 3]:
         raise ValueError(
-            f"not a Wan VAE: encoder.conv1.weight [dim, {channels}, 3, 3, 3]; got {[dim, *rest]}"
+            f"not a Wan VAE: conv1.weight must be [dim, {channels}, 3, 3, 3]; got {[dim, *rest]}"
         )
     widths: list[list[int]] = [[]]  # of the residual blocks, level by level
     temporal = []
