@@ -2,9 +2,9 @@
 
 python benchmarks/reliability/self_test.py [--device cuda --json table.json --write]
 
-Every stage has inputs of its own, drawn on the CPU, so that a fault shows in the stage that has it. Exits 1 if
-a stage misses its tolerance. --write stores the numbers anew, computed in float32 on the CPU: after a change
-that is meant to change what the embedded model computes.
+Every stage has inputs of its own, drawn on the CPU, so that a fault shows in the stage that has it. Exits 1
+if a stage misses its tolerance. --write stores the numbers anew, computed in float32 on the CPU: after a
+change that is meant to change what the embedded model computes.
 """
 
 import argparse
