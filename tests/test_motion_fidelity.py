@@ -201,7 +201,7 @@ def test_pairs_that_cannot_be_compared_are_refused():
 def test_tracklets_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="as many frames, at least 2; got 9 and 7"):
         tracklet_fidelity(straight((1, 1)), straight((1, 1), num_frames=7))
-    with pytest.raises(ValueError, match="2 or more; got 1 and 1"):
+    with pytest.raises(ValueError, match="at least 2; got 1 and 1"):
         tracklet_fidelity(straight((1, 1), num_frames=1), straight((1, 1), num_frames=1))
     with pytest.raises(ValueError, match="least_step must be 0 or more pixels; got -1"):
         tracklet_fidelity(straight((1, 1)), straight((1, 1)), least_step=-1)

@@ -428,7 +428,7 @@ def test_bad_numbers_of_magcache_are_named():
         MagRatios((1.0, -0.5))
     with pytest.raises(ValueError, match="2 positive and 1 negative ones; both must be of one run"):
         MagRatios((1.0, 1.0), (1.0,))
-    with pytest.raises(ValueError, match=r"must hold positive and may hold negative; got {'neutral'"):
+    with pytest.raises(ValueError, match=r"must hold positive, may hold negative; got {'neutral'"):
         MagRatios.from_json({"neutral": [1.0]})
 
 

@@ -69,7 +69,7 @@ def test_the_last_stored_residual_is_handed_out():
 def test_more_calls_than_steps_are_refused():
     cache = TeaCache(1, 0.1, "Wan2.1-T2V-1.3B")
     assert cache.decide(seen(torch.ones(1, 6, 4)))
-    with pytest.raises(RuntimeError, match="made for 1 steps"):
+    with pytest.raises(RuntimeError, match="is for 1 steps"):
         cache.decide(seen(torch.ones(1, 6, 4)))
 
 
