@@ -15,7 +15,7 @@ from diffsynth.data import save_video
 from diffsynth.data.files import sha256_of_file
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model
-from diffsynth.jobs.publish import check_output, check_place, write_output
+from diffsynth.jobs.publish import check_free, check_place, write_output
 from diffsynth.models.checkpoint_files import CheckpointError, files_of
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -47,7 +47,7 @@ def run(options: Namespace, console: Console) -> int:
         console.say(f"{options.output} was made before by the same request")
         console.result({"output": str(options.output), "frames": facts["num_frames"], "fps": fps})
         return DONE
-    check_output(options.output, options.overwrite)
+    check_free(options.output, options.overwrite)
     console.note("load the VAE")
     dtype = getattr(torch, asked.get("vae_dtype") or "float32")
     vae = load_vae(folder, choose_device(asked.get("device") or "auto"), dtype)

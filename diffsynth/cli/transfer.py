@@ -13,7 +13,7 @@ from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import FileOptions, ReferenceOptions
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
-from diffsynth.jobs.publish import check_folder, check_output, check_place, check_space
+from diffsynth.jobs.publish import check_folder, check_free, check_place, check_space
 from diffsynth.jobs.task import (
     VideoTask,
     forget_run,
@@ -70,7 +70,7 @@ def run(options: Namespace, console: Console) -> int:
             console.say(f"{options.output} was made before by the same request")
             console.result(_facts(options.output, read_record(record_path(options.output))))
             return DONE
-        check_output(options.output, options.overwrite)
+        check_free(options.output, options.overwrite)
     check_space(options.output or Path.cwd() / "out.mp4", task.num_bytes, task.file.lossless)
     if recorded is not None:
         _check_unchanged(recorded, task, model, options.force, console)

@@ -146,7 +146,7 @@ class MotionGuidance:
     guided_steps: int = option(Whole(0), "denoising steps that are guided, from the first", default=10)
     inner_steps: int = option(Whole(1), "optimiser steps in each guided step", default=10)
     interval: int = option(
-        Whole(1), "inner steps from a fresh gradient to the next, which reuse it", default=3
+        Whole(1), "inner steps from one fresh gradient to the next; those between reuse it", default=3
     )
     reuse: str = option(
         Choice(("repeat", "falling", "extrapolate")),
@@ -157,14 +157,16 @@ class MotionGuidance:
         _COSINE, "reuse only while the last two fresh gradients have this cosine; None: always", default=None
     )
     update: str = option(
-        Choice(("adamw", "gradient")), "AdamW as published, or descent (gradient)", default="adamw"
+        Choice(("adamw", "gradient")), "AdamW as published, or plain descent (gradient)", default="adamw"
     )
     lr: tuple[float, float] = option(
         Several(Number(above=0), ("first", "end")),
         "learning rate, linear over the inner steps; the end is not reached",
         default=(0.003, 0.002),
     )
-    fade: float = option(_WEIGHT, "factor on lr at the last guided step, linear from 1 at first", default=1.0)
+    fade: float = option(
+        _WEIGHT, "factor on lr at the end of the guided steps, linear from 1 at the first", default=1.0
+    )
     weight_decay: float = option(_WEIGHT, "weight decay of an inner step, times lr", default=0.01)
     recompute_every: int = option(
         Whole(1), "guided steps from one that computes gradients to the next; those between repeat them",

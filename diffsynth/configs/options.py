@@ -91,11 +91,7 @@ class MotionKind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedOptions:
-    """Options whose values are checked.
-
-    Raises:
-        ValueError: a value is not allowed; the message names the option.
-    """
+    """Options whose values are checked: ValueError that names the option whose value is not allowed."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -145,7 +141,7 @@ class RunOptions:
     sampler: str = option(Choice(SAMPLERS), "the solver of the noise schedule", default="euler")
     motion: MotionGuidance | None = option(MotionKind(), "what is transferred and how", default=None)
     cache: CacheOptions | CacheMaker | None = option(
-        CacheKind(), "steps that reuse an earlier one", default=None
+        CacheKind(), "steps that reuse the work of an earlier one", default=None
     )
     cfg_interval: tuple[float, float] = option(
         Several(Number(least=0, most=1), ("from", "to")),
@@ -224,7 +220,7 @@ class Shorthands(CheckedOptions):
     preset: str = option(Text(), "set of defaults: exact, balanced, fast or the model's own", default="exact")
     mode: str | None = option(OrNone(Choice(MODES)), "how motion is transferred", default=None)
     sf: int | None = option(
-        OrNone(Whole(2)), "frames compared with each latent frame, as in motion", default=None
+        OrNone(Whole(2)), "frames that each latent frame is compared with, as in motion", default=None
     )
     motion_scale: float | None = option(
         OrNone(Number(above=0)),
@@ -301,10 +297,10 @@ class ReferenceOptions(CheckedOptions):
         OrNone(Number(above=0), "its own"), "frames a second at which the reference is read", default=None
     )
     start: float | None = option(
-        OrNone(Number(least=0)), "second of the reference at which it begins", default=None
+        OrNone(Number(least=0)), "second of the reference at which its use begins", default=None
     )
     end: float | None = option(
-        OrNone(Number(above=0)), "second of the reference at which it ends", default=None
+        OrNone(Number(above=0)), "second of the reference at which its use ends", default=None
     )
     fit: str = option(Choice(FITS), "how the reference's frames get another aspect", default="crop")
 
@@ -323,7 +319,7 @@ class LoadOptions(CheckedOptions):
     vae: str | None = option(OrNone(Text()), "weights of the VAE, instead of the model's", default=None)
     device: str | None = option(OrNone(Text()), "auto, cpu, cuda, cuda:1, ...", default=None)
     dtype: str | None = option(
-        OrNone(Choice(DTYPES)), "of the weights; float32 on a CPU, else bfloat16", default=None
+        OrNone(Choice(DTYPES)), "type of the weights; float32 on a CPU, else bfloat16", default=None
     )
     vae_dtype: str | None = option(OrNone(Choice(WIDE_DTYPES)), "type of the VAE (float32)", default=None)
     attention: str | None = option(

@@ -20,6 +20,7 @@ from PIL import Image
 
 from diffsynth.data.frames import rgb_frames
 from diffsynth.data.tensors import Video
+from diffsynth.models.wan_video_image_encoder import PIXEL_MEAN, PIXEL_STD
 from diffsynth.vram_management.memory import choose_device
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("models/clip-vit-base-patch32")
 FOLDER_VARIABLE = "DIFFSYNTH_CLIP"
-# Mean and deviation of RGB from 0 to 1 that CLIPs have been trained with.
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 _BATCH = 16  # frames that are embedded at once
 
 
@@ -155,7 +153,8 @@ def _pixels(image: Image.Image, size: int) -> torch.Tensor:
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     square = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / 255
-    return torch.from_numpy((square - _MEAN) / _DEVIATION).permute(2, 0, 1)
+    mean, deviation = np.array([PIXEL_MEAN, PIXEL_STD], np.float32)
+    return torch.from_numpy((square - mean) / deviation).permute(2, 0, 1)
 
 
 def _embed_text(clip: Clip, prompt: str) -> torch.Tensor:

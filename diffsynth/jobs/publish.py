@@ -30,6 +30,11 @@ def check_folder(folder: Path) -> None:
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise UsageError if a video cannot be written to path, or would replace something unasked."""
     check_place(path)
+    check_free(path, overwrite)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise UsageError if a video that has a place would replace something unasked."""
     if is_png_folder(path) and path.is_dir() and any(path.iterdir()):
         raise UsageError(f"output folder {path} has files in it; give an empty or a new one")
     if overwrite or is_png_folder(path):

@@ -6,6 +6,7 @@ Kinds are told by names and shapes, so any width and depth loads; official and d
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -77,6 +78,7 @@ def _vae_arguments(shapes: Shapes, declared: Declared) -> dict:
     return vae_config_from_shapes(shapes) | statistics
 
 
+_vae_kind = partial(ModelKind, name="wan_video_vae", to_official=_renamed_vae, arguments=_vae_arguments)
 KINDS = (
     ModelKind(
         name="wan_video_dit",
@@ -96,21 +98,15 @@ KINDS = (
         # The tokenizer, and the half of UMT5 that writes text.
         beside=lambda _: (PIECES, "decoder.", "lm_head.", "logit_scale"),
     ),
-    ModelKind(
-        name="wan_video_vae",
+    _vae_kind(
         factory=WanVideoVAE22,
         official_mark="decoder.upsamples.0.upsamples.0.residual.2.weight",
         diffusers_mark="encoder.down_blocks.0.resnets.0.conv1.weight",
-        to_official=_renamed_vae,
-        arguments=_vae_arguments,
     ),
-    ModelKind(
-        name="wan_video_vae",
+    _vae_kind(
         factory=WanVideoVAE,
         official_mark="decoder.upsamples.0.residual.2.weight",
         diffusers_mark="decoder.mid_block.resnets.0.conv1.weight",
-        to_official=_renamed_vae,
-        arguments=_vae_arguments,
     ),
     ModelKind(
         name="wan_video_image_encoder",

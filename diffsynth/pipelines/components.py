@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from diffsynth.configs.checkpoints import checkpoint_folder
+from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.resolve import ModelFacts, ReferenceFacts
 from diffsynth.data import VideoData
 from diffsynth.data.tensors import Video, frame_size
@@ -23,8 +24,8 @@ from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import WanTokenizer, find_tokenizer, load_tokenizer, tokenizer_from_pieces
 from diffsynth.vram_management import Residency, choose_device
 
-# What models can compute in; eight bits are for storage.
 REQUIRED = ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
+# What models can compute in; eight bits are for storage.
 WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -98,8 +99,10 @@ class Components:
         boundary = 0.9 if self.dit.in_dim > self.dit.out_dim else 0.875  # as published, of two experts
         return facts if self.low_noise_dit is None else replace(facts, boundary=boundary)
 
-    def check_pictures(self, has_first: bool, has_last: bool) -> None:
+    def check_pictures(self, mode: str, has_first: bool, has_last: bool) -> None:
         """Raise ValueError if a picture is missing that the model needs, or passed that it does not take."""
+        if mode != NO_TRANSFER and (has_first or has_last):
+            raise ValueError(f"mode {mode} takes no picture yet; give mode='No_transfer' with one")
         needs, has_positions = self.dit.in_dim > self.dit.out_dim, self.dit.image_positions > 0
         takes_last = needs and (has_positions or not self.dit.has_image_input)
         for name, given, needed, taken in (

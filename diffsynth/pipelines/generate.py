@@ -84,8 +84,6 @@ def generate(
         fps: frames a second of the reference, written into the file of final latents.
     """
     noise_generator(options)  # fails before a model runs
-    if options.motion is not None and pictures:
-        raise ValueError(f"mode {options.mode} takes no picture yet; give mode='No_transfer' with one")
     inputs = None if saved is None else saved.inputs
     if inputs is None:
         inputs, options = encode(models, prompts, pixels, pictures, options, ladder, observer)

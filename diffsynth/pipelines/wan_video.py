@@ -348,15 +348,16 @@ class WanVideoPipeline:
         progress, observer = checked_callables(progress_bar_cmd, observer, callback_on_step_end)
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
         costs = latency_file(latency_dir) if test_latency else None
-        every: Any = {"checkpoint_every": checkpoint_every, "checkpoint_minutes": checkpoint_minutes}
-        saving = SavingOptions(**every, resume=resume)
-        self.models.check_pictures(input_image is not None, end_image is not None)
-        named = {"input_image": input_image, "end_image": end_image}
-        pictures = [read_picture(picture, name) for name, picture in named.items() if picture is not None]
+        saving = SavingOptions(
+            checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
+        )
         folder = None if checkpoint_dir is None else prepare_folder(checkpoint_dir)
         if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
             options["seed"] = saved_seed(folder)
         run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
+        self.models.check_pictures(run.mode, input_image is not None, end_image is not None)
+        named = {"input_image": input_image, "end_image": end_image}
+        pictures = [read_picture(picture, name) for name, picture in named.items() if picture is not None]
         pixels = None
         if input_video is not None:
             pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)

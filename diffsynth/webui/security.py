@@ -55,8 +55,7 @@ class Guard:
         self._allowed = {name.lower() for name in allowed}
         self._any_address = not is_local(host)
         self._folders = uploads.resolve(), cache.resolve()
-        self._wrong: dict[str, int] = {}  # client -> wrong passwords since the last right one
-        self._locked_until: dict[str, float] = {}
+        self._wrong: dict[str, tuple[int, float]] = {}  # client -> wrong passwords, time of the next try
         self._quota = int(UPLOADS_KEPT * megabytes * 2**20)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -71,7 +70,7 @@ class Guard:
             return
         login = scope["type"] == "http" and scope["path"].rstrip("/").endswith("/login")
         client = (scope.get("client") or ("",))[0]
-        if login and time.monotonic() < self._locked_until.get(client, 0):
+        if login and time.monotonic() < self._wrong.get(client, (0, 0))[1]:
             await _refuse(send, 429, "wait before you try another password")
             return
         if scope["type"] == "http" and scope["method"] == "POST":
@@ -107,8 +106,8 @@ class Guard:
             return
         if len(self._wrong) > MOST_CLIENTS:
             self._wrong.clear()
-        self._wrong[client] = self._wrong.get(client, 0) + 1
-        self._locked_until[client] = time.monotonic() + min(2.0 ** (self._wrong[client] - 2), LONGEST_WAIT)
+        count = self._wrong.get(client, (0, 0))[0] + 1
+        self._wrong[client] = count, time.monotonic() + min(2.0 ** min(count - 2, 9), LONGEST_WAIT)
 
     def _refusal(self, scope: Message) -> str | None:
         """Return why a request is refused for its path or its headers."""
