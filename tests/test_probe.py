@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.probe import measure as probe
+from benchmarks.probe.measure import block_features, natural_size, probe_motion, read_displacements
+from benchmarks.probe.report import ProbeResult, suggest
+from benchmarks.probe.truth import TrueFlow, agreement, moments, moments_by_distance, true_flow
 from diffsynth import WanVideoPipeline
 from diffsynth.configs.defaults import RunDefaults
-from diffsynth.evaluation import probe
-from diffsynth.evaluation.probe import block_features, natural_size, probe_motion, read_displacements
-from diffsynth.evaluation.probe_report import ProbeResult, suggest
-from diffsynth.evaluation.probe_truth import TrueFlow, agreement, moments, moments_by_distance, true_flow
 from diffsynth.evaluation.synthetic import SceneObject, SceneOptions, SyntheticClip, make_clip
 from diffsynth.motion import MotionGuidance, attention_motion_flow, frame_pairs
 
@@ -398,10 +398,12 @@ def test_what_is_no_result_is_refused(made, tmp_path):
 
 @pytest.mark.slow
 def test_the_script_prints_the_table_and_where_the_files_are(tiny_checkpoint, tmp_path):
-    command = [sys.executable, ROOT / "examples" / "probe_motion.py", "--model_dir", tiny_checkpoint]
+    command = [sys.executable, "-m", "benchmarks.probe", "--model_dir", tiny_checkpoint]
     options = "--clips 2 --height 64 --width 64 --tokens all --sigmas 0.7 --taus 4 --rows 3 --device cpu"
     output = ["--output_dir", tmp_path / "probe"]
-    done = subprocess.run([*command, *options.split(), *output], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *options.split(), *output], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n| ") == 1 + 3
     assert "MotionGuidance(block=" in done.stdout

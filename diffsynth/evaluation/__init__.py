@@ -1,4 +1,4 @@
-"""Measure motion and draw it: probe, motion fidelity, tracking, similarity to texts, pictures of flow."""
+"""Measure motion and draw it: motion fidelity, tracking, similarity to texts, pictures of flow."""
 
 from diffsynth.evaluation.drawing import draw_trajectories
 from diffsynth.evaluation.figures import loss_curves
@@ -14,15 +14,12 @@ from diffsynth.evaluation.flow_images import (
 )
 from diffsynth.evaluation.grid import side_by_side, video_grid
 from diffsynth.evaluation.motion_fidelity import motion_fidelity, paired_fidelity
-from diffsynth.evaluation.probe import probe_motion
-from diffsynth.evaluation.probe_report import ProbeResult, suggest
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.evaluation.text_similarity import temporal_consistency_clip, text_similarity
 from diffsynth.evaluation.trackers import track_points
 from diffsynth.evaluation.tracking import track_object
 
 __all__ = [
-    "ProbeResult",
     "compare_motion",
     "draw_arrows",
     "draw_trajectories",
@@ -34,11 +31,9 @@ __all__ = [
     "motion_fidelity",
     "overlay_flow",
     "paired_fidelity",
-    "probe_motion",
     "reference_flow",
     "save_flow_video",
     "side_by_side",
-    "suggest",
     "temporal_consistency_clip",
     "text_similarity",
     "track_object",

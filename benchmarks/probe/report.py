@@ -52,7 +52,7 @@ class ProbeResult:
     """Agreement of each reading of each block with true motion.
 
     A perfect reading has 1 in all four arrays, float64 [blocks, readings, sigmas, taus], of read on true
-    displacement (see `probe_truth.Agreement`). Attention that sees nothing (equal weights: the way to the
+    displacement (see `truth.Agreement`). Attention that sees nothing (equal weights: the way to the
     picture's middle) has a correlation far above 0, since what moves in a picture cannot but move inwards.
     The partial numbers leave that out, so these rank (kind="partial"); kind="whole" ranks by the plain ones.
 

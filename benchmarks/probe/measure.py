@@ -1,7 +1,7 @@
 """Measure how well a checkpoint's attention motion flow reads true motion: by block, head, noise and tau.
 
 Clips with known motion are encoded and noised; for each block of the DiT, the displacement that its attention
-reads at object tokens is compared with the true one. `probe_report` holds the result.
+reads at object tokens is compared with the true one. `report` holds the result.
 Axes: R readings (each head, then the two head averages), N heads, D head width, F latent frames, H/W token
 rows/columns, S = H * W, P frame pairs, M tokens compared. Displacements are (row, column) in tokens.
 """
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.probe.report import HEAD_MEANS, ProbeResult
+from benchmarks.probe.truth import TrueFlow, agreement, moments_by_distance, true_flow
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import TAU
 from diffsynth.configs.resolve import round_size
 from diffsynth.data.tensors import video_to_tensor
-from diffsynth.evaluation.probe_report import HEAD_MEANS, ProbeResult
-from diffsynth.evaluation.probe_truth import TrueFlow, agreement, moments_by_distance, true_flow
 from diffsynth.evaluation.synthetic import SceneOptions, SyntheticClip, make_clip
 from diffsynth.models.wan_video_dit import DiTBlock, WanModel
 from diffsynth.motion.flow import token_positions

@@ -1,6 +1,6 @@
 """Which block, heads and temperature of a checkpoint read motion best: measured on clips with known motion.
 
-python examples/probe_motion.py --model_dir nano --clips 24 --sigmas 0.9 0.7  (see help(probe_motion))
+python -m benchmarks.probe --model_dir nano --clips 24 --sigmas 0.9 0.7  (see help(probe_motion))
 """
 
 import inspect
@@ -8,9 +8,9 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 
 from tqdm import tqdm
 
+from benchmarks.probe.measure import probe_motion
+from benchmarks.probe.report import GUIDED_SIGMAS, suggest
 from diffsynth import WanVideoPipeline
-from diffsynth.evaluation import probe_motion, suggest
-from diffsynth.evaluation.probe_report import GUIDED_SIGMAS
 
 KINDS: dict[str, type] = {"sigmas": float, "taus": float, "tokens": str, "prompt": str}
 KINDS |= dict.fromkeys(("clips", "height", "width", "num_frames", "blocks", "sf", "seed"), int)
