@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from diffsynth.configs.fields import load
 from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.models.conditions import NO_CONDITION, ImageCondition
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion.coarse import coarsen, noise_scale
 from diffsynth.motion.descriptors import MotionDescriptor, StepInputs
@@ -54,6 +56,8 @@ def guided_step(
     start: tuple[Tensor, float] | None = None,
     stop: Callable[[], bool] | None = None,
     memory: GradientMemory | None = None,
+    condition: ImageCondition = NO_CONDITION,
+    reference_condition: ImageCondition = NO_CONDITION,
 ) -> tuple[Tensor, OptimizationRecord]:
     """Move the latents of one denoising step towards the reference's motion.
 
@@ -73,6 +77,8 @@ def guided_step(
         stop: called before each optimiser step; the optimiser stops once it returns True.
         memory: gradients of earlier guided steps, if some may be repeated; a step that repeats them does not
             run the DiT, and its record has no losses.
+        condition: from the pictures of the run; the frames that they fix are not moved.
+        reference_condition: the same from the reference's own frames in their places.
 
     Returns:
         The moved latents, in the given dtype, and what the optimiser did.
@@ -90,6 +96,7 @@ def guided_step(
     sigma = float(sigma)
     descriptor = make_descriptor(guidance)
     scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
+    free = condition.free(precise(latents))
     inputs = StepInputs(
         dit=dit,
         timestep=scale * torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(1),
@@ -98,26 +105,35 @@ def guided_step(
         mean_velocity=_mean_velocity(latents, sigma, start),
     )
 
-    def observe(x: Tensor, prompt: Tensor) -> Any:
-        return descriptor.observe(coarsen(x, sigma, guidance.coarse, dit.patch_size), prompt, inputs)
+    def averaged(x: Tensor, level: float) -> Tensor:
+        return coarsen(x, level, guidance.coarse, dit.patch_size)
+
+    def observe(x: Tensor, prompt: Tensor, pictures: ImageCondition) -> Any:
+        pictures = pictures._replace(
+            y=None if pictures.y is None else averaged(pictures.y, 0),
+            first_frame=None if pictures.first_frame is None else averaged(pictures.first_frame, 0),
+        )
+        seen = pictures.hold(averaged(x, sigma))
+        return descriptor.observe(seen, prompt, replace(inputs, condition=pictures))
 
     @cache
     @torch.no_grad()
     def target() -> Any:
         noised = (1 - sigma) * precise(reference) + sigma * precise(noise)
-        return descriptor.describe(observe(noised, null_context))
+        return descriptor.describe(observe(noised, null_context, reference_condition))
 
     def objective(x: Tensor) -> Evaluation:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             # The target is passed too, since tile flow must read the windows found in the target.
-            seen = descriptor.describe(observe(leaf, context), target())
+            seen = descriptor.describe(observe(leaf, context, condition), target())
             loss, terms = descriptor.loss(seen, target())
             (gradient,) = torch.autograd.grad(loss, leaf)
-        return Evaluation(loss.detach(), gradient, terms)
+        return Evaluation(loss.detach(), gradient * free, terms)
 
     with frozen(dit):
         moved, record = optimize_latents(latents, objective, guidance, stop, memory)
+    moved = torch.where(free == 1, moved, latents)
     logger.debug("guided step at sigma %.4f: losses %s, parts %s", sigma, record.losses, record.parts)
     return moved, record
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from diffsynth.caches.rules import StepCache, run_blocks_cached
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import RunOptions
+from diffsynth.models.conditions import NO_CONDITION, ImageCondition
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory, NonFiniteGuidanceError, guided_step
 from diffsynth.runs.cost import RunCost
-from diffsynth.runs.state import NO_CONDITION, ImageCondition, PromptEmbeddings, RunInputs
+from diffsynth.runs.state import PromptEmbeddings, RunInputs
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
 from diffsynth.vram_management import synchronize
 
@@ -90,7 +91,6 @@ def denoise(
         timestep = scheduler.timesteps[index]
         if guide is not None and index < guided_steps:
             latents, losses = guide(index, latents, timestep)
-            latents = condition.hold(latents)
             yield RunEvent(
                 stage="guidance",
                 step=index + 1,
@@ -112,7 +112,7 @@ def denoise(
             clean=clean,
             interrupted=interrupted,
         )
-        latents = latents if replaced is None else replaced
+        latents = latents if replaced is None else condition.hold(replaced)
 
 
 def dit_velocity(
@@ -216,6 +216,8 @@ def motion_guide(
                 null_context=null_context,
                 guidance=guidance.faded(index),
                 start=(start, scheduler.sigmas[0].item()),
+                condition=inputs.condition,
+                reference_condition=inputs.reference_condition,
                 stop=stop,
                 memory=memory,
             )

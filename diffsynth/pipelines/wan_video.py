@@ -355,7 +355,7 @@ class WanVideoPipeline:
         if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
             options["seed"] = saved_seed(folder)
         run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
-        self.models.check_pictures(run.mode, input_image is not None, end_image is not None)
+        self.models.check_pictures(input_image is not None, end_image is not None)
         named = {"input_image": input_image, "end_image": end_image}
         pictures = [read_picture(picture, name) for name, picture in named.items() if picture is not None]
         pixels = None
