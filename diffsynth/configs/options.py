@@ -41,6 +41,7 @@ FITS = ("crop", "pad", "stretch")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
 MOTION_PREFIX = "motion_"  # of the names of motion's numbers on the command line and in batch files
+PICTURES = ("input_image", "end_image")  # arguments of the call: the video begins and ends with them
 DEFAULT_FPS = 15.0  # of a video whose reference and checkpoint name no rate
 ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
 MOST_PIXELS = 2**33  # of all frames together: 1,000 of 3840x2160
