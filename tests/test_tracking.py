@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffsynth.data.objects import largest_patches
 from diffsynth.evaluation.shapes import KNOWN_SHAPES
 from diffsynth.evaluation.synthetic import (
     COLOURS,
@@ -15,7 +16,7 @@ from diffsynth.evaluation.synthetic import (
     TRAJECTORIES,
     make_clip,
 )
-from diffsynth.evaluation.tracking import LEAST_AREA, largest_patches, track_object, video_array
+from diffsynth.evaluation.tracking import LEAST_AREA, track_object, video_array
 
 HELD_OUT = {"shapes": HELD_OUT_SHAPES, "trajectories": HELD_OUT_TRAJECTORIES}
 
