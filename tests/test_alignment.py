@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from diffsynth.configs.options import AlignmentKind, RunOptions
-from diffsynth.data.alignment import align, shift
 from diffsynth.evaluation.tracking import track_object
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.reference import reference_pixels
+from diffsynth.planning.alignment import align, shift
 
 HEIGHT, WIDTH, FRAMES = 96, 128, 9
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsynth.data.objects import largest_patches
 from diffsynth.evaluation.shapes import KNOWN_SHAPES
 from diffsynth.evaluation.synthetic import (
     COLOURS,
@@ -17,6 +16,7 @@ from diffsynth.evaluation.synthetic import (
     make_clip,
 )
 from diffsynth.evaluation.tracking import LEAST_AREA, track_object, video_array
+from diffsynth.planning.objects import largest_patches
 
 HELD_OUT = {"shapes": HELD_OUT_SHAPES, "trajectories": HELD_OUT_TRAJECTORIES}
 

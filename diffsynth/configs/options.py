@@ -101,7 +101,7 @@ class CheckedOptions:
 
 @dataclass(frozen=True, slots=True)
 class AlignmentKind:
-    """How a reference is laid onto a picture: "object", "none", or the numbers of `data.alignment.shift`."""
+    """How a reference is laid onto a picture: "object", "none", or numbers for `planning.alignment.shift`."""
 
     metavar: str = "object|none|DX,DY[,SCALE]"
 

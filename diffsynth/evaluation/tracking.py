@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffsynth.data.frames import rgb_frames
-from diffsynth.data.objects import LEAST_DISTANCE, distance_from_background, largest_patches
 from diffsynth.data.tensors import Video
+from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background, largest_patches
 
 LEAST_AREA = 0.005  # of the picture
 

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.configs.options import RunOptions
-from diffsynth.data.alignment import align, shift
 from diffsynth.data.tensors import Video, picture_to_tensor, video_to_tensor, warn_of_reference
+from diffsynth.planning.alignment import align, shift
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsynth.data.objects import LEAST_DISTANCE, distance_from_background, largest_patches
+from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background, largest_patches
 
 Alignment = tuple[float, float, float]  # pixels to the right, pixels down, scale about the picture's middle
 _AREAS = (0.003, 0.3)  # of the picture, that an object may have
