@@ -99,7 +99,7 @@ def guided_step(
     free = condition.free(precise(latents))
     inputs = StepInputs(
         dit=dit,
-        timestep=scale * torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(1),
+        timestep=scale * torch.as_tensor(timestep, dtype=torch.float32).reshape(1),
         sigma=scale * sigma,
         null_context=null_context,
         mean_velocity=_mean_velocity(latents, sigma, start),
