@@ -1,16 +1,20 @@
 """A picture and a motion reference: the condition of each pass of guidance, and what it does not move."""
 
+import json
 from functools import cache
 
 import pytest
 import torch
 from PIL import Image
 
-from diffsynth import WanVideoPipeline
+from diffsynth import VideoData, WanVideoPipeline, save_video
+from diffsynth.cli.main import main
+from diffsynth.data.files import sha256_of_frames
 from diffsynth.data.tensors import picture_to_tensor, video_to_tensor
 from diffsynth.models.conditions import ImageCondition
 from diffsynth.motion import MotionGuidance, attention_motion_flow, guided_step
 from diffsynth.pipelines.image_condition import image_condition
+from diffsynth.runs.record import read_record
 from diffsynth.testing import write_checkpoint
 
 PICTURE = Image.linear_gradient("L").resize((40, 50)).convert("RGB")
@@ -163,3 +167,73 @@ def test_a_guided_picture_run_continues_with_the_same_results(pipeline, tmp_path
     with pytest.raises(ValueError, match="differs in input_image"):
         pipe("a cat", **{**arguments, "input_image": PICTURE.rotate(180)}, **saving)
     assert torch.equal(pipe("a cat", **arguments, **saving), whole)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """command(size, *arguments) -> (exit code, stderr), in a folder with ref.mp4 and me.png."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_video([frame.resize((64, 64)) for frame in CLIP], "ref.mp4", fps=12, quality=9)
+    PICTURE.save("me.png")
+    PICTURE.rotate(180).save("other.png")
+    motion = ["--motion-guided-steps", "2", "--motion-inner-steps", "2", "--motion-block", "1"]
+    motion += ["--motion-window", "1", "--motion-tile", "1,1", "--sf", "2"]
+    small = "--height 64 --width 64 --num-frames 9 --num-inference-steps 3 --denoising-strength 1"
+
+    def call(size, name, *arguments):
+        if not (tmp_path / size).exists():
+            write_checkpoint(tmp_path / size, size=size)
+        shared = ["--model", str(tmp_path / size), *small.split(), *motion, "--device", "cpu", "-q"]
+        code = main([name, *arguments, *shared])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.slow
+def test_the_command_makes_repeats_and_batches_a_video_of_a_picture(command, capsys):
+    asked = ["transfer", "ref.mp4", "--prompt", "a cat", "--seed", "1", "-o", "a.mp4"]
+    code, problem = command("tiny-ti2v", *asked, "--image", "me.png")
+    assert code == 0, problem
+    record = read_record("a.mp4")
+    assert record.pictures["input_image"]["path"].endswith("me.png")
+    pipe = WanVideoPipeline.from_pretrained("tiny-ti2v", device="cpu")
+    again = {**record.call_arguments(), "input_video": VideoData("ref.mp4"), "progress_bar_cmd": None}
+    (video,) = pipe.run(**again, input_image="me.png")
+    assert sha256_of_frames(video.frames) == record.video["frames_sha256"]
+    assert main(["transfer", "--from", "a.mp4.json", "-o", "again.mp4", "-q"]) == 0
+    assert read_record("again.mp4").video["frames_sha256"] == record.video["frames_sha256"]
+    code, problem = command("tiny-ti2v", *asked, "--image", "other.png")
+    assert code == 2
+    assert "input_image is not the recorded one" in problem
+    PICTURE.rotate(180).save("me.png")
+    assert main(["transfer", "--from", "a.mp4.json", "-o", "third.mp4", "-q"]) == 2
+    assert "the run cannot be repeated: input_image is not the recorded one" in capsys.readouterr().err
+
+    row = {"reference": "ref.mp4", "prompt": "a cat", "seed": 1}
+    rows = [{**row, "image": name, "output": f"{name}.mp4"} for name in ("me.png", "other.png")]
+    with open("jobs.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    code, problem = command("tiny-ti2v", "batch", "jobs.jsonl", "-o", "out")
+    assert code == 0, problem
+    first, second = (
+        read_record(f"out/{name}.mp4").video["frames_sha256"] for name in ("me.png", "other.png")
+    )
+    assert first == second != record.video["frames_sha256"]
+
+
+@pytest.mark.slow
+def test_pictures_that_do_not_fit_are_told_before_a_video_is_made(command, tmp_path):
+    given = ["--prompt", "a cat", "-o", "a.mp4"]
+    for size, arguments, message in (
+        ("tiny-i2v", [], "needs input_image"),
+        ("tiny", ["--image", "me.png"], "takes no input_image"),
+        ("tiny-ti2v", ["--image", "ref.mp4"], "cannot be read as an image"),
+        ("tiny-ti2v", ["--image", "none.png"], "none.png"),
+        ("tiny-ti2v", ["--image", "me.png", "--end-image", "me.png"], "takes no end_image"),
+    ):
+        code, problem = command(size, "transfer", "ref.mp4", *arguments, *given)
+        assert code in (1, 2)
+        assert message in problem
+        assert not (tmp_path / "a.mp4").exists()

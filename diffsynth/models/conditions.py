@@ -1,5 +1,6 @@
 """What pictures give to the DiT of an image model, beside the noised latents."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,11 @@ class ImageCondition(NamedTuple):
             return free - mask.amax((0, 2, 3))[:, None, None].to(free)
         free[: 0 if self.first_frame is None else 1] = 0
         return free
+
+    def averaged(self, average: Callable[[Tensor], Tensor]) -> "ImageCondition":
+        """Return the condition of latents that are averaged over squares, as y and first_frame then are."""
+        maps = {"y": self.y, "first_frame": self.first_frame}
+        return self._replace(**{name: average(m) for name, m in maps.items() if m is not None})
 
     def of_dit(self, timestep: Tensor, batch: int, num_frames: int) -> dict[str, Tensor]:
         """Return the arguments of the DiT for a batch at one timestep [1] of the noised frames."""

@@ -59,9 +59,7 @@ def guided_step(
     condition: ImageCondition = NO_CONDITION,
     reference_condition: ImageCondition = NO_CONDITION,
 ) -> tuple[Tensor, OptimizationRecord]:
-    """Move the latents of one denoising step towards the reference's motion.
-
-    The model is left as found, also after an error.
+    """Move the latents of one denoising step towards the reference's motion; the model is left as found.
 
     Args:
         dit: the DiT that denoises.
@@ -75,13 +73,12 @@ def guided_step(
         guidance: parameters of the guidance.
         start: the run's first latents and their sigma, for descriptors that use the mean velocity since then.
         stop: called before each optimiser step; the optimiser stops once it returns True.
-        memory: gradients of earlier guided steps, if some may be repeated; a step that repeats them does not
-            run the DiT, and its record has no losses.
+        memory: gradients of earlier guided steps; one that repeats them has no losses in its record.
         condition: from the pictures of the run; the frames that they fix are not moved.
         reference_condition: the same from the reference's own frames in their places.
 
     Returns:
-        The moved latents, in the given dtype, and what the optimiser did.
+        The moved latents, in their dtype, and what the optimiser did.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -93,27 +90,17 @@ def guided_step(
                 f"latents and {name} must both be [1, C, F, h, w] of one shape; got "
                 f"{tuple(latents.shape)} and {tuple(given.shape)}"
             )
-    sigma = float(sigma)
-    descriptor = make_descriptor(guidance)
+    descriptor, free = make_descriptor(guidance), condition.free(precise(latents))
     scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
-    free = condition.free(precise(latents))
+    level = scale * torch.as_tensor(timestep, dtype=torch.float32).reshape(1)
+    mean = _mean_velocity(latents, sigma, start)
     inputs = StepInputs(
-        dit=dit,
-        timestep=scale * torch.as_tensor(timestep, dtype=torch.float32).reshape(1),
-        sigma=scale * sigma,
-        null_context=null_context,
-        mean_velocity=_mean_velocity(latents, sigma, start),
+        dit=dit, timestep=level, sigma=scale * sigma, null_context=null_context, mean_velocity=mean
     )
 
-    def averaged(x: Tensor, level: float) -> Tensor:
-        return coarsen(x, level, guidance.coarse, dit.patch_size)
-
     def observe(x: Tensor, prompt: Tensor, pictures: ImageCondition) -> Any:
-        pictures = pictures._replace(
-            y=None if pictures.y is None else averaged(pictures.y, 0),
-            first_frame=None if pictures.first_frame is None else averaged(pictures.first_frame, 0),
-        )
-        seen = pictures.hold(averaged(x, sigma))
+        pictures = pictures.averaged(lambda c: coarsen(c, 0, guidance.coarse, dit.patch_size))
+        seen = pictures.hold(coarsen(x, sigma, guidance.coarse, dit.patch_size))
         return descriptor.observe(seen, prompt, replace(inputs, condition=pictures))
 
     @cache
@@ -133,9 +120,8 @@ def guided_step(
 
     with frozen(dit):
         moved, record = optimize_latents(latents, objective, guidance, stop, memory)
-    moved = torch.where(free == 1, moved, latents)
     logger.debug("guided step at sigma %.4f: losses %s, parts %s", sigma, record.losses, record.parts)
-    return moved, record
+    return torch.where(free == 1, moved, latents), record
 
 
 def _mean_velocity(latents: Tensor, sigma: float, start: tuple[Tensor, float] | None) -> Tensor | None:
