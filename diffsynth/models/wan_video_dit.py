@@ -175,7 +175,9 @@ class WanModel(nn.Module):
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Return the time embedding [..., D] of timestep [...] and the blocks' modulation [..., 6, D]."""
         dtype = precise_dtype(self.dtype)
-        hidden = linear_in(dtype, self.time_embedding[0], sinusoidal_embedding(timestep, self.freq_dim))
+        # Without non_blocking, a copy from the CPU would wait until the device has done all its work.
+        waves = sinusoidal_embedding(timestep, self.freq_dim).to(dtype).to(self.device, non_blocking=True)
+        hidden = linear_in(dtype, self.time_embedding[0], waves)
         time = linear_in(dtype, self.time_embedding[2], F.silu(hidden))
         return time, linear_in(dtype, self.time_projection[1], F.silu(time)).unflatten(-1, (6, self.dim))
 
@@ -214,7 +216,7 @@ class WanModel(nn.Module):
             )
         stream = precise_dtype(self.dtype)
         tokens = self.patch_embedding(x.to(self.dtype))
-        time, modulation = self.embed_time(timestep.to(x.device))
+        time, modulation = self.embed_time(timestep)
         # Rows past the prompt are zero before the text MLP and attended to: the official model has no mask.
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.text_len - context.shape[1]))
         return DiTState(

@@ -69,7 +69,7 @@ class TileAMF(DenseAMF):
             window=g.window,
             tile=g.tile,
             tau=g.tau,
-            windows=reference.windows if isinstance(reference, TileFlow) else None,
+            windows=reference if isinstance(reference, TileFlow) else None,
             heads=g.heads,
             chunk=g.chunk,
         )

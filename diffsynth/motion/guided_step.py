@@ -92,7 +92,7 @@ def guided_step(
             )
     descriptor, free = make_descriptor(guidance), condition.free(precise(latents))
     scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
-    level = scale * torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(1)
+    level = scale * torch.as_tensor(timestep, dtype=torch.float32).reshape(1)
     mean = _mean_velocity(latents, sigma, start)
     inputs = StepInputs(
         dit=dit, timestep=level, sigma=scale * sigma, null_context=null_context, mean_velocity=mean

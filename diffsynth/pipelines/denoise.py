@@ -129,9 +129,7 @@ def dit_velocity(
         caches: one for each of the B samples, whose blocks may then be skipped.
         condition: from the pictures of the run.
     """
-    # Without non_blocking, a copy from the CPU waits until the device has done all its work.
-    timestep = timestep.to(x.device, non_blocking=True).reshape(1)
-    given = condition.of_dit(timestep, x.shape[0], x.shape[2])
+    given = condition.of_dit(timestep.reshape(1), x.shape[0], x.shape[2])
     if not caches:
         return dit(x, context=context, **given)
     state = dit.embed(x, context=context, **given)
@@ -203,6 +201,7 @@ def motion_guide(
         raise ValueError("motion guidance needs a reference and the empty prompt")
 
     def guide(index: int, latents: Tensor, timestep: Tensor) -> tuple[Tensor, tuple[float, ...]]:
+        synchronize(latents.device)  # the step before is none of guidance's time
         started = time.perf_counter()
         try:
             moved, record = guided_step(
@@ -223,7 +222,6 @@ def motion_guide(
             )
         except NonFiniteGuidanceError as error:
             raise NonFiniteGuidanceError(f"denoising step {index}: {error}", error.latents) from error
-        synchronize(latents.device)
         cost.add_guidance(time.perf_counter() - started, record)
         return moved, record.losses
 
