@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.cli.main import main
+from diffsynth.configs.options import LoadOptions
 from diffsynth.data.files import sha256_of_frames
 from diffsynth.data.tensors import picture_to_tensor, video_to_tensor
 from diffsynth.models.conditions import ImageCondition
@@ -16,6 +18,10 @@ from diffsynth.motion import MotionGuidance, attention_motion_flow, guided_step
 from diffsynth.pipelines.image_condition import image_condition
 from diffsynth.runs.record import read_record
 from diffsynth.testing import write_checkpoint
+from diffsynth.webui.queue import QueuedJob
+from diffsynth.webui.requests import checked_request
+from diffsynth.webui.session import make_video, open_session
+from diffsynth.webui.uploads import UploadLimits, keep_picture
 
 PICTURE = Image.linear_gradient("L").resize((40, 50)).convert("RGB")
 CLIP = [Image.radial_gradient("L").rotate(turn).crop((40, 40 + turn, 90, 90 + turn)) for turn in range(9)]
@@ -237,3 +243,44 @@ def test_pictures_that_do_not_fit_are_told_before_a_video_is_made(command, tmp_p
         assert code in (1, 2)
         assert message in problem
         assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.slow
+def test_the_page_takes_a_picture(command, tmp_path):
+    command("tiny-ti2v", "transfer", "--mode", "No_transfer")  # writes the checkpoint
+    limits = UploadLimits(pixels=5000)
+    session = open_session(
+        "tiny-ti2v",
+        tmp_path,
+        LoadOptions(device="cpu"),
+        output_dir=tmp_path / "videos",
+        cache=tmp_path,
+        limits=limits,
+    )
+    assert session.pipe.models.takes_picture
+    kept = keep_picture(tmp_path / "me.png", tmp_path, session.references, limits)
+    assert Image.open(kept).tobytes() == PICTURE.tobytes()
+    small = {
+        "prompt": "a cat",
+        "seed": 1,
+        "height": 64,
+        "width": 64,
+        "num_frames": 9,
+        "num_inference_steps": 3,
+    }
+    request = checked_request({**small, "mode": "No_transfer"})
+    plain = make_video(session, request, None, QueuedJob()).record
+    run = make_video(session, request, None, QueuedJob(), {"input_image": kept}).record
+    assert run.pictures["input_image"]["path"] == str(kept)
+    assert run.video["frames_sha256"] != plain.video["frames_sha256"]
+
+    Image.new("RGB", (80, 80)).save("large.png")
+    Path("text.png").write_text("no picture")
+    for name, problem in (
+        ("large.png", "more than 5000 pixels"),
+        ("text.png", "cannot be read as a picture"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            keep_picture(tmp_path / name, tmp_path, session.references, limits)
+    with pytest.raises(ValueError, match="is not a file that was uploaded here"):
+        keep_picture(tmp_path / "me.png", tmp_path / "tiny-ti2v", session.references, limits)

@@ -98,13 +98,18 @@ class Components:
         boundary = 0.9 if self.dit.in_dim > self.dit.out_dim else 0.875  # as published, of two experts
         return facts if self.low_noise_dit is None else replace(facts, boundary=boundary)
 
+    @property
+    def takes_picture(self) -> bool:
+        """Return whether the video may begin with a picture."""
+        is_ti2v = self.dit.has_clean_first_frame or isinstance(self.vae, WanVideoVAE22)
+        return is_ti2v or self.dit.in_dim > self.dit.out_dim
+
     def check_pictures(self, has_first: bool, has_last: bool) -> None:
         """Raise ValueError if a picture is missing that the model needs, or passed that it does not take."""
-        takes_clean = self.dit.has_clean_first_frame or isinstance(self.vae, WanVideoVAE22)
         needs, has_positions = self.dit.in_dim > self.dit.out_dim, self.dit.image_positions > 0
         takes_last = needs and (has_positions or not self.dit.has_image_input)
         for name, given, needed, taken in (
-            ("input_image", has_first, needs, needs or takes_clean),
+            ("input_image", has_first, needs, self.takes_picture),
             ("end_image", has_last, has_positions, takes_last),
         ):
             if needed and not given:
