@@ -116,7 +116,7 @@ def vars_of(kind: Kind) -> dict:
 
 
 def chosen_checkpoint(checkpoint: str, work: Work, latent_shape: tuple[int, int, int]) -> str:
-    """What guidance keeps: with "auto", the most that fits into free memory; everything where none is known."""
+    """What guidance keeps: with "auto", the most that fits into free memory, if that is known."""
     device, size, motion = work.latents.device, DiTSize.of(work.dit), MotionGuidance()
     if checkpoint != "auto" or device.type == "meta" or not available_memory(device):
         return "none" if checkpoint == "auto" else checkpoint
@@ -131,13 +131,12 @@ def describe(device: torch.device) -> str:
         return f"{device}, {torch.get_num_threads()} threads"
     found = torch.cuda.get_device_properties(device)
     query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
-    told = (
-        subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which(query[0]) else None
-    )
-    driver = told.stdout.splitlines()[device.index or 0] if told and told.stdout else "driver unknown"
-    return (
-        f"{found.name} {found.total_memory / 2**30:.1f} GiB, {driver}, cuDNN {torch.backends.cudnn.version()}"
-    )
+    told = "driver unknown"
+    if shutil.which(query[0]):
+        lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+        told = lines[device.index or 0] if lines else told
+    memory = f"{found.total_memory / 2**30:.1f} GiB"
+    return f"{found.name}, {memory}, {told}, cuDNN {torch.backends.cudnn.version()}"
 
 
 def _has_diffusers() -> bool:
