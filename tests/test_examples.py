@@ -77,10 +77,19 @@ def test_without_a_reference_the_example_moves_as_a_shipped_clip_does(tiny_check
     assert len(VideoData(tmp_path / "source-effi_AMF-seed42.mp4")) == 5
 
 
-def test_a_missing_checkpoint_ends_with_the_download_command(tmp_path):
-    result = run("wan_1.3b_text_to_video.py", cwd=tmp_path)
-    assert result.returncode != 0
-    assert "download_model.py --model 1.3b" in result.stderr
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("wan_1.3b_text_to_video.py", []),
+        ("inspect_motion.py", ["ref.mp4"]),
+        ("convert_weights.py", ["--model_dir", "models/Wan2.1-T2V-1.3B", "--output_dir", "out"]),
+    ],
+)
+def test_a_missing_checkpoint_ends_with_the_download_command_and_no_traceback(tmp_path, script, arguments):
+    result = run(script, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.endswith("does not exist; fetch it with: fastvmt download 1.3b\n")
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda script: script.name)

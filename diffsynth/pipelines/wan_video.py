@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.options import CallOptions, SavingOptions
-from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_plan, resolve_prompts
+from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_plan, resolve_prompts, unknown_words
 from diffsynth.data import VideoData
 from diffsynth.data.frames import Picture, checked_int, read_picture
 from diffsynth.data.tensors import Video, video_to_tensor, warn_of_reference
@@ -347,6 +347,8 @@ class WanVideoPipeline:
         """
         progress, observer = checked_callables(progress_bar_cmd, observer, callback_on_step_end)
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
+        if ignored := unknown_words([text for text, _ in prompts], self.defaults.words):
+            logger.warning("%s", ignored)
         costs = latency_file(latency_dir) if test_latency else None
         saving = SavingOptions(
             checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
