@@ -15,7 +15,8 @@ from diffsynth.evaluation.synthetic import (
     TRAJECTORIES,
     make_clip,
 )
-from diffsynth.evaluation.tracking import LEAST_AREA, largest_patches, track_object, video_array
+from diffsynth.evaluation.tracking import LEAST_AREA, track_object, video_array
+from diffsynth.planning.objects import largest_patches
 
 HELD_OUT = {"shapes": HELD_OUT_SHAPES, "trajectories": HELD_OUT_TRAJECTORIES}
 

@@ -15,6 +15,7 @@ from typing import Any
 from diffsynth.cli.console import DONE, FAILED, Console
 from diffsynth.cli.job_files import JobLine, read_jobs
 from diffsynth.cli.progress import run_watched, saving_arguments
+from diffsynth.configs.options import PICTURES
 from diffsynth.data.files import FileInUseError, locked
 from diffsynth.jobs.errors import RunFailedError, UsageError, disk_is_at_fault
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
@@ -53,7 +54,8 @@ def run(options: Namespace, console: Console) -> int:
     folder: Path = options.output_dir
     if options.checkpoint_dir is not None:
         raise UsageError("--checkpoint-dir is for one video; --resume has a folder for each")
-    jobs = read_jobs(options.jobs, folder, task_options(vars(options)))
+    shared = {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
+    jobs = read_jobs(options.jobs, folder, task_options(vars(options)), shared)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_batch(folder):
@@ -96,8 +98,8 @@ class _Batch:
     def prepare(self, job: JobLine) -> VideoTask | dict[str, Any]:
         """Return the task of a job, or the facts for the summary if it cannot be one."""
         try:
-            task = make_task(job.options, job.reference, self._checkpoint)
-            identity = request_hash(job.options, task.reference, self._model)
+            task = make_task(job.options, job.reference, self._checkpoint, job.pictures)
+            identity = request_hash(job.options, task, self._model)
             # A name that is the same for the same job, wherever it stands in the file.
             name = f"{'text' if job.reference is None else job.reference.stem}-{identity[:10]}.mp4"
             output = job.output or self._options.output_dir / name

@@ -10,7 +10,7 @@ from diffsynth.cli.arguments import flag
 from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.configs.fields import fields_of
-from diffsynth.configs.options import FileOptions, ReferenceOptions
+from diffsynth.configs.options import PICTURES, FileOptions, ReferenceOptions
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_free, check_place, check_space
@@ -27,6 +27,7 @@ from diffsynth.jobs.task import (
 from diffsynth.runs.record import (
     RunRecord,
     describe_model,
+    describe_pictures,
     differences,
     fingerprints,
     read_record,
@@ -46,21 +47,22 @@ def run(options: Namespace, console: Console) -> int:
     else:
         check_place(options.output)
     recorded, told = None, list[str]()
+    pictures = {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
     if options.record is None:
         loaded = load_options(vars(options))
         folder = choose_model(options.model, options.models_dir, told.append, loaded)
         asked = task_options(vars(options))
-        task = make_task(asked, options.reference, folder)
+        task = make_task(asked, options.reference, folder, pictures)
     else:
         if asked := task_options(vars(options)):
             raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, asked))}")
         recorded = read_record(options.record)
         folder = choose_model(options.model or recorded.model["folder"], options.models_dir, told.append)
         loaded = load_options(vars(options), recorded.model["setup"])
-        task = _repetition(recorded, options)
+        task = _repetition(recorded, options, pictures)
         asked = {"repeats": recorded.video["frames_sha256"], "created": recorded.created}
     model = describe_model(folder, asdict(loaded))
-    job = request_hash(asked, task.reference, model)
+    job = request_hash(asked, task, model)
     saving = saving_arguments(options, options.output)
     task = replace(task, output=options.output, overwrite=options.overwrite, saving=saving, job=job)
     if options.output is not None:
@@ -89,8 +91,9 @@ def _facts(path: Path, record: RunRecord) -> dict[str, Any]:
     return {"output": str(path), "record_file": str(record_path(path)), "record": record.to_json()}
 
 
-def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
-    """Return the task that a record repeats; the reference may have another path now."""
+def _repetition(record: RunRecord, options: Namespace, pictures: Mapping[str, Path]) -> VideoTask:
+    """Return the task that a record repeats; the reference and pictures may have other paths now."""
+    pictures = {**{name: Path(picture["path"]) for name, picture in record.pictures.items()}, **pictures}
     path = options.reference
     if path is None and record.reference is not None:
         path = Path(record.reference["path"])
@@ -107,6 +110,7 @@ def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
         reference=reference,
         file=fields_of(FileOptions, record.video),
         num_bytes=3 * call["num_frames"] * call["height"] * call["width"],
+        pictures=describe_pictures(pictures),
     )
 
 
@@ -114,7 +118,7 @@ def _check_unchanged(
     record: RunRecord, task: VideoTask, model: Mapping[str, Any], force: bool, console: Console
 ) -> None:
     """Raise UsageError if reference, model or weights have changed since the record, unless force."""
-    found = differences(record, task.reference, model)
+    found = differences(record, task.reference, model, task.pictures)
     if found and not force:
         raise UsageError(f"the run cannot be repeated: {'; '.join(found)} (--force to run it all the same)")
     for text in found:

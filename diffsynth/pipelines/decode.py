@@ -1,7 +1,7 @@
 """Latents to frames: at the end of a run, or later from a file of final latents."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,15 @@ def decode_frames(vae: WanVideoVAE, latents: Tensor, options: RunOptions) -> Fra
         chunks: Iterable[Tensor] = video.split(vae.temporal_factor, dim=2)
     else:
         chunks = vae.decode_chunks(latents)
-    frames = chunks_to_uint8((finite(chunk, decoder) for chunk in chunks), options.num_frames)
+    means: list[Tensor] = []  # checked together, as a device waits for each check
+
+    def noted() -> Iterator[Tensor]:
+        for chunk in chunks:
+            means.append(chunk.mean())
+            yield chunk
+
+    frames = chunks_to_uint8(noted(), options.num_frames)
+    finite(torch.stack(means), decoder)
     return frames if options.output_type == "np" else [Image.fromarray(frame) for frame in frames]
 
 

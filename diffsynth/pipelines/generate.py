@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.configs.options import RunOptions
-from diffsynth.data.tensors import finite
+from diffsynth.data.tensors import chunks_to_uint8, finite
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents
 from diffsynth.pipelines.denoise import RunEvent
@@ -25,7 +25,7 @@ from diffsynth.planning.ladder import Ladder, memory_problem
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.latents import keep_latents, latents_facts
-from diffsynth.runs.state import NO_CONDITION, PromptEmbeddings, RunInputs
+from diffsynth.runs.state import PromptEmbeddings, RunInputs
 
 T = TypeVar("T")
 Observer = Callable[[RunEvent], None]
@@ -190,16 +190,21 @@ def encode(
     if pixels is not None:
         with stage("encode video", observer, seconds):
             reference, options = with_ladder("encode video", partial(encode_video, pixels), options, ladder)
-    condition = NO_CONDITION
-    if pictures:
-        encode_all = partial(encode_pictures, models, pictures)
-        condition, options = with_ladder("encode video", encode_all, options, ladder)
+    shown = {"condition": pictures}
+    if pixels is not None and options.motion is not None:  # read with the frames that it has in their places
+        ends = chunks_to_uint8([pixels[:, :, [0, -1]]], len(pictures)) if pictures else ()
+        shown["reference_condition"] = [Image.fromarray(frame) for frame in ends]
+    conditions = {}
+    for name, own in shown.items():
+        if own:
+            encode_all = partial(encode_pictures, models, own)
+            conditions[name], options = with_ladder("encode video", encode_all, options, ladder)
     inputs = RunInputs(
         prompts=embeddings,
         noise=draw_noise(models, options),
         reference=reference,
         seconds=seconds,
-        condition=condition,
+        **conditions,
     )
     return inputs, options
 

@@ -138,6 +138,7 @@ def begin_denoising(
         if first_frame is not None:
             clean = torch.cat([first_frame.to(clean), clean[:, :, 1:]], dim=2)
         start = scheduler.add_noise(clean, inputs.noise, scheduler.timesteps[0])
+    start = inputs.condition.hold(start)
     rules = {}
     if options.cache is not None:
         guided = options.cfg_steps

@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffsynth.configs.defaults import RunDefaults, run_defaults
-from diffsynth.configs.options import CallOptions, SavingOptions
+from diffsynth.configs.options import PICTURES, CallOptions, SavingOptions
 from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_plan, resolve_prompts, unknown_words
 from diffsynth.data import VideoData
 from diffsynth.data.frames import Picture, checked_int, read_picture
-from diffsynth.data.tensors import Video, video_to_tensor, warn_of_reference
+from diffsynth.data.tensors import Video
 from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
@@ -36,6 +36,7 @@ from diffsynth.pipelines.components import (
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
 from diffsynth.pipelines.generate import GeneratedVideo, Observer, checked_callables, generate
+from diffsynth.pipelines.reference import reference_pixels
 from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
 from diffsynth.planning.sizes import ModelSizes
@@ -355,14 +356,10 @@ class WanVideoPipeline:
         if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
             options["seed"] = saved_seed(folder)
         run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
-        self.models.check_pictures(run.mode, input_image is not None, end_image is not None)
-        named = {"input_image": input_image, "end_image": end_image}
-        pictures = [read_picture(picture, name) for name, picture in named.items() if picture is not None]
-        pixels = None
-        if input_video is not None:
-            pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
-            if run.motion is not None:
-                warn_of_reference(pixels)
+        self.models.check_pictures(input_image is not None, end_image is not None)
+        named = zip(PICTURES, (input_image, end_image), strict=True)
+        pictures = [read_picture(picture, name) for name, picture in named if picture is not None]
+        pixels, run = reference_pixels(input_video, pictures, run)
         with self.residency.exclusive():
             ladder = Ladder(self.residency, self.vae)
             run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffsynth.configs.options import RunOptions
+from diffsynth.configs.options import PICTURES, RunOptions
 
 SAMPLES = 16  # values read of each tensor
 LONG = 200  # characters of an argument from which on its hash stands for it
@@ -38,7 +38,7 @@ def run_identity(
             identity |= _named(item.name, getattr(options, item.name))
     if pixels is not None:
         identity["input_video"] = f"frames of hash {_hash(pixels.numpy().data)}"
-    for name, picture in zip(("input_image", "end_image"), pictures, strict=False):
+    for name, picture in zip(PICTURES, pictures, strict=False):
         identity[name] = f"{picture.width}x{picture.height} of hash {_hash(picture.tobytes())}"
     for name, model in models.items():
         identity[f"weights of {name}"] = weights_fingerprint(model)
