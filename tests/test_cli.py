@@ -21,7 +21,7 @@ from diffsynth.cli.console import Console
 from diffsynth.cli.main import COMMANDS, main
 from diffsynth.configs import options
 from diffsynth.configs.caches import CACHES
-from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
+from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, checkpoint_folder
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.fields import load, options_of
@@ -92,6 +92,52 @@ def test_every_command_has_help_with_options_and_all_but_none_examples(command, 
     assert f"usage: fastvmt {command}" in text
     assert "--json" in text
     assert f"examples:\n  {'eval' if command == 'completion' else f'fastvmt {command}'}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["transfer"], 2, "a reference video is missing"),
+        (["transfer", "none.mp4", "--prompt", "x"], 2, "video file none.mp4 does not exist"),
+        (["compare", "none.mp4", "b.mp4", "-o", "c.mp4"], 2, "video file none.mp4 does not exist"),
+        (["batch", "none.jsonl", "-o", "out"], 2, "jobs file none.jsonl does not exist"),
+        (["inspect", __file__, "--model", "2B"], 2, "2B is neither a checkpoint folder nor one of the names"),
+    ],
+)
+def test_what_is_missing_is_known_before_torch_is_imported(arguments, code, message):
+    probe = (
+        "import sys; from diffsynth.cli.main import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", probe, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{code} False\n"
+    assert message in result.stderr
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line(monkeypatch, capsys):
+    def interrupted(_name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffsynth.cli.main.import_module", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "fastvmt: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("1.3B", "Wan2.1-T2V-1.3B"),
+        ("14b", "Wan2.1-T2V-14B"),
+        ("wan2.1-t2v-1.3b", "Wan2.1-T2V-1.3B"),
+        ("Wan-AI/Wan2.1-T2V-14B", "Wan2.1-T2V-14B"),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-1.3B"),
+        ("Wan-AI/Wan2.2-TI2V-5B", "Wan2.2-TI2V-5B"),
+    ],
+)
+def test_models_are_known_by_the_names_that_people_type(tmp_path, name, folder):
+    (tmp_path / folder).mkdir()
+    assert checkpoint_folder(name, tmp_path) == tmp_path / folder
+    assert checkpoint_folder("NANO") == checkpoint_folder("nano")
 
 
 def test_the_version_is_the_package_s(capsys):
@@ -241,7 +287,11 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
     [
         ({"reference": "none.mp4"}, "video file none.mp4 does not exist"),
         ({"-o": "out.ogv"}, "output out.ogv must end in one of .mp4, .m4v, .mov, .mkv, .avi"),
-        ({"-o": "none/out.mp4"}, "output folder none does not exist; make it first: mkdir -p none"),
+        ({"-o": "there.mp4/out.mp4"}, "output folder there.mp4 cannot be made: there.mp4 is a file"),
+        ({"--prompt": " "}, "--prompt is empty: what shall the video show?"),
+        ({"--model": "wan2.2-TI2V-5B"}, "fetch a Wan checkpoint with: hf download Wan-AI/wan2.2-TI2V-5B"),
+        ({"--model": "1.3B"}, "models/Wan2.1-T2V-1.3B does not exist; fetch it with: fastvmt download 1.3b"),
+        ({"--model": "Wan-AI/Wan2.1-T2V-14B"}, "fetch it with: fastvmt download 14b"),
         ({"-o": "folder.mp4"}, "output folder.mp4 is a folder; give the name of a video file"),
         ({"-o": "there.mp4"}, "output there.mp4 exists; give another name, or --overwrite"),
         ({"-o": "link.mp4"}, "output link.mp4 exists; give another name, or --overwrite"),

@@ -56,18 +56,17 @@ def run(options: Namespace, console: Console) -> int:
         raise UsageError("--checkpoint-dir is for one video; --resume has a folder for each")
     shared = {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
     jobs = read_jobs(options.jobs, folder, task_options(vars(options)), shared)
-    if folder.is_dir():
-        check_folder(folder)
-    else:
-        check_folder(folder.parent)
-        folder.mkdir()
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with _only_batch(folder):
         batch = _Batch(options, console)
+        # All of them first, so that a wrong line is known before hours of work.
+        prepared = [batch.prepare(job) for job in jobs]
         results = []
-        for number, job in enumerate(jobs, 1):
+        for number, (job, task) in enumerate(zip(jobs, prepared, strict=True), 1):
             console.note(f"job {number} of {len(jobs)} (line {job.line})")
             try:
-                results.append(batch.do(job))
+                results.append(task if isinstance(task, dict) else batch.do(job, task))
                 if results[-1].pop("disk", False):
                     left = len(jobs) - number
                     console.problem(f"the disk takes nothing more: {left} jobs are left for the next start")
@@ -91,24 +90,47 @@ class _Batch:
     def __init__(self, options: Namespace, console: Console) -> None:
         self._options, self._console = options, console
         self._loaded = load_options(vars(options))
-        self._checkpoint = choose_model(options.model, options.models_dir, console.note, self._loaded)
+        self._told: list[str] = []
+        self._checkpoint = choose_model(options.model, options.models_dir, self._told.append, self._loaded)
         self._model = describe_model(self._checkpoint, asdict(self._loaded))
         self._pipe: WanVideoPipeline | None = None
 
-    def do(self, job: JobLine) -> dict[str, Any]:
+    def prepare(self, job: JobLine) -> VideoTask | dict[str, Any]:
+        """Return the task of a job, or the facts for the summary if it cannot be one."""
+        try:
+            task = make_task(job.options, job.reference, self._checkpoint, job.pictures)
+            identity = request_hash(job.options, task, self._model)
+            # A name that is the same for the same job, wherever it stands in the file.
+            name = f"{'text' if job.reference is None else job.reference.stem}-{identity[:10]}.mp4"
+            output = job.output or self._options.output_dir / name
+            saving = saving_arguments(self._options, output)
+            overwrite = self._options.overwrite
+            task = replace(task, output=output, overwrite=overwrite, saving=saving, job=identity)
+            if not was_made(task, self._model):
+                check_output(output, overwrite)
+        except _ERRORS as error:
+            return self._failure(job, error)
+        return task
+
+    def do(self, job: JobLine, task: VideoTask) -> dict[str, Any]:
         """Do one job, unless it is done, and return the facts for the summary.
 
         Raises:
             RunFailedError: the model cannot be loaded.
         """
+        assert task.output is not None
         try:
-            task = self._prepared(job)
+            if was_made(task, self._model):
+                forget_run(task)
+                self._console.note(f"{task.output} was done before")
+                return {"line": job.line, "state": "skipped"}
+            check_output(task.output, task.overwrite)
+            check_space(task.output, task.num_bytes, task.file.lossless)
+            task.output.parent.mkdir(parents=True, exist_ok=True)
         except _ERRORS as error:
             return self._failure(job, error)
-        if task is None:
-            return {"line": job.line, "state": "skipped"}
         if self._pipe is None:
-            self._console.note("load the model")
+            self._console.note("\n".join([*self._told, "load the model"]))
             self._pipe = load_pipeline(self._checkpoint, self._loaded)
         try:
             path, record = run_watched(self._pipe, task, self._model, self._loaded, self._console)
@@ -116,24 +138,6 @@ class _Batch:
             return self._failure(job, error)
         self._console.say(summary(path, record))
         return {"line": job.line, "state": "done", "output": str(path)}
-
-    def _prepared(self, job: JobLine) -> VideoTask | None:
-        """Return the task of a job; None if it is done."""
-        task = make_task(job.options, job.reference, self._checkpoint, job.pictures)
-        identity = request_hash(job.options, task, self._model)
-        # A name that is the same for the same job, wherever it stands in the file.
-        name = f"{'text' if job.reference is None else job.reference.stem}-{identity[:10]}.mp4"
-        output = job.output or self._options.output_dir / name
-        saving = saving_arguments(self._options, output)
-        task = replace(task, output=output, overwrite=self._options.overwrite, saving=saving, job=identity)
-        if was_made(task, self._model):
-            forget_run(task)
-            self._console.note(f"{output} was done before")
-            return None
-        output.parent.mkdir(parents=True, exist_ok=True)
-        check_output(output, self._options.overwrite)
-        check_space(output, task.num_bytes, task.file.lossless)
-        return task
 
     def _failure(self, job: JobLine, error: Exception) -> dict[str, Any]:
         logger.info("the job of line %d failed", job.line, exc_info=error)

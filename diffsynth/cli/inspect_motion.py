@@ -32,16 +32,17 @@ def run(options: Namespace, console: Console) -> int:
         return _draw_losses(options, console)
     output = options.output or Path(f"{options.reference.resolve().stem}-motion")
     _check_empty(output, options.overwrite)
-    folder = choose_model(options.model, options.models_dir, console.note)
+    told: list[str] = []
+    folder = choose_model(options.model, options.models_dir, told.append)
     motion = motion_for(folder, options.mode)
     video = _as_transferred(options, folder)
     loaded = load_options(vars(options))
-    console.note("load the model")
+    console.note("\n".join([*told, "load the model"]))
     pipe = load_pipeline(folder, loaded)
     console.note("read the motion")
     with attention_kernel(loaded):
         flow = reference_flow(pipe, video, motion=motion, sigma=options.sigma)
-    output.mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     fps = video.fps or DEFAULT_FPS
     path = save_flow_video(flow, output / "motion.mp4", sf=motion.sf, frames=video, fps=fps)
     sheet = output / "motion.png"
@@ -66,7 +67,7 @@ def _draw_losses(options: Namespace, console: Console) -> int:
     figure = loss_curves(record.cost["losses"])
     output = options.output or Path(f"{options.reference.with_suffix('').stem}-losses")
     _check_empty(output, options.overwrite)
-    output.mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     path = output / "losses.png"
     figure.savefig(path)
     console.say(f"{path}: the motion loss in {len(record.cost['losses'])} guided steps")
@@ -91,4 +92,4 @@ def _check_empty(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"output {folder} is a file; give the name of a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UsageError(f"output folder {folder} has files in it; give another one, or --overwrite")
-    check_folder(folder if folder.is_dir() else folder.parent)
+    check_folder(folder)

@@ -16,7 +16,7 @@ from diffsynth.cli.arguments import (
     reader,
     whole,
 )
-from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.checkpoints import PUBLISHED, published_key
 from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
 from diffsynth.configs.fields import Whole
 from diffsynth.configs.options import DTYPES, TILING, FileOptions, LoadOptions, ReferenceOptions, RunOptions
@@ -244,7 +244,9 @@ def _add_plan(parser: Parser) -> None:
 
 
 def _add_download(parser: Parser) -> None:
-    parser.add_argument("model", choices=[*PUBLISHED, "all"], help="which size")
+    parser.add_argument(
+        "model", type=lambda name: published_key(name) or name, choices=[*PUBLISHED, "all"], help="which size"
+    )
     add_models_dir(parser)
     parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help=f"the hub ({SOURCES[0]})")
 

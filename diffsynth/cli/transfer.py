@@ -46,18 +46,18 @@ def run(options: Namespace, console: Console) -> int:
         check_folder(Path.cwd())
     else:
         check_place(options.output)
-    recorded = None
+    recorded, told = None, list[str]()
     pictures = {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
     if options.record is None:
         loaded = load_options(vars(options))
-        folder = choose_model(options.model, options.models_dir, console.note, loaded)
+        folder = choose_model(options.model, options.models_dir, told.append, loaded)
         asked = task_options(vars(options))
         task = make_task(asked, options.reference, folder, pictures)
     else:
         if asked := task_options(vars(options)):
             raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, asked))}")
         recorded = read_record(options.record)
-        folder = choose_model(options.model or recorded.model["folder"], options.models_dir, console.note)
+        folder = choose_model(options.model or recorded.model["folder"], options.models_dir, told.append)
         loaded = load_options(vars(options), recorded.model["setup"])
         task = _repetition(recorded, options, pictures)
         asked = {"repeats": recorded.video["frames_sha256"], "created": recorded.created}
@@ -76,7 +76,7 @@ def run(options: Namespace, console: Console) -> int:
     check_space(options.output or Path.cwd() / "out.mp4", task.num_bytes, task.file.lossless)
     if recorded is not None:
         _check_unchanged(recorded, task, model, options.force, console)
-    console.note("load the model")
+    console.note("\n".join([*told, "load the model"]))
     pipe = load_pipeline(folder, loaded)
     if recorded is not None:
         weights = {**model, "weights": fingerprints(pipe.residency.models)}

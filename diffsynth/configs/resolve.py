@@ -6,6 +6,7 @@ published method.
 
 import logging
 import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -145,6 +146,21 @@ def resolve_prompts(
     if len(negatives) != len(prompts):
         raise ValueError(f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts")
     return list(zip(prompts, negatives, strict=True))
+
+
+def unknown_words(prompts: Sequence[str], words: Sequence[str] | None) -> str | None:
+    """Return a sentence that names the words of prompts that a model ignores; None if it knows all of them.
+
+    Args:
+        prompts: the texts.
+        words: all words that the model knows, in lower case; None for a model of any words.
+    """
+    asked = dict.fromkeys(re.findall(r"\w+", " ".join(prompts).lower()))
+    ignored = [word for word in asked if words is not None and word not in words]
+    if words is None or not ignored:
+        return None
+    shown = ", ".join(ignored[:12]) + (", ..." if len(ignored) > 12 else "")
+    return f"the model knows {len(words)} words; ignored: {shown}; it knows: {', '.join(words)}"
 
 
 def round_size(name: str, pixels: int, multiple: int) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.defaults import EXACT, run_defaults
-from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import (
     DEFAULT_FPS,
@@ -22,6 +21,7 @@ from diffsynth.configs.options import (
 from diffsynth.configs.resolve import resolve, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.data.ffmpeg import check_ffmpeg
+from diffsynth.jobs.early import check_request
 from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import attention_kernel
 from diffsynth.jobs.publish import publish
@@ -154,10 +154,7 @@ def make_task(
         FileNotFoundError: there is no such reference or picture.
         FfmpegError: ffmpeg does not run.
     """
-    if "prompt" not in options:
-        raise UsageError("--prompt is missing: what shall the video show?")
-    if reference is None and options.get("mode") != NO_TRANSFER:
-        raise UsageError("a reference video is missing; for a video from text alone give --mode No_transfer")
+    check_request(options, reference)
     options, defaults = with_motion(options), run_defaults(folder)
     file = fields_of(FileOptions, options)
     call = {name: options[name] for name in call_options() if name in options}

@@ -13,6 +13,7 @@ from typing import Any
 from diffsynth.configs.defaults import EXACT
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.configs.options import FITS, MODES, PICTURES
+from diffsynth.configs.resolve import unknown_words
 from diffsynth.webui import panel
 from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
@@ -75,6 +76,8 @@ class Page:
                 reference = self._kept(uploaded)
             pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
             check_budget(self.session, request, reference)
+            if ignored := unknown_words([request["prompt"]], self.session.pipe.defaults.words):
+                self._gradio.Warning(ignored)
             return self.queue.submit(lambda job: make_video(self.session, request, reference, job, pictures))
 
         yield from self._follow(start, self._show_run, num_shown=4)
