@@ -1,5 +1,6 @@
 """The example scripts, run as a user runs them."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from diffsynth import VideoData
+from diffsynth.cli.parser import build_parser
 from diffsynth.testing import write_clip
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +92,21 @@ def test_a_missing_checkpoint_ends_with_the_download_command_and_no_traceback(tm
     assert result.returncode == 2
     assert result.stderr.endswith("does not exist; fetch it with: fastvmt download 1.3b\n")
     assert "Traceback" not in result.stderr
+
+
+def test_the_hosted_demo_starts_the_page_under_its_own_name():
+    folder = ROOT / "examples" / "space"
+    spec = importlib.util.spec_from_file_location("app", folder / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    options = build_parser().parse_args(app.arguments({"SPACE_HOST": "me-fastvmt.hf.space"}))
+    assert (options.command, options.model, options.port) == ("ui", "nano", 7860)
+    assert options.allow_host == ["me-fastvmt.hf.space"]
+    assert build_parser().parse_args(app.arguments({})).allow_host == []
+    header = (folder / "README.md").read_text().split("---")[1]
+    settings = dict(line.split(": ", 1) for line in header.strip().splitlines())
+    assert (settings["sdk"], settings["app_file"], settings["license"]) == ("gradio", "app.py", "mit")
+    assert "fastvmt[ui]" in (folder / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda script: script.name)
