@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-NANO = Path("models/Wan2.1-T2V-nano")
+EMBEDDED = (Path("models/Wan2.1-T2V-nano"), Path("examples/data"))
 FIGURES = ["matplotlib>=3.8"]
 EVAL = ["opencv-python-headless>=4.10", *FIGURES]
 UI = ["gradio>=6.0", *FIGURES]
@@ -17,13 +17,14 @@ DEV = ["hypothesis>=6.100", "mypy>=1.15", "peft>=0.17", "pytest>=8", "pytest-xdi
 
 
 class BuildWithNano(build_py):
-    """Puts the embedded model inside the package; an editable install finds it in the clone."""
+    """Puts the embedded model and the clips into the package; an editable install finds them in the clone."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib, "diffsynth", "embedded", NANO.name)
-            shutil.copytree(NANO, target, dirs_exist_ok=True)
+            for folder in EMBEDDED:
+                target = Path(self.build_lib, "diffsynth", "embedded", folder.name)
+                shutil.copytree(folder, target, dirs_exist_ok=True)
 
 
 setup(
@@ -33,7 +34,9 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["diffsynth", "diffsynth.*"]),
-    package_data={"diffsynth": ["py.typed", "configs/*.json", "testing_data/*/*"]},
+    package_data={
+        "diffsynth": ["py.typed", "configs/*.json", "evaluation/*.safetensors", "testing_data/*/*"]
+    },
     cmdclass={"build_py": BuildWithNano},
     entry_points={"console_scripts": ["fastvmt = diffsynth.cli.main:main"]},
     install_requires=Path("requirements.txt").read_text().split(),

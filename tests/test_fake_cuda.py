@@ -50,7 +50,7 @@ def seen(guard):
             **os.environ,
             "LD_PRELOAD": str(guard),
             "LD_LIBRARY_PATH": str(TORCH / "lib"),
-            "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parents[1])]),
+            "PYTHONPATH": os.pathsep.join(map(str, (FOLDER, *FOLDER.parents[:2]))),
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, str(FOLDER / "cases.py"), *cases]

@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 
 from benchmarks.quality.adherence import bilinear
+from benchmarks.synthetic.clips import SyntheticClip
 from diffsynth.data.tensors import Video
-from diffsynth.evaluation.synthetic import SyntheticClip
 from diffsynth.evaluation.tracking import Track, video_array
 from diffsynth.planning.objects import distance_from_background
 

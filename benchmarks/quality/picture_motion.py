@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_nano"))
 from sprite_package import HELD_OUT_SPRITES, SPRITES
 from sprite_scenes import SpriteClip, make_sprite_clip
 
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
+from benchmarks.synthetic.clips import PLAIN, make_clip
 
 logger = logging.getLogger(__name__)
 SHOWN = (0, 4, 8, 12, 16)

@@ -69,6 +69,7 @@ Beside the video stands its record, fox.mp4.json, with all that the run was; the
   fastvmt download all --models-dir /data/models --source huggingface""",
     "doctor": """
   fastvmt doctor
+  fastvmt doctor --device cuda
   fastvmt doctor --json""",
     "batch": """
   fastvmt batch jobs.jsonl -o results --preset balanced
@@ -190,7 +191,10 @@ def build_parser() -> Parser:
     _add_evaluate(command("evaluate", "Measure how well a video follows a reference's motion."))
     _add_plan(command("plan", "Predict memory and cost of a run, and the settings that fit into a card."))
     _add_download(command("download", "Fetch published weights; goes on where an earlier download stopped."))
-    add_models_dir(command("doctor", "Check this installation: versions, device, memory, ffmpeg, models."))
+    doctor = command("doctor", "Check this installation: versions, device, memory, ffmpeg, models.")
+    add_models_dir(doctor)
+    text = "run the self-test there: cpu, cuda, cuda:1, mps, ... (some 20 s)"
+    doctor.add_argument("--device", metavar="DEVICE", help=text)
     _add_batch(command("batch", "Make many videos with one load of the model."))
     _add_decode(command("decode", "Make the video of final latents that a run left."))
     _add_ui(command("ui", "Serve a web page that does all this, on this machine alone by default."))

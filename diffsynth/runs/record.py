@@ -226,7 +226,8 @@ def fingerprints(models: Mapping[str, nn.Module]) -> dict[str, str]:
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Return kind, name and CPU threads, which with the versions decide how numbers are rounded."""
-    name = _cpu_name() if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
+    named = getattr(getattr(torch, device.type, None), "get_device_name", lambda _: device.type)  # not of mps
+    name = _cpu_name() if device.type == "cpu" else named(device)
     return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
 
 

@@ -58,7 +58,7 @@ class Page:
 
     def __init__(self, session: Session, queue: JobQueue) -> None:
         self.session, self.queue = session, queue
-        self.clips = {path.stem: self._shown(path) for path in starting_clips(session.cache)}
+        self.clips = {path.stem: self._shown(path) for path in starting_clips()}
         self._gradio = import_gradio()
 
     def pick(self, name: str | None) -> str | None:
@@ -230,14 +230,11 @@ def build(page: Page) -> Any:
                         fit = gr.Dropdown(list(FITS), value="crop", label="Fit", elem_id="fit")
             with gr.Column(scale=3):
                 status = gr.HTML(panel.IDLE, elem_id="panel")
-                both = gr.Video(label="Reference | result", interactive=False, loop=True, autoplay=True)
+                plays = {"interactive": False, "loop": True, "autoplay": True}
+                both = gr.Video(label="Reference | result", **plays)
                 with gr.Row():
-                    result = gr.Video(
-                        label="Result", interactive=False, loop=True, autoplay=True, elem_id="result"
-                    )
-                    motion = gr.Video(
-                        label="Motion", interactive=False, loop=True, autoplay=True, elem_id="motion"
-                    )
+                    result = gr.Video(label="Result", elem_id="result", **plays)
+                    motion = gr.Video(label="Motion", elem_id="motion", **plays)
                 files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
         past = gr.Gallery(
             page.gallery, label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
@@ -247,13 +244,8 @@ def build(page: Page) -> Any:
         shown = [both, result, files]
         clip.input(page.pick, clip, reference, api_name=False)
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
-        go.click(
-            page.generate,
-            [reference, *asked, picture],
-            [status, job_id, *shown, past],
-            api_name="generate",
-            **many,
-        )
+        made = [status, job_id, *shown, past]
+        go.click(page.generate, [reference, *asked, picture], made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from memory_meter import forget_tables
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -191,6 +192,8 @@ def traced() -> Iterator[Trace]:
             tensor.fake_device = other.fake_device
 
     with ExitStack() as stack:
+        forget_tables()
+        stack.callback(forget_tables)
         for target, name, new in (
             (F, "scaled_dot_product_attention", cuda_attention),
             (checkpointing, "to_host", lambda t: (t.shape, t.dtype, t.device)),
