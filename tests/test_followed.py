@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from diffsynth.evaluation.synthetic import PLAIN, make_clip
 
 from diffsynth import VideoData
 from diffsynth.evaluation.followed import beside_reference, follow_text, looped, one_object, path_agreement
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
 from diffsynth.testing import write_clip
 
 
