@@ -36,9 +36,9 @@ from diffsynth.pipelines.components import (
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
 from diffsynth.pipelines.generate import GeneratedVideo, Observer, checked_callables, generate
-from diffsynth.pipelines.reference import reference_pixels
 from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run
+from diffsynth.planning.reference import reference_pixels
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
