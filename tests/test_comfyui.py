@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth import VideoData
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
 
 FOLDER = Path(__file__).parent.parent / "examples" / "comfyui"
 QUICK = {"steps": 2, "seed": 1, "mode": "effi_AMF"}

@@ -12,13 +12,8 @@ from diffsynth.data.frames import rgb_frames
 from diffsynth.data.tensors import Video
 from diffsynth.evaluation.drawing import draw_trajectories
 from diffsynth.evaluation.grid import side_by_side
-from diffsynth.evaluation.tracking import (
-    LEAST_DISTANCE,
-    Track,
-    distance_from_background,
-    track_object,
-    video_array,
-)
+from diffsynth.evaluation.tracking import Track, track_object, video_array
+from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background
 
 LEAST_SECONDS = 4.0  # that a looped video lasts
 _LARGEST, _REST = 0.5, 0.06  # shares of the picture: of one object, and of all else that is no background
@@ -42,6 +37,21 @@ def path_agreement(path: np.ndarray, reference: np.ndarray) -> tuple[float, floa
     distance = float(np.linalg.norm(path - reference, axis=1).mean())
     own, other = (np.diff(points, axis=0).ravel() for points in (path, reference))
     return distance, float(own @ other / max(np.linalg.norm(own) * np.linalg.norm(other), 1e-9))
+
+
+def path_words(path: np.ndarray, fps: float) -> str:
+    """Return a path [T, 2] of (row, column) in words: "moves 41 px right, turns back at 0.7 s"."""
+    rows, cols = path[-1] - path[0]
+    sides = ((cols, "right", "left"), (rows, "down", "up"))
+    parts = [f"{abs(by):.0f} px {plus if by > 0 else minus}" for by, plus, minus in sides if abs(by) >= 1]
+    text = f"moves {', '.join(parts)}" if parts else "ends where it begins"
+    # Over a window, since the steps of a path of pixels are noisy.
+    ahead = max(1, len(path) // 8)
+    steps = path[ahead:] - path[:-ahead]
+    turns = (steps[ahead:] * steps[:-ahead]).sum(1) < -1
+    starts = [t for t in range(len(turns)) if turns[t] and not (t and turns[t - 1])]
+    times = [f"{(t + ahead) / fps:.1f} s" for t in starts]
+    return f"{text}, turns back at {', '.join(times)}" if times else text
 
 
 def fitted(reference: Video, frames: Video) -> list[Image.Image]:
