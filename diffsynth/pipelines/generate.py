@@ -108,7 +108,7 @@ def generate(
                 saved=saved,
             )
             if saved is not None and all_steps_done:
-                saved.keep_latents(index, latents, latents_facts(models.vae, options, fps, cost))
+                saved.keep_latents(index, latents, latents_facts(models.vae, options.size, fps, cost))
         keep = saved is None
         frames, options = _decoded(models, latents, options, ladder, observer, cost, fps, keep)
         videos.append(
@@ -144,7 +144,9 @@ def _decoded(
             return ladder.run("decode", partial(decode_latents, models, latents), options)
     except (RuntimeError, MemoryError, OSError) as error:
         if keep and latents.isfinite().all():
-            keep_latents(latents, latents_facts(models.vae, options, fps, cost), [], "fastvmt-latents", error)
+            keep_latents(
+                latents, latents_facts(models.vae, options.size, fps, cost), [], "fastvmt-latents", error
+            )
         raise
 
 
@@ -186,7 +188,7 @@ def encode(
         embeddings, options = ladder.run("encode text", encode_texts, options)
     reference = None
     if pixels is not None:
-        with stage("encode video", observer, seconds):
+        with stage("encode video", observer, seconds, pixels):
             reference, options = ladder.run("encode video", partial(encode_video, pixels), options)
     shown = {"condition": pictures}
     if pixels is not None and options.motion is not None:  # read with the frames that it has in their places
@@ -247,9 +249,11 @@ def noise_generator(options: RunOptions) -> torch.Generator:
 
 
 @contextmanager
-def stage(name: str, observer: Observer, seconds: dict[str, float]) -> Iterator[None]:
+def stage(
+    name: str, observer: Observer, seconds: dict[str, float], reference: Tensor | None = None
+) -> Iterator[None]:
     """Notify the observer that a stage begins, and store the seconds that the stage took."""
-    observer(RunEvent(stage=name))
+    observer(RunEvent(stage=name, reference=reference))
     started = time.perf_counter()
     try:
         yield
