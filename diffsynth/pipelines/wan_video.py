@@ -44,7 +44,7 @@ from diffsynth.prompters import WanPrompter
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
 from diffsynth.runs.cost import RunCost, latency_file
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
-from diffsynth.vram_management import Residency, choose_device
+from diffsynth.vram_management import Residency, choose_device, choose_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,7 +127,8 @@ class WanVideoPipeline:
 
         Args:
             path: a folder in the official or diffusers layout, "1.3b", "14b", or "nano", the embedded model.
-            torch_dtype: bfloat16 on an accelerator, float32 on a CPU; float8_e4m3fn and int8 store in 8 bits.
+            torch_dtype: float32 on a CPU, bfloat16 on an accelerator, float16 on a CUDA card below 8.0;
+                float8_e4m3fn and int8 store in 8 bits.
             device: "auto", "cpu", "cuda", "cuda:1", ...
             loras: LoRA file -> strength; the files are merged into the DiT.
             parts: dit, text_encoder, vae, ...: weights that are loaded instead of the checkpoint's.
@@ -137,7 +138,7 @@ class WanVideoPipeline:
             CheckpointError: a file is damaged or of another kind.
         """
         chosen = choose_device(device)
-        dtype = torch_dtype or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)
+        dtype = choose_dtype(chosen, torch_dtype)
         manager = load_checkpoint(path, dtype, check_dtype(vae_dtype, WIDE_DTYPES), loras or {}, parts)
         return cls.from_model_manager(manager, device=chosen)
 

@@ -3,6 +3,7 @@
 from diffsynth.vram_management.memory import (
     available_memory,
     choose_device,
+    choose_dtype,
     device_memory,
     peak_memory,
     reset_peak_memory,
@@ -14,6 +15,7 @@ __all__ = [
     "Residency",
     "available_memory",
     "choose_device",
+    "choose_dtype",
     "device_memory",
     "peak_memory",
     "reset_peak_memory",
