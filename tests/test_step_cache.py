@@ -80,7 +80,7 @@ def run(dit, inputs, cache=None, *, batch=False, guide=None, num_steps=STEPS, sc
         name: make_rule(cache, name, steps, num_steps) for name, steps in prompts.items()
     }  # fmt: skip
     velocity = cfg_velocity(dit, PromptEmbeddings(inputs["positive"], inputs["negative"]), run, rules)
-    *_, last = denoise(inputs["noise"], scheduler, velocity, guide, guided_steps=2 if guide else 0)
+    *_, last = denoise(inputs["noise"], scheduler, velocity, guide, guided=range(2 if guide else 0))
     return last.latents
 
 
