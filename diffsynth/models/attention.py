@@ -34,7 +34,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flash_attn(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = import_module(module).flash_attn_func(q, k, v)
+    exact = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    out = import_module(module).flash_attn_func(q, k, v, **exact)
     # Releases differ in whether the log-sum-exp comes along.
     return out[0] if isinstance(out, tuple) else out
 

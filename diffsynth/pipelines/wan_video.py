@@ -361,7 +361,7 @@ class WanVideoPipeline:
         named = zip(PICTURES, (input_image, end_image), strict=True)
         pictures = [read_picture(picture, name) for name, picture in named if picture is not None]
         pixels, run = reference_pixels(input_video, pictures, run)
-        with self.residency.exclusive():
+        with self.residency.exclusive(run.deterministic):
             ladder = Ladder(self.residency, self.vae)
             run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
             logger.info("generating %d video(s): %s", len(prompts), run)

@@ -76,6 +76,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def memory_peaks(device: torch.device) -> dict[str, int]:
+    """Most bytes allocated and reserved on a CUDA device since the reset, and all that are in use there now."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.max_memory_reserved(device)
+    return {"allocated": peak_memory(device), "reserved": reserved, "device": total - free}
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until an accelerator has done what it was given."""
     if device.type == "cuda":
