@@ -81,7 +81,7 @@ def test_a_card_that_the_wheel_has_no_kernels_for_is_refused_with_what_it_has(on
 
     monkeypatch.setattr(torch, "ones", no_kernel)
     with pytest.raises(
-        ValueError, match=r"'cuda' does not compute with torch .*for sm_75, sm_90: .*no kernel image"
+        ValueError, match=r"'cuda' does not compute with this PyTorch .*for sm_75, sm_90.*no kernel image"
     ):
         choose_device("auto")
 

@@ -1,9 +1,8 @@
 """One attention function over several kernels.
 
-A backend states facts (devices, dtypes, whether it has a backward pass, why it cannot be used here); one from
-another package is tried on a small call first. The choice is made once per kind of input and logged. Order of
-precedence: the `backend` argument,
-`use_attention`, the environment variable DIFFSYNTH_ATTENTION, then the first usable backend. A named backend
+A backend states facts (devices, dtypes, whether it has a backward pass, why it cannot be used here); one of
+another package is tried on a small call. The choice is made once a kind of input and logged. Precedence: the
+argument, `use_attention`, the environment variable DIFFSYNTH_ATTENTION, the first usable backend. A named one
 that cannot be used raises, except that a forward-only one leaves calls that need a gradient to the automatic
 choice, which never fails, because `sdpa` serves everything.
 """
@@ -48,14 +47,13 @@ def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionBackend:
-    """Facts about one kernel: its package, devices, dtypes, compute capabilities (from, below); None: any."""
+    """Facts about one kernel: the package that it needs, devices and dtypes (None where all will do)."""
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     module: str | None = None
     install: str = ""
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
-    capabilities: tuple[tuple[int, int], tuple[int, int]] | None = None
     max_head_dim: int | None = None
     differentiable: bool = True
 
@@ -71,8 +69,6 @@ class AttentionBackend:
             return f"takes a head width of at most {self.max_head_dim}, not {head_dim}"
         if needs_grad and not self.differentiable:
             return "has no backward pass, and this call needs a gradient"
-        if self.capabilities and not self.capabilities[0] <= capability(device) < self.capabilities[1]:
-            return f"is not made for a card of compute capability {'.'.join(map(str, capability(device)))}"
         return None if self.module is None else _trial(self, device, dtype, head_dim, needs_grad)
 
 
@@ -106,7 +102,6 @@ BACKENDS: dict[str, AttentionBackend] = {
         module="flash_attn_interface",
         install="build it from the hopper folder of the flash-attention repository",
         **_HALF_ON_CUDA,
-        capabilities=((9, 0), (10, 0)),
         max_head_dim=256,
     ),
     "flash_attn_2": AttentionBackend(
@@ -114,7 +109,6 @@ BACKENDS: dict[str, AttentionBackend] = {
         module="flash_attn",
         install="pip install flash-attn --no-build-isolation",
         **_HALF_ON_CUDA,
-        capabilities=((8, 0), (99, 0)),
         max_head_dim=256,
     ),
     "sdpa": AttentionBackend(run=_sdpa),
@@ -123,7 +117,6 @@ BACKENDS: dict[str, AttentionBackend] = {
         module="sageattention",
         install="pip install sageattention",
         **_HALF_ON_CUDA,
-        capabilities=((8, 0), (99, 0)),
         max_head_dim=128,
         differentiable=False,
     ),

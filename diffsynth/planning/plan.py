@@ -106,9 +106,9 @@ class RunPlan:
             mark = "  <- peak" if stage is self.peak_stage else ""
             lines.append(f"{stage.stage:<14}{weights:>10.2f}{activations:>13.2f}{total:>8.2f}{mark}")
         budget = "no budget" if self.budget is None else f"budget {self.budget / GB:.1f} GB"
-        gaps = ", which is tight," if self.tight else f" + {GAPS:.0%}"
+        kept = f"{RESERVED / GB:.2f} GB{', which is tight,' if self.tight else f' + {GAPS:.0%}'}"
         lines += [
-            f"{self.peak / GB:.2f} GB of tensors and {RESERVED / GB:.2f} GB{gaps} for the device itself; {budget}",
+            f"{self.peak / GB:.2f} GB of tensors and {kept} for the device itself; {budget}",
             "settings: " + ", ".join(f"{name}={value}" for name, value in self.chosen().items()),
             f"cost: {self.cost.sampling_ffe:.4g} FFE of sampling + {self.cost.guidance_ffe:.4g} of guidance "
             f"= {self.cost.total_ffe:.4g}; {self.cost.flops / 1e15:.4g} PFLOP",

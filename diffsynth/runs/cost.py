@@ -106,9 +106,7 @@ def measured(cost: RunCost, dit: WanModel, device: torch.device) -> Iterator[Cal
         synchronize(device)
         cost.time_gen += time.perf_counter() - started
         cost.peak_memory = max(cost.peak_memory, peak_memory(device))
-        before = cost.stage_memory.get("denoising", {})
-        cost.stage_memory["denoising"] = {
-            n: max(v, before.get(n, 0)) for n, v in memory_peaks(device).items()
-        }
+        before, peaks = cost.stage_memory.get("denoising", {}), memory_peaks(device)
+        cost.stage_memory["denoising"] = {n: max(v, before.get(n, 0)) for n, v in peaks.items()}
         for hook in hooks:
             hook.remove()

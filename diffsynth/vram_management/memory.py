@@ -36,22 +36,14 @@ def choose_device(device: str | torch.device) -> torch.device:
         try:
             torch.ones(1, device=chosen).add(1).item()
         except RuntimeError as error:
-            kernels = f", whose kernels are for {', '.join(torch.cuda.get_arch_list())}" * (
-                chosen.type == "cuda"
-            )
-            told = str(error).splitlines()[0]
-            raise ValueError(
-                f"device {str(device)!r} does not compute with torch {torch.__version__}{kernels}: {told}"
-            ) from error
+            told = f"(kernels for {', '.join(torch.cuda.get_arch_list())}): {str(error).splitlines()[0]}"
+            raise ValueError(f"device {str(device)!r} does not compute with this PyTorch {told}") from error
     return chosen
 
 
 def choose_dtype(device: torch.device, wanted: torch.dtype | None = None) -> torch.dtype:
-    """Return the dtype of models: as wanted, else float32 on a CPU and 16 bits on an accelerator.
-
-    Raises:
-        ValueError: bfloat16 on a CUDA device that only emulates it and has no fused attention for it.
-    """
+    """Return the dtype of models: as wanted, else float32 on a CPU and 16 bits on an accelerator; ValueError
+    for bfloat16 on a CUDA device that only emulates it."""
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     if old and wanted == torch.bfloat16:
         raise ValueError("torch_dtype=bfloat16 needs compute capability 8.0; use float16 on this card")
@@ -77,11 +69,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def memory_peaks(device: torch.device) -> dict[str, int]:
-    """Most bytes allocated and reserved on a CUDA device since the reset, and all that are in use there now."""
+    """Return the most bytes allocated and reserved on a CUDA device since the reset, and all in use there."""
     if device.type != "cuda":
         return {}
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.max_memory_reserved(device)
+    (free, total), reserved = torch.cuda.mem_get_info(device), torch.cuda.max_memory_reserved(device)
     return {"allocated": peak_memory(device), "reserved": reserved, "device": total - free}
 
 
