@@ -270,10 +270,7 @@ def with_ladder(
 
 
 @contextmanager
-def stage(
-    name: str, observer: Observer, seconds: dict[str, float], memory: dict[str, dict[str, int]],
-    device: torch.device,
-) -> Iterator[None]:  # fmt: skip
+def stage(name: str, observer: Observer, seconds: dict, memory: dict, device: torch.device) -> Iterator[None]:
     """Notify the observer that a stage begins, and store its seconds and, on a CUDA device, its memory."""
     reset_peak_memory(device)
     observer(RunEvent(stage=name))

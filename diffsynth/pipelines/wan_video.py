@@ -127,8 +127,7 @@ class WanVideoPipeline:
 
         Args:
             path: a folder in the official or diffusers layout, "1.3b", "14b", or "nano", the embedded model.
-            torch_dtype: float32 on a CPU, bfloat16 on an accelerator, float16 on a CUDA card below 8.0;
-                float8_e4m3fn and int8 store in 8 bits.
+            torch_dtype: by default as `choose_dtype` says; float8_e4m3fn and int8 store in 8 bits.
             device: "auto", "cpu", "cuda", "cuda:1", ...
             loras: LoRA file -> strength; the files are merged into the DiT.
             parts: dit, text_encoder, vae, ...: weights that are loaded instead of the checkpoint's.
