@@ -7,12 +7,13 @@ whole, the VAE untiled, both prompts in one DiT call.
 
 import json
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from typing import Any
 
 from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.fields import Number, check_value
 from diffsynth.configs.options import RunOptions
-from diffsynth.planning.cost import RunCount, run_cost
+from diffsynth.planning.cost import RunCount, run_cost, vae_flops
 from diffsynth.planning.memory import StageMemory, predict_stages
 from diffsynth.planning.settings import Settings, keeping, rungs
 from diffsynth.planning.sizes import ModelSizes
@@ -67,6 +68,15 @@ class RunPlan:
         """Whether the budget leaves no room for gaps between tensors."""
         return self.budget is not None and self.budget < _whole(self.peak)
 
+    def minutes(self) -> dict[str, float]:
+        """Return the predicted minutes by card, of those in cards.json, weights loaded and copies hidden."""
+        cards = json.loads(files("diffsynth.configs").joinpath("cards.json").read_text())
+        return {
+            card["name"]: self.cost.flops / (card["bf16_TFLOPs"] * card["dit_share"]) / 6e13
+            + self.cost.vae_flops / (card["tf32_TFLOPs"] * card["vae_share"]) / 6e13
+            for card in cards
+        }
+
     def chosen(self) -> dict[str, object]:
         """Return what was chosen, by name."""
         names = ("checkpoint", "batch_cfg", "tiled", "offload")
@@ -86,6 +96,7 @@ class RunPlan:
             **self.chosen(),
             "stages": [asdict(stage) for stage in self.stages],
             "cost": asdict(self.cost) | {"total_ffe": self.cost.total_ffe},
+            "predicted_minutes": self.minutes(),
             "budget": self.budget,
             "peak": self.peak,
             "peak_stage": self.peak_stage.stage,
@@ -111,7 +122,9 @@ class RunPlan:
             f"{self.peak / GB:.2f} GB of tensors and {kept} for the device itself; {budget}",
             "settings: " + ", ".join(f"{name}={value}" for name, value in self.chosen().items()),
             f"cost: {self.cost.sampling_ffe:.4g} FFE of sampling + {self.cost.guidance_ffe:.4g} of guidance "
-            f"= {self.cost.total_ffe:.4g}; {self.cost.flops / 1e15:.4g} PFLOP",
+            f"= {self.cost.total_ffe:.4g}; {self.cost.flops / 1e15:.4g} PFLOP and "
+            f"{self.cost.vae_flops / 1e15:.3g} of the VAE",
+            "minutes, predicted: " + ", ".join(f"{name} {n:.2g}" for name, n in self.minutes().items()),
         ]
         return "\n".join(lines)
 
@@ -169,7 +182,10 @@ def plan_run(
         settings=settings,
         num_persistent_param_in_dit=None if resident is None else resident * sizes.dit.block_parameters,
         stages=predict_stages(sizes, options, settings, with_reference),
-        cost=run_cost(sizes.dit, latents, options, settings.checkpoint),
+        cost=replace(
+            run_cost(sizes.dit, latents, options, settings.checkpoint),
+            vae_flops=vae_flops(sizes.vae, latents, options, settings.tiled, with_reference),
+        ),
         budget=budget,
     )
 
