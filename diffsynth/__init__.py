@@ -20,19 +20,10 @@ if TYPE_CHECKING:
     from diffsynth.runs.signals import RunInterrupted
 
 __all__ = [
-    "MemoryRanOutError",
-    "ModelManager",
-    "MotionGuidance",
-    "RunInterrupted",
-    "VideoData",
-    "WanVideoPipeline",
-    "__version__",
-    "clear_checkpoints",
-    "decode_saved",
-    "display",
-    "save_frames",
+    "MemoryRanOutError", "ModelManager", "MotionGuidance", "RunInterrupted", "VideoData",
+    "WanVideoPipeline", "__version__", "clear_checkpoints", "decode_saved", "display", "save_frames",
     "save_video",
-]
+]  # fmt: skip
 
 _HOMES = {
     "MemoryRanOutError": "diffsynth.planning.ladder",

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsynth.models import checkpointing
 from diffsynth.models.local_attention import tile_plan
-from diffsynth.models.tables import positions, table
+from diffsynth.models.tables import table
 from diffsynth.models.wan_video_dit_layers import rotary_table
 
 _ATEN = torch.ops.aten
@@ -84,7 +84,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def forget_tables() -> None:
     """Forget what the code keeps from call to call: without data it is of no use to others."""
-    for cache in (rotary_table, tile_plan, table, positions):
+    for cache in (rotary_table, tile_plan, table):
         cache.cache_clear()
 
 

@@ -331,3 +331,29 @@ def test_memory_of_the_cpu_that_runs_out_is_named(pipe, monkeypatch):
         MemoryRanOutError, match=r"'encode text' \(MemoryError\); cpu has .*What helps: a text enc"
     ):
         run(pipe, "never asked before")
+
+
+@pytest.mark.parametrize(
+    ("words", "free", "expected"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", 0.5, True),
+        ("HIP out of memory. Tried to allocate 2.00 GiB", 0.5, True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", 0.5, True),
+        ("CUDA driver error: out of memory", 0.5, True),
+        ("Triton Error [CUDA]: out of memory", 0.5, True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", 0.5, True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", 0.5, True),
+        ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", 0.5, True),
+        ("MPS backend out of memory (MPS allocated: 9.00 GB)", 0.5, True),
+        ("Unable to find a valid cuDNN algorithm to run convolution", 0.02, True),
+        ("GET was unable to find an engine to execute this computation", 0.02, True),
+        ("GET was unable to find an engine to execute this computation", 0.5, False),
+        ("out of resource: shared memory, Required: 147456, Hardware limit: 101376", 0.02, False),
+        ("CUDA error: no kernel image is available for execution on the device", 0.02, False),
+    ],
+)
+def test_every_way_to_say_that_memory_ran_out_is_understood(monkeypatch, words, free, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 24 * 2**30), 24 * 2**30))
+    assert ladder.is_out_of_memory(RuntimeError(words)) == expected
+    assert not ladder.is_out_of_memory(ValueError(words))

@@ -103,14 +103,14 @@ def _device(name: str) -> dict[str, dict[str, Any]]:
 
     from diffsynth.models.attention import BACKENDS
     from diffsynth.runs.record import describe_device
-    from diffsynth.vram_management import available_memory, choose_device, device_memory
+    from diffsynth.vram_management import available_memory, choose_device, choose_dtype, device_memory
 
     device = choose_device(name)
     described = {**describe_device(device), "free memory": f"{available_memory(device) / GIB:.1f} GiB"}
     if device_memory(device):
         described["memory"] = f"{device_memory(device) / GIB:.1f} GiB"
         described["free memory of the CPU"] = f"{available_memory(torch.device('cpu')) / GIB:.1f} GiB"
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = choose_dtype(device)
     kernels = {
         name: backend.refusal(device.type, dtype, 128, needs_grad=False) or "usable"
         for name, backend in BACKENDS.items()

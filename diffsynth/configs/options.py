@@ -180,6 +180,9 @@ class RunOptions:
         OrNone(Switch(), "by the memory at hand"), "both prompts in one call of the DiT", default=None
     )
     output_type: str = option(Choice(OUTPUT_TYPES), "what a call returns", default="pil")
+    deterministic: bool = option(
+        Switch(), "on a CUDA device give the same bits again, more slowly; a CPU always does", default=False
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -309,6 +312,7 @@ class CallOptions(TypedDict, total=False):
     cache: str | CacheOptions | CacheMaker | None
     cfg_interval: tuple[float, float] | None
     batch_cfg: bool | None
+    deterministic: bool
     output_type: str | None
     preset: str | None
     mode: str | None

@@ -20,23 +20,8 @@ from diffsynth.evaluation.trackers import track_points
 from diffsynth.evaluation.tracking import track_object
 
 __all__ = [
-    "compare_motion",
-    "draw_arrows",
-    "draw_trajectories",
-    "flow_sheet",
-    "flow_to_image",
-    "flow_video",
-    "flow_wheel",
-    "loss_curves",
-    "motion_fidelity",
-    "overlay_flow",
-    "paired_fidelity",
-    "reference_flow",
-    "save_flow_video",
-    "side_by_side",
-    "temporal_consistency_clip",
-    "text_similarity",
-    "track_object",
-    "track_points",
-    "video_grid",
-]
+    "compare_motion", "draw_arrows", "draw_trajectories", "flow_sheet", "flow_to_image", "flow_video",
+    "flow_wheel", "loss_curves", "motion_fidelity", "overlay_flow", "paired_fidelity", "reference_flow",
+    "save_flow_video", "side_by_side", "temporal_consistency_clip", "text_similarity", "track_object",
+    "track_points", "video_grid",
+]  # fmt: skip

@@ -1,8 +1,8 @@
 """One attention function over several kernels.
 
-A backend states facts (devices, dtypes, whether it has a backward pass, why it cannot be used here); the
-choice is made once per kind of input and logged. Order of precedence: the `backend` argument,
-`use_attention`, the environment variable DIFFSYNTH_ATTENTION, then the first usable backend. A named backend
+A backend states facts (devices, dtypes, whether it has a backward pass, why it cannot be used here); one of
+another package is tried on a small call. The choice is made once a kind of input and logged. Precedence: the
+argument, `use_attention`, the environment variable DIFFSYNTH_ATTENTION, the first usable backend. A named one
 that cannot be used raises, except that a forward-only one leaves calls that need a gradient to the automatic
 choice, which never fails, because `sdpa` serves everything.
 """
@@ -33,7 +33,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flash_attn(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = import_module(module).flash_attn_func(q, k, v)
+    exact = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+    out = import_module(module).flash_attn_func(q, k, v, **exact)
     # Releases differ in whether the log-sum-exp comes along.
     return out[0] if isinstance(out, tuple) else out
 
@@ -68,7 +69,29 @@ class AttentionBackend:
             return f"takes a head width of at most {self.max_head_dim}, not {head_dim}"
         if needs_grad and not self.differentiable:
             return "has no backward pass, and this call needs a gradient"
-        return None
+        return None if self.module is None else _trial(self, device, dtype, head_dim, needs_grad)
+
+
+def capability(device: str) -> tuple[int, int]:
+    """Return the compute capability of the current CUDA device; of other devices (0, 0)."""
+    return torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+
+
+@lru_cache
+def _trial(
+    backend: AttentionBackend, device: str, dtype: torch.dtype, head_dim: int, needs_grad: bool
+) -> str | None:
+    """What a small call raises, such as a package built for another PyTorch; None if it works."""
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(needs_grad):
+            q, k, v = torch.ones(3, 1, 16, 1, head_dim, device=device, dtype=dtype).unbind()
+            out = backend.run(q.requires_grad_(needs_grad), k, v).float().sum()
+            (torch.autograd.grad(out, q)[0].float().sum() if needs_grad else out).item()
+    except Exception as error:  # noqa: BLE001 - whatever the package may raise
+        told = f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        logger.warning("the attention kernel of package %r is installed but %s", backend.module, told)
+        return told
+    return None
 
 
 _HALF_ON_CUDA: dict[str, Any] = {"devices": ("cuda",), "dtypes": HALF_TYPES}
@@ -132,10 +155,12 @@ def _resolve(
             raise ValueError(f"attention backend {name!r} cannot be used: {reason}")
         else:
             return backend
-    for candidate, backend in BACKENDS.items():
-        if backend.refusal(*wanted) is None:
+    # From Hopper on, PyTorch's own attention is cuDNN's, faster than the second FlashAttention.
+    hopper = capability(device) >= (9, 0)
+    for candidate in sorted(BACKENDS, key=lambda name: hopper and name == "flash_attn_2"):
+        if BACKENDS[candidate].refusal(*wanted) is None:
             logger.info("attention on %s in %s (gradient: %s): %s", device, dtype, needs_grad, candidate)
-            return backend
+            return BACKENDS[candidate]
     raise AssertionError("sdpa serves every call")
 
 

@@ -82,9 +82,7 @@ class TileGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TilePlan:
-    """All tiles; `queries` and `keys`: their tokens, group after group; `places` [S]: of each token in
-    `queries`.
-    """
+    """All tiles; queries, keys: their tokens, group after group; places [S]: of each token in queries."""
 
     groups: tuple[TileGroup, ...]
     queries: Tensor
@@ -128,11 +126,8 @@ def _spans(side: int, reach: int, least: int) -> list[tuple[slice, slice]]:
 
 
 def _box_mask(shapes: tuple[tuple[int, int, int], ...], window: Window) -> Tensor:
-    """Which keys of its box each query of a tile sees, [m, L].
-
-    Tiles have one mask if they have one shape: on each axis the number of queries, of keys, and the place of
-    the queries in the keys.
-    """
+    """Which keys of its box each query of a tile sees, [m, L]: one mask for tiles of one shape, on each axis
+    the number of queries, of keys, and the place of the queries in the keys."""
     near_f, near_r, near_c = (
         ((torch.arange(count) + offset)[:, None] - torch.arange(num_keys)).abs() <= reach
         for (count, num_keys, offset), reach in zip(shapes, window, strict=True)

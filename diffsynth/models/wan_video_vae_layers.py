@@ -278,12 +278,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self,
-        z_dim: int,
-        widths: Sequence[int],
-        num_res_blocks: int,
-        temporal: Sequence[bool],
-        residual: bool,
+        self, z_dim: int, widths: Sequence[int], num_res_blocks: int, temporal: Sequence[bool], residual: bool
     ) -> None:
         super().__init__()
         self.patch = PATCH if residual else 1

@@ -13,16 +13,7 @@ from diffsynth.motion.reuse import GradientMemory
 from diffsynth.motion.tile_flow import TileFlow, tile_motion_flow
 
 __all__ = [
-    "GradientMemory",
-    "MotionGuidance",
-    "NonFiniteGuidanceError",
-    "OptimizationRecord",
-    "TileFlow",
-    "attention_motion_flow",
-    "frame_pairs",
-    "guided_step",
-    "make_descriptor",
-    "optimize_latents",
-    "reduce_heads",
-    "tile_motion_flow",
-]
+    "GradientMemory", "MotionGuidance", "NonFiniteGuidanceError", "OptimizationRecord", "TileFlow",
+    "attention_motion_flow", "frame_pairs", "guided_step", "make_descriptor", "optimize_latents",
+    "reduce_heads", "tile_motion_flow",
+]  # fmt: skip

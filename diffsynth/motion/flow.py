@@ -9,6 +9,7 @@ S = H*W, P frame pairs, T groups of queries, m queries of a group, L keys that a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffsynth.configs.fields import Whole, check_value
 from diffsynth.configs.guidance import TAU, Heads
-from diffsynth.models.tables import positions
+from diffsynth.models.tables import table
 from diffsynth.motion.heads import reduce_heads
 
 Pairs = Sequence[tuple[int, int]]
@@ -60,7 +61,7 @@ def frame_pairs(num_frames: int, sf: int) -> list[tuple[int, int]]:
 
 def token_positions(rows: int, cols: int, like: Tensor) -> Tensor:
     """Return (row, column) of each token, [rows * cols, 2], in dtype and on device of `like`, read only."""
-    return positions(rows, cols, like.device, like.dtype)
+    return table(tuple(product(range(rows), range(cols))), like.device, like.dtype)
 
 
 def attend(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -148,6 +148,9 @@ def load_checkpoint(
     if unknown := sorted(parts.keys() - kinds.keys()):
         raise TypeError(f"weights can be given for {', '.join(kinds)}; got {', '.join(unknown)}")
     wanted = [kind for name, kind in kinds.items() if name not in parts]
+    if torch_dtype == torch.float16 and (text := kinds["text_encoder"]) in wanted:  # UMT5 overflows in it
+        wanted.remove(text)
+        manager.load_models([folder], torch_dtype=torch.float32, model_names=[text])
     if not set(REQUIRED).isdisjoint(wanted):
         manager.load_models([folder], vae_dtype=vae_dtype, model_names=wanted)
     for name, file in parts.items():

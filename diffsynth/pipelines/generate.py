@@ -25,6 +25,7 @@ from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.latents import keep_latents, latents_facts
 from diffsynth.runs.state import PromptEmbeddings, RunInputs
+from diffsynth.vram_management import memory_peaks, reset_peak_memory
 
 Observer = Callable[[RunEvent], None]
 
@@ -91,8 +92,9 @@ def generate(
     all_steps_done = True
     for index, (prompt, negative_prompt) in enumerate(prompts):
         cost = RunCost(
-            options.seed, options.mode, options.num_inference_steps, stage_seconds=dict(inputs.seconds)
-        )
+            options.seed, options.mode, options.num_inference_steps, stage_seconds=dict(inputs.seconds),
+            stage_memory=dict(inputs.memory),
+        )  # fmt: skip
         latents = None if saved is None else saved.finished(index, cost)
         if latents is None:
             latents, options, all_steps_done = sample(
@@ -140,7 +142,7 @@ def _decoded(
 ) -> tuple[Frames, RunOptions]:
     """Decode final latents; if that fails and `keep` is true, save them in a file that the error names."""
     try:
-        with stage("decode", observer, cost.stage_seconds):
+        with stage("decode", observer, cost.stage_seconds, cost.stage_memory, models.device):
             return ladder.run("decode", partial(decode_latents, models, latents), options)
     except (RuntimeError, MemoryError, OSError) as error:
         if keep and latents.isfinite().all():
@@ -170,6 +172,8 @@ def encode(
     if options.motion is not None:
         texts["null"] = [""] * len(prompts)
     seconds: dict[str, float] = {}
+    memory: dict[str, dict[str, int]] = {}
+    timed = partial(stage, observer=observer, seconds=seconds, memory=memory, device=models.device)
 
     def encode_texts(_options: RunOptions) -> list[PromptEmbeddings]:
         flat = [text for group in texts.values() for text in group]
@@ -184,11 +188,11 @@ def encode(
             latents = models.vae.encode(pixels, **options.tiling)
             return finite(latents, f"the VAE's encoder (in {models.vae.dtype})")
 
-    with stage("encode text", observer, seconds):
+    with timed("encode text"):
         embeddings, options = ladder.run("encode text", encode_texts, options)
     reference = None
     if pixels is not None:
-        with stage("encode video", observer, seconds, pixels):
+        with timed("encode video", reference=pixels):
             reference, options = ladder.run("encode video", partial(encode_video, pixels), options)
     shown = {"condition": pictures}
     if pixels is not None and options.motion is not None:  # read with the frames that it has in their places
@@ -204,6 +208,7 @@ def encode(
         noise=draw_noise(models, options),
         reference=reference,
         seconds=seconds,
+        memory=memory,
         **conditions,
     )
     return inputs, options
@@ -250,12 +255,19 @@ def noise_generator(options: RunOptions) -> torch.Generator:
 
 @contextmanager
 def stage(
-    name: str, observer: Observer, seconds: dict[str, float], reference: Tensor | None = None
+    name: str,
+    observer: Observer,
+    seconds: dict,
+    memory: dict,
+    device: torch.device,
+    reference: Tensor | None = None,
 ) -> Iterator[None]:
-    """Notify the observer that a stage begins, and store the seconds that the stage took."""
+    """Notify the observer that a stage begins, and store its seconds and, on a CUDA device, its memory."""
+    reset_peak_memory(device)
     observer(RunEvent(stage=name, reference=reference))
     started = time.perf_counter()
     try:
         yield
     finally:
         seconds[name] = time.perf_counter() - started
+        memory |= {name: peaks} if (peaks := memory_peaks(device)) else {}

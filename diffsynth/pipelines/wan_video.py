@@ -44,7 +44,7 @@ from diffsynth.prompters import WanPrompter
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
 from diffsynth.runs.cost import RunCost, latency_file
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
-from diffsynth.vram_management import Residency, choose_device
+from diffsynth.vram_management import Residency, choose_device, choose_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,7 +127,7 @@ class WanVideoPipeline:
 
         Args:
             path: a folder in the official or diffusers layout, "1.3b", "14b", or "nano", the embedded model.
-            torch_dtype: bfloat16 on an accelerator, float32 on a CPU; float8_e4m3fn and int8 store in 8 bits.
+            torch_dtype: by default as `choose_dtype` says; float8_e4m3fn and int8 store in 8 bits.
             device: "auto", "cpu", "cuda", "cuda:1", ...
             loras: LoRA file -> strength; the files are merged into the DiT.
             parts: dit, text_encoder, vae, ...: weights that are loaded instead of the checkpoint's.
@@ -137,7 +137,7 @@ class WanVideoPipeline:
             CheckpointError: a file is damaged or of another kind.
         """
         chosen = choose_device(device)
-        dtype = torch_dtype or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)
+        dtype = choose_dtype(chosen, torch_dtype)
         manager = load_checkpoint(path, dtype, check_dtype(vae_dtype, WIDE_DTYPES), loras or {}, parts)
         return cls.from_model_manager(manager, device=chosen)
 
@@ -360,7 +360,7 @@ class WanVideoPipeline:
         named = zip(PICTURES, (input_image, end_image), strict=True)
         pictures = [read_picture(picture, name) for name, picture in named if picture is not None]
         pixels, run = reference_pixels(input_video, pictures, run)
-        with self.residency.exclusive():
+        with self.residency.exclusive(run.deterministic):
             ladder = Ladder(self.residency, self.vae)
             run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
             logger.info("generating %d video(s): %s", len(prompts), run)

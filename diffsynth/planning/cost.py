@@ -22,8 +22,10 @@ from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import CacheMaker, RunOptions
 from diffsynth.models.local_attention import BLOCK, Window, block_plan
+from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS
+from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid
 from diffsynth.planning.memory import Shape, num_tokens, token_grid
-from diffsynth.planning.sizes import DiTSize
+from diffsynth.planning.sizes import DiTSize, VAESize
 
 ATTENTION_BACKWARD = 2.5  # of the forward: five products for two
 RECOMPUTING = ("block", "offload")
@@ -32,11 +34,14 @@ NOTHING_SEEN = Probe(modulation=torch.empty(0), residual=None)  # for rules that
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunCount:
-    """Cost of a run's denoising. *_ffe: in full forwards of the DiT; flops: floating point operations."""
+    """Cost of a run's denoising. *_ffe: in full forwards of the DiT; flops: floating point operations, and
+    vae_flops those of encoding and decoding besides.
+    """
 
     sampling_ffe: float
     guidance_ffe: float
     flops: float
+    vae_flops: float = 0.0
 
     @property
     def total_ffe(self) -> float:
@@ -69,6 +74,59 @@ def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str 
         forward, backward = guided_flops(dit, latents, motion)
         flops += (references + gradients * (2 if again else 1)) * forward + gradients * backward
     return RunCount(sampling_ffe=computed, guidance_ffe=ffe, flops=flops)
+
+
+def vae_flops(vae: VAESize, latents: Shape, options: RunOptions, tiled: bool, with_reference: bool) -> float:
+    """Operations of decoding latents (F, h, w) and, with a reference, of encoding it, in tiles or whole."""
+    tiles = [Tile((0, latents[1]), (0, latents[2]))]
+    if tiled:
+        tiles = TileGrid(shape=latents[1:], size=options.tile_size, stride=options.tile_stride).tiles()
+    areas = [(tile.rows[1] - tile.rows[0]) * (tile.cols[1] - tile.cols[0]) for tile in tiles]
+    last, sums = vae.widths[-1], 0.0
+    for area in areas:
+        # Two residual blocks and an attention within each frame; then the layers beside the latents.
+        middle = 4 * 27 * last**2 + 4 * last**2 + 2 * area * last
+        beside = 27 * last * vae.z_dim + vae.z_dim**2
+        sums += latents[0] * area * (middle + beside) + _decoder_sums(vae, latents[0], area)
+        if with_reference:
+            sums += latents[0] * area * (middle + 2 * beside) + _encoder_sums(vae, latents[0], area)
+    return 2 * sums
+
+
+def _encoder_sums(vae: VAESize, frames: int, area: int) -> float:
+    """Products of the encoder's levels, from the pixels of `frames` latent frames of `area` places down."""
+    area, frames = area * 4 ** len(vae.temporal), (frames - 1) * 2 ** sum(vae.temporal) + 1
+    channels, sums = vae.widths[0], frames * area * 27 * IMAGE_CHANNELS * vae.widths[0]
+    for level, width in enumerate(vae.widths):
+        sums += frames * area * _block_sums(channels, width, vae.num_res_blocks)
+        channels = width
+        if level < len(vae.temporal):
+            area //= 4
+            sums += frames * area * 9 * width**2
+            if vae.temporal[level]:
+                frames = (frames + 1) // 2
+                sums += (frames - 1) * area * 3 * width**2
+    return sums
+
+
+def _decoder_sums(vae: VAESize, frames: int, area: int) -> float:
+    """Products of the decoder's levels, from latent frames to pixels."""
+    channels, sums = vae.widths[-1], 0
+    for level, width in enumerate(vae.widths[::-1]):
+        sums += frames * area * _block_sums(channels, width, vae.num_res_blocks + 1)
+        channels = width
+        if level < len(vae.temporal):
+            if vae.temporal[::-1][level]:
+                sums += (frames - 1) * area * 6 * width**2
+                frames = 2 * frames - 1
+            area, channels = 4 * area, width // 2
+            sums += frames * area * 9 * width * channels
+    return sums + frames * area * 27 * channels * IMAGE_CHANNELS
+
+
+def _block_sums(channels: int, width: int, count: int) -> int:
+    """Products a position of residual blocks in a row, the first of which changes the width."""
+    return channels * width * (27 + (channels != width)) + 27 * width**2 * (2 * count - 1)
 
 
 def computed_steps(cache: CacheOptions | CacheMaker | None, prompt: str, steps: range, num_steps: int) -> int:

@@ -20,14 +20,18 @@ from diffsynth.planning.plan import GB, plan_run
 from diffsynth.planning.settings import Settings, following, keeping
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.vram_management import Residency, available_memory, device_memory
+from diffsynth.vram_management.streaming import tensors_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Largest share of free memory for guidance, and of total memory for both prompts in one DiT call.
 FILL, FILL_BY_BOTH = 0.6, 0.7
-# Out-of-memory messages that are not OutOfMemoryError: CPU, cuBLAS, cuDNN, a kernel's launch.
-ALLOCATION_FAILED = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
+# Messages of other errors than OutOfMemoryError: CPU, cuBLAS, cuDNN, driver, Triton; in lower case.
+ALLOCATION_FAILED = ("can't allocate memory", "alloc_failed", "allocation_failed", "out of memory")
+# What cuDNN says where no algorithm's work space fits, and also where it has none for an operation.
+NO_ALGORITHM = ("unable to find a valid cudnn algorithm", "unable to find an engine to execute")
+FULL = 0.1  # of a device's memory; where less is free, NO_ALGORITHM is taken for a lack of memory
 _OF_OPTIONS = ("batch_cfg", *TILING)
 HELP = {
     "encode text": "a text encoder in bfloat16, or device='cpu'",
@@ -82,8 +86,12 @@ class Ladder:
         assert self._residency is not None, "a run has a whole pipeline"
         sizes = ModelSizes.of(self._residency.models)
         if vram_gb is not None:
+            if device_memory(
+                self._device
+            ):  # others may use the device, too, and a card has less than its name
+                vram_gb = min(vram_gb, (available_memory(self._device) + self._held()) / GB)
             plan = plan_run(sizes, options, vram_gb=vram_gb, with_reference=with_reference)
-            logger.info("planned for %s GB:\n%s", vram_gb, plan)
+            logger.info("planned for %.1f GB:\n%s", vram_gb, plan)
             plan.settings.place(self._residency)
             return with_settings(options, _changes(plan.settings, options))
         motion = options.motion
@@ -153,6 +161,12 @@ class Ladder:
             stream_text_encoder="text_encoder" in streaming,
         )
 
+    def _held(self) -> int:
+        """Bytes of the models' weights that are on the device now."""
+        models = {} if self._residency is None else self._residency.models
+        tensors = (tensor for model in models.values() for tensor in tensors_of(model))
+        return sum(tensor.nbytes for tensor in tensors if tensor.device.type == self._device.type)
+
     def _kept(self, sizes: ModelSizes, options: RunOptions) -> str:
         """Return the first `checkpoint` setting that fits; not "offload" on a CPU, where it gains nothing."""
         motion = options.motion
@@ -193,7 +207,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception reports a failed allocation, on an accelerator or on the CPU."""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
+    told = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if any(words in told for words in NO_ALGORITHM) and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return free < FULL * total
+    return any(words in told for words in ALLOCATION_FAILED)
 
 
 def _changes(settings: Settings, options: RunOptions) -> dict[str, object]:

@@ -8,6 +8,7 @@ whole, the VAE untiled, both prompts in one DiT call.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
 from typing import Any
 
 from diffsynth.configs.defaults import RunDefaults
@@ -15,15 +16,14 @@ from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.fields import Number, check_value
 from diffsynth.configs.options import RunOptions
 from diffsynth.configs.resolve import ModelFacts, ReferenceFacts, resolve
-from diffsynth.planning.cost import RunCount, run_cost
+from diffsynth.planning.cost import RunCount, run_cost, vae_flops
 from diffsynth.planning.memory import StageMemory, predict_stages
 from diffsynth.planning.settings import Settings, keeping, rungs
 from diffsynth.planning.sizes import ModelSizes
 
 GB = 2**30  # as cards are sold
-# Share of the budget for memory that PyTorch does not allocate: the device's context, work space of kernels,
-# gaps between tensors.
-RESERVED = GB * 3 // 4
+# Memory besides tensors: the device's context and work space of kernels, and gaps between tensors, a share.
+RESERVED, GAPS = GB * 3 // 4, 0.06
 
 
 class NotEnoughMemoryError(ValueError):
@@ -77,6 +77,20 @@ class RunPlan:
         """Predicted bytes of tensors at the run's peak."""
         return self.peak_stage.total
 
+    @property
+    def tight(self) -> bool:
+        """Whether the budget leaves no room for gaps between tensors."""
+        return self.budget is not None and self.budget < _whole(self.peak)
+
+    def minutes(self) -> dict[str, float]:
+        """Return the predicted minutes by card, of those in cards.json, weights loaded and copies hidden."""
+        cards = json.loads(files("diffsynth.configs").joinpath("cards.json").read_text())
+        return {
+            card["name"]: self.cost.flops / (card["bf16_TFLOPs"] * card["dit_share"]) / 6e13
+            + self.cost.vae_flops / (card["tf32_TFLOPs"] * card["vae_share"]) / 6e13
+            for card in cards
+        }
+
     def chosen(self) -> dict[str, object]:
         """Return what was chosen, by name."""
         names = ("checkpoint", "batch_cfg", "tiled", "offload")
@@ -96,10 +110,12 @@ class RunPlan:
             **self.chosen(),
             "stages": [asdict(stage) for stage in self.stages],
             "cost": asdict(self.cost) | {"total_ffe": self.cost.total_ffe},
+            "predicted_minutes": self.minutes(),
             "budget": self.budget,
             "peak": self.peak,
             "peak_stage": self.peak_stage.stage,
-            "reserved": RESERVED,
+            "reserved": RESERVED + (0 if self.tight else int(GAPS * self.peak)),
+            "tight": self.tight,
         }
         return json.dumps(facts, indent=1)
 
@@ -115,11 +131,14 @@ class RunPlan:
             mark = "  <- peak" if stage is self.peak_stage else ""
             lines.append(f"{stage.stage:<14}{weights:>10.2f}{activations:>13.2f}{total:>8.2f}{mark}")
         budget = "no budget" if self.budget is None else f"budget {self.budget / GB:.1f} GB"
+        kept = f"{RESERVED / GB:.2f} GB{', which is tight,' if self.tight else f' + {GAPS:.0%}'}"
         lines += [
-            f"{self.peak / GB:.2f} GB of tensors and {RESERVED / GB:.2f} GB for the device itself; {budget}",
+            f"{self.peak / GB:.2f} GB of tensors and {kept} for the device itself; {budget}",
             "settings: " + ", ".join(f"{name}={value}" for name, value in self.chosen().items()),
             f"cost: {self.cost.sampling_ffe:.4g} FFE of sampling + {self.cost.guidance_ffe:.4g} of guidance "
-            f"= {self.cost.total_ffe:.4g}; {self.cost.flops / 1e15:.4g} PFLOP",
+            f"= {self.cost.total_ffe:.4g}; {self.cost.flops / 1e15:.4g} PFLOP and "
+            f"{self.cost.vae_flops / 1e15:.3g} of the VAE",
+            "minutes, predicted: " + ", ".join(f"{name} {n:.2g}" for name, n in self.minutes().items()),
         ]
         return "\n".join(lines)
 
@@ -145,15 +164,21 @@ def plan_run(
     if vram_gb is not None:
         check_value("vram_gb", Number(above=0), vram_gb)
     budget = None if vram_gb is None else int(vram_gb * GB)
-    usable = float("inf") if budget is None else budget - RESERVED
+    usable = float("inf") if budget is None else (budget - RESERVED) / (1 + GAPS)
 
     def peak(settings: Settings) -> int:
         return max(stage.total for stage in predict_stages(sizes, options, settings, with_reference))
 
     ladder = rungs(_frugal(options), keeping(options.motion), sizes.dit.num_layers)
     settings = next((rung for rung in ladder if peak(rung) <= usable), None)
+    if settings is None and budget is not None and peak(_frugal(options)) <= budget - RESERVED:
+        settings, usable = (
+            _frugal(options),
+            budget - RESERVED,
+        )  # without room for gaps, better than not at all
     if settings is None:
-        raise _not_enough(sizes, options, int(usable + RESERVED), with_reference)
+        assert budget is not None, "without a budget, all settings fit"
+        raise _not_enough(sizes, options, budget, with_reference)
     wishes: dict[str, Any] = {"stream_text_encoder": False}
     if options.tiled is None:
         wishes["tiled"] = False
@@ -171,7 +196,10 @@ def plan_run(
         settings=settings,
         num_persistent_param_in_dit=None if resident is None else resident * sizes.dit.block_parameters,
         stages=predict_stages(sizes, options, settings, with_reference),
-        cost=run_cost(sizes.dit, latents, options, settings.checkpoint),
+        cost=replace(
+            run_cost(sizes.dit, latents, options, settings.checkpoint),
+            vae_flops=vae_flops(sizes.vae, latents, options, settings.tiled, with_reference),
+        ),
         budget=budget,
     )
 
@@ -186,6 +214,11 @@ def _frugal(options: RunOptions) -> Settings:
         resident_blocks=0,
         stream_text_encoder=True,
     )
+
+
+def _whole(tensors: int) -> int:
+    """Bytes of a device that hold so many of tensors."""
+    return RESERVED + int((1 + GAPS) * tensors)
 
 
 def _not_enough(
@@ -212,8 +245,8 @@ def _not_enough(
         changes["batch_cfg=False"] = {"batch_cfg": False}
     now = least(options)
     peaks = {name: least(replace(options, **change)).total for name, change in changes.items()}
-    helps = [f"{name} ({(peak + RESERVED) / GB:.1f} GB)" for name, peak in peaks.items() if peak < now.total]
-    needed = now.total + RESERVED
+    helps = [f"{name} ({(RESERVED + peak) / GB:.1f} GB)" for name, peak in peaks.items() if peak < now.total]
+    needed = RESERVED + now.total
     return NotEnoughMemoryError(
         f"{sizes.name} at {options.height}x{options.width}x{options.num_frames} needs at least "
         f"{needed / GB:.1f} GB (stage {now.stage!r}), and vram_gb is {budget / GB:.1f}"

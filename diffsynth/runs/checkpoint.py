@@ -185,7 +185,8 @@ class SavedRun:
             noise=state["noise"],
             reference=reference,
             seconds=facts["seconds"],
-            **{name: ImageCondition(**part(state, name)) for name in ("condition", "reference_condition")},
+            condition=ImageCondition(**part(state, "condition")),
+            reference_condition=ImageCondition(**part(state, "reference_condition")),
         )
         self._inputs_saved = True
         logger.info("continuing the run in %s", self._folder)

@@ -13,7 +13,7 @@ import torch
 from diffsynth.data.files import checked_path
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import OptimizationRecord
-from diffsynth.vram_management import peak_memory, reset_peak_memory, synchronize
+from diffsynth.vram_management import memory_peaks, peak_memory, reset_peak_memory, synchronize
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ class RunCost:
         peak_memory: bytes allocated on an accelerator, or the process's largest resident size on a CPU.
         losses: losses of the fresh gradients of each guided step.
         stage_seconds: seconds of the stages before and after denoising, by name.
+        stage_memory: bytes of a CUDA device in these stages and in denoising, by name: allocated and reserved
+            at most, and in use on the device at the end, by other programs, too.
     """
 
     seed: int
@@ -40,6 +42,7 @@ class RunCost:
     peak_memory: int = 0
     losses: list[tuple[float, ...]] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    stage_memory: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add_guidance(self, seconds: float, record: OptimizationRecord) -> None:
         """Count a guided step and log its losses."""
@@ -57,7 +60,7 @@ class RunCost:
     def restore(self, state: Mapping[str, object]) -> None:
         """Set all fields to those of a `state`, which may have been stored as JSON."""
         for item in fields(self):
-            setattr(self, item.name, state[item.name])
+            setattr(self, item.name, state.get(item.name, getattr(self, item.name)))
         self.losses = [tuple(losses) for losses in self.losses]
 
     def append_to(self, path: Path) -> None:
@@ -103,5 +106,7 @@ def measured(cost: RunCost, dit: WanModel, device: torch.device) -> Iterator[Cal
         synchronize(device)
         cost.time_gen += time.perf_counter() - started
         cost.peak_memory = max(cost.peak_memory, peak_memory(device))
+        before, peaks = cost.stage_memory.get("denoising", {}), memory_peaks(device)
+        cost.stage_memory["denoising"] = {n: max(v, before.get(n, 0)) for n, v in peaks.items()}
         for hook in hooks:
             hook.remove()

@@ -7,7 +7,7 @@ a full disk leaves the last good one.
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class RunInputs:
         prompts: text embeddings, one entry a prompt.
         noise: [1, C, F, h, w].
         reference: latents of the reference in the shape of noise; None without one.
-        seconds: duration of each stage that made them.
+        seconds: duration of each stage that made them; memory: bytes, as in `RunCost.stage_memory`.
         condition: from the pictures of the run.
         reference_condition: from the reference's frames in the places of these pictures.
     """
@@ -48,6 +48,7 @@ class RunInputs:
     noise: Tensor
     reference: Tensor | None
     seconds: Mapping[str, float]
+    memory: Mapping[str, dict[str, int]] = field(default_factory=dict)
     condition: ImageCondition = NO_CONDITION
     reference_condition: ImageCondition = NO_CONDITION
 

@@ -3,7 +3,9 @@
 from diffsynth.vram_management.memory import (
     available_memory,
     choose_device,
+    choose_dtype,
     device_memory,
+    memory_peaks,
     peak_memory,
     reset_peak_memory,
     synchronize,
@@ -11,11 +13,6 @@ from diffsynth.vram_management.memory import (
 from diffsynth.vram_management.residency import Residency
 
 __all__ = [
-    "Residency",
-    "available_memory",
-    "choose_device",
-    "device_memory",
-    "peak_memory",
-    "reset_peak_memory",
-    "synchronize",
-]
+    "Residency", "available_memory", "choose_device", "choose_dtype", "device_memory", "memory_peaks",
+    "peak_memory", "reset_peak_memory", "synchronize",
+]  # fmt: skip

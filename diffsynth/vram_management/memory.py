@@ -15,10 +15,10 @@ def choose_device(device: str | torch.device) -> torch.device:
     """Return a torch device; "auto" is the accelerator if there is one, else the CPU.
 
     Raises:
-        ValueError: torch does not know the name, or the accelerator is missing.
+        ValueError: torch does not know the name, the accelerator is missing, or torch has no kernels for it.
     """
     if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -28,7 +28,26 @@ def choose_device(device: str | torch.device) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         build = "this PyTorch is a CPU build" if torch.version.cuda is None else "torch sees no such device"
         raise ValueError(f"device {str(device)!r} needs CUDA, and {build}; use 'cpu' or 'auto'")
+    if chosen.type == "cuda" and (chosen.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(
+            f"device {str(device)!r} does not exist: torch sees {count} CUDA device(s), from cuda:0"
+        )
+    if chosen.type in ("cuda", "mps"):
+        try:
+            torch.ones(1, device=chosen).add(1).item()
+        except RuntimeError as error:
+            told = f"(kernels for {', '.join(torch.cuda.get_arch_list())}): {str(error).splitlines()[0]}"
+            raise ValueError(f"device {str(device)!r} does not compute with this PyTorch {told}") from error
     return chosen
+
+
+def choose_dtype(device: torch.device, wanted: torch.dtype | None = None) -> torch.dtype:
+    """Return the dtype of models: as wanted, else float32 on a CPU and 16 bits on an accelerator; ValueError
+    for bfloat16 on a CUDA device that only emulates it."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if old and wanted == torch.bfloat16:
+        raise ValueError("torch_dtype=bfloat16 needs compute capability 8.0; use float16 on this card")
+    return wanted or (torch.float32 if device.type == "cpu" else torch.float16 if old else torch.bfloat16)
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -47,6 +66,14 @@ def peak_memory(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_peaks(device: torch.device) -> dict[str, int]:
+    """Return the most bytes allocated and reserved on a CUDA device since the reset, and all in use there."""
+    if device.type != "cuda":
+        return {}
+    (free, total), reserved = torch.cuda.mem_get_info(device), torch.cuda.max_memory_reserved(device)
+    return {"allocated": peak_memory(device), "reserved": reserved, "device": total - free}
 
 
 def synchronize(device: torch.device) -> None:

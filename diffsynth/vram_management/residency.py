@@ -1,6 +1,7 @@
 """Decide which models, and which of their blocks, are on the compute device while a stage runs."""
 
 import gc
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,11 +41,11 @@ class Residency:
         return tuple(self._streams)
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self, deterministic: bool = False) -> Iterator[None]:
         """Return a context in which only this thread uses the models; entering it waits for other threads.
 
         Inside it, PyTorch's modes are the defaults, whatever the caller has set: no inference mode, float32
-        for new tensors, no autocast.
+        for new tensors, no autocast. With `deterministic`, a CUDA device gives the same bits again.
 
         Raises:
             RuntimeError: this thread is already inside the context, as in a callback of a run.
@@ -53,13 +54,18 @@ class Residency:
             if self._taken:
                 raise RuntimeError("the pipeline is running: its callbacks cannot call it again")
             self._taken = True
-            default = torch.get_default_dtype()
+            default, strict = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
             torch.set_default_dtype(torch.float32)
+            if deterministic and self.device.type == "cuda":
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it
+                torch.use_deterministic_algorithms(True)
             try:
                 with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
                     yield
             finally:
                 torch.set_default_dtype(default)
+                if deterministic:
+                    torch.use_deterministic_algorithms(strict)
                 self._taken = False
 
     def stream(

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from diffsynth.models import checkpointing
+from diffsynth.models import attention, checkpointing
 from diffsynth.vram_management import residency
 from diffsynth.vram_management.copies import ImmediateCopies
 
@@ -201,6 +201,7 @@ def traced() -> Iterator[Trace]:
             (residency, "page_lock", lambda _: None),
             (residency, "SideStreamCopies", CopiesBeside),
             (torch.cuda, "empty_cache", lambda: None),
+            (attention, "capability", lambda device: (8, 0) if device == "cuda" else (0, 0)),
             (nn.Module, "to", lambda module, *_: module),  # of models that are on the CPU
             (np, "concatenate", lambda arrays: arrays[0]),
         ):
