@@ -305,7 +305,7 @@ def test_a_gif_shows_the_result_beside_the_reference_for_four_seconds(transferri
 
 
 def test_quiet_says_nothing_but_the_result(transferring, capsys):
-    assert main([*transferring, "--quiet"]) == 0
+    assert main([*transferring, "--quiet", "--motion-guided-steps", "2"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert len(captured.out.splitlines()) == 2
@@ -358,7 +358,7 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
         ({"--motion-window": "20"}, "window"),
         (
             {"--motion-scale": "0"},
-            "--motion-scale: must be a finite number above 0 or None; got '0'",
+            "--motion-scale: must be a finite number at least 0.001, at most 1000 or None; got '0'",
         ),
         ({"--mode": "No_transfer"}, "motion (guided_steps, inner_steps) has no effect in mode No_transfer"),
         ({"--checkpoint-every": "3"}, "--checkpoint-every needs --resume or --checkpoint-dir"),

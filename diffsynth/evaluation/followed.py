@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from diffsynth.configs.options import DEFAULT_FPS
-from diffsynth.data import VideoData, fit_frame
+from diffsynth.data import fit_frame
 from diffsynth.data.frames import rgb_frames
 from diffsynth.data.tensors import Video
 from diffsynth.evaluation.drawing import draw_trajectories
@@ -57,8 +57,7 @@ def path_words(path: np.ndarray, fps: float) -> str:
 def fitted(reference: Video, frames: Video) -> list[Image.Image]:
     """Return the frames of a reference, as many and as large as those of a video."""
     width, height = next(rgb_frames(frames)).size
-    count = min(len(reference), len(frames))
-    return [fit_frame(frame, height, width) for frame in rgb_frames(reference[:count])]
+    return [fit_frame(frame, height, width) for frame, _ in zip(rgb_frames(reference), frames, strict=False)]
 
 
 def beside_reference(videos: Mapping[str, Video], height: int = 256) -> list[Image.Image]:
@@ -83,14 +82,13 @@ def looped(frames: list[Image.Image], fps: float | None) -> list[Image.Image]:
     return frames * max(1, math.ceil(LEAST_SECONDS * (fps or DEFAULT_FPS) / len(frames)))
 
 
-def follow_text(frames: Video, reference: VideoData) -> str | None:
+def follow_text(frames: Video, reference: Video) -> str | None:
     """Return a sentence on how well a video follows a reference; None where that cannot be told at once."""
-    other = fitted(reference, frames)
-    tracks = [one_object(video) for video in (frames, other)]
+    tracks = [one_object(video) for video in (frames, fitted(reference, frames))]
     if tracks[0] is None or tracks[1] is None:
         return None
     distance, cosine = path_agreement(tracks[0].centroids, tracks[1].centroids)
-    width = other[0].width
+    width = tracks[0].masks.shape[2]
     return (
         f"its object's path is {distance:.1f} px of {width} from the reference's in the mean; "
         f"cosine of the velocities {cosine:.2f} (1: the same motion, 0: unrelated)"

@@ -43,6 +43,7 @@ class RunEvent:
         timestep: timestep of the denoising step, from 0 to 1000.
         losses: losses of the fresh gradients of a guided step.
         clean: clean latents that the step's velocity predicts, for a preview; None if unknown.
+        reference: its frames as the model sees them, [1, 3, T, H, W], where "encode video" begins.
         interrupted: the loop was asked to stop during the step, so that a run cannot continue from it.
     """
 
@@ -53,6 +54,7 @@ class RunEvent:
     timestep: Tensor | None = None
     losses: tuple[float, ...] = ()
     clean: Tensor | None = None
+    reference: Tensor | None = None
     interrupted: bool = False
 
 
@@ -62,7 +64,7 @@ def denoise(
     velocity: Velocity,
     guide: Guide | None = None,
     *,
-    guided_steps: int = 0,
+    guided: range = range(0),
     condition: ImageCondition = NO_CONDITION,
     first: int = 0,
     end: int | None = None,
@@ -74,7 +76,8 @@ def denoise(
         latents: [1, C, F, h, w] before step `first`.
         scheduler: a scheduler with its timesteps set.
         velocity: returns the DiT's prediction.
-        guide: moves the latents before each of the first guided_steps steps.
+        guide: moves the latents before each guided step.
+        guided: indices of the guided steps.
         condition: its first frame is kept, in the models that have it so.
         first: index (0-based) of the first step; end: of the one before which the loop ends, if not the last.
         stop: asked before each step; once it returns True, no further step begins.
@@ -89,12 +92,12 @@ def denoise(
         if stop():
             return
         timestep = scheduler.timesteps[index]
-        if guide is not None and index < guided_steps:
+        if guide is not None and index in guided:
             latents, losses = guide(index, latents, timestep)
             yield RunEvent(
                 stage="guidance",
-                step=index + 1,
-                steps=guided_steps,
+                step=guided.index(index) + 1,
+                steps=len(guided),
                 latents=latents,
                 timestep=timestep,
                 losses=losses,
@@ -202,18 +205,18 @@ def motion_guide(
 
     def guide(index: int, latents: Tensor, timestep: Tensor) -> tuple[Tensor, tuple[float, ...]]:
         synchronize(latents.device)  # the step before is none of guidance's time
-        started = time.perf_counter()
+        started, sigma = time.perf_counter(), scheduler.sigmas[index].item()
         try:
             moved, record = guided_step(
                 dit,
                 latents,
                 reference=reference,
                 noise=inputs.noise,
-                sigma=scheduler.sigmas[index].item(),
+                sigma=sigma,
                 timestep=timestep,
                 context=prompt.positive,
                 null_context=null_context,
-                guidance=guidance.faded(index),
+                guidance=guidance.faded(index, sigma),
                 start=(start, scheduler.sigmas[0].item()),
                 condition=inputs.condition,
                 reference_condition=inputs.reference_condition,
