@@ -19,7 +19,7 @@ from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.task import MadeVideo, VideoTask, run_task, saving_folder
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
-from diffsynth.runs.signals import handling
+from diffsynth.runs.signals import RunInterrupted, handling
 
 INTERRUPTED_TEXT = "interrupted; no video was written"
 
@@ -62,6 +62,9 @@ def run_watched(
     try:
         with stopping_on_interrupt(pipe, progress, console, at_once=bool(task.saving)):
             made = run_task(pipe, task, model, loaded, progress)
+    except RunInterrupted as stop:
+        again = f"finished steps are in {stop.folder}; run the same command again to continue"
+        raise KeyboardInterrupt(f"stopped; {again}") from stop
     except FileNotFoundError as error:
         raise RunFailedError(str(error)) from error  # usage errors are found before a run
     except (ValueError, RuntimeError, OSError) as error:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm  # a widget in notebooks
 
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.options import PICTURES, CallOptions, SavingOptions
