@@ -89,6 +89,8 @@ def guided_step(
             )
     sigma = float(sigma)
     descriptor = make_descriptor(guidance)
+    if (spread := getattr(dit, "spread", None)) is not None:  # over several ranks
+        descriptor = spread.descriptor(descriptor)
     scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
     inputs = StepInputs(
         dit=dit,
