@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 # The server imports once and forks ranks, which are there in milliseconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "diffsynth.pipelines.wan_video", "diffsynth.distributed.sequence"])
+_context.set_forkserver_preload(
+    ["torch", "transformers.models.umt5.modeling_umt5", "diffsynth.distributed.ranks"]
+)
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
@@ -46,8 +48,9 @@ def _rank(
     )
     try:
         torch.save(function(*arguments), Path(folder) / f"{rank}.pt")
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except Exception:  # noqa: BLE001 - told by the process that waits
         (Path(folder) / f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
         sys.exit(1)
-    dist.destroy_process_group()

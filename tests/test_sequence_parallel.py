@@ -81,7 +81,7 @@ def test_each_rank_has_the_gradient_of_one_process(size):
 
 
 def without_the_sum() -> torch.Tensor:
-    collectives._total = lambda tensor, _group: tensor
+    collectives._sum = lambda tensor, _group: tensor
     return gradient((5, 3, 4), GUIDANCES["as released"], torch.float64, True)[0]
 
 
@@ -130,9 +130,9 @@ def test_ranks_with_other_latents_are_told():
 
 
 def test_the_dit_is_itself_again_afterwards():
-    dit, mesh = a_dit(), Mesh(world=None, prompt=None, prompts=None)
+    dit, mesh = a_dit(), Mesh(None, None)
     before = dict(vars(dit)), [dict(vars(block.self_attn)) for block in dit.blocks]
-    with spread(dit, mesh) as parallel:
-        assert dit.spread is parallel
-        assert dit.forward == parallel.forward
+    with spread(dit, mesh):
+        assert dit.spread.dit is dit
+        assert dit.forward == dit.spread.forward
     assert (dict(vars(dit)), [dict(vars(block.self_attn)) for block in dit.blocks]) == before

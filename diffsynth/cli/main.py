@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(Console(json="--json" in arguments), error, BAD_USAGE)
     except SystemExit as done:  # after --help and --version
         return int(done.code or 0)
+    options.arguments = arguments
     console = Console(json=options.json, quiet=options.quiet)
     run: Callable[[Namespace, Console], int] = import_module(COMMANDS[options.command]).run
     reason: Exception

@@ -18,7 +18,7 @@ from diffsynth.cli.arguments import (
 )
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
-from diffsynth.configs.fields import Whole
+from diffsynth.configs.fields import Number, Whole
 from diffsynth.configs.options import DTYPES, TILING, FileOptions, LoadOptions, ReferenceOptions, RunOptions
 from diffsynth.jobs.download import SOURCES
 from diffsynth.jobs.errors import UsageError
@@ -168,6 +168,12 @@ def _add_transfer(parser: Parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
     parser.add_argument("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
     parser.add_argument("--force", action="store_true", help="with --from: although something changed")
+    parser.add_argument("--gpus", type=reader(Whole(1)), metavar="N", help="spread the run over N processes")
+    wait, text = (
+        reader(Number(above=0)),
+        "seconds after which a process without answer ends the run (600)",
+    )
+    parser.add_argument("--rank-timeout", type=wait, default=600, metavar="S", help=text)
     _add_run(parser)
 
 

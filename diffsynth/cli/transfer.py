@@ -1,5 +1,6 @@
 """`fastvmt transfer`: make one video, from options or from the record of an earlier run."""
 
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import FileOptions, ReferenceOptions
 from diffsynth.jobs.errors import UsageError
-from diffsynth.jobs.models import choose_model, load_options, load_pipeline
+from diffsynth.jobs.models import attention_kernel, choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_free, check_place, check_space
 from diffsynth.jobs.task import (
     VideoTask,
@@ -33,6 +34,8 @@ from diffsynth.runs.record import (
     record_path,
 )
 
+RANK_MARK = "TORCHELASTIC_RUN_ID"  # torchrun sets it
+
 
 def run(options: Namespace, console: Console) -> int:
     """Make the video. Errors that can be known beforehand are raised before the model loads.
@@ -41,6 +44,21 @@ def run(options: Namespace, console: Console) -> int:
         UsageError: an option is wrong or missing, or a recorded run cannot be repeated.
         RunFailedError: the model cannot be loaded.
     """
+    is_rank = RANK_MARK in os.environ
+    if not is_rank and options.gpus is None:
+        return _make(options, console)
+    if options.output is None or getattr(options, "compile", None):
+        raise UsageError("a run on several processes needs -o OUT, and takes no --compile")
+    from diffsynth.distributed.ranks import joined, launch
+
+    if not is_rank:
+        return launch(options.arguments, options.gpus)
+    with joined(options.rank_timeout) as (rank, device):
+        return _make(options, replace(console, quiet=rank > 0 or console.quiet), rank, str(device))
+
+
+def _make(options: Namespace, console: Console, rank: int = 0, device: str | None = None) -> int:
+    """Make the video, alone or, on the device that is named, as one of several ranks."""
     if options.output is None:
         check_folder(Path.cwd())
     else:
@@ -61,12 +79,15 @@ def run(options: Namespace, console: Console) -> int:
         asked = {"repeats": recorded.video["frames_sha256"], "created": recorded.created}
     model = describe_model(folder, asdict(loaded))
     job = request_hash(asked, task.reference, model)
+    if device is not None and options.checkpoint_dir is None and getattr(options, "resume", None) is None:
+        options.resume = True
     saving = saving_arguments(options, options.output)
     task = replace(task, output=options.output, overwrite=options.overwrite, saving=saving, job=job)
     if options.output is not None:
         # What --overwrite asks for is another video, whose seed is drawn anew.
         if not options.overwrite and was_made(task, model):
-            forget_run(task)
+            if rank == 0:
+                forget_run(task)
             console.say(f"{options.output} was made before by the same request")
             console.result(_facts(options.output, read_record(record_path(options.output))))
             return DONE
@@ -75,11 +96,21 @@ def run(options: Namespace, console: Console) -> int:
     if recorded is not None:
         _check_unchanged(recorded, task, model, options.force, console)
     console.note("load the model")
-    pipe = load_pipeline(folder, loaded)
+    pipe = load_pipeline(folder, loaded if device is None else replace(loaded, device=device))
     if recorded is not None:
         weights = {**model, "weights": fingerprints(pipe.residency.models)}
         _check_unchanged(recorded, task, weights, options.force, console)
-    path, record = run_watched(pipe, task, model, loaded, console)
+    if device is None:
+        path, record = run_watched(pipe, task, model, loaded, console)
+    else:
+        from diffsynth.distributed.ranks import spread_run
+
+        with spread_run(pipe, task.call, task.saving) as (call, saving), attention_kernel(loaded):
+            if rank:
+                pipe.run(**call, **saving, input_video=task.video, progress_bar_cmd=iter)
+                return DONE
+            task = replace(task, call=call, saving=saving)
+            path, record = run_watched(pipe, task, model, loaded, console)
     console.say(summary(path, record))
     console.result({**_facts(path, record), **_compared(recorded, record, console)})
     return DONE
