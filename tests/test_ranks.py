@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 
 from diffsynth import VideoData, WanVideoPipeline
-from diffsynth.distributed.ranks import joined, spread_run
+from diffsynth.distributed.ranks import as_rank, spread_run
 from diffsynth.testing import write_clip
 
 CALL = {
@@ -87,7 +87,7 @@ def hanging(port: int, mode: str) -> tuple[str, float]:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = time.monotonic()
     try:
-        with joined(1.0):
+        with as_rank(1.0):
             if rank == 1 and mode == "hang":
                 time.sleep(6)
                 raise SystemExit(0)

@@ -49,11 +49,11 @@ def run(options: Namespace, console: Console) -> int:
         return _make(options, console)
     if options.output is None or getattr(options, "compile", None):
         raise UsageError("a run on several processes needs -o OUT, and takes no --compile")
-    from diffsynth.distributed.ranks import joined, launch
+    from diffsynth.distributed.ranks import as_rank, launch
 
     if not is_rank:
         return launch(options.arguments, options.gpus)
-    with joined(options.rank_timeout) as (rank, device):
+    with as_rank(options.rank_timeout) as (rank, device):
         return _make(options, replace(console, quiet=rank > 0 or console.quiet), rank, str(device))
 
 

@@ -60,7 +60,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
 
 
 @contextmanager
-def joined(seconds: float) -> Iterator[tuple[int, torch.device]]:
+def as_rank(seconds: float) -> Iterator[tuple[int, torch.device]]:
     """Join the other ranks; yield this one's number and device. Only the first that fails raises its error.
 
     Args:
