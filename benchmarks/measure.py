@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from diffsynth.models.attention import use_attention
 from diffsynth.vram_management import peak_memory, reset_peak_memory, synchronize
 
 _ATEN = torch.ops.aten
@@ -55,6 +56,12 @@ class FlopCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if function is _ATEN._local_scalar_dense.default and args[0].is_meta:
             return torch.ones((), dtype=args[0].dtype).item()
+        if (
+            function is _ATEN._to_copy.default
+            and args[0].is_meta
+            and kwargs.get("device") == torch.device("cpu")
+        ):
+            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         out = function(*args, **kwargs)
         operation = function._overloadpacket
         if operation in flop_registry:
@@ -67,7 +74,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 def count_flops(call: Callable[[], object]) -> int:
-    """Floating point operations of one call."""
-    with FlopCounter() as counter:
+    """Floating point operations of one call, with attention by PyTorch, as the counter knows no other."""
+    with use_attention("sdpa"), FlopCounter() as counter:
         call()
     return counter.total

@@ -13,6 +13,7 @@ scheduler cost nothing to speak of. Writes a table and, with --json, all numbers
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,9 +31,13 @@ from tqdm import tqdm
 
 from diffsynth.configs.fields import options_of
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.vram_management import choose_device, synchronize
+from diffsynth.planning.memory import guided_pass_bytes
+from diffsynth.planning.settings import KEEPING
+from diffsynth.planning.sizes import DiTSize
+from diffsynth.vram_management import available_memory, choose_device, synchronize
 
 CHECKPOINTS = options_of(MotionGuidance)["checkpoint"][0].kind.known
+FILL = 0.9  # share of free memory that a gradient may take
 # Suite: model size, frames of video, repeats.
 SUITES = {"quick": ("small", 9, 1), "full": ("1.3b", 81, 2), "count": ("1.3b", 81, 0)}
 
@@ -44,6 +49,7 @@ class Kind:
     flops: int = 0
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
+    failed: str = ""
 
     @property
     def median(self) -> float | None:
@@ -61,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--frames", type=int)
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="none", help="of our guidance")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="auto", help="of our guidance")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -77,7 +83,8 @@ def main() -> None:
     device = torch.device("meta") if args.suite == "count" else choose_device(args.device)
     latent_shape = ((args.frames - 1) // 4 + 1, args.height // 8, args.width // 8)
     work = Work(args.model_size, latent_shape, device)
-    runs = contenders(work, args.checkpoint, peers=_has_diffusers() and device.type != "meta")
+    checkpoint = chosen_checkpoint(args.checkpoint, work, latent_shape)
+    runs = contenders(work, checkpoint, peers=_has_diffusers() and device.type != "meta")
     calls = {kind: work.calls()[kind] for kind in dict.fromkeys(kind for run in runs for kind in run.work)}
     if args.peak_of:
         print(peak_increase(calls[args.peak_of], device))
@@ -90,8 +97,8 @@ def main() -> None:
     else:
         matmul = matmul_rate(device, work.dit.dtype)
         measure(kinds, calls, args.repeats, device)
-    rows = [run_row(run, kinds, matmul) for run in runs]
-    where = f"{torch.__version__}, {device}, {work.dit.dtype}, {torch.get_num_threads()} threads"
+    rows = [run_row(run, kinds, matmul) for run in runs if not any(kinds[kind].failed for kind in run.work)]
+    where = f"{torch.__version__}, {describe(device)}, {work.dit.dtype}, checkpoint={checkpoint}"
     print(f"{where}; {args.model_size}, {args.height}x{args.width}x{args.frames}")
     if matmul:
         print(f"matrix products: {matmul / 1e12:.2f} TFLOP/s")
@@ -105,7 +112,31 @@ def main() -> None:
 
 
 def vars_of(kind: Kind) -> dict:
-    return {"flops": kind.flops, "seconds": kind.seconds, "peak": kind.peak}
+    return {"flops": kind.flops, "seconds": kind.seconds, "peak": kind.peak, "failed": kind.failed}
+
+
+def chosen_checkpoint(checkpoint: str, work: Work, latent_shape: tuple[int, int, int]) -> str:
+    """What guidance keeps: with "auto", the most that fits into free memory, if that is known."""
+    device, size, motion = work.latents.device, DiTSize.of(work.dit), MotionGuidance()
+    if checkpoint != "auto" or device.type == "meta" or not available_memory(device):
+        return "none" if checkpoint == "auto" else checkpoint
+    free = FILL * available_memory(device)
+    kept = [k for k in KEEPING if guided_pass_bytes(size, latent_shape, motion, k) <= free]
+    return kept[0] if kept else KEEPING[-1]
+
+
+def describe(device: torch.device) -> str:
+    """The device, and on a CUDA one what its clocks and kernels depend on."""
+    if device.type != "cuda":
+        return f"{device}, {torch.get_num_threads()} threads"
+    found = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    told = "driver unknown"
+    if shutil.which(query[0]):
+        lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+        told = lines[device.index or 0] if lines else told
+    memory = f"{found.total_memory / 2**30:.1f} GiB"
+    return f"{found.name}, {memory}, {told}, cuDNN {torch.backends.cudnn.version()}"
 
 
 def _has_diffusers() -> bool:
@@ -131,10 +162,16 @@ def measure(
             result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
             kinds[kind].peak = int(result.stdout.split()[-1])
         else:
-            kinds[kind].flops = count_flops(call)
-            kinds[kind].peak = peak_increase(call, device)
+            try:
+                kinds[kind].flops = count_flops(call)
+                kinds[kind].peak = peak_increase(call, device)
+            except (RuntimeError, MemoryError) as error:  # the other kinds' numbers are worth having
+                kinds[kind].failed = str(error).strip().splitlines()[0]
+                print(f"{kind} failed: {kinds[kind].failed}", file=sys.stderr)
     for _ in range(repeats):
         for kind, call in calls.items():
+            if kinds[kind].failed:
+                continue
             synchronize(device)
             started = time.perf_counter()
             call()

@@ -6,15 +6,21 @@ import sys
 from pathlib import Path
 
 from diffsynth.cli.arguments import add_options, add_run_options
+from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.options import LoadOptions
 
 CLIP = Path(__file__).parent / "data" / "source.mp4"
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line. Names of options may have underscores or dashes: --num_frames, --num-frames."""
+    """Read the command line, with dashes or underscores in options; a missing model is an error."""
     dashed = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), word) for word in sys.argv[1:]]
-    return parser.parse_args(dashed)
+    args = parser.parse_args(dashed)
+    try:
+        checkpoint_folder(args.model_dir)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    return args
 
 
 def generation_parser(model_dir: str) -> argparse.ArgumentParser:
@@ -25,9 +31,7 @@ def generation_parser(model_dir: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--input-video", type=Path, help=f"the reference ({CLIP.name}, but in No_transfer none)"
     )
-    parser.add_argument(
-        "--test-latency", action="store_true", help="append what the run cost to latency.jsonl"
-    )
+    parser.add_argument("--test-latency", action="store_true", help="append the cost to latency.jsonl")
     parser.add_argument("--latency-dir", type=Path, help="folder of latency.jsonl (OUTPUT_DIR)")
     add_run_options(parser)
     add_options(parser, LoadOptions, "the model")

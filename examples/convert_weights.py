@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.jobs.convert import DTYPES, convert_checkpoint
 
 
@@ -19,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16")
     args = parser.parse_args(arguments)
-    print(convert_checkpoint(args.model_dir, args.output_dir, dtypes[args.dtype]))
+    try:
+        print(convert_checkpoint(checkpoint_folder(args.model_dir), args.output_dir, dtypes[args.dtype]))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ def _no_settings_of_this_machine():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _auto_is_the_cpu(request, monkeypatch):
+    """On a machine with a card, run all tests but those of the card as on one without."""
+    if "gpu" not in request.keywords and torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that they start
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _interrupts_are_not_ignored():
     """Restore Python's SIGINT handler: a shell without job control starts `pytest &` with SIGINT ignored."""

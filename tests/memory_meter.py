@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsynth.models import checkpointing
 from diffsynth.models.local_attention import tile_plan
+from diffsynth.models.tables import positions, table
 from diffsynth.models.wan_video_dit_layers import rotary_table
 
 _ATEN = torch.ops.aten
@@ -81,16 +82,19 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def forget_tables() -> None:
+    """Forget what the code keeps from call to call: without data it is of no use to others."""
+    for cache in (rotary_table, tile_plan, table, positions):
+        cache.cache_clear()
+
+
 @contextmanager
 def fake_device() -> Iterator[MemoryMeter]:
     """Inside this context tensors have no numbers, and the meter counts them as on an accelerator.
 
-    What is offloaded to the CPU does not count while it is there. What the code keeps from call to call is
-    forgotten before and after, as such tensors are of no other use.
+    What is offloaded to the CPU does not count while it is there.
     """
-    caches = (rotary_table, tile_plan)
-    for cache in caches:
-        cache.cache_clear()
+    forget_tables()
     try:
         with (
             patch.object(checkpointing, "to_host", lambda tensor: (tensor.shape, tensor.dtype)),
@@ -100,5 +104,4 @@ def fake_device() -> Iterator[MemoryMeter]:
         ):
             yield meter
     finally:
-        for cache in caches:
-            cache.cache_clear()
+        forget_tables()

@@ -13,8 +13,8 @@ from benchmarks.quality.adherence import (
     shape_of,
     shape_scores,
 )
-from diffsynth.evaluation.shapes import signed_distance
-from diffsynth.evaluation.synthetic import COLOURS, HELD_OUT_SHAPES, PLAIN, SHAPES, make_clip
+from benchmarks.synthetic.clips import COLOURS, HELD_OUT_SHAPES, PLAIN, SHAPES, make_clip
+from benchmarks.synthetic.shapes import signed_distance
 from diffsynth.evaluation.tracking import track_object
 
 pytestmark = pytest.mark.slow

@@ -93,6 +93,20 @@ def test_one_failure_does_not_stop_the_rest_and_is_told_with_its_line(start):
     assert "line 4 failed: num_frames is 9, but input_video has 5 frames" in said
 
 
+def test_wrong_lines_are_told_before_the_first_job(start, loads, monkeypatch):
+    said = []
+    note = batch.Console.problem
+    monkeypatch.setattr(
+        batch.Console, "problem", lambda c, text: said.append((text, len(loads))) or note(c, text)
+    )
+    code, result, _ = start(job(), job(reference="none.mp4"), job(preset="warp"))
+    assert (code, states(result), len(loads)) == (1, ["done", "failed", "failed"], 1)
+    assert [(text.split(":")[0], count) for text, count in said] == [
+        ("line 2 failed", 0),
+        ("line 3 failed", 0),
+    ]
+
+
 def test_an_interrupted_batch_goes_on_with_the_job_that_it_was_in(start, tmp_path, monkeypatch):
     class Interrupting(progress.StageProgress):
         def __call__(self, event):

@@ -1,6 +1,7 @@
 """The `fastvmt` command, as a user types it: results, messages, exit codes."""
 
 import inspect
+import io
 import json
 import re
 import shutil
@@ -21,7 +22,7 @@ from diffsynth.cli.console import Console
 from diffsynth.cli.main import COMMANDS, main
 from diffsynth.configs import options
 from diffsynth.configs.caches import CACHES
-from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
+from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, checkpoint_folder
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.fields import load, options_of
@@ -87,11 +88,57 @@ def test_help_comes_without_torch():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_options_and_all_but_none_examples(command, capsys):
-    assert main([command, "--help"]) == 0
+    assert main([command, "--help-all" if command in ("transfer", "batch", "plan") else "--help"]) == 0
     text = capsys.readouterr().out
     assert f"usage: fastvmt {command}" in text
     assert "--json" in text
     assert f"examples:\n  {'eval' if command == 'completion' else f'fastvmt {command}'}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["transfer"], 2, "a reference video is missing"),
+        (["transfer", "none.mp4", "--prompt", "x"], 2, "video file none.mp4 does not exist"),
+        (["compare", "none.mp4", "b.mp4", "-o", "c.mp4"], 2, "video file none.mp4 does not exist"),
+        (["batch", "none.jsonl", "-o", "out"], 2, "jobs file none.jsonl does not exist"),
+        (["inspect", __file__, "--model", "2B"], 2, "2B is neither a checkpoint folder nor one of the names"),
+    ],
+)
+def test_what_is_missing_is_known_before_torch_is_imported(arguments, code, message):
+    probe = (
+        "import sys; from diffsynth.cli.main import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", probe, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{code} False\n"
+    assert message in result.stderr
+
+
+def test_an_interrupt_while_torch_is_imported_is_one_line(monkeypatch, capsys):
+    def interrupted(_name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffsynth.cli.main.import_module", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "fastvmt: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("1.3B", "Wan2.1-T2V-1.3B"),
+        ("14b", "Wan2.1-T2V-14B"),
+        ("wan2.1-t2v-1.3b", "Wan2.1-T2V-1.3B"),
+        ("Wan-AI/Wan2.1-T2V-14B", "Wan2.1-T2V-14B"),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-1.3B"),
+        ("Wan-AI/Wan2.2-TI2V-5B", "Wan2.2-TI2V-5B"),
+    ],
+)
+def test_models_are_known_by_the_names_that_people_type(tmp_path, name, folder):
+    (tmp_path / folder).mkdir()
+    assert checkpoint_folder(name, tmp_path) == tmp_path / folder
+    assert checkpoint_folder("NANO") == checkpoint_folder("nano")
 
 
 def test_the_version_is_the_package_s(capsys):
@@ -121,7 +168,7 @@ def test_every_number_of_the_method_and_every_argument_of_the_call_is_an_option(
     assert set(fields) - offered == {"motion", "output_type"}
     run = set(inspect.signature(WanVideoPipeline.run).parameters) - offered
     assert run == {
-        "self", "input_video", "input_image", "end_image", "progress_bar_cmd", "callback_on_step_end",
+        "self", "input_video", "progress_bar_cmd", "callback_on_step_end",
         "observer", "test_latency", "latency_dir", "options",
     }  # fmt: skip
 
@@ -193,24 +240,75 @@ def test_a_transfer_writes_video_and_record_and_prints_one_json_object(transferr
 
 
 def test_progress_names_the_stages_on_stderr_and_the_summary_is_on_stdout(transferring, tmp_path, capsys):
-    assert main(transferring) == 0
+    assert main([*transferring, "--motion-interval", "1"]) == 0
     captured = capsys.readouterr()
     stages = ["load the model", "encode text", "encode video", "decode", "write"]
     places = [captured.err.index(f"{stage}\n") for stage in stages]
     assert places == sorted(places)
-    assert "guided step 1/1" in captured.err
-    assert re.search(r"sampling: 100%.*3/3.*motion loss \d", captured.err)
+    # In a pipe: a line for each tenth of the steps.
+    line = r"(\d+)%, step (\d)/3: \d+ s, \d+ s left; (guided 1/1, motion loss [+-]\d+%|sampling)"
+    told = re.findall(line, captured.err)
+    assert [part[:2] for part in told] == [("33", "1"), ("67", "2"), ("100", "3")]
+    assert [part[2][:8] for part in told] == ["guided 1", "sampling", "sampling"]
+    out = re.escape(f"{tmp_path}/out.mp4")
     assert re.fullmatch(
-        rf"{re.escape(str(tmp_path))}/out\.mp4: 5 frames of 32x32 at 15 frames a second, seed 1, [\d.]+ s\n",
+        rf"{out}: 5 frames of 32x32 at 15 frames a second, seed 1, [\d.]+ s\n"
+        rf"look at: fastvmt compare \S+ {out} --paths -o beside.mp4.*\n",
         captured.out,
     )
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_bar_that_says_what_is_done(transferring, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main([*transferring, "--motion-interval", "1"]) == 0
+    assert re.search(r"guided 1/1, motion loss [+-]\d+%: ", terminal.getvalue())
+    assert re.search(r"sampling: 100%.*3/3", terminal.getvalue())
+
+
+def test_help_shows_the_options_most_used_and_more_by_group(capsys):
+    def shown(*arguments):
+        code = main(["transfer", *arguments])
+        captured = capsys.readouterr()
+        return (
+            code,
+            set(re.findall(r"^  (?:-\w(?: \S+)?, )?(--[\w-]+)", captured.out, re.MULTILINE)),
+            captured.err,
+        )
+
+    (code, common, _), (_, everything, _) = shown("--help"), shown("--help-all")
+    assert code == 0
+    assert {"--prompt", "--output", "--model", "--preset", "--mode", "--seed", "--motion-scale"} <= common
+    assert len(common - {"--help", "--help-all"}) <= 14
+    assert len(everything) > 80
+    motion = shown("--help", "motion")[1]
+    assert {name for name in everything if name.startswith("--motion-")} - motion == {"--motion-scale"}
+    code, _, said = shown("--help", "colour")
+    assert (code, "there is no such group; give a word of: what is printed, what is shown" in said) == (
+        2,
+        True,
+    )
+
+
+def test_a_gif_shows_the_result_beside_the_reference_for_four_seconds(transferring, tmp_path, capsys):
+    assert main([*transferring, "--gif", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["beside"]
+    assert shown == str(tmp_path / "out-beside.gif")
+    video = VideoData(shown)
+    assert video.shape() == (280, 516)
+    assert len(video) / video.fps >= 4
+
+
 def test_quiet_says_nothing_but_the_result(transferring, capsys):
-    assert main([*transferring, "--quiet"]) == 0
+    assert main([*transferring, "--quiet", "--motion-guided-steps", "2"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert len(captured.out.splitlines()) == 1
+    assert len(captured.out.splitlines()) == 2
 
 
 def test_without_a_name_the_video_gets_a_free_one_of_reference_mode_and_seed(
@@ -241,7 +339,11 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
     [
         ({"reference": "none.mp4"}, "video file none.mp4 does not exist"),
         ({"-o": "out.ogv"}, "output out.ogv must end in one of .mp4, .m4v, .mov, .mkv, .avi"),
-        ({"-o": "none/out.mp4"}, "output folder none does not exist; make it first: mkdir -p none"),
+        ({"-o": "there.mp4/out.mp4"}, "output folder there.mp4 cannot be made: there.mp4 is a file"),
+        ({"--prompt": " "}, "--prompt is empty: what shall the video show?"),
+        ({"--model": "wan2.2-TI2V-5B"}, "fetch a Wan checkpoint with: hf download Wan-AI/wan2.2-TI2V-5B"),
+        ({"--model": "1.3B"}, "models/Wan2.1-T2V-1.3B does not exist; fetch it with: fastvmt download 1.3b"),
+        ({"--model": "Wan-AI/Wan2.1-T2V-14B"}, "fetch it with: fastvmt download 14b"),
         ({"-o": "folder.mp4"}, "output folder.mp4 is a folder; give the name of a video file"),
         ({"-o": "there.mp4"}, "output there.mp4 exists; give another name, or --overwrite"),
         ({"-o": "link.mp4"}, "output link.mp4 exists; give another name, or --overwrite"),
@@ -256,7 +358,7 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
         ({"--motion-window": "20"}, "window"),
         (
             {"--motion-scale": "0"},
-            "--motion-scale: must be a finite number above 0 or None; got '0'",
+            "--motion-scale: must be a finite number at least 0.001, at most 1000 or None; got '0'",
         ),
         ({"--mode": "No_transfer"}, "motion (guided_steps, inner_steps) has no effect in mode No_transfer"),
         ({"--checkpoint-every": "3"}, "--checkpoint-every needs --resume or --checkpoint-dir"),

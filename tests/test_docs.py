@@ -20,6 +20,8 @@ from diffsynth.testing import write_checkpoint, write_clip
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
+import check_claims  # noqa: E402
+
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
 
 
@@ -40,10 +42,62 @@ def test_every_command_has_options_that_there_are(line):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_and_picture_that_is_named_exists(page):
     text = page.read_text()
-    linked = re.findall(r"\]\(([^)#:]+)\)", text)
+    # Links to "../../" are pages of the repository's host: its issues, its runs of CI.
+    linked = [name for name in re.findall(r"\]\(([^)#:]+)[)#]", text) if not name.startswith("../../")]
     named = re.findall(r"\b((?:docs|examples|benchmarks|tests|diffsynth)/[\w/.-]+\.\w+)", text)
     missing = [name for name in linked if not (page.parent / name).exists()]
     assert missing + [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_is_one_screen_and_its_documents_have_an_index():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+    assert (DOCS / "transfer.gif").stat().st_size < 2e6
+    index = (DOCS / "README.md").read_text()
+    assert [
+        page.name
+        for page in DOCS.glob("*.md")
+        if page.name not in ("README.md", *re.findall(r"\w+\.md", index))
+    ] == []
+
+
+def test_every_claim_stands_in_its_document_and_every_command_is_a_claim():
+    claims = check_claims.read_claims()
+    texts = {claim.document: (ROOT / claim.document).read_text() for claim in claims}
+    assert [claim.words for claim in claims if claim.words not in texts[claim.document]] == []
+    known = {plain(claim.command) for claim in claims}
+    lines = {plain(line) for page in PAGES for line in all_commands(page)}
+    assert sorted(lines - known) == []
+
+
+def all_commands(page):
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", "").splitlines()]
+    return [line for line in lines if re.match(r"(fastvmt|python) ", line)]
+
+
+def plain(command):
+    """The command without the names of the files that are its reader's, its output and its comment."""
+    command = re.sub(r"\s#.*", "", command)
+    return re.sub(r"[\w/-]+\.mp4(?=\b)", "VIDEO.mp4", " ".join(command.split()))
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("a 5.9 px b", "a ~5.7 px", True),
+        ("a 9.9 px b", "a ~5.7 px", False),
+        ("one\ntwo 3", "one ... 3", True),
+        ("two one", "one ... two", False),
+    ],
+)
+def test_what_a_claim_prints_is_compared(printed, expected, same):
+    assert check_claims.agrees(printed, expected) is same
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_section_that_is_linked_exists(page):
+    for name, section in re.findall(r"\]\(([\w/.]*\.md)#([\w-]+)\)", page.read_text()):
+        headings = re.findall(r"^#+ (.+)$", (page.parent / name).read_text(), re.MULTILINE)
+        assert section in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], section
 
 
 def test_the_descriptor_of_the_example_guides(monkeypatch, tmp_path):

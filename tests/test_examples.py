@@ -1,5 +1,6 @@
 """The example scripts, run as a user runs them."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from diffsynth import VideoData
+from diffsynth.cli.parser import build_parser
 from diffsynth.testing import write_clip
 
 ROOT = Path(__file__).parent.parent
@@ -77,10 +79,34 @@ def test_without_a_reference_the_example_moves_as_a_shipped_clip_does(tiny_check
     assert len(VideoData(tmp_path / "source-effi_AMF-seed42.mp4")) == 5
 
 
-def test_a_missing_checkpoint_ends_with_the_download_command(tmp_path):
-    result = run("wan_1.3b_text_to_video.py", cwd=tmp_path)
-    assert result.returncode != 0
-    assert "download_model.py --model 1.3b" in result.stderr
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("wan_1.3b_text_to_video.py", []),
+        ("inspect_motion.py", ["ref.mp4"]),
+        ("convert_weights.py", ["--model_dir", "models/Wan2.1-T2V-1.3B", "--output_dir", "out"]),
+    ],
+)
+def test_a_missing_checkpoint_ends_with_the_download_command_and_no_traceback(tmp_path, script, arguments):
+    result = run(script, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.endswith("does not exist; fetch it with: fastvmt download 1.3b\n")
+    assert "Traceback" not in result.stderr
+
+
+def test_the_hosted_demo_starts_the_page_under_its_own_name():
+    folder = ROOT / "examples" / "space"
+    spec = importlib.util.spec_from_file_location("app", folder / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    options = build_parser().parse_args(app.arguments({"SPACE_HOST": "me-fastvmt.hf.space"}))
+    assert (options.command, options.model, options.port) == ("ui", "nano", 7860)
+    assert options.allow_host == ["me-fastvmt.hf.space"]
+    assert build_parser().parse_args(app.arguments({})).allow_host == []
+    header = (folder / "README.md").read_text().split("---")[1]
+    settings = dict(line.split(": ", 1) for line in header.strip().splitlines())
+    assert (settings["sdk"], settings["app_file"], settings["license"]) == ("gradio", "app.py", "mit")
+    assert "fastvmt[ui]" in (folder / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda script: script.name)
@@ -93,8 +119,12 @@ def test_the_first_try_needs_nothing(tmp_path):
     result = run("first_try.py", cwd=tmp_path)
     for name, shape in {"out.mp4": (64, 64), "side_by_side.mp4": (280, 776)}.items():
         video = VideoData(tmp_path / "results" / "first_try" / name)
-        assert (len(video), video.shape()) == (17, shape)
+        # The sheet is repeated until it lasts four seconds.
+        assert (len(video), video.shape()) == (17 if name == "out.mp4" else 51, shape)
         assert str(Path("results/first_try") / name) in result.stdout
+    distance, cosine = re.search(r"path is ([\d.]+) px of 64.*cosine.* (0\.\d+) \(", result.stdout).groups()
+    assert float(distance) < 8
+    assert float(cosine) > 0.4
 
 
 @pytest.mark.slow
@@ -109,7 +139,20 @@ def test_the_motion_of_a_reference_can_be_looked_at(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_python_in_the_readme_runs_as_printed(tiny_checkpoint, tmp_path):
+def test_the_python_in_the_readme_runs_as_printed(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 5
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    video = VideoData(tmp_path / "star.mp4")
+    assert (len(video), video.shape(), video.fps) == (17, (64, 64), 12)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_reference_runs_as_printed(tiny_checkpoint, tmp_path):
     """All of it in one go; only the checkpoint's place, the device and the sizes are exchanged."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     shards = sorted(folder.glob("*.safetensors"))
@@ -118,7 +161,7 @@ def test_the_python_in_the_readme_runs_as_printed(tiny_checkpoint, tmp_path):
         file.unlink()
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")
     write_clip(tmp_path / "ref.mp4", num_frames=6, height=32, width=48)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "usage.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     code = "\n".join(blocks)
     exchanged = {

@@ -15,7 +15,7 @@ from benchmarks.quality.metrics import (
     velocity_cosine,
 )
 from benchmarks.quality.statistics import mean_interval, ratio_interval
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
+from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth.evaluation.tracking import Track, track_object
 
 pytestmark = pytest.mark.slow

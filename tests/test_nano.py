@@ -12,11 +12,11 @@ import torch
 from benchmarks.quality.methods import methods_from, standard_methods
 from benchmarks.quality.pairs import evaluate, make_pairs
 from benchmarks.quality.report import summarise
+from benchmarks.synthetic.clips import SceneOptions, make_clip
 from diffsynth import WanVideoPipeline
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.resolve import motion_for
-from diffsynth.evaluation.synthetic import SceneOptions, make_clip
 from diffsynth.motion import MotionGuidance
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +84,8 @@ def test_it_comes_with_an_installed_package(tmp_path):
     )  # fmt: skip
     library = tmp_path / "base" / "lib"
     assert (library / "diffsynth" / "embedded" / "Wan2.1-T2V-nano" / "config.json").is_file()
+    assert (library / "diffsynth" / "embedded" / "data" / "bounce.mp4").is_file()
+    assert (library / "diffsynth" / "evaluation" / "self_test.safetensors").is_file()
     code = "import diffsynth; print(diffsynth.__file__, diffsynth.WanVideoPipeline.from_pretrained('nano'))"
     environment = {**os.environ, "PYTHONPATH": str(library)}
     result = subprocess.run(

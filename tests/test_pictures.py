@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth.cli.main import main
 from diffsynth.data import VideoData, save_video
 from diffsynth.evaluation import (
@@ -23,7 +24,6 @@ from diffsynth.evaluation import (
 )
 from diffsynth.evaluation.flow_images import SHEET_HEIGHT
 from diffsynth.evaluation.grid import GAP, LABEL_HEIGHT, picture_grid
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
 
 
 def grey(count=1, size=(40, 30), value=120):

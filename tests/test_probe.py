@@ -14,9 +14,9 @@ from benchmarks.probe import measure as probe
 from benchmarks.probe.measure import block_features, natural_size, probe_motion, read_displacements
 from benchmarks.probe.report import ProbeResult, suggest
 from benchmarks.probe.truth import TrueFlow, agreement, moments, moments_by_distance, true_flow
+from benchmarks.synthetic.clips import SceneObject, SceneOptions, SyntheticClip, make_clip
 from diffsynth import WanVideoPipeline
 from diffsynth.configs.defaults import RunDefaults
-from diffsynth.evaluation.synthetic import SceneObject, SceneOptions, SyntheticClip, make_clip
 from diffsynth.motion import MotionGuidance, attention_motion_flow, frame_pairs
 
 ROOT = Path(__file__).parent.parent

@@ -35,15 +35,15 @@ from benchmarks.quality.report import (
     markdown_table,
     summarise,
 )
-from diffsynth import WanVideoPipeline
-from diffsynth.configs.defaults import RunDefaults
-from diffsynth.evaluation.synthetic import (
+from benchmarks.synthetic.clips import (
     COLOURS,
     HELD_OUT_SHAPES,
     HELD_OUT_TRAJECTORIES,
     SHAPES,
     TRAJECTORIES,
 )
+from diffsynth import WanVideoPipeline
+from diffsynth.configs.defaults import RunDefaults
 from diffsynth.motion import MotionGuidance
 from diffsynth.planning.cost import guidance_cost
 

@@ -148,5 +148,5 @@ def test_the_command_ends_with_its_dead_rank_and_continues(tmp_path):
 def test_what_ranks_cannot_do_is_refused_before_they_start(capsys):
     from diffsynth.cli.main import main
 
-    assert main(["transfer", "ref.mp4", "--prompt", "a", "--gpus", "2"]) == 2
+    assert main(["transfer", "ref.mp4", "--prompt", "a", "--mode", "No_transfer", "--gpus", "2"]) == 2
     assert "needs -o OUT" in capsys.readouterr().err

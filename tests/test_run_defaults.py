@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,10 +10,12 @@ from diffsynth import WanVideoPipeline
 from diffsynth.configs.caches import choose_cache
 from diffsynth.configs.defaults import PUBLISHED_PRESETS, RunDefaults, run_defaults
 from diffsynth.configs.descriptors import DESCRIPTORS
-from diffsynth.configs.resolve import motion_for
+from diffsynth.configs.resolve import motion_for, unknown_words
 from diffsynth.motion import MotionGuidance
+from diffsynth.prompters.tokenizer import find_tokenizer, load_tokenizer
 from diffsynth.testing import write_checkpoint
 
+ROOT = Path(__file__).parent.parent
 SECTION = {
     "num_inference_steps": 2,
     "cfg_scale": 1.0,
@@ -75,12 +78,43 @@ def test_a_checkpoint_that_declares_nothing_has_the_published_defaults(tmp_path)
         ({"presets": {"fast": 3}}, "presets must map names to other fields"),
         ({"presets": {"fast": {"presets": {}, "steps": 1}}}, "presets must map names to other fields"),
         ({"presets": {"fast": {"motion": {"AMF": 1}}}}, "'fast': motion must map modes"),
+        ({"words": "a red"}, "words must be a list of texts"),
     ],
 )
 def test_a_section_that_cannot_be_read_is_refused(tmp_path, section, message):
     (tmp_path / "config.json").write_text(json.dumps({"fastvmt": section}))
     with pytest.raises(ValueError, match=message):
         run_defaults(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-nano", "Wan2.2-TI2V-nano"])
+def test_an_embedded_model_declares_the_words_of_its_tokenizer(name):
+    folder = ROOT / "models" / name
+    tokenizer = load_tokenizer(find_tokenizer(folder))
+    words = run_defaults(folder).words
+    ids = [tokenizer.pieces(word) for word in words]
+    assert sorted(ids) == [[id] for id in range(4, tokenizer.vocab_size)]  # after four special ones
+    assert tokenizer.pieces("corgi") == [3]
+
+
+def test_words_that_a_model_does_not_know_are_named():
+    words = ("a", "red", "star")
+    told = unknown_words(["A corgi, surfing!", "a RED star surfing"], words)
+    assert told == "the model knows 3 words; ignored: corgi, surfing; it knows: a, red, star"
+    assert unknown_words(["a red star."], words) is None
+    assert unknown_words(["a corgi"], None) is None
+    many = unknown_words([" ".join(f"w{i}" for i in range(20))], words)
+    assert "w11, ...; it knows" in many
+
+
+def test_a_call_names_them_in_one_warning(tmp_path, caplog):
+    folder = declare(write_checkpoint(tmp_path / "few"), {"words": ["a", "cat"]})
+    pipe = WanVideoPipeline.from_pretrained(folder, device="cpu")
+    size = {"height": 16, "width": 16, "num_frames": 1, "num_inference_steps": 1}
+    pipe(["a dog", "a cat"], **size)
+    assert [r.message for r in caplog.records if "knows" in r.message] == [
+        "the model knows 2 words; ignored: dog; it knows: a, cat"
+    ]
 
 
 def test_a_preset_changes_what_it_names_and_no_more():

@@ -1,18 +1,18 @@
-"""benchmarks/reliability/self_test.py: a sound package passes, and each injected fault is caught."""
+"""`fastvmt doctor --device`: a sound package passes, and each injected fault is caught."""
 
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffsynth.cli.main import main
+from diffsynth.evaluation import self_test
 from diffsynth.models import (
     attention,
     compile_blocks,
@@ -27,10 +27,6 @@ from diffsynth.pipelines import sample
 from diffsynth.prompters import wan_prompter
 from diffsynth.schedulers import flow_match
 from diffsynth.vram_management import streaming
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "reliability"))
-
-import self_test
 
 FAULTS: dict[
     str, tuple[str, str, Callable]
@@ -294,15 +290,21 @@ def _kernels_are_chosen_anew():
     attention._resolve.cache_clear()
 
 
-def run(folder) -> tuple[int, list]:
-    code = self_test.main(["--device", "cpu", "--json", str(folder / "table.json")])
-    return code, json.loads((folder / "table.json").read_text())
+@pytest.fixture
+def run(capsys, tmp_path):
+    """run() -> (exit code, table) of the command on the CPU."""
+
+    def call():
+        code = main(["doctor", "--device", "cpu", "--models-dir", str(tmp_path), "--json"])
+        return code, json.loads(capsys.readouterr().out)["self_test"]
+
+    return call
 
 
 @pytest.mark.slow
-def test_a_sound_package_passes_every_stage(monkeypatch, tmp_path):
+def test_a_sound_package_passes_every_stage(monkeypatch, run):
     monkeypatch.setattr(self_test, "dtype_refusal", lambda _device, dtype: "no" if dtype == "float16" else "")
-    code, results = run(tmp_path)
+    code, results = run()
     assert code == 0
     found = {(r["stage"], r["dtype"]): r for r in results}
     here = [name for name in self_test.STAGES if name == "attention sdpa" or not name.startswith("attention")]
@@ -314,12 +316,12 @@ def test_a_sound_package_passes_every_stage(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_a_fault_fails_its_stage(name, dtype, monkeypatch, tmp_path):
+def test_a_fault_fails_its_stage(name, dtype, monkeypatch, run):
     stage, _, inject = FAULTS[name]
     monkeypatch.setattr(self_test, "dtype_refusal", lambda _device, other: "" if other == dtype else "no")
     monkeypatch.setattr(self_test, "STAGES", {stage: self_test.STAGES[stage]})
     inject(monkeypatch)
-    code, (result,) = run(tmp_path)
+    code, (result,) = run()
     assert (code, result["stage"], result["dtype"], result["reason"]) == (1, stage, dtype, "")
 
 
@@ -327,17 +329,20 @@ def test_at_least_twenty_faults_are_injected():
     assert len(FAULTS) >= 20
 
 
-def test_a_stage_that_raises_fails_but_for_compilation_which_is_skipped(monkeypatch, capsys):
+def test_a_stage_that_raises_fails_but_for_compilation_which_is_skipped(monkeypatch, capsys, tmp_path):
     def broken(_models):
         raise RuntimeError("no kernel image is available\nand more")
 
     stages = {name: (broken, self_test.STAGES[name][1]) for name in ("flow", "compile")}
     monkeypatch.setattr(self_test, "STAGES", stages)
     monkeypatch.setattr(self_test, "dtype_refusal", lambda _device, dtype: "" if dtype == "float32" else "no")
-    assert self_test.main(["--device", "cpu"]) == 1
+    assert main(["doctor", "--device", "cpu", "--models-dir", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert re.search(r"flow +float32 +inf +1\.0e-05  FAILED no kernel image is available\n", said)
     assert re.search(r"compile +float32 .* skipped no kernel image is available\n", said)
+    assert "\n  self-test: flow in float32 is wrong on cpu\n" in said
+    assert "1.3b is not there; fetch it with: fastvmt download 1.3b" in said
+    assert "no GPU is used" in said
 
 
 def test_the_stored_numbers_are_small():

@@ -205,12 +205,12 @@ def test_an_unknown_public_name_is_an_attribute_error():
         diffsynth.WanPipeline  # noqa: B018
 
 
-def test_every_required_package_has_its_line_in_the_readme_and_a_tested_version():
-    readme, constraints = ((ROOT / name).read_text() for name in ("README.md", "constraints.txt"))
+def test_every_required_package_has_its_line_in_the_documents_and_a_tested_version():
+    layout, constraints = ((ROOT / name).read_text() for name in ("docs/layout.md", "constraints.txt"))
     for line in (ROOT / "requirements.txt").read_text().split():
         package = re.match(r"[\w-]+", line)[0]
-        assert re.search(rf"^\| {package} \|", readme, re.MULTILINE), (
-            f"{package} is not in the README's table"
+        assert re.search(rf"^\| {package} \|", layout, re.MULTILINE), (
+            f"{package} is not in the table of docs/layout.md"
         )
         assert re.search(rf"^{package}==", constraints, re.MULTILINE), f"{package} is not in constraints.txt"
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from diffsynth.evaluation.shapes import KNOWN_SHAPES, outline, signed_distance
-from diffsynth.evaluation.synthetic import (
+from benchmarks.synthetic.clips import (
     COLOURS,
     HELD_OUT_SHAPES,
     HELD_OUT_TRAJECTORIES,
@@ -14,7 +13,8 @@ from diffsynth.evaluation.synthetic import (
     SceneOptions,
     make_clip,
 )
-from diffsynth.evaluation.trajectories import PATHS, place_path
+from benchmarks.synthetic.shapes import KNOWN_SHAPES, outline, signed_distance
+from benchmarks.synthetic.trajectories import PATHS, place_path
 
 CAMERA = SceneOptions(camera=1, second_object=1, spin=1, growth=1, checkered=1, shaded=0, still=0)
 

@@ -83,7 +83,7 @@ def test_a_folder_without_a_tokenizer_is_named_with_the_remedy(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(FileNotFoundError) as caught:
             load_tokenizer(folder)
-        for words in (str(folder), "tokenizer.json", "spiece.model", "download_model.py --model 1.3b"):
+        for words in (str(folder), "tokenizer.json", "spiece.model", "fastvmt download 1.3b"):
             assert words in str(caught.value)
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsynth.evaluation.shapes import KNOWN_SHAPES
-from diffsynth.evaluation.synthetic import (
+from benchmarks.synthetic.clips import (
     COLOURS,
     HELD_OUT_SHAPES,
     HELD_OUT_TRAJECTORIES,
@@ -15,7 +14,9 @@ from diffsynth.evaluation.synthetic import (
     TRAJECTORIES,
     make_clip,
 )
-from diffsynth.evaluation.tracking import LEAST_AREA, largest_patches, track_object, video_array
+from benchmarks.synthetic.shapes import KNOWN_SHAPES
+from diffsynth.evaluation.tracking import LEAST_AREA, track_object, video_array
+from diffsynth.planning.objects import largest_patches
 
 HELD_OUT = {"shapes": HELD_OUT_SHAPES, "trajectories": HELD_OUT_TRAJECTORIES}
 

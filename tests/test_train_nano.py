@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth import WanVideoPipeline
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.prompters.tokenizer import load_tokenizer
 

@@ -234,16 +234,6 @@ def test_an_unfinished_run_continues_to_the_same_bits(checkpoint, size, tmp_path
     assert torch.equal(pipe("a cat", **given, **SMALL, **saving), whole)
 
 
-def test_guidance_with_a_picture_is_refused_before_a_model_runs(checkpoint):
-    pipe = WanVideoPipeline.from_pretrained(checkpoint("tiny-i2v"), device="cpu")
-    clip = [PICTURE.rotate(turn).convert("RGB") for turn in range(5)]
-    motion = {"guided_steps": 1, "block": 1, "window": 1, "tile": (1, 1), "sf": 2}
-    with pytest.raises(ValueError, match="takes no picture yet; give mode='No_transfer'"):
-        pipe("a cat", input_video=clip, input_image=PICTURE, motion=motion, **SMALL)
-    follows = {**SMALL, "input_video": clip, "input_image": PICTURE, "denoising_strength": 0.5}
-    assert pipe("a cat", mode="No_transfer", **follows).isfinite().all()
-
-
 def diffusers_names(weights):
     """DiT weights under diffusers names."""
     found = {}

@@ -340,10 +340,10 @@ def test_past_runs_are_neither_links_nor_foreign_files(session, clip, tmp_path):
     assert [run.video.name for run in past_runs(tmp_path)] == ["mine.mp4"]
 
 
-def test_without_a_clone_there_are_clips_to_begin_with(tmp_path):
-    clips = starting_clips(tmp_path, examples=tmp_path / "none")
-    assert [path.stem for path in clips] == ["bounce", "circle", "zigzag"]
-    assert len(VideoData(clips[0])) == 17
+def test_there_are_clips_to_begin_with():
+    clips = starting_clips()
+    assert {"bounce", "circle", "zigzag"} <= {path.stem for path in clips}
+    assert len(VideoData(clips[0])) >= 17
 
 
 # The server.

@@ -66,7 +66,7 @@ def server(tmp_path_factory):
 
 def request_of(client, clip, prompt, steps=2):
     video = gradio_client.handle_file(str(clip))
-    asked = (video, prompt, "", "exact", "effi_AMF", 3, 0.75, steps, 1, 32, 32, 5, *WHOLE)
+    asked = (video, prompt, "", "exact", "effi_AMF", 3, 0.75, steps, 1, 32, 32, 5, *WHOLE, None)
     return client.submit(*asked, api_name="/generate")
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from benchmarks.probe.report import HEAD_MEANS, ProbeResult
 from benchmarks.probe.truth import TrueFlow, agreement, moments_by_distance, true_flow
+from benchmarks.synthetic.clips import SceneOptions, SyntheticClip, make_clip
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import TAU
 from diffsynth.configs.resolve import round_size
 from diffsynth.data.tensors import video_to_tensor
-from diffsynth.evaluation.synthetic import SceneOptions, SyntheticClip, make_clip
 from diffsynth.models.wan_video_dit import DiTBlock, WanModel
 from diffsynth.motion.flow import token_positions
 from diffsynth.motion.heads import precise

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffsynth.evaluation.synthetic import SyntheticClip
+from benchmarks.synthetic.clips import SyntheticClip
 from diffsynth.motion.flow import frame_pairs
 
 TOKENS = ("object", "all")

@@ -1,6 +1,6 @@
 """Does a video show what its prompt says: the colour nearest by name, the shape by comparing outlines.
 
-Names and colours are those of `diffsynth.evaluation.synthetic`. Nothing here is trained.
+Names and colours are those of `benchmarks.synthetic.clips`. Nothing here is trained.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from benchmarks.synthetic.clips import COLOURS, SHAPES
+from benchmarks.synthetic.shapes import KNOWN_SHAPES, signed_distance
 from diffsynth.data.tensors import Video
-from diffsynth.evaluation.shapes import KNOWN_SHAPES, signed_distance
-from diffsynth.evaluation.synthetic import COLOURS, SHAPES
 from diffsynth.evaluation.tracking import Track, track_object
 
 # Side of the square in which outlines are compared, and half of it in units of sqrt(area / pi). The farthest

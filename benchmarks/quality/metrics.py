@@ -8,9 +8,10 @@ from itertools import pairwise
 import numpy as np
 
 from benchmarks.quality.adherence import bilinear
+from benchmarks.synthetic.clips import SyntheticClip
 from diffsynth.data.tensors import Video
-from diffsynth.evaluation.synthetic import SyntheticClip
-from diffsynth.evaluation.tracking import Track, distance_from_background, video_array
+from diffsynth.evaluation.tracking import Track, video_array
+from diffsynth.planning.objects import distance_from_background
 
 SPAN = 4  # frames from one latent frame of Wan2.1 to the next
 # Steps shorter than this over a span have no direction to speak of.

@@ -20,9 +20,7 @@ from benchmarks.quality import metrics
 from benchmarks.quality.adherence import check_prompt
 from benchmarks.quality.contact_sheet import save_strip
 from benchmarks.quality.methods import Method
-from diffsynth.configs.options import RunOptions
-from diffsynth.data.tensors import chunks_to_uint8, video_to_tensor
-from diffsynth.evaluation.synthetic import (
+from benchmarks.synthetic.clips import (
     COLOURS,
     HELD_OUT_SHAPES,
     HELD_OUT_TRAJECTORIES,
@@ -32,6 +30,8 @@ from diffsynth.evaluation.synthetic import (
     SyntheticClip,
     make_clip,
 )
+from diffsynth.configs.options import RunOptions
+from diffsynth.data.tensors import chunks_to_uint8, video_to_tensor
 from diffsynth.evaluation.tracking import track_object
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.planning.cost import guidance_cost, guided_share, run_cost

@@ -1,24 +1,19 @@
 """Path error of motion transfer on clips of sprites, with and without a picture, and a sheet to look at.
 
 python -m benchmarks.quality.picture_motion --model models/Wan2.2-TI2V-nano --pairs 8 --output results/picture
-The pipeline does not take a picture yet: here the embedding is wrapped so that the first latent frame is
-clean, with timestep 0. The reference pass is given the reference's own first frame.
+--apart moves the picture's object by up to a third of the side; the truth then is the path moved along.
 """
 
 import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from benchmarks.quality.methods import standard_methods
 from diffsynth import WanVideoPipeline
@@ -27,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_nano"))
 from sprite_package import HELD_OUT_SPRITES, SPRITES
 from sprite_scenes import SpriteClip, make_sprite_clip
 
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
+from benchmarks.synthetic.clips import PLAIN, make_clip
 
 logger = logging.getLogger(__name__)
 SHOWN = (0, 4, 8, 12, 16)
@@ -45,13 +40,31 @@ def plain_clip(seed: tuple[int, ...], name: str, motion: Any) -> SpriteClip:
     raise RuntimeError("no plain background in 100 attempts")
 
 
-def make_pair(index: int, names: tuple[str, ...]) -> tuple[SpriteClip, SpriteClip]:
+def make_pair(index: int, names: tuple[str, ...], apart: bool) -> tuple[SpriteClip, SpriteClip]:
     """Return a reference and the clip that a perfect transfer to another sprite would make."""
     rng = np.random.default_rng((PAIRS_KIND, index))
     motion = make_clip((PAIRS_KIND, index), options=PLAIN)
     first, second = rng.choice(names, 2, replace=False)
     reference = make_sprite_clip((PAIRS_KIND, index, 0), name=str(first), motion=motion)
-    return reference, plain_clip((PAIRS_KIND, index, 1), str(second), motion)
+    truth = plain_clip((PAIRS_KIND, index, 1), str(second), motion)
+    return reference, replace(truth, frames=moved_apart(rng, truth.frames)) if apart else truth
+
+
+def moved_apart(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+    """Return frames of a plain background whose object is elsewhere by up to a third of the side."""
+    side, path = frames.shape[1], centres(frames.astype(float))
+    for _ in range(1000):
+        offset = rng.integers(-side // 3, side // 3 + 1, 2)
+        away = path + offset
+        if np.abs(offset).max() > side // 8 and away.min() > side / 8 and away.max() < side * 7 / 8:
+            break
+    else:
+        raise RuntimeError("the object's path leaves no room to move it")
+    out = np.roll(frames, tuple(offset), axis=(1, 2))
+    for axis, moved in enumerate(offset.tolist(), 1):  # what came in from the other side
+        beyond = slice(0, moved) if moved > 0 else slice(side + moved, side)
+        np.moveaxis(out, axis, 0)[beyond] = np.median(frames.reshape(-1, 3), axis=0)
+    return out
 
 
 def centres(frames: np.ndarray) -> np.ndarray:
@@ -69,34 +82,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(-10 * np.log10(np.square((a.astype(float) - b) / 255).mean() + 1e-10))
 
 
-@contextmanager
-def with_picture(dit: Any, picture: Tensor, reference: Tensor) -> Iterator[None]:
-    """Inside this context the DiT reads a clean first latent frame: the picture's, or the reference's own."""
-    plain_embed, plain_features = dit.embed, dit.features
-    describing = False
-
-    def embed(x: Tensor, timestep: Tensor, context: Tensor, *rest: Any, **more: Any) -> Any:
-        own = describing and not torch.is_grad_enabled()
-        first = (reference if own else picture).to(x.dtype).expand(len(x), -1, -1, -1, -1)
-        timesteps = timestep.reshape(-1, 1).repeat(1, x.shape[2])
-        timesteps[:, 0] = 0
-        return plain_embed(torch.cat([first, x[:, :, 1:]], 2), timesteps, context, *rest, **more)
-
-    def features(*args: Any, **more: Any) -> Any:
-        nonlocal describing
-        describing = True
-        try:
-            return plain_features(*args, **more)
-        finally:
-            describing = False
-
-    dit.embed, dit.features = embed, features
-    try:
-        yield
-    finally:
-        del dit.embed, dit.features
-
-
 def generate(
     pipe: WanVideoPipeline, clip: SpriteClip, reference: SpriteClip, picture: bool, **options: Any
 ) -> np.ndarray:
@@ -104,23 +89,9 @@ def generate(
     arguments = {"input_video": as_images(reference.frames), "output_type": "np", **options}
     if options.get("mode") == "No_transfer":
         del arguments["input_video"]
-    if not picture:
-        return pipe(clip.caption, progress_bar_cmd=iter, **arguments)
-
-    def encoded(frames: np.ndarray) -> Tensor:
-        video = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        with torch.no_grad():
-            return pipe.vae.encode(video.to(pipe.vae.dtype)).float()
-
-    own, other = encoded(clip.frames[:1]), encoded(reference.frames[:1])
-
-    def keep_first(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents = values["latents"].clone()
-        latents[:, :, :1] = own
-        return {"latents": latents}
-
-    with with_picture(pipe.dit, own, other):
-        return pipe(clip.caption, progress_bar_cmd=iter, callback_on_step_end=keep_first, **arguments)
+    if picture:
+        arguments["input_image"] = Image.fromarray(clip.frames[0])
+    return pipe(clip.caption, progress_bar_cmd=iter, **arguments)
 
 
 def as_images(frames: np.ndarray) -> list[Image.Image]:
@@ -134,6 +105,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/Wan2.2-TI2V-nano")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--unseen", action="store_true", help="sprites that were never trained on")
+    parser.add_argument("--apart", action="store_true", help="the picture's object is elsewhere")
     parser.add_argument("--only", choices=("text", "picture"))
     parser.add_argument("--lr", type=float, nargs=2, default=(0.02, 0.013), help="with a picture")
     parser.add_argument("--cfg", type=float, default=3.0)
@@ -151,11 +123,13 @@ def main() -> None:
         ("picture", True, {"mode": "No_transfer", "cfg_scale": 1.0}),
         ("picture + motion", True, {"motion": gentle, "cfg_scale": 1.0}),
     ]
+    if args.apart:
+        cases.append(("picture + motion, not aligned", True, {**cases[-1][2], "align": "none"}))
     cases = [case for case in cases if args.only in (None, case[0].split()[0])]
     rows: dict[str, list] = {name: [] for name, *_ in cases}
     sheet = []
     for index in range(args.pairs):
-        reference, truth = make_pair(index, HELD_OUT_SPRITES if args.unseen else SPRITES)
+        reference, truth = make_pair(index, HELD_OUT_SPRITES if args.unseen else SPRITES, args.apart)
         strips = [reference.frames, truth.frames]
         path = centres(truth.frames.astype(float))
         for name, picture, options in cases:

@@ -10,6 +10,7 @@ from diffsynth.configs.fields import Choice, Kind, Number, Option, OrNone, Switc
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import (
     MOTION_PREFIX,
+    PICTURES,
     CacheKind,
     FileOptions,
     LoadOptions,
@@ -75,6 +76,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         ("--negative-prompt", "what it should not show; the model's by default"),
     ):
         group.add_argument(name, metavar="TEXT", default=argparse.SUPPRESS, help=text)
+    for name, picture, text in zip(("--image", "--end-image"), PICTURES, ("begins", "ends"), strict=True):
+        text = f"picture that the video {text} with, for a model that takes one"
+        group.add_argument(name, dest=picture, type=Path, metavar="FILE", help=text)
     add_call_options(parser)
     add_options(parser, ReferenceOptions, "what is used of the reference")
     add_options(parser, FileOptions, "the file")

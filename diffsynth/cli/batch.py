@@ -6,15 +6,17 @@ video, and the video appears whole, so a kill at any moment leaves a job either 
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffsynth.cli.console import DONE, FAILED, Console
 from diffsynth.cli.job_files import JobLine, read_jobs
 from diffsynth.cli.progress import run_watched, saving_arguments
+from diffsynth.configs.options import PICTURES
 from diffsynth.data.files import FileInUseError, locked
 from diffsynth.jobs.errors import RunFailedError, UsageError, disk_is_at_fault
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
@@ -53,27 +55,26 @@ def run(options: Namespace, console: Console) -> int:
     folder: Path = options.output_dir
     if options.checkpoint_dir is not None:
         raise UsageError("--checkpoint-dir is for one video; --resume has a folder for each")
-    jobs = read_jobs(options.jobs, folder, task_options(vars(options)))
-    if folder.is_dir():
-        check_folder(folder)
-    else:
-        check_folder(folder.parent)
-        folder.mkdir()
+    shared = {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
+    spread = options.workers is not None or options.ray is not None
+    if spread and getattr(options, "resume", None) is None:
+        options.resume = True  # a job continues when its worker dies
+    jobs = read_jobs(options.jobs, folder, task_options(vars(options)), shared)
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     with _only_batch(folder):
         batch = _Batch(options, console)
-        results = []
-        for number, job in enumerate(jobs, 1):
-            console.note(f"job {number} of {len(jobs)} (line {job.line})")
-            try:
-                results.append(batch.do(job))
-                if results[-1].pop("disk", False):
-                    left = len(jobs) - number
-                    console.problem(f"the disk takes nothing more: {left} jobs are left for the next start")
-                    break
-            except KeyboardInterrupt as stop:
-                raise KeyboardInterrupt(
-                    f"interrupted in the job of line {job.line}; the same command goes on with it"
-                ) from stop
+        # All of them first, so that a wrong line is known before hours of work.
+        results = [task for job in jobs if isinstance(task := batch.prepare(job), dict)]
+        left = [job for job in jobs if job.line in batch.tasks]
+        made = map(batch.make, left) if not spread else _spread(left, options)
+        for result in _told(made, left, console, spread):
+            results.append(result)
+            if result.pop("disk", False):
+                later = len(jobs) - len(results)
+                console.problem(f"the disk takes nothing more: {later} jobs are left for the next start")
+                break
+        results.sort(key=lambda result: result["line"])
     counts = {state: sum(r["state"] == state for r in results) for state in ("done", "skipped", "failed")}
     console.say(f"{counts['done']} done, {counts['skipped']} were done before, {counts['failed']} failed")
     for result in results:
@@ -83,30 +84,90 @@ def run(options: Namespace, console: Console) -> int:
     return FAILED if counts["failed"] else DONE
 
 
+def _spread(jobs: Sequence[JobLine], options: Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the results of jobs that workers do, in any order."""
+    from diffsynth.distributed.workers import over_workers, start_actor, start_process
+
+    start, workers = start_process, options.workers or 1
+    if options.ray is not None:
+        import ray
+
+        ray.init(address=options.ray if options.ray != "local" else None, log_to_driver=False)
+        resources = ray.cluster_resources()
+        start, workers = start_actor, options.workers or int(resources.get("GPU", 0) or resources["CPU"])
+    silent = Console(json=True, quiet=True)
+    yield from over_workers(jobs, partial(start, _Batch, options, silent), min(workers, len(jobs) or 1))
+
+
+def _told(
+    made: Iterator[dict[str, Any]], jobs: Sequence[JobLine], console: Console, spread: bool
+) -> Iterator[dict[str, Any]]:
+    """Tell of each job before it is made or, on workers, once it is."""
+    for number, job in enumerate(jobs, 1):
+        try:
+            if not spread:
+                console.note(f"job {number} of {len(jobs)} (line {job.line})")
+            result = next(made)
+        except KeyboardInterrupt as stop:
+            where = f"the job of line {job.line}" if not spread else f"{len(jobs) - number + 1} jobs"
+            raise KeyboardInterrupt(f"interrupted in {where}; the same command goes on with it") from stop
+        if spread:
+            console.note(f"{number} of {len(jobs)}: line {result['line']} {result['state']}")
+        yield result
+
+
 class _Batch:
     """The model that the jobs share, loaded when the first job needs it."""
 
     def __init__(self, options: Namespace, console: Console) -> None:
         self._options, self._console = options, console
         self._loaded = load_options(vars(options))
-        self._checkpoint = choose_model(options.model, options.models_dir, console.note, self._loaded)
+        self._told: list[str] = []
+        self._checkpoint = choose_model(options.model, options.models_dir, self._told.append, self._loaded)
         self._model = describe_model(self._checkpoint, asdict(self._loaded))
         self._pipe: WanVideoPipeline | None = None
+        self.tasks: dict[int, VideoTask] = {}  # by line
 
-    def do(self, job: JobLine) -> dict[str, Any]:
+    def prepare(self, job: JobLine) -> VideoTask | dict[str, Any]:
+        """Return the task of a job, or the facts for the summary if it cannot be one."""
+        try:
+            task = make_task(job.options, job.reference, self._checkpoint, job.pictures)
+            identity = request_hash(job.options, task, self._model)
+            # A name that is the same for the same job, wherever it stands in the file.
+            name = f"{'text' if job.reference is None else job.reference.stem}-{identity[:10]}.mp4"
+            output = job.output or self._options.output_dir / name
+            saving = saving_arguments(self._options, output)
+            overwrite = self._options.overwrite
+            task = replace(task, output=output, overwrite=overwrite, saving=saving, job=identity)
+            if not was_made(task, self._model):
+                check_output(output, overwrite)
+        except _ERRORS as error:
+            return self._failure(job, error)
+        self.tasks[job.line] = task
+        return task
+
+    def make(self, job: JobLine) -> dict[str, Any]:
         """Do one job, unless it is done, and return the facts for the summary.
 
         Raises:
             RunFailedError: the model cannot be loaded.
         """
+        task = self.tasks.get(job.line) or self.prepare(job)
+        if isinstance(task, dict):
+            return task
+        assert task.output is not None
         try:
-            task = self._prepared(job)
+            if was_made(task, self._model):
+                forget_run(task)
+                self._console.note(f"{task.output} was done before")
+                return {"line": job.line, "state": "skipped"}
+            check_output(task.output, task.overwrite)
+            check_space(task.output, task.num_bytes, task.file.lossless)
+            task.output.parent.mkdir(parents=True, exist_ok=True)
         except _ERRORS as error:
             return self._failure(job, error)
-        if task is None:
-            return {"line": job.line, "state": "skipped"}
         if self._pipe is None:
-            self._console.note("load the model")
+            self._console.note("\n".join([*self._told, "load the model"]))
             self._pipe = load_pipeline(self._checkpoint, self._loaded)
         try:
             path, record = run_watched(self._pipe, task, self._model, self._loaded, self._console)
@@ -114,24 +175,6 @@ class _Batch:
             return self._failure(job, error)
         self._console.say(summary(path, record))
         return {"line": job.line, "state": "done", "output": str(path)}
-
-    def _prepared(self, job: JobLine) -> VideoTask | None:
-        """Return the task of a job; None if it is done."""
-        task = make_task(job.options, job.reference, self._checkpoint)
-        identity = request_hash(job.options, task.reference, self._model)
-        # A name that is the same for the same job, wherever it stands in the file.
-        name = f"{'text' if job.reference is None else job.reference.stem}-{identity[:10]}.mp4"
-        output = job.output or self._options.output_dir / name
-        saving = saving_arguments(self._options, output)
-        task = replace(task, output=output, overwrite=self._options.overwrite, saving=saving, job=identity)
-        if was_made(task, self._model):
-            forget_run(task)
-            self._console.note(f"{output} was done before")
-            return None
-        output.parent.mkdir(parents=True, exist_ok=True)
-        check_output(output, self._options.overwrite)
-        check_space(output, task.num_bytes, task.file.lossless)
-        return task
 
     def _failure(self, job: JobLine, error: Exception) -> dict[str, Any]:
         logger.info("the job of line %d failed", job.line, exc_info=error)

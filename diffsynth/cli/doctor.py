@@ -1,5 +1,6 @@
-"""`fastvmt doctor`: whether everything that a run needs is installed, and which device it would use."""
+"""`fastvmt doctor`: what is installed, what the device can do, and whether it computes what it should."""
 
+import math
 import platform
 import shutil
 from argparse import Namespace
@@ -26,23 +27,55 @@ EXTRA = {
     "shtab": "fastvmt completion",
 }
 GIB = 2**30
+_NOT_READY = ("not there", "incomplete")
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Print what was found, and return 1 if something that every run needs is missing."""
-    facts, problems = examine(options.models_dir)
+    """Print what was found, and return 1 if something that every run needs is missing or computes wrongly.
+
+    With --device, the self-test runs there.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    facts, problems = examine(options.models_dir, options.device or "auto")
     for heading, values in facts.items():
         console.say(heading.replace("_", " "))
         for name, value in values.items():
             console.say(f"  {name:<24}{value}")
-    console.say("all that a run needs is here" if not problems else "problems")
-    for problem in problems:
-        console.say(f"  {problem}")
-    console.result({**facts, "problems": problems})
+    table = [] if options.device is None else _self_test(options.device, problems, console)
+    missing = [f"{name} is {told}" for name, told in facts["models"].items() if told.startswith(_NOT_READY)]
+    if facts.get("device", {}).get("type") == "cpu":
+        missing.append("no GPU is used: the published models take hours on a CPU")
+    for heading, lines in (("problems", problems), ("not ready", missing)):
+        console.say(heading if lines else f"{heading}: none")
+        for line in lines:
+            console.say(f"  {line}")
+    console.result({**facts, "self_test": table, "problems": problems, "not_ready": missing})
     return FAILED if problems else DONE
 
 
-def examine(models_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def _self_test(name: str, problems: list[str], console: Console) -> list[dict[str, Any]]:
+    """Run the self-test on a device, tell its table, and add what failed to the problems."""
+    from diffsynth.evaluation.self_test import HEADING, WIDE_DTYPES, dtype_refusal, self_test
+    from diffsynth.vram_management import choose_device
+
+    device, table = choose_device(name), []
+    refused = {dtype: dtype_refusal(device, dtype) for dtype in WIDE_DTYPES}
+    console.say(f"self-test on {device}\n{HEADING}")
+    for result in self_test(device, [dtype for dtype in WIDE_DTYPES if not refused[dtype]]):
+        console.say(str(result))
+        error = result.error if math.isfinite(result.error) else None  # JSON has no infinity
+        table.append({**result._asdict(), "error": error})
+        if result.failed:
+            problems.append(f"self-test: {result.stage} in {result.dtype} is wrong on {device}")
+    for dtype, reason in refused.items():
+        if reason:
+            console.say(f"{dtype} does not work on {device}: {reason}")
+    return table
+
+
+def examine(models_dir: Path, device: str = "auto") -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the facts, by heading and name, and the problems."""
     versions = {"fastvmt": __version__, "python": platform.python_version()}
     versions |= {name: installed_version(name) or "missing" for name in NEEDED}
@@ -51,7 +84,7 @@ def examine(models_dir: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
         versions[name] = installed_version(name) or f"not installed; needed for {purpose}"
     facts: dict[str, dict[str, Any]] = {"versions": versions}
     if installed_version("torch") is not None:
-        facts |= _device()
+        facts |= _device(device)
     facts["ffmpeg"] = _ffmpeg(problems)
     facts["models"] = _models(models_dir, problems)
     return facts, problems
@@ -65,14 +98,14 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _device() -> dict[str, dict[str, Any]]:
+def _device(name: str) -> dict[str, dict[str, Any]]:
     import torch
 
     from diffsynth.models.attention import BACKENDS
     from diffsynth.runs.record import describe_device
     from diffsynth.vram_management import available_memory, choose_device, device_memory
 
-    device = choose_device("auto")
+    device = choose_device(name)
     described = {**describe_device(device), "free memory": f"{available_memory(device) / GIB:.1f} GiB"}
     if device_memory(device):
         described["memory"] = f"{device_memory(device) / GIB:.1f} GiB"

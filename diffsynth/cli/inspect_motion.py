@@ -9,7 +9,7 @@ from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, ReferenceOptions
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.data import VideoData
-from diffsynth.data.tensors import video_to_tensor, warn_of_reference
+from diffsynth.data.tensors import video_to_tensor
 from diffsynth.evaluation.figures import loss_curves
 from diffsynth.evaluation.flow_images import displacements, flow_sheet, save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
@@ -18,6 +18,7 @@ from diffsynth.jobs.models import attention_kernel, choose_model, load_options, 
 from diffsynth.jobs.publish import check_folder
 from diffsynth.jobs.task import open_reference
 from diffsynth.pipelines.components import reference_facts
+from diffsynth.planning.reference import warn_of_reference
 from diffsynth.runs.record import read_record
 
 
@@ -32,16 +33,17 @@ def run(options: Namespace, console: Console) -> int:
         return _draw_losses(options, console)
     output = options.output or Path(f"{options.reference.resolve().stem}-motion")
     _check_empty(output, options.overwrite)
-    folder = choose_model(options.model, options.models_dir, console.note)
+    told: list[str] = []
+    folder = choose_model(options.model, options.models_dir, told.append)
     motion = motion_for(folder, options.mode)
     video = _as_transferred(options, folder)
     loaded = load_options(vars(options))
-    console.note("load the model")
+    console.note("\n".join([*told, "load the model"]))
     pipe = load_pipeline(folder, loaded)
     console.note("read the motion")
     with attention_kernel(loaded):
         flow = reference_flow(pipe, video, motion=motion, sigma=options.sigma)
-    output.mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     fps = video.fps or DEFAULT_FPS
     path = save_flow_video(flow, output / "motion.mp4", sf=motion.sf, frames=video, fps=fps)
     sheet = output / "motion.png"
@@ -66,7 +68,7 @@ def _draw_losses(options: Namespace, console: Console) -> int:
     figure = loss_curves(record.cost["losses"])
     output = options.output or Path(f"{options.reference.with_suffix('').stem}-losses")
     _check_empty(output, options.overwrite)
-    output.mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     path = output / "losses.png"
     figure.savefig(path)
     console.say(f"{path}: the motion loss in {len(record.cost['losses'])} guided steps")
@@ -91,4 +93,4 @@ def _check_empty(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"output {folder} is a file; give the name of a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UsageError(f"output folder {folder} has files in it; give another one, or --overwrite")
-    check_folder(folder if folder.is_dir() else folder.parent)
+    check_folder(folder)

@@ -27,22 +27,27 @@ class JobLine:
         line: its number in the jobs file.
         options: its options, among them those of the batch.
         reference: path of the reference video; None without one.
+        pictures: paths of input_image and end_image, of those that there are.
         output: path of its video, inside the output folder; None for a name made of reference and job hash.
     """
 
     line: int
     options: Mapping[str, Any]
     reference: Path | None
+    pictures: Mapping[str, Path]
     output: Path | None
 
 
-def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[JobLine]:
+def read_jobs(
+    path: Path, output_dir: Path, shared: Mapping[str, Any], pictures: Mapping[str, Path] | None = None
+) -> list[JobLine]:
     """Read the jobs of a file.
 
     Args:
         path: a .jsonl or .csv file.
         output_dir: of the videos.
         shared: options that hold where a job does not name them.
+        pictures: likewise.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,7 +59,7 @@ def read_jobs(path: Path, output_dir: Path, shared: Mapping[str, Any]) -> list[J
     read = {".jsonl": _json_lines, ".csv": _csv_lines}.get(path.suffix.lower())
     if read is None:
         raise UsageError(f"jobs file {path} must end in .jsonl or .csv")
-    jobs = [_job(path, line, values, output_dir, shared) for line, values in read(path)]
+    jobs = [_job(path, line, values, output_dir, shared, pictures or {}) for line, values in read(path)]
     if not jobs:
         raise UsageError(f"jobs file {path} holds no jobs")
     counts = Counter(str(job.output) for job in jobs if job.output)
@@ -96,11 +101,17 @@ def _text(path: Path) -> str:
 
 
 def _job(
-    file: Path, line: int, values: Mapping[str, Any], output_dir: Path, shared: Mapping[str, Any]
+    file: Path,
+    line: int,
+    values: Mapping[str, Any],
+    output_dir: Path,
+    shared: Mapping[str, Any],
+    pictures: Mapping[str, Path],
 ) -> JobLine:
     where = f"{file}, line {line}"
     entries = {name.strip().replace("-", "_"): value for name, value in values.items()}
-    paths = {name: entries.pop(name, None) for name in ("reference", "output")}
+    shown = {"image": "input_image", "end_image": "end_image"}
+    paths = {name: entries.pop(name, None) for name in ("reference", "output", *shown)}
     for name, value in paths.items():
         if value is not None and not isinstance(value, str):
             raise UsageError(f"{where}: {name} must be text; got {value!r}")
@@ -124,7 +135,9 @@ def _job(
     output = None if paths["output"] is None else output_dir / paths["output"]
     if output is not None and output_dir.resolve() not in output.resolve().parents:
         raise UsageError(f"{where}: output {paths['output']!r} is outside of the output folder {output_dir}")
-    return JobLine(line=line, options=options, reference=reference, output=output)
+    own = {shown[name]: file.parent / path for name in shown if (path := paths[name]) is not None}
+    pictures = {**pictures, **own}
+    return JobLine(line=line, options=options, reference=reference, pictures=pictures, output=output)
 
 
 def _kinds() -> dict[str, Kind]:

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from diffsynth.cli.console import BAD_USAGE, FAILED, INTERRUPTED, Console
 from diffsynth.cli.parser import build_parser
+from diffsynth.jobs.early import check_early
 from diffsynth.jobs.errors import UsageError
 
 # Loaded on use: most of them need torch.
@@ -46,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(done.code or 0)
     options.arguments = arguments
     console = Console(json=options.json, quiet=options.quiet)
-    run: Callable[[Namespace, Console], int] = import_module(COMMANDS[options.command]).run
     reason: Exception
     with _log_to_stderr(logging.INFO if options.verbose else logging.WARNING):
         try:
+            check_early(vars(options))
+            run: Callable[[Namespace, Console], int] = import_module(COMMANDS[options.command]).run
             return run(options, console)
         except KeyboardInterrupt as stop:
             return _failed(console, str(stop) or "interrupted", INTERRUPTED)

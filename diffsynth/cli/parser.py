@@ -1,6 +1,9 @@
 """The command line of `fastvmt`: its commands, their options and examples. It needs no torch."""
 
 import argparse
+import re
+import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +19,7 @@ from diffsynth.cli.arguments import (
     reader,
     whole,
 )
-from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.checkpoints import PUBLISHED, published_key
 from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
 from diffsynth.configs.fields import Number, Whole
 from diffsynth.configs.options import DTYPES, TILING, FileOptions, LoadOptions, ReferenceOptions, RunOptions
@@ -66,6 +69,7 @@ Beside the video stands its record, fox.mp4.json, with all that the run was; the
   fastvmt download all --models-dir /data/models --source huggingface""",
     "doctor": """
   fastvmt doctor
+  fastvmt doctor --device cuda
   fastvmt doctor --json""",
     "batch": """
   fastvmt batch jobs.jsonl -o results --preset balanced
@@ -91,6 +95,13 @@ where it stopped.""",
   fastvmt completion fish > ~/.config/fish/completions/fastvmt.fish""",
 }
 
+# What --help shows of the commands that have some eighty options.
+_COMMON = (
+    "reference", "jobs", "output", "output_dir", "prompt", "input_image", "model", "preset", "mode", "seed",
+    "num_inference_steps", "num_frames", "motion_scale", "offload", "resume", "gif", "vram", "help",
+    "help_all",
+)  # fmt: skip
+
 _USAGES = {
     "transfer": "[REF] --prompt PROMPT [-o OUT]",
     "inspect": "REF [-o DIR]",
@@ -104,13 +115,50 @@ _USAGES = {
 _HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises UsageError where argparse's own would end the process."""
+class _Help(argparse.Action):
+    """Prints the help of a long command: the options most used, those of a group, or all."""
 
-    def __init__(self, *, examples: str = "", **options: Any) -> None:
+    def __call__(self, parser: Any, _options: object, value: Any, option: str | None = None) -> NoReturn:
+        sys.stdout.write(parser.help_of("" if option == "--help-all" else value))
+        raise SystemExit(0)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError where argparse's own would end the process.
+
+    With `common`, the destinations of the options most used, --help shows these and --help-all all.
+    """
+
+    def __init__(self, *, examples: str = "", common: Collection[str] = (), **options: Any) -> None:
         options.setdefault("formatter_class", _HELP)
         epilog = f"examples:{examples}" if examples else None
+        options.setdefault("add_help", not common)
         super().__init__(allow_abbrev=False, epilog=epilog, **options)
+        self._common = common
+        if common:
+            text = "the options most used; with a word, those of a group: motion, run, model, ..."
+            self.add_argument("-h", "--help", action=_Help, nargs="?", const=None, metavar="GROUP", help=text)
+            self.add_argument("--help-all", action=_Help, nargs=0, help="all options")
+
+    def help_of(self, group: str | None) -> str:
+        """Return the help with the options most used (None), those of a group, or all ("")."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        found = False
+        for section in self._action_groups:
+            named = bool(group) and str(group) in re.findall(r"\w+", str(section.title).split(" (")[0])
+            actions = [a for a in section._group_actions if group == "" or named or a.dest in self._common]
+            if actions and (named or not group):
+                found = True
+                formatter.start_section(section.title)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+        if not found:
+            titles = [str(section.title).split(" (")[0] for section in self._action_groups[2:]]
+            self.error(f"--help {group}: there is no such group; give a word of: {', '.join(titles)}")
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with the message and where the options are listed."""
@@ -132,8 +180,9 @@ def build_parser() -> Parser:
         # The long lists of options are told below, by group.
         usage = f"fastvmt {name} {_USAGES[name]} [options]" if name in _USAGES else None
         examples = _EXAMPLES.get(name, "")
+        common = _COMMON if name in ("transfer", "batch", "plan") else ()
         return commands.add_parser(
-            name, help=text, description=text, parents=[shared], examples=examples, usage=usage
+            name, help=text, description=text, parents=[shared], examples=examples, usage=usage, common=common
         )
 
     _add_transfer(command("transfer", "Make a video that moves as a reference does and shows a prompt."))
@@ -142,7 +191,10 @@ def build_parser() -> Parser:
     _add_evaluate(command("evaluate", "Measure how well a video follows a reference's motion."))
     _add_plan(command("plan", "Predict memory and cost of a run, and the settings that fit into a card."))
     _add_download(command("download", "Fetch published weights; goes on where an earlier download stopped."))
-    add_models_dir(command("doctor", "Check this installation: versions, device, memory, ffmpeg, models."))
+    doctor = command("doctor", "Check this installation: versions, device, memory, ffmpeg, models.")
+    add_models_dir(doctor)
+    text = "run the self-test there: cpu, cuda, cuda:1, mps, ... (some 20 s)"
+    doctor.add_argument("--device", metavar="DEVICE", help=text)
     _add_batch(command("batch", "Make many videos with one load of the model."))
     _add_decode(command("decode", "Make the video of final latents that a run left."))
     _add_ui(command("ui", "Serve a web page that does all this, on this machine alone by default."))
@@ -166,6 +218,8 @@ def _add_transfer(parser: Parser) -> None:
     text = "video file; a free name in the current folder, of reference, mode and seed, by default"
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help=text)
     parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    text = "also write OUT-beside.gif: reference and result, with the objects' paths where each has but one"
+    parser.add_argument("--gif", action="store_true", help=text)
     parser.add_argument("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
     parser.add_argument("--force", action="store_true", help="with --from: although something changed")
     parser.add_argument("--gpus", type=reader(Whole(1)), metavar="N", help="spread the run over N processes")
@@ -246,7 +300,9 @@ def _add_plan(parser: Parser) -> None:
 
 
 def _add_download(parser: Parser) -> None:
-    parser.add_argument("model", choices=[*PUBLISHED, "all"], help="which size")
+    parser.add_argument(
+        "model", type=lambda name: published_key(name) or name, choices=[*PUBLISHED, "all"], help="which size"
+    )
     add_models_dir(parser)
     parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help=f"the hub ({SOURCES[0]})")
 
@@ -255,6 +311,10 @@ def _add_batch(parser: Parser) -> None:
     parser.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl or .csv file, a job a line")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs made in another way")
+    workers = "processes that each load the model; with --ray actors, one a GPU or CPU by default"
+    parser.add_argument("--workers", type=reader(Whole(1)), metavar="N", help=workers)
+    text = "work on Ray: a cluster's address, or this machine"
+    parser.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help=text)
     _add_run(parser)
 
 

@@ -6,14 +6,13 @@ from argparse import Namespace
 import torch
 
 from diffsynth.cli.console import DONE, Console
-from diffsynth.configs.checkpoints import PUBLISHED
+from diffsynth.configs.checkpoints import published_key
 from diffsynth.configs.defaults import RunDefaults, published_defaults
 from diffsynth.configs.options import LoadOptions, call_options
-from diffsynth.configs.resolve import resolve_plan
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model, load_pipeline
 from diffsynth.jobs.task import with_motion
-from diffsynth.planning.plan import NotEnoughMemoryError, plan_run
+from diffsynth.planning.plan import NotEnoughMemoryError, plan_run, resolve_plan
 from diffsynth.planning.sizes import ModelSizes, published_sizes
 
 
@@ -37,9 +36,8 @@ def run(options: Namespace, console: Console) -> int:
 def _model(options: Namespace, console: Console) -> tuple[ModelSizes, RunDefaults]:
     """Return sizes, defaults and facts of a model: of a published one by its name, else of the loaded one."""
     dtype = torch.bfloat16 if options.dtype is None else getattr(torch, options.dtype)
-    if options.model in PUBLISHED:
-        sizes = published_sizes(options.model, dtype)
-        return sizes, published_defaults()
+    if options.model is not None and (key := published_key(options.model)):
+        return published_sizes(key, dtype), published_defaults()
     folder = choose_model(options.model, options.models_dir, console.note)
     console.note("load the model")
     pipe = load_pipeline(folder, LoadOptions(device="cpu", dtype=options.dtype))

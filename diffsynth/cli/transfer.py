@@ -11,7 +11,9 @@ from diffsynth.cli.arguments import flag
 from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.configs.fields import fields_of
-from diffsynth.configs.options import FileOptions, ReferenceOptions
+from diffsynth.configs.options import PICTURES, FileOptions, ReferenceOptions
+from diffsynth.data import VideoData, save_video
+from diffsynth.evaluation.followed import beside_reference, fitted, follow_text, looped
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import attention_kernel, choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_free, check_place, check_space
@@ -28,6 +30,7 @@ from diffsynth.jobs.task import (
 from diffsynth.runs.record import (
     RunRecord,
     describe_model,
+    describe_pictures,
     differences,
     fingerprints,
     read_record,
@@ -63,22 +66,23 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
         check_folder(Path.cwd())
     else:
         check_place(options.output)
-    recorded = None
+    recorded, told = None, list[str]()
+    pictures = {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
     if options.record is None:
         loaded = load_options(vars(options))
-        folder = choose_model(options.model, options.models_dir, console.note, loaded)
+        folder = choose_model(options.model, options.models_dir, told.append, loaded)
         asked = task_options(vars(options))
-        task = make_task(asked, options.reference, folder)
+        task = make_task(asked, options.reference, folder, pictures)
     else:
         if asked := task_options(vars(options)):
             raise UsageError(f"--from repeats a run as it was; it takes no {', '.join(map(flag, asked))}")
         recorded = read_record(options.record)
-        folder = choose_model(options.model or recorded.model["folder"], options.models_dir, console.note)
+        folder = choose_model(options.model or recorded.model["folder"], options.models_dir, told.append)
         loaded = load_options(vars(options), recorded.model["setup"])
-        task = _repetition(recorded, options)
+        task = _repetition(recorded, options, pictures)
         asked = {"repeats": recorded.video["frames_sha256"], "created": recorded.created}
     model = describe_model(folder, asdict(loaded))
-    job = request_hash(asked, task.reference, model)
+    job = request_hash(asked, task, model)
     if device is not None and options.checkpoint_dir is None and getattr(options, "resume", None) is None:
         options.resume = True
     saving = saving_arguments(options, options.output)
@@ -95,7 +99,7 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
     check_space(options.output or Path.cwd() / "out.mp4", task.num_bytes, task.file.lossless)
     if recorded is not None:
         _check_unchanged(recorded, task, model, options.force, console)
-    console.note("load the model")
+    console.note("\n".join([*told, "load the model"]))
     pipe = load_pipeline(folder, loaded if device is None else replace(loaded, device=device))
     if recorded is not None:
         weights = {**model, "weights": fingerprints(pipe.residency.models)}
@@ -112,16 +116,33 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
             task = replace(task, call=call, saving=saving)
             path, record = run_watched(pipe, task, model, loaded, console)
     console.say(summary(path, record))
-    console.result({**_facts(path, record), **_compared(recorded, record, console)})
+    gif = _beside(path, task, options.gif, console)
+    console.result({**_facts(path, record), **_compared(recorded, record, console), **gif})
     return DONE
+
+
+def _beside(path: Path, task: VideoTask, gif: bool, console: Console) -> dict[str, str]:
+    """Say what to look at, and how well the motion was followed where that can be told at once."""
+    if task.video is None or task.reference is None or not path.is_file():
+        return {}
+    frames = list(VideoData(path))
+    told = follow_text(frames, task.video)
+    shown = f"fastvmt compare {task.reference['path']} {path} --paths -o beside.mp4"
+    if gif:
+        fps = task.file.fps
+        beside = beside_reference({"reference": fitted(task.video, frames), "result": frames})
+        shown = str(save_video(looped(beside, fps), path.with_name(f"{path.stem}-beside.gif"), fps=fps))
+    console.say(f"look at: {shown}{'; ' if told else ''}{told or ''}")
+    return {"beside": shown} if gif else {}
 
 
 def _facts(path: Path, record: RunRecord) -> dict[str, Any]:
     return {"output": str(path), "record_file": str(record_path(path)), "record": record.to_json()}
 
 
-def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
-    """Return the task that a record repeats; the reference may have another path now."""
+def _repetition(record: RunRecord, options: Namespace, pictures: Mapping[str, Path]) -> VideoTask:
+    """Return the task that a record repeats; the reference and pictures may have other paths now."""
+    pictures = {**{name: Path(picture["path"]) for name, picture in record.pictures.items()}, **pictures}
     path = options.reference
     if path is None and record.reference is not None:
         path = Path(record.reference["path"])
@@ -138,6 +159,7 @@ def _repetition(record: RunRecord, options: Namespace) -> VideoTask:
         reference=reference,
         file=fields_of(FileOptions, record.video),
         num_bytes=3 * call["num_frames"] * call["height"] * call["width"],
+        pictures=describe_pictures(pictures),
     )
 
 
@@ -145,7 +167,7 @@ def _check_unchanged(
     record: RunRecord, task: VideoTask, model: Mapping[str, Any], force: bool, console: Console
 ) -> None:
     """Raise UsageError if reference, model or weights have changed since the record, unless force."""
-    found = differences(record, task.reference, model)
+    found = differences(record, task.reference, model, task.pictures)
     if found and not force:
         raise UsageError(f"the run cannot be repeated: {'; '.join(found)} (--force to run it all the same)")
     for text in found:

@@ -73,32 +73,41 @@ def _published() -> dict[str, PublishedCheckpoint]:
 PUBLISHED: Mapping[str, PublishedCheckpoint] = MappingProxyType(_published())
 
 
+def published_key(name: str | Path) -> str | None:
+    """Return the key in `PUBLISHED` of a name as people write it; None if it is none of them.
+
+    "1.3B", "Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-1.3B" and "wan2.1-t2v-1.3b-diffusers" all name "1.3b".
+    """
+    last = Path(name).name.lower().removesuffix("-diffusers")
+    return next((key for key, known in PUBLISHED.items() if last in (key, known.folder.lower())), None)
+
+
 def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
     """Return the folder of a checkpoint.
 
     Args:
-        name: an existing folder, a published name ("1.3b", "14b"), or "nano", the embedded model.
+        name: an existing folder, a published name in any case, with or without its organisation on a hub
+            ("1.3b", "Wan-AI/Wan2.1-T2V-14B"), the name of a folder in root, or "nano", the embedded model.
         root: folder that holds the published checkpoints.
 
     Raises:
         FileNotFoundError: the folder does not exist; the message says how to fetch it.
     """
-    if name == "nano":
+    if str(name).lower() in ("nano", EMBEDDED.lower()):
         return _embedded_folder()
-    key = next(
-        (key for key, known in PUBLISHED.items() if str(name) == key or Path(name).name == known.folder), None
-    )
-    known = PUBLISHED.get(name) if isinstance(name, str) else None
-    folder = Path(name) if known is None else Path(root) / known.folder
-    if folder.is_dir():
-        return folder
-    if key is None:
-        names = ", ".join(["nano", *PUBLISHED])
-        raise FileNotFoundError(f"{name} is neither a checkpoint folder nor one of the names {names}")
-    raise FileNotFoundError(
-        f"{folder} does not exist; fetch it by: "
-        f"python examples/download_model.py --model {key} --output_dir {folder.parent}"
-    )
+    key, here = published_key(name), Path(root) / Path(name).name
+    folders = [Path(name), here] if key is None else [Path(name), here, Path(root) / PUBLISHED[key].folder]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    if key is not None:
+        where = "" if str(root) == "models" else f" --models-dir {root}"
+        raise FileNotFoundError(f"{folders[-1]} does not exist; fetch it with: fastvmt download {key}{where}")
+    if here.name.lower().startswith("wan2"):
+        fetch = f"hf download Wan-AI/{here.name} --local-dir {here}"
+        raise FileNotFoundError(f"{here} does not exist; fetch a Wan checkpoint with: {fetch}")
+    names = ", ".join(["nano", *PUBLISHED])
+    raise FileNotFoundError(f"{name} is neither a checkpoint folder nor one of the names {names}")
 
 
 def _embedded_folder() -> Path:

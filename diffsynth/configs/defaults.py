@@ -4,7 +4,8 @@ A published checkpoint has `PUBLISHED_DEFAULTS`. Any checkpoint may declare its 
 
     "fastvmt": {"num_inference_steps": 25, "height": 64, "width": 64, "num_frames": 17,
                 "motion": {"effi_AMF": {"block": 4, "tau": 4.0}},
-                "presets": {"fast": {"sampler": "unipc", "motion": {"effi_AMF": {"guided_steps": 6}}}}}
+                "presets": {"fast": {"sampler": "unipc", "motion": {"effi_AMF": {"guided_steps": 6}}}},
+                "words": ["a", "red", "circle"]}
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
 from diffsynth.configs.fields import check_value, options_of
-from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.guidance import MotionGuidance, changed_numbers
 from diffsynth.configs.options import FileOptions, RunOptions, Shorthands, call_options
 
 SECTION = "fastvmt"
@@ -54,12 +55,14 @@ class RunDefaults:
         motion: mode -> fields of `MotionGuidance` that differ from the mode's published numbers.
         mag_ratios: MagCache's ratios, as `calibrate_magcache` measures them.
         presets: name -> options and motion that the preset changes (see `with_preset`).
+        words: all words that the model knows, in lower case; None for a model of any words.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     motion: Numbers = field(default_factory=dict)
     mag_ratios: Mapping[str, Sequence[float]] | None = None
     presets: Numbers = field(default_factory=lambda: dict(PUBLISHED_PRESETS))
+    words: Sequence[str] | None = None
 
     def __getitem__(self, name: str) -> Any:
         """Return the default of an option: the declared one, else the published method's, else None."""
@@ -79,7 +82,7 @@ class RunDefaults:
         changes = dict(self.presets[preset])
         motion = {mode: dict(numbers) for mode, numbers in self.motion.items()}
         for mode, numbers in changes.pop("motion", {}).items():
-            motion[mode] = {**motion.get(mode, {}), **numbers}
+            motion[mode] = changed_numbers(motion.get(mode, {}), numbers)
         return replace(self, options={**self.options, **changes}, motion=motion)
 
 
@@ -96,7 +99,7 @@ def run_defaults(folder: Path) -> RunDefaults:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     section = config.get(SECTION, {}) if isinstance(config, dict) else {}
     declarable = _declarable()
-    known = {*declarable, "motion", "mag_ratios", "presets"}
+    known = {*declarable, "motion", "mag_ratios", "presets", "words"}
     if not isinstance(section, dict) or not section.keys() <= known:
         raise ValueError(f"{path}: {SECTION!r} may hold {', '.join(sorted(known))}; it has {section!r:.200}")
     presets = section.get("presets", {})
@@ -111,10 +114,13 @@ def run_defaults(folder: Path) -> RunDefaults:
             _check_values(entry)
         except ValueError as error:
             raise ValueError(f"{path}: {name!r}: {error}") from error
+    words = section.get("words", [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{path}: {SECTION!r}: words must be a list of texts; it is {words!r:.200}")
     options = {name: section[name] for name in declarable if name in section}
     if is_published(folder):
         options = {**PUBLISHED_DEFAULTS, **options}
-    others = {name: section[name] for name in ("motion", "mag_ratios", "presets") if name in section}
+    others = {name: section[name] for name in ("motion", "mag_ratios", "presets", "words") if name in section}
     return RunDefaults(options=options, **others)
 
 

@@ -6,7 +6,7 @@ here, its type for type checkers in `CallOptions`, and the code that reads it.
 """
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, TypedDict
 
@@ -26,7 +26,7 @@ from diffsynth.configs.fields import (
     option,
     options_of,
 )
-from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.guidance import MotionGuidance, shifted_level
 
 # The samplers of `diffsynth.schedulers`.
 SAMPLERS: dict[str, str] = {
@@ -41,6 +41,8 @@ FITS = ("crop", "pad", "stretch")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
 MOTION_PREFIX = "motion_"  # of the names of motion's numbers on the command line and in batch files
+ALIGNMENTS = ("object", "none")
+PICTURES = ("input_image", "end_image")  # arguments of the call: the video begins and ends with them
 DEFAULT_FPS = 15.0  # of a video whose reference and checkpoint name no rate
 ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
 MOST_PIXELS = 2**33  # of all frames together: 1,000 of 3840x2160
@@ -97,6 +99,26 @@ class CheckedOptions:
         check_options(self)
 
 
+@dataclass(frozen=True, slots=True)
+class AlignmentKind:
+    """How a reference is laid onto a picture: "object", "none", or numbers for `planning.alignment.shift`."""
+
+    metavar: str = "object|none|DX,DY[,SCALE]"
+
+    def __str__(self) -> str:
+        return "object, none, or pixels to the right, pixels down and, if wanted, a scale from 0.1 to 10"
+
+    def read(self, text: str) -> str | tuple[float, ...]:
+        return self.check(text if text in ALIGNMENTS else [float(part) for part in text.split(",")])
+
+    def check(self, value: Any) -> str | tuple[float, ...]:
+        if isinstance(value, str):
+            return Choice(ALIGNMENTS).check(value)
+        right, down, scale = value if len(value) == 3 else (*value, 1.0)
+        offset = Number(least=-16384, most=16384)
+        return offset.check(right), offset.check(down), Number(least=0.1, most=10).check(scale)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
     """Options of a run, apart from prompts, reference and callbacks.
@@ -139,6 +161,12 @@ class RunOptions:
         Several(Whole(1), _ROWS_COLUMNS), "from VAE tile to VAE tile, in latent units", default=(15, 26)
     )
     sampler: str = option(Choice(SAMPLERS), "the solver of the noise schedule", default="euler")
+    align: Any = option(
+        AlignmentKind(),
+        "where a picture's object lies elsewhere than what moves in the reference, the reference is moved "
+        "there (object) or not (none), or right, down (pixels) and scaled as you say",
+        default="object",
+    )
     motion: MotionGuidance | None = option(MotionKind(), "what is transferred and how", default=None)
     cache: CacheOptions | CacheMaker | None = option(
         CacheKind(), "steps that reuse the work of an earlier one", default=None
@@ -171,6 +199,20 @@ class RunOptions:
     @property
     def mode(self) -> str:
         return NO_TRANSFER if self.motion is None else self.motion.mode
+
+    @property
+    def guided(self) -> range:
+        """The indices of the guided steps."""
+        return range(0) if self.motion is None else self.motion.guided_range(self.num_inference_steps)
+
+    @property
+    def levels(self) -> list[float]:
+        """The noise level of each step, in 0..1; those of UniPC are up to a thousandth lower."""
+        falling = (
+            self.denoising_strength * (1 - i / self.num_inference_steps)
+            for i in range(self.num_inference_steps)
+        )
+        return [shifted_level(level, self.sigma_shift) for level in falling]
 
     @property
     def tiling(self) -> dict[str, Any]:
@@ -223,7 +265,7 @@ class Shorthands(CheckedOptions):
         OrNone(Whole(2)), "frames that each latent frame is compared with, as in motion", default=None
     )
     motion_scale: float | None = option(
-        OrNone(Number(above=0)),
+        OrNone(Number(least=0.001, most=1000)),
         "factor on the learning rates: above 1 follows the motion more closely, 0.5 half as strongly",
         default=None,
     )
@@ -257,6 +299,7 @@ class CallOptions(TypedDict, total=False):
     tile_size: tuple[int, int] | None
     tile_stride: tuple[int, int] | None
     sampler: str | None
+    align: str | Sequence[float] | None
     motion: MotionGuidance | Mapping[str, Any] | None
     cache: str | CacheOptions | CacheMaker | None
     cfg_interval: tuple[float, float] | None

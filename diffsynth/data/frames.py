@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 EXIF_ORIENTATION = 0x0112
 EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 # PIL refuses pictures of more than 179 million pixels as decompression bombs.
-_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 
 
 def checked_int(name: str, value: int, minimum: int = 1) -> int:
@@ -115,7 +115,7 @@ def load_image(path: Path) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -264,5 +264,5 @@ def _upright_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             turned = image.getexif().get(EXIF_ORIENTATION) in EXIF_QUARTER_TURNS
             return (image.height, image.width) if turned else image.size
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error

@@ -65,8 +65,8 @@ def choose_model(
             note(f"model: {key}, the largest complete one below {root} (--model chooses another)")
             return folder
     note(
-        "model: nano, the small one that comes along (64x64 pixels, 17 frames); no complete checkpoint is "
-        f"below {root}; fetch one with: fastvmt download {next(iter(PUBLISHED))}"
+        f"model: nano, the bundled demo model (64x64 pixels, 17 frames), since no checkpoint below {root} is "
+        f"complete; fetch one with: fastvmt download {next(iter(PUBLISHED))}"
     )
     return checkpoint_folder("nano")
 

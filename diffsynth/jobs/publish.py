@@ -17,14 +17,20 @@ from diffsynth.runs.record import RunRecord, read_record, record_path, save_with
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UsageError unless files can be made in the folder."""
-    if not folder.is_dir():
-        raise UsageError(f"output folder {folder} does not exist; make it first: mkdir -p {folder}")
+    """Raise UsageError unless files can be made in the folder, which need not exist yet."""
+    there = _existing(folder)
+    if not there.is_dir():
+        raise UsageError(f"output folder {folder} cannot be made: {there} is a file")
     try:
-        with tempfile.TemporaryFile(dir=folder, prefix=".trying-"):
+        with tempfile.TemporaryFile(dir=there, prefix=".trying-"):
             pass
     except OSError as error:
         raise UsageError(f"output folder {folder} cannot be written to: {error.strerror}") from error
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -72,7 +78,7 @@ def check_space(path: Path, num_bytes: int, lossless: bool) -> None:
     """
     # At the best quality, H.264 compresses a noisy video to a tenth.
     needed = (num_bytes if lossless or is_png_folder(path) else num_bytes // 10) + 2**20
-    free = shutil.disk_usage(path.parent).free
+    free = shutil.disk_usage(_existing(path.parent)).free
     if free < needed:
         raise UsageError(f"{path.parent} has {free / 2**20:.1f} MiB free; it may need {needed / 2**20:.1f}")
 
@@ -124,6 +130,7 @@ def write_output(
     Returns:
         The path at which the output was written.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if is_png_folder(path):
         return save_frames(frames, path)
     if overwrite:

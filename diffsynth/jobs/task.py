@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.defaults import EXACT, run_defaults
-from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import (
     DEFAULT_FPS,
@@ -22,6 +21,7 @@ from diffsynth.configs.options import (
 from diffsynth.configs.resolve import resolve, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.data.ffmpeg import check_ffmpeg
+from diffsynth.jobs.early import check_request
 from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import attention_kernel
 from diffsynth.jobs.publish import publish
@@ -33,6 +33,7 @@ from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
 from diffsynth.runs.latents import keep_latents, latents_facts
 from diffsynth.runs.record import (
     RunRecord,
+    describe_pictures,
     describe_reference,
     differences,
     finished_record,
@@ -47,9 +48,10 @@ class VideoTask:
     """One video to make.
 
     Attributes:
-        call: arguments of the pipeline's run, all but input_video and saving.
+        call: arguments of the pipeline's run, all but the reference, pictures and saving.
         video: the reference; None without one.
         reference: its description for the record.
+        pictures: description of input_image and end_image for the record, of those that there are.
         file: how its frames are written; fps is decided.
         num_bytes: size of its frames in memory.
         output: path of the file; None for a new name in `folder`.
@@ -69,6 +71,7 @@ class VideoTask:
     overwrite: bool = False
     saving: Mapping[str, Any] = field(default_factory=dict)
     job: str | None = None
+    pictures: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_reference(
@@ -130,7 +133,12 @@ def with_motion(options: Mapping[str, Any]) -> dict[str, Any]:
     return gathered
 
 
-def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) -> VideoTask:
+def make_task(
+    options: Mapping[str, Any],
+    reference: Path | None,
+    folder: Path,
+    pictures: Mapping[str, Path] | None = None,
+) -> VideoTask:
     """Return the task that options ask for, checked as far as is possible before the model loads.
 
     Args:
@@ -138,17 +146,15 @@ def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) 
             motion in a mapping `motion`, or each with the prefix MOTION_PREFIX.
         reference: path of the reference video; None without one.
         folder: of the checkpoint.
+        pictures: paths of input_image and end_image, of those that there are.
 
     Raises:
         UsageError: an option is missing.
         ValueError, TypeError: an option is not allowed.
-        FileNotFoundError: there is no such reference.
+        FileNotFoundError: there is no such reference or picture.
         FfmpegError: ffmpeg does not run.
     """
-    if "prompt" not in options:
-        raise UsageError("--prompt is missing: what shall the video show?")
-    if reference is None and options.get("mode") != NO_TRANSFER:
-        raise UsageError("a reference video is missing; for a video from text alone give --mode No_transfer")
+    check_request(options, reference)
     options, defaults = with_motion(options), run_defaults(folder)
     file = fields_of(FileOptions, options)
     call = {name: options[name] for name in call_options() if name in options}
@@ -162,29 +168,29 @@ def make_task(options: Mapping[str, Any], reference: Path | None, folder: Path) 
         reference=described,
         file=replace(file, fps=file.fps or rate or defaults["fps"] or DEFAULT_FPS),
         num_bytes=3 * run.num_frames * run.height * run.width,
+        pictures=describe_pictures(pictures or {}),
     )
 
 
-def request_hash(
-    options: Mapping[str, Any], reference: Mapping[str, Any] | None, model: Mapping[str, Any]
-) -> str:
+def request_hash(options: Mapping[str, Any], task: VideoTask, model: Mapping[str, Any]) -> str:
     """Return the hash that identifies a request: its options, reference, model files, LoRAs and dtypes.
 
     Where it runs does not count: it may be continued elsewhere, or with other settings for memory.
 
     Args:
         options: as they were asked for.
-        reference: description of the reference video; None without one.
+        task: its reference and pictures.
         model: description of the model.
     """
     facts = {
         "given": dict(options),
-        "reference": reference and reference["sha256"],
+        "reference": task.reference and task.reference["sha256"],
         "model": {name: file["bytes"] for name, file in model["files"].items()},
         "types": [model["setup"][name] for name in ("dtype", "vae_dtype")],
     }
     if model["setup"].get("loras"):  # absent otherwise, so that requests without them keep their hash
         facts["loras"] = model["setup"]["loras"]
+    facts |= {name: picture["sha256"] for name, picture in task.pictures.items()}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -202,7 +208,7 @@ def was_made(task: VideoTask, model: Mapping[str, Any]) -> bool:
     finished = finished_record(task.output)
     if finished is None:
         return False
-    found = differences(finished, task.reference, model)
+    found = differences(finished, task.reference, model, task.pictures)
     if finished.job == task.job and not found:
         return True
     if task.overwrite:
@@ -241,7 +247,12 @@ def run_task(
     """
     with attention_kernel(loaded):
         (made,) = pipe.run(
-            **task.call, **task.saving, input_video=task.video, observer=observer, progress_bar_cmd=iter
+            **task.call,
+            **task.saving,
+            **{name: picture["path"] for name, picture in task.pictures.items()},
+            input_video=task.video,
+            observer=observer,
+            progress_bar_cmd=iter,
         )
     observer(RunEvent(stage="write"))
     frames: Any = made.frames  # PIL images, since a task has no output_type
@@ -258,6 +269,7 @@ def run_task(
         model=model,
         file=task.file,
         job=task.job,
+        pictures=task.pictures,
     )
     name = "text" if task.reference is None else Path(task.reference["path"]).stem
     name = f"{name}-{made.options.mode}-seed{made.options.seed}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffsynth.models.gguf_files import read_gguf, unpack_gguf
 from diffsynth.models.packed_linear import PackedWeight
 
-DOWNLOAD_HINT = "published checkpoints are fetched by: python examples/download_model.py --model 1.3b"
+DOWNLOAD_HINT = "published checkpoints are fetched with: fastvmt download 1.3b"
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
 # Names under which weights are published: such files must be whole, others in a folder may be anything.
 PUBLISHED_NAME = re.compile(

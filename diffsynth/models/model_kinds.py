@@ -73,6 +73,11 @@ def _shapes(tensors: Tensors) -> Shapes:
     return {key: tensor.shape for key, tensor in tensors.items()}
 
 
+def _dit_arguments(shapes: Shapes, declared: Declared) -> dict:
+    is_ti2v = declared.get("model_type") == "ti2v"
+    return dit_config_from_shapes(shapes, declared) | {"has_clean_first_frame": is_ti2v}
+
+
 def _vae_arguments(shapes: Shapes, declared: Declared) -> dict:
     statistics = {name: declared[name] for name in ("latents_mean", "latents_std") if name in declared}
     return vae_config_from_shapes(shapes) | statistics
@@ -86,7 +91,7 @@ KINDS = (
         official_mark="blocks.0.self_attn.q.weight",
         diffusers_mark="condition_embedder.time_proj.weight",
         to_official=_renamed(official_key),
-        arguments=dit_config_from_shapes,
+        arguments=_dit_arguments,
     ),
     ModelKind(
         name="wan_video_text_encoder",

@@ -116,6 +116,7 @@ class WanModel(nn.Module):
         has_image_input: attend to CLIP features, too.
         image_dim: width of the CLIP features.
         image_positions: number of learned positions that are added to them; 0 for none.
+        has_clean_first_frame: the first latent frame may be a picture's, at timestep 0 (TI2V).
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class WanModel(nn.Module):
         text_len: int = 512,
         image_dim: int = 1280,
         image_positions: int = 0,
+        has_clean_first_frame: bool = False,
     ) -> None:
         super().__init__()
         if num_heads < 1 or freq_dim % 2:
@@ -147,6 +149,7 @@ class WanModel(nn.Module):
         frames, rows, cols = patch_size
         self.patch_size = (frames, rows, cols)
         self.has_image_input, self.image_positions = has_image_input, image_positions
+        self.has_clean_first_frame = has_clean_first_frame
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
@@ -172,7 +175,9 @@ class WanModel(nn.Module):
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Return the time embedding [..., D] of timestep [...] and the blocks' modulation [..., 6, D]."""
         dtype = precise_dtype(self.dtype)
-        hidden = linear_in(dtype, self.time_embedding[0], sinusoidal_embedding(timestep, self.freq_dim))
+        # Without non_blocking, a copy from the CPU would wait until the device has done all its work.
+        waves = sinusoidal_embedding(timestep, self.freq_dim).to(dtype).to(self.device, non_blocking=True)
+        hidden = linear_in(dtype, self.time_embedding[0], waves)
         time = linear_in(dtype, self.time_embedding[2], F.silu(hidden))
         return time, linear_in(dtype, self.time_projection[1], F.silu(time)).unflatten(-1, (6, self.dim))
 
@@ -211,7 +216,7 @@ class WanModel(nn.Module):
             )
         stream = precise_dtype(self.dtype)
         tokens = self.patch_embedding(x.to(self.dtype))
-        time, modulation = self.embed_time(timestep.to(x.device))
+        time, modulation = self.embed_time(timestep)
         # Rows past the prompt are zero before the text MLP and attended to: the official model has no mask.
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.text_len - context.shape[1]))
         return DiTState(

@@ -22,7 +22,11 @@ def precise_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Embed timestep [...], on the scale of 0 to 1000, as [..., dim] float64, cosines first."""
+    """Embed timestep [...], on the scale of 0 to 1000, as [..., dim] float64, cosines first.
+
+    It is computed where the timestep is or, where there is no float64, on the CPU.
+    """
+    timestep = timestep.cpu() if timestep.device.type == "mps" else timestep
     exponent = torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
     angles = timestep.double()[..., None] * 10000.0**-exponent
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -36,16 +40,16 @@ def rotary_table(
     """Unit complex numbers that turn the pairs of a head: grid (F, H, W) -> [S, 1, head_dim / 2].
 
     Of the complex columns, the last d // 6 belong to the column, as many before to the row, the others to the
-    frame.
+    frame. It is computed on the CPU, in float64, which not every device has.
     """
     spatial = head_dim // 6
-    positions = torch.cartesian_prod(*(torch.arange(side, device=device).double() for side in grid))
+    positions = torch.cartesian_prod(*(torch.arange(side).double() for side in grid))
     angles = []
     for position, columns in zip(positions.T, (head_dim // 2 - 2 * spatial, spatial, spatial), strict=True):
-        exponent = torch.arange(columns, dtype=torch.float64, device=device) / max(columns, 1)
+        exponent = torch.arange(columns, dtype=torch.float64) / max(columns, 1)
         angles.append(torch.outer(position, 10000.0**-exponent))
     turned = torch.cat(angles, dim=-1)[:, None]
-    return torch.polar(torch.ones_like(turned), turned).to(dtype.to_complex())
+    return torch.polar(torch.ones_like(turned), turned).to(dtype.to_complex()).to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

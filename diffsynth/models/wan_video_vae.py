@@ -14,6 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from diffsynth.models.tables import table
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, PATCH, Cache, Decoder, Encoder
 from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid, blend
 
@@ -210,8 +211,8 @@ class WanVideoVAE(nn.Module):
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and 1 / std, by which the official code multiplies and divides, float32 [z, 1, 1, 1]."""
-        rows = [self.latents_mean, self.latents_std]
-        mean, std = torch.tensor(rows, dtype=torch.float32, device=self.device)[..., None, None, None]
+        rows = table((self.latents_mean, self.latents_std), self.device, torch.float32)
+        mean, std = rows[..., None, None, None]
         return mean, 1 / std
 
     def _grid(

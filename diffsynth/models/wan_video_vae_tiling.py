@@ -57,10 +57,10 @@ class TileGrid:
         rows, cols = (spans(*axis) for axis in zip(self.shape, self.size, self.stride, strict=True))
         return [Tile(row, col) for row in rows for col in cols]
 
-    def weight(self, tile: Tile, unit: int) -> Tensor:
+    def weight(self, tile: Tile, unit: int, device: torch.device) -> Tensor:
         """Blending weight, float32 [rows * unit, columns * unit]: the lower of those along the two axes."""
         axes = zip((tile.rows, tile.cols), self.shape, self.size, self.stride, strict=True)
-        rows, cols = (ramp(span, length, size - stride, unit) for span, length, size, stride in axes)
+        rows, cols = (ramp(span, length, size - stride, unit, device) for span, length, size, stride in axes)
         return torch.minimum(rows[:, None], cols[None, :])
 
 
@@ -70,7 +70,7 @@ def spans(length: int, size: int, stride: int) -> list[Span]:
     return [(start, min(start + size, length)) for start in starts]
 
 
-def ramp(span: Span, length: int, border: int, unit: int) -> Tensor:
+def ramp(span: Span, length: int, border: int, unit: int, device: torch.device | None = None) -> Tensor:
     """Return the weights along one axis: 1, but (i + 1) / border at the i-th position from an inner side.
 
     Where the two ramps of a tile overlap, that of the far side holds, as in the released FastVMT code.
@@ -79,8 +79,8 @@ def ramp(span: Span, length: int, border: int, unit: int) -> Tensor:
         border: latent positions of overlap.
     """
     start, stop = span
-    weight = torch.ones((stop - start) * unit)
-    rising = torch.arange(1, border * unit + 1) / (border * unit) if border else weight[:0]
+    weight = torch.ones((stop - start) * unit, device=device)
+    rising = torch.arange(1, border * unit + 1, device=device) / (border * unit) if border else weight[:0]
     if start > 0:
         weight[: len(rising)] = rising
     if stop < length:
@@ -98,7 +98,7 @@ def blend(grid: TileGrid, out: Tensor, unit: int, run: Callable[[Tile], Iterable
     total = out.new_zeros(out.shape[3:])
     for tile in grid.tiles():
         area = tile.area(unit)
-        weight = grid.weight(tile, unit).to(out.device)
+        weight = grid.weight(tile, unit, out.device)
         total[area] += weight
         start = 0
         for chunk in run(tile):

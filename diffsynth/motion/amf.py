@@ -33,8 +33,8 @@ class DenseAMF:
         g = self.guidance
         q, k = inputs.dit.features(
             latents,
-            inputs.timestep,
-            context,
+            context=context,
+            **inputs.of_dit(latents),
             block=g.block_for(inputs.dit.num_layers),
             checkpoint_blocks=g.checkpoint in ("block", "offload"),
             offload_inputs=g.checkpoint == "offload",
@@ -79,7 +79,7 @@ class TileAMF(DenseAMF):
             window=g.window,
             tile=g.tile,
             tau=g.tau,
-            windows=reference.windows if isinstance(reference, TileFlow) else None,
+            windows=reference if isinstance(reference, TileFlow) else None,
             heads=g.heads,
             chunk=g.chunk,
         )

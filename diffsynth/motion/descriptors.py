@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from diffsynth.models.conditions import NO_CONDITION, ImageCondition
 from diffsynth.models.wan_video_dit import WanModel
 
 
@@ -23,8 +24,13 @@ class Loss(NamedTuple):
 class StepInputs:
     """Inputs that a denoising step offers to a descriptor.
 
-    timestep [1], float32, on the 0..1000 scale; sigma, its noise level in 0..1; null_context [1, L, D], the
-    empty prompt; mean_velocity, of the steps taken so far, in the shape of the latents, None at the first.
+    Attributes:
+        dit: the DiT that denoises.
+        timestep: [1], float32, on the scale of 0 to 1000.
+        sigma: its noise level, in 0..1.
+        null_context: the empty prompt, [1, L, D].
+        mean_velocity: of the steps taken so far, in the shape of the latents; None at the first.
+        condition: from the pictures that the latents begin or end with.
     """
 
     dit: WanModel
@@ -32,6 +38,11 @@ class StepInputs:
     sigma: float
     null_context: Tensor
     mean_velocity: Tensor | None = None
+    condition: ImageCondition = NO_CONDITION
+
+    def of_dit(self, latents: Tensor) -> dict[str, Tensor]:
+        """Return the DiT's arguments for latents [B, C, F, h, w], but for these and the prompt."""
+        return self.condition.of_dit(self.timestep, latents.shape[0], latents.shape[2])
 
 
 class MotionDescriptor(Protocol):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffsynth.configs.fields import Whole, check_value
 from diffsynth.configs.guidance import TAU, Heads
+from diffsynth.models.tables import positions
 from diffsynth.motion.heads import reduce_heads
 
 Pairs = Sequence[tuple[int, int]]
@@ -58,9 +59,8 @@ def frame_pairs(num_frames: int, sf: int) -> list[tuple[int, int]]:
 
 
 def token_positions(rows: int, cols: int, like: Tensor) -> Tensor:
-    """Return (row, column) of each token of a grid, [rows * cols, 2], in dtype and on device of `like`."""
-    grid = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    return torch.stack(grid, dim=-1).flatten(0, 1).to(like)
+    """Return (row, column) of each token, [rows * cols, 2], in dtype and on device of `like`, read only."""
+    return positions(rows, cols, like.device, like.dtype)
 
 
 def attend(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -79,10 +79,10 @@ def expected_positions(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: in
         chunk: pairs at a time, at most.
     """
     check_value("chunk", Whole(1), chunk)
-    positions, scale = token_positions(k.shape[1], k.shape[2], k), tau * k.shape[-1] ** -0.5
+    places, scale = token_positions(k.shape[1], k.shape[2], k), tau * k.shape[-1] ** -0.5
     keys = k.flatten(1, 2)
     found = [
-        attend(q[i].expand(count, -1, -1), keys[j : j + count], positions, scale)
+        attend(q[i].expand(count, -1, -1), keys[j : j + count], places, scale)
         for i, j, count in _runs(pairs, chunk)
     ]
     return torch.cat(found) if found else q.new_zeros(0, q.shape[1], 2)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from diffsynth.configs.fields import load
 from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.models.conditions import NO_CONDITION, ImageCondition
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion.coarse import coarsen, noise_scale
 from diffsynth.motion.descriptors import MotionDescriptor, StepInputs
@@ -21,10 +23,11 @@ from diffsynth.motion.reuse import GradientMemory
 logger = logging.getLogger(__name__)
 
 
-def make_descriptor(guidance: MotionGuidance) -> MotionDescriptor:
-    """Return the descriptor of the guidance's mode and variant."""
-    make = guidance.descriptor
-    return (load(make) if isinstance(make, str) else make)(guidance)
+def make_descriptor(guidance: MotionGuidance, dit: WanModel | None = None) -> MotionDescriptor:
+    """Return the descriptor of the guidance's mode and variant, over several ranks if the DiT is."""
+    make, spread = guidance.descriptor, getattr(dit, "spread", None)
+    descriptor = (load(make) if isinstance(make, str) else make)(guidance)
+    return descriptor if spread is None else spread.descriptor(descriptor)
 
 
 @contextmanager
@@ -54,10 +57,10 @@ def guided_step(
     start: tuple[Tensor, float] | None = None,
     stop: Callable[[], bool] | None = None,
     memory: GradientMemory | None = None,
+    condition: ImageCondition = NO_CONDITION,
+    reference_condition: ImageCondition = NO_CONDITION,
 ) -> tuple[Tensor, OptimizationRecord]:
-    """Move the latents of one denoising step towards the reference's motion.
-
-    The model is left as found, also after an error.
+    """Move the latents of one denoising step towards the reference's motion; the model is left as found.
 
     Args:
         dit: the DiT that denoises.
@@ -71,11 +74,12 @@ def guided_step(
         guidance: parameters of the guidance.
         start: the run's first latents and their sigma, for descriptors that use the mean velocity since then.
         stop: called before each optimiser step; the optimiser stops once it returns True.
-        memory: gradients of earlier guided steps, if some may be repeated; a step that repeats them does not
-            run the DiT, and its record has no losses.
+        memory: gradients of earlier guided steps; one that repeats them has no losses in its record.
+        condition: from the pictures of the run; the frames that they fix are not moved.
+        reference_condition: the same from the reference's own frames in their places.
 
     Returns:
-        The moved latents, in the given dtype, and what the optimiser did.
+        The moved latents, in their dtype, and what the optimiser did.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -87,41 +91,38 @@ def guided_step(
                 f"latents and {name} must both be [1, C, F, h, w] of one shape; got "
                 f"{tuple(latents.shape)} and {tuple(given.shape)}"
             )
-    sigma = float(sigma)
-    descriptor = make_descriptor(guidance)
-    if (spread := getattr(dit, "spread", None)) is not None:  # over several ranks
-        descriptor = spread.descriptor(descriptor)
+    descriptor, free = make_descriptor(guidance, dit), condition.free(precise(latents))
     scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
+    level = scale * torch.as_tensor(timestep, dtype=torch.float32).reshape(1)
+    mean = _mean_velocity(latents, sigma, start)
     inputs = StepInputs(
-        dit=dit,
-        timestep=scale * torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(1),
-        sigma=scale * sigma,
-        null_context=null_context,
-        mean_velocity=_mean_velocity(latents, sigma, start),
+        dit=dit, timestep=level, sigma=scale * sigma, null_context=null_context, mean_velocity=mean
     )
 
-    def observe(x: Tensor, prompt: Tensor) -> Any:
-        return descriptor.observe(coarsen(x, sigma, guidance.coarse, dit.patch_size), prompt, inputs)
+    def observe(x: Tensor, prompt: Tensor, pictures: ImageCondition) -> Any:
+        pictures = pictures.averaged(lambda c: coarsen(c, 0, guidance.coarse, dit.patch_size))
+        seen = pictures.hold(coarsen(x, sigma, guidance.coarse, dit.patch_size))
+        return descriptor.observe(seen, prompt, replace(inputs, condition=pictures))
 
     @cache
     @torch.no_grad()
     def target() -> Any:
         noised = (1 - sigma) * precise(reference) + sigma * precise(noise)
-        return descriptor.describe(observe(noised, null_context))
+        return descriptor.describe(observe(noised, null_context, reference_condition))
 
     def objective(x: Tensor) -> Evaluation:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             # The target is passed too, since tile flow must read the windows found in the target.
-            seen = descriptor.describe(observe(leaf, context), target())
+            seen = descriptor.describe(observe(leaf, context, condition), target())
             loss, terms = descriptor.loss(seen, target())
             (gradient,) = torch.autograd.grad(loss, leaf)
-        return Evaluation(loss.detach(), gradient, terms)
+        return Evaluation(loss.detach(), gradient * free, terms)
 
     with frozen(dit):
         moved, record = optimize_latents(latents, objective, guidance, stop, memory)
     logger.debug("guided step at sigma %.4f: losses %s, parts %s", sigma, record.losses, record.parts)
-    return moved, record
+    return torch.where(free == 1, moved, latents), record
 
 
 def _mean_velocity(latents: Tensor, sigma: float, start: tuple[Tensor, float] | None) -> Tensor | None:

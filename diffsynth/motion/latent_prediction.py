@@ -32,10 +32,11 @@ class LatentPrediction:
 
     def _velocity(self, latents: Tensor, context: Tensor, inputs: StepInputs) -> Tensor:
         """Return the prediction, guided against the empty prompt, or of that prompt itself."""
-        velocity = inputs.dit(latents, inputs.timestep, context).to(latents.dtype)
+        arguments = inputs.of_dit(latents)
+        velocity = inputs.dit(latents, context=context, **arguments).to(latents.dtype)
         if context is inputs.null_context or self.guidance.prediction_cfg == 1:
             return velocity
-        null = inputs.dit(latents, inputs.timestep, inputs.null_context).to(latents.dtype)
+        null = inputs.dit(latents, context=inputs.null_context, **arguments).to(latents.dtype)
         return null + self.guidance.prediction_cfg * (velocity - null)
 
     def describe(self, features: Tensor, reference: Tensor | None = None) -> Tensor:  # noqa: ARG002

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffsynth.models.tables import table
+
 Pairs = list[tuple[int, int]]
 
 
@@ -40,7 +42,7 @@ def amf_loss(flow: Tensor, reference: Tensor, weights: list[float], token_scale:
         raise ValueError(f"flow is {tuple(flow.shape)} but its reference is {tuple(reference.shape)}")
     distance = (flow - reference).square().sum(-1).flatten(1)
     per_pair = distance.sum(1) if token_scale is None else distance.mean(1) * token_scale
-    return (per_pair * per_pair.new_tensor(weights)).mean()
+    return (per_pair * table(tuple(weights), per_pair.device, per_pair.dtype)).mean()
 
 
 def window_means(k: Tensor, pairs: Pairs, windows: Tensor, sides: tuple[int, int]) -> Tensor:
@@ -48,12 +50,12 @@ def window_means(k: Tensor, pairs: Pairs, windows: Tensor, sides: tuple[int, int
 
     It uses a summed-area table: four corners give the sum over any window.
     """
-    table = F.pad(k.cumsum(1).cumsum(2), (0, 0, 1, 0, 1, 0))
-    frame = torch.tensor([j for _, j in pairs], device=k.device, dtype=torch.long)[:, None]
+    summed = F.pad(k.cumsum(1).cumsum(2), (0, 0, 1, 0, 1, 0))
+    frame = table(tuple(j for _, j in pairs), k.device)[:, None]
     top, left = windows.unbind(-1)
     bottom, right = top + sides[0], left + sides[1]
-    sums = table[frame, bottom, right] - table[frame, top, right]
-    sums = sums - table[frame, bottom, left] + table[frame, top, left]
+    sums = summed[frame, bottom, right] - summed[frame, top, right]
+    sums = sums - summed[frame, bottom, left] + summed[frame, top, left]
     return sums / (sides[0] * sides[1])
 
 
@@ -66,9 +68,10 @@ def mean_change(means: Tensor, pairs: Pairs) -> Tensor:
     if not steps:
         return means.new_zeros(())
     first = [pairs[p][0] for p in steps]
-    share = [1 / first.count(i) / len(set(first)) for i in first]
-    changes = means[[p + 1 for p in steps]] - means[steps]
-    return (torch.linalg.vector_norm(changes, dim=-1).mean(-1) * means.new_tensor(share)).sum()
+    share = table(tuple(1 / first.count(i) / len(set(first)) for i in first), means.device, means.dtype)
+    before, after = (table(tuple(p + later for p in steps), means.device) for later in (0, 1))
+    changes = means[after] - means[before]
+    return (torch.linalg.vector_norm(changes, dim=-1).mean(-1) * share).sum()
 
 
 def masked_mse(flow: Tensor, reference: Tensor) -> Tensor:

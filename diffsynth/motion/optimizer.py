@@ -5,6 +5,7 @@ learning rate falls as lr_k = lr0 - (lr0 - lr1) * k / inner_steps. The optimiser
 A guided step that repeats the gradients of an earlier one (`GradientMemory`) computes none.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -114,7 +115,7 @@ def optimize_latents(
     reuse = GradientReuse(guidance.interval, guidance.reuse_above, guidance.reuse)
     remembered = None if memory is None else memory.begin()
     good = latents
-    evaluations: list[Evaluation] = []
+    evaluations: list[tuple[float, dict[str, float]]] = []
     evaluated_at, lrs = [], []
     for step in range(guidance.inner_steps):
         if stop is not None and stop():
@@ -124,29 +125,32 @@ def optimize_latents(
                 reuse.fresh(step, remembered[step])
         elif reuse.due(step):
             evaluation = objective(moved)
-            _check_finite(evaluation, step, good)
+            evaluations.append(_read(evaluation, step, good))
             good = moved.to(latents.dtype, copy=True)
             reuse.fresh(step, evaluation.gradient)
             if memory is not None:
                 memory.keep(step, evaluation.gradient)
-            evaluations.append(evaluation._replace(gradient=torch.empty(0)))
             evaluated_at.append(step)
         lrs.append(learning_rate(step, guidance) * reuse.rate(step))
         move(reuse.current(step), lrs[-1])
     return moved.to(latents.dtype), OptimizationRecord(
-        losses=tuple(e.loss.item() for e in evaluations),
-        parts=tuple({name: part.item() for name, part in e.parts.items()} for e in evaluations),
+        losses=tuple(loss for loss, _ in evaluations),
+        parts=tuple(parts for _, parts in evaluations),
         evaluated_at=tuple(evaluated_at),
         lrs=tuple(lrs),
     )
 
 
-def _check_finite(evaluation: Evaluation, step: int, good: Tensor) -> None:
-    for name in ("loss", "gradient"):
-        if not getattr(evaluation, name).isfinite().all():
-            parts = ", ".join(f"{part}={value.item():g}" for part, value in evaluation.parts.items())
-            raise NonFiniteGuidanceError(
-                f"the {name} of motion guidance is not finite at inner step {step} (loss "
-                f"{evaluation.loss.item():g}; {parts})",
-                good,
-            )
+def _read(evaluation: Evaluation, step: int, good: Tensor) -> tuple[float, dict[str, float]]:
+    """Return the loss and its parts; the one time that a gradient makes the CPU wait for the device."""
+    scalars = [evaluation.loss, evaluation.gradient.isfinite().all(), *evaluation.parts.values()]
+    loss, whole, *values = torch.stack([scalar.to(evaluation.loss) for scalar in scalars]).tolist()
+    parts = dict(zip(evaluation.parts, values, strict=True))
+    if not (math.isfinite(loss) and whole):
+        wrong, told = "gradient" if math.isfinite(loss) else "loss", [f"{n}={v:g}" for n, v in parts.items()]
+        raise NonFiniteGuidanceError(
+            f"the {wrong} of motion guidance is not finite at inner step {step} (loss {loss:g}; "
+            f"{', '.join(told)})",
+            good,
+        )
+    return loss, parts

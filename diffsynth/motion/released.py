@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import SEARCH_WINDOW, TILE, check_released
+from diffsynth.models.tables import table
 from diffsynth.motion.flow import (
     MotionFlow,
     Pairs,
@@ -42,7 +43,7 @@ def released_tile_flow(
     pairs = frame_pairs(len(q), sf)
     within, between = [p for p in pairs if p[0] == p[1]], [p for p in pairs if p[0] < p[1]]
     seen = _released_windows(q, k, between, window, tile, tau, chunk)
-    values = token_positions(window, window, q)
+    values = token_positions(window, window, q).clone()
     values[1::2] = 0
     in_window = expected_in_windows(to_tiles(q, tile), k, between, values, seen, tau)
     flow = torch.cat(
@@ -52,7 +53,7 @@ def released_tile_flow(
         ]
     )
     return MotionFlow(
-        flow=flow[pair_order(pairs, within + between)],
+        flow=flow[table(pair_order(pairs, within + between), flow.device)],
         pairs=pairs,
         window_loss=mean_change(_channel_means(k, between, seen), between),
     )
@@ -74,5 +75,5 @@ def _released_windows(
 
 def _channel_means(k: Tensor, pairs: Pairs, seen: Tensor) -> Tensor:
     """Mean over channels of each key in each tile's window: k [F, H, W, d], seen [P, T, L] -> [P, T, L]."""
-    frame = torch.tensor([j for _, j in pairs], device=k.device, dtype=torch.long)
+    frame = table(tuple(j for _, j in pairs), k.device)
     return k.mean(-1).flatten(1)[frame][:, None].expand(-1, seen.shape[1], -1).gather(2, seen)

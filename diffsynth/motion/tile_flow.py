@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import SEARCH_WINDOW, TAU, TILE, Heads
+from diffsynth.models.tables import table
 from diffsynth.motion.flow import (
     MotionFlow,
     Pairs,
@@ -44,7 +45,7 @@ def tile_motion_flow(
     window: int = 21,
     tile: tuple[int, int] = (3, 4),
     tau: float = 1.0,
-    windows: Tensor | None = None,
+    windows: Tensor | TileFlow | None = None,
     pairs: Pairs | None = None,
     heads: Heads = "mean_qk",
     chunk: int = 4,
@@ -56,7 +57,7 @@ def tile_motion_flow(
         window: l, side of the search window in tokens, cut to the grid's sides.
         tile: (rows, columns) in tokens; the last ones may be partial.
         tau: factor on the logits.
-        windows: those of an earlier result, which are used instead of searching.
+        windows: an earlier result or its windows, which are used instead of searching.
         pairs: a list of (i, j), in order of i, then j, instead of all within the span.
         heads: see `reduce_heads`.
         chunk: pairs held in memory at a time.
@@ -74,22 +75,25 @@ def tile_motion_flow(
     within, between = [p for p in pairs if p[0] == p[1]], [p for p in pairs if p[0] < p[1]]
     if windows is None:
         windows = find_windows(q, k, between, tile, sides, tau, chunk)
-    _check_windows(windows, (len(between), _count(grid, tile), 2), grid, sides)
+    elif isinstance(windows, TileFlow):  # found here, so nothing has to be read back from the device
+        windows = windows.windows
+    else:
+        _check_windows(windows, (len(between), _count(grid, tile), 2), grid, sides)
     flow = torch.cat(
         [dense_flow(q, k, within, tau, chunk), _flow_in_windows(q, k, between, windows, tile, sides, tau)]
     )
     return TileFlow(
-        flow=flow[pair_order(pairs, within + between)],
+        flow=flow[table(pair_order(pairs, within + between), flow.device)],
         pairs=pairs,
         windows=windows,
         window_loss=mean_change(window_means(k, between, windows, sides), between),
     )
 
 
-def tile_centres(grid: tuple[int, int], tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def tile_centres(grid: tuple[int, int], tile: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return rows and columns of the tiles' centre tokens; that of a partial tile stays inside the grid."""
     rows, cols = (
-        torch.arange(0, side, step).add(step // 2).clamp(max=side - 1)
+        torch.arange(0, side, step, device=device).add(step // 2).clamp(max=side - 1)
         for side, step in zip(grid, tile, strict=True)
     )
     return rows, cols
@@ -99,7 +103,7 @@ def centre_positions(
     q: Tensor, k: Tensor, pairs: Pairs, tile: tuple[int, int], tau: float, chunk: int
 ) -> Tensor:
     """Expected position in frame j of each tile's centre query: reduced q, k [F, H, W, d] -> [P, T, 2]."""
-    rows, cols = tile_centres((q.shape[1], q.shape[2]), tile)
+    rows, cols = tile_centres((q.shape[1], q.shape[2]), tile, q.device)
     return expected_positions(q[:, rows][:, :, cols].flatten(1, 2), k, pairs, tau, chunk)
 
 
@@ -109,8 +113,8 @@ def find_windows(
 ) -> Tensor:
     """Return the first (row, column) of each tile's window in frame j, [P, T, 2] long, inside the grid."""
     centre = centre_positions(q, k, pairs, tile, tau, chunk).round().long()
-    half = torch.tensor(sides, device=q.device) // 2
-    last = torch.tensor(q.shape[1:3], device=q.device) - torch.tensor(sides, device=q.device)
+    half = table((sides[0] // 2, sides[1] // 2), q.device)
+    last = table((q.shape[1] - sides[0], q.shape[2] - sides[1]), q.device)
     return (centre - half).clamp(min=torch.zeros_like(last), max=last)
 
 
@@ -146,10 +150,10 @@ def window_tokens(windows: Tensor, sides: tuple[int, int], grid: tuple[int, int]
     return (rows[..., :, None] * grid[1] + cols[..., None, :]).flatten(2)
 
 
-def pair_order(wanted: Pairs, given: Pairs) -> list[int]:
+def pair_order(wanted: Pairs, given: Pairs) -> tuple[int, ...]:
     """Return the index of each wanted pair in a list of pairs."""
     place = {pair: index for index, pair in enumerate(given)}
-    return [place[pair] for pair in wanted]
+    return tuple(place[pair] for pair in wanted)
 
 
 def _count(grid: tuple[int, int], tile: tuple[int, int]) -> int:
@@ -164,6 +168,6 @@ def _check_windows(
             f"windows must be {list(shape)}, (row, column) for each pair i < j and tile; "
             f"got {list(windows.shape)}"
         )
-    last = windows.new_tensor(grid) - windows.new_tensor(sides)
-    if not ((windows >= 0) & (windows <= last)).all():
+    last = (grid[0] - sides[0], grid[1] - sides[1])
+    if not ((windows >= 0) & (windows <= table(last, windows.device))).all():
         raise ValueError(f"windows must begin in rows 0..{last[0]} and columns 0..{last[1]}")

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from diffsynth.configs.checkpoints import checkpoint_folder
-from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.resolve import ModelFacts, ReferenceFacts
 from diffsynth.data import VideoData
 from diffsynth.data.tensors import Video, frame_size
@@ -99,14 +98,18 @@ class Components:
         boundary = 0.9 if self.dit.in_dim > self.dit.out_dim else 0.875  # as published, of two experts
         return facts if self.low_noise_dit is None else replace(facts, boundary=boundary)
 
-    def check_pictures(self, mode: str, has_first: bool, has_last: bool) -> None:
+    @property
+    def takes_picture(self) -> bool:
+        """Return whether the video may begin with a picture."""
+        is_ti2v = self.dit.has_clean_first_frame or isinstance(self.vae, WanVideoVAE22)
+        return is_ti2v or self.dit.in_dim > self.dit.out_dim
+
+    def check_pictures(self, has_first: bool, has_last: bool) -> None:
         """Raise ValueError if a picture is missing that the model needs, or passed that it does not take."""
-        if mode != NO_TRANSFER and (has_first or has_last):
-            raise ValueError(f"mode {mode} takes no picture yet; give mode='No_transfer' with one")
         needs, has_positions = self.dit.in_dim > self.dit.out_dim, self.dit.image_positions > 0
         takes_last = needs and (has_positions or not self.dit.has_image_input)
         for name, given, needed, taken in (
-            ("input_image", has_first, needs, needs or isinstance(self.vae, WanVideoVAE22)),
+            ("input_image", has_first, needs, self.takes_picture),
             ("end_image", has_last, has_positions, takes_last),
         ):
             if needed and not given:

@@ -1,7 +1,8 @@
 """Latents to frames: at the end of a run, or later from a file of final latents."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffsynth.configs.options import RunOptions
 from diffsynth.data.tensors import chunks_to_uint8, finite
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.components import Components
-from diffsynth.planning.ladder import Ladder, memory_problem
+from diffsynth.planning.ladder import Ladder
 from diffsynth.runs.identity import weights_fingerprint
 from diffsynth.runs.latents import read_latents
 
@@ -46,7 +47,15 @@ def decode_frames(vae: WanVideoVAE, latents: Tensor, options: RunOptions) -> Fra
         chunks: Iterable[Tensor] = video.split(vae.temporal_factor, dim=2)
     else:
         chunks = vae.decode_chunks(latents)
-    frames = chunks_to_uint8((finite(chunk, decoder) for chunk in chunks), options.num_frames)
+    means: list[Tensor] = []  # checked together, as a device waits for each check
+
+    def noted() -> Iterator[Tensor]:
+        for chunk in chunks:
+            means.append(chunk.mean())
+            yield chunk
+
+    frames = chunks_to_uint8(noted(), options.num_frames)
+    finite(torch.stack(means), decoder)
     return frames if options.output_type == "np" else [Image.fromarray(frame) for frame in frames]
 
 
@@ -94,11 +103,5 @@ def decode_saved(
         tile_stride=tile_stride,
     )
     ladder = Ladder(None if models is None else models.residency, vae)
-    while True:
-        try:
-            if models is None:
-                return decode_frames(vae, latents, options)
-            return decode_latents(models, latents, options)
-        except (RuntimeError, MemoryError) as error:
-            problem = memory_problem(error)
-        options = ladder.next("decode", options, problem)
+    decode = partial(decode_frames, vae) if models is None else partial(decode_latents, models)
+    return ladder.run("decode", partial(decode, latents), options)[0]

@@ -13,10 +13,11 @@ from torch import Tensor
 from diffsynth.caches.rules import StepCache, run_blocks_cached
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import RunOptions
+from diffsynth.models.conditions import NO_CONDITION, ImageCondition
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory, NonFiniteGuidanceError, guided_step
 from diffsynth.runs.cost import RunCost
-from diffsynth.runs.state import NO_CONDITION, ImageCondition, PromptEmbeddings, RunInputs
+from diffsynth.runs.state import PromptEmbeddings, RunInputs
 from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
 from diffsynth.vram_management import synchronize
 
@@ -61,7 +62,7 @@ def denoise(
     velocity: Velocity,
     guide: Guide | None = None,
     *,
-    guided_steps: int = 0,
+    guided: range = range(0),
     condition: ImageCondition = NO_CONDITION,
     first: int = 0,
     end: int | None = None,
@@ -73,7 +74,8 @@ def denoise(
         latents: [1, C, F, h, w] before step `first`.
         scheduler: a scheduler with its timesteps set.
         velocity: returns the DiT's prediction.
-        guide: moves the latents before each of the first guided_steps steps.
+        guide: moves the latents before each guided step.
+        guided: indices of the guided steps.
         condition: its first frame is kept, in the models that have it so.
         first: index (0-based) of the first step; end: of the one before which the loop ends, if not the last.
         stop: asked before each step; once it returns True, no further step begins.
@@ -88,13 +90,12 @@ def denoise(
         if stop():
             return
         timestep = scheduler.timesteps[index]
-        if guide is not None and index < guided_steps:
+        if guide is not None and index in guided:
             latents, losses = guide(index, latents, timestep)
-            latents = condition.hold(latents)
             yield RunEvent(
                 stage="guidance",
-                step=index + 1,
-                steps=guided_steps,
+                step=guided.index(index) + 1,
+                steps=len(guided),
                 latents=latents,
                 timestep=timestep,
                 losses=losses,
@@ -112,7 +113,7 @@ def denoise(
             clean=clean,
             interrupted=interrupted,
         )
-        latents = latents if replaced is None else replaced
+        latents = latents if replaced is None else condition.hold(replaced)
 
 
 def dit_velocity(
@@ -129,9 +130,7 @@ def dit_velocity(
         caches: one for each of the B samples, whose blocks may then be skipped.
         condition: from the pictures of the run.
     """
-    # Without non_blocking, a copy from the CPU waits until the device has done all its work.
-    timestep = timestep.to(x.device, non_blocking=True).reshape(1)
-    given = condition.of_dit(timestep, x.shape[0], x.shape[2])
+    given = condition.of_dit(timestep.reshape(1), x.shape[0], x.shape[2])
     if not caches:
         return dit(x, context=context, **given)
     state = dit.embed(x, context=context, **given)
@@ -203,6 +202,7 @@ def motion_guide(
         raise ValueError("motion guidance needs a reference and the empty prompt")
 
     def guide(index: int, latents: Tensor, timestep: Tensor) -> tuple[Tensor, tuple[float, ...]]:
+        synchronize(latents.device)  # the step before is none of guidance's time
         started = time.perf_counter()
         try:
             moved, record = guided_step(
@@ -216,12 +216,13 @@ def motion_guide(
                 null_context=null_context,
                 guidance=guidance.faded(index),
                 start=(start, scheduler.sigmas[0].item()),
+                condition=inputs.condition,
+                reference_condition=inputs.reference_condition,
                 stop=stop,
                 memory=memory,
             )
         except NonFiniteGuidanceError as error:
             raise NonFiniteGuidanceError(f"denoising step {index}: {error}", error.latents) from error
-        synchronize(latents.device)
         cost.add_guidance(time.perf_counter() - started, record)
         return moved, record.losses
 

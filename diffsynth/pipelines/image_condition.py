@@ -13,9 +13,9 @@ from torch import Tensor
 
 from diffsynth.configs.options import RunOptions
 from diffsynth.data.tensors import picture_to_tensor
+from diffsynth.models.conditions import ImageCondition
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.components import Components
-from diffsynth.runs.state import ImageCondition
 
 
 def image_condition(

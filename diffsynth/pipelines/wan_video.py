@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffsynth.configs.defaults import RunDefaults, run_defaults
-from diffsynth.configs.options import CallOptions, SavingOptions
-from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_plan, resolve_prompts
+from diffsynth.configs.options import PICTURES, CallOptions, SavingOptions
+from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_prompts, unknown_words
 from diffsynth.data import VideoData
 from diffsynth.data.frames import Picture, checked_int, read_picture
-from diffsynth.data.tensors import Video, video_to_tensor, warn_of_reference
+from diffsynth.data.tensors import Video
 from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
@@ -37,7 +37,8 @@ from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
 from diffsynth.pipelines.generate import GeneratedVideo, Observer, checked_callables, generate
 from diffsynth.planning.ladder import Ladder
-from diffsynth.planning.plan import RunPlan, plan_run
+from diffsynth.planning.plan import RunPlan, plan_run, resolve_plan
+from diffsynth.planning.reference import reference_pixels
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
@@ -329,17 +330,15 @@ class WanVideoPipeline:
             input_video: the reference; its first num_frames frames, centre-cropped and resized.
             input_image: the picture that the video begins with, likewise fitted; end_image: ends with.
             progress_bar_cmd: wraps the denoising steps, as tqdm does.
-            callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); latents in a dict that
-                it returns replace the run's.
+            callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); may return new ones.
             observer: called with a `RunEvent` when a stage begins and after each of its steps.
             test_latency: append what each video cost, a JSON line, to latency_dir/latency.jsonl.
             checkpoint_dir: folder in which the run is saved every checkpoint_every steps or
-                checkpoint_minutes, when it is interrupted or fails, and before frames are decoded. The same
-                call continues an unfinished run with the same results, and only decodes a finished one.
-                SIGINT and SIGTERM raise `RunInterrupted`, a KeyboardInterrupt.
+                checkpoint_minutes, when it is stopped or fails, and before decoding. The same call continues
+                it with the same results. SIGINT and SIGTERM raise `RunInterrupted`, a KeyboardInterrupt.
             resume: continue an unfinished run; False discards it.
-            options: stated by `RunOptions` and `Shorthands`, listed in docs/api.md. Those that are not given
-                are the preset's, else the checkpoint's (`defaults`), the reference's, the published method's.
+            options: stated by `RunOptions` and `Shorthands`, listed in docs/api.md; by default the preset's,
+                else the checkpoint's (`defaults`), the reference's, the published method's.
 
         Raises:
             ValueError, TypeError: an argument that is not allowed, before any model runs; also an unfinished
@@ -347,6 +346,8 @@ class WanVideoPipeline:
         """
         progress, observer = checked_callables(progress_bar_cmd, observer, callback_on_step_end)
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
+        if ignored := unknown_words([text for text, _ in prompts], self.defaults.words):
+            logger.warning("%s", ignored)
         costs = latency_file(latency_dir) if test_latency else None
         saving = SavingOptions(
             checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
@@ -355,14 +356,10 @@ class WanVideoPipeline:
         if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
             options["seed"] = saved_seed(folder)
         run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
-        self.models.check_pictures(run.mode, input_image is not None, end_image is not None)
-        named = {"input_image": input_image, "end_image": end_image}
-        pictures = [read_picture(picture, name) for name, picture in named.items() if picture is not None]
-        pixels = None
-        if input_video is not None:
-            pixels = video_to_tensor(input_video, run.num_frames, run.height, run.width)
-            if run.motion is not None:
-                warn_of_reference(pixels)
+        self.models.check_pictures(input_image is not None, end_image is not None)
+        named = zip(PICTURES, (input_image, end_image), strict=True)
+        pictures = [read_picture(picture, name) for name, picture in named if picture is not None]
+        pixels, run = reference_pixels(input_video, pictures, run)
         with self.residency.exclusive():
             ladder = Ladder(self.residency, self.vae)
             run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)

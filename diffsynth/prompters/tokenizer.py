@@ -12,7 +12,7 @@ from pathlib import Path
 END_ID = 1
 END_PIECE = "</s>"
 JSON_FILE, PIECE_FILE = "tokenizer.json", "spiece.model"
-_DOWNLOAD = "python examples/download_model.py --model 1.3b"
+_DOWNLOAD = "fastvmt download 1.3b"
 # Where checkpoints keep the tokenizer, seen from the folder of the text encoder's weights.
 _PLACES = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")
 # Top-level fields of a sentencepiece model: pieces, trainer, normaliser. The last one is written last.

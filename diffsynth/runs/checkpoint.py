@@ -18,11 +18,11 @@ from torch import Tensor
 
 from diffsynth.configs.options import RunOptions, SavingOptions
 from diffsynth.data.files import PARTIAL, checked_path, locked
+from diffsynth.models.conditions import ImageCondition
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import identity_differences, identity_key, run_identity
 from diffsynth.runs.signals import stoppable
 from diffsynth.runs.state import (
-    ImageCondition,
     PromptEmbeddings,
     RunInputs,
     StepState,
@@ -185,7 +185,7 @@ class SavedRun:
             noise=state["noise"],
             reference=reference,
             seconds=facts["seconds"],
-            condition=ImageCondition(**part(state, "condition")),
+            **{name: ImageCondition(**part(state, name)) for name in ("condition", "reference_condition")},
         )
         self._inputs_saved = True
         logger.info("continuing the run in %s", self._folder)
@@ -195,6 +195,7 @@ class SavedRun:
         if not self._inputs_saved and inputs is not None:
             contexts = {f"context.{i}": c._asdict() for i, c in enumerate(inputs.prompts)}
             contexts["condition"] = inputs.condition._asdict()
+            contexts["reference_condition"] = inputs.reference_condition._asdict()
             tensors = {**joined(contexts), "noise": inputs.noise, "reference": inputs.reference}
             tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             facts = {"identity": self._identity, "seed": self._seed, "prompts": len(inputs.prompts)}

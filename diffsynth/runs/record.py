@@ -8,7 +8,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from PIL import Image
 from torch import nn
 
 from diffsynth.configs.fields import fields_of
-from diffsynth.configs.options import DEFAULT_FPS, FileOptions, ReferenceOptions, RunOptions
+from diffsynth.configs.options import DEFAULT_FPS, PICTURES, FileOptions, ReferenceOptions, RunOptions
 from diffsynth.data.ffmpeg import file_url, run_ffmpeg
-from diffsynth.data.files import sha256_of_file, sha256_of_frames, sha256_of_video, written_whole
+from diffsynth.data.files import sha256_of_file, written_whole
+from diffsynth.data.frames import read_picture
 from diffsynth.data.writer import save_video
 from diffsynth.models.checkpoint_files import files_of
 from diffsynth.planning.cost import run_cost
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.runs.cost import RunCost
-from diffsynth.runs.identity import weights_fingerprint
+from diffsynth.runs.identity import sha256_of_frames, sha256_of_video, weights_fingerprint
 from diffsynth.version import __version__
 
 FORMAT_KEY = "fastvmt_record"
@@ -40,6 +41,7 @@ _TOKENIZER_FILES = ("*.json", "spiece.model")
 _NEEDED = {
     "options": (),
     "reference": ("path", "sha256"),
+    "pictures": (),
     "model": ("folder", "files", "setup"),
     "video": ("fps", "quality", "frames_sha256"),
     "versions": (),
@@ -55,6 +57,7 @@ class RunRecord:
     Attributes:
         options: fields of `RunOptions` in force at the end, seed and motion among them.
         reference: path, sha256, frames, fps and the fields of `ReferenceOptions`; None without one.
+        pictures: path and sha256 of input_image and end_image, of those that there were.
         model: folder; files with their bytes, and the sha256 of configs and tokenizer; weights, a fingerprint
             of each model as it ran; setup, how it was loaded.
         video: frames, height, width, fields of `FileOptions`, and the hash of the frames before encoding.
@@ -77,6 +80,7 @@ class RunRecord:
     cost: Mapping[str, Any]
     created: str
     job: str | None = None
+    pictures: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON can hold it, for `from_json`."""
@@ -94,8 +98,8 @@ class RunRecord:
         if content[FORMAT_KEY] not in READ_VERSIONS:
             version, read = content[FORMAT_KEY], " and ".join(map(str, READ_VERSIONS))
             raise ValueError(f"{source} is a record of version {version!r}; {read} are read here")
-        values = {name: value for name, value in content.items() if name != FORMAT_KEY}
-        names = {field.name for field in fields(cls)}
+        values = {"pictures": {}} | {name: value for name, value in content.items() if name != FORMAT_KEY}
+        names = {item.name for item in fields(cls)}
         if values.keys() != names:
             raise ValueError(f"{source} is no whole record: {', '.join(sorted(values.keys() ^ names))}")
         for name, needed in _NEEDED.items():
@@ -132,6 +136,7 @@ def make_record(
     model: Mapping[str, Any],
     file: FileOptions,
     job: str | None = None,
+    pictures: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Return the record of a run.
 
@@ -141,6 +146,7 @@ def make_record(
         reference: description from `describe_reference`; None without a reference.
         model: description from `describe_model`.
         job: hash of a batch job; None for other runs.
+        pictures: description from `describe_pictures`.
     """
     sizes = ModelSizes.of(models)
     latents = sizes.latent_shape(options.height, options.width, options.num_frames)
@@ -171,7 +177,17 @@ def make_record(
         cost=_plain({**asdict(cost), **counted}),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         job=job,
+        pictures=dict(pictures or {}),
     )
+
+
+def describe_pictures(paths: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """Return the `pictures` of a record, by argument; a file that is no picture raises an error here."""
+    for name, path in paths.items():
+        read_picture(path, name)
+    return {
+        name: {"path": str(path.resolve()), "sha256": sha256_of_file(path)} for name, path in paths.items()
+    }
 
 
 def describe_reference(
@@ -211,20 +227,30 @@ def fingerprints(models: Mapping[str, nn.Module]) -> dict[str, str]:
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Return kind, name and CPU threads, which with the versions decide how numbers are rounded."""
-    name = _cpu_name() if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
+    named = getattr(getattr(torch, device.type, None), "get_device_name", lambda _: device.type)  # not of mps
+    name = _cpu_name() if device.type == "cpu" else named(device)
     return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
 
 
 def differences(
-    record: RunRecord, reference: Mapping[str, Any] | None, model: Mapping[str, Any]
+    record: RunRecord,
+    reference: Mapping[str, Any] | None,
+    model: Mapping[str, Any],
+    pictures: Mapping[str, Any],
 ) -> list[str]:
-    """Return a message for each difference between a record and the present reference and model.
+    """Return a message for each difference between a record and the present reference, model and pictures.
 
     Args:
         reference: present description from `describe_reference`; None without a reference.
         model: present description from `describe_model`; its weights are compared if it names them.
+        pictures: present description from `describe_pictures`.
     """
-    found = []
+    then_and_now = [(record.pictures.get(name, {}), pictures.get(name, {})) for name in PICTURES]
+    found = [
+        f"{name} is not the recorded one"
+        for name, (was, now) in zip(PICTURES, then_and_now, strict=True)
+        if was.get("sha256") != now.get("sha256")
+    ]
     then = record.reference
     if (then is None) != (reference is None):
         found.append(f"the run had {'no' if then is None else 'a'} reference")

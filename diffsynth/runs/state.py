@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffsynth.data.files import written_whole
+from diffsynth.models.conditions import NO_CONDITION, ImageCondition
 
 FORMAT = 1
 
@@ -30,39 +31,6 @@ class PromptEmbeddings(NamedTuple):
     null: Tensor | None = None
 
 
-class ImageCondition(NamedTuple):
-    """What pictures give to the DiT; all None for a model or a run without pictures.
-
-    Attributes:
-        y: [1, C, F, h, w], channels that are appended to the latents.
-        clip_feature: [1, L, image_dim].
-        first_frame: latents [1, C, 1, h, w] of the first picture. Without y, they are the first latent frame
-            throughout, at timestep 0.
-    """
-
-    y: Tensor | None = None
-    clip_feature: Tensor | None = None
-    first_frame: Tensor | None = None
-
-    def hold(self, latents: Tensor) -> Tensor:
-        """Return latents [1, C, F, h, w] whose first frame is the picture's, if the model has it so."""
-        if self.y is not None or self.first_frame is None:
-            return latents
-        return torch.cat([self.first_frame.to(latents), latents[:, :, 1:]], dim=2)
-
-    def of_dit(self, timestep: Tensor, batch: int, num_frames: int) -> dict[str, Tensor]:
-        """Return the arguments of the DiT for a batch at one timestep [1] of the noised frames."""
-        if self.y is None and self.first_frame is not None:
-            timestep = torch.cat([torch.zeros_like(timestep), timestep.expand(num_frames - 1)])[None]
-        named = {"timestep": timestep, "y": self.y, "clip_feature": self.clip_feature}
-        return {
-            name: given.expand(batch, *given.shape[1:]) for name, given in named.items() if given is not None
-        }
-
-
-NO_CONDITION = ImageCondition()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunInputs:
     """The inputs of denoising, on the device.
@@ -73,6 +41,7 @@ class RunInputs:
         reference: latents of the reference in the shape of noise; None without one.
         seconds: duration of each stage that made them.
         condition: from the pictures of the run.
+        reference_condition: from the reference's frames in the places of these pictures.
     """
 
     prompts: list[PromptEmbeddings]
@@ -80,6 +49,7 @@ class RunInputs:
     reference: Tensor | None
     seconds: Mapping[str, float]
     condition: ImageCondition = NO_CONDITION
+    reference_condition: ImageCondition = NO_CONDITION
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

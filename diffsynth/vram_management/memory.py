@@ -15,8 +15,7 @@ def choose_device(device: str | torch.device) -> torch.device:
     """Return a torch device; "auto" is the accelerator if there is one, else the CPU.
 
     Raises:
-        ValueError: torch does not know the name.
-        RuntimeError: the accelerator is missing.
+        ValueError: torch does not know the name, or the accelerator is missing.
     """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,9 +26,8 @@ def choose_device(device: str | torch.device) -> torch.device:
             f"device must be 'auto' or a torch device such as 'cpu' or 'cuda:0'; got {device!r}"
         ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"device {device!r} needs CUDA, and torch sees no such device; use 'cpu' or 'auto'"
-        )
+        build = "this PyTorch is a CPU build" if torch.version.cuda is None else "torch sees no such device"
+        raise ValueError(f"device {str(device)!r} needs CUDA, and {build}; use 'cpu' or 'auto'")
     return chosen
 
 

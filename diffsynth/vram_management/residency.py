@@ -126,8 +126,9 @@ class Residency:
             if id(tensor) in staying:
                 continue
             home = tensor.data
-            tensor.data = copy_to(self.device, home)
-            if tensor.data_ptr() != home.data_ptr():
+            moved = copy_to(self.device, home)
+            if moved is not home:
+                tensor.data = moved
                 homes.append((tensor, home))
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from diffsynth.configs.defaults import EXACT
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
-from diffsynth.configs.options import FITS, MODES
+from diffsynth.configs.options import FITS, MODES, PICTURES
+from diffsynth.configs.resolve import unknown_words
 from diffsynth.webui import panel
 from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
@@ -20,7 +21,7 @@ from diffsynth.webui.references import starting_clips
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard
 from diffsynth.webui.session import Session, check_budget, make_video, show_motion
-from diffsynth.webui.uploads import keep_upload
+from diffsynth.webui.uploads import keep_picture, keep_upload
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Page:
 
     def __init__(self, session: Session, queue: JobQueue) -> None:
         self.session, self.queue = session, queue
-        self.clips = {path.stem: self._shown(path) for path in starting_clips(session.cache)}
+        self.clips = {path.stem: self._shown(path) for path in starting_clips()}
         self._gradio = import_gradio()
 
     def pick(self, name: str | None) -> str | None:
@@ -68,12 +69,16 @@ class Page:
         """Yield progress of a run until it ends: panel, id of the job, videos, files, gallery."""
 
         def start() -> QueuedJob:
-            request = self._request(values)
+            *options, picture = values
+            request = self._request(options)
             reference = None
             if uploaded is not None and request["mode"] != NO_TRANSFER:
                 reference = self._kept(uploaded)
+            pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
             check_budget(self.session, request, reference)
-            return self.queue.submit(lambda job: make_video(self.session, request, reference, job))
+            if ignored := unknown_words([request["prompt"]], self.session.pipe.defaults.words):
+                self._gradio.Warning(ignored)
+            return self.queue.submit(lambda job: make_video(self.session, request, reference, job, pictures))
 
         yield from self._follow(start, self._show_run, num_shown=4)
 
@@ -110,15 +115,15 @@ class Page:
         except (ValueError, OSError) as error:
             return (panel.failed(error), *[self._gradio.skip()] * 3)
 
-    def _request(self, values: tuple) -> dict[str, Any]:
+    def _request(self, values: Sequence[Any]) -> dict[str, Any]:
         asked = dict(zip(_FIELDS, values, strict=True))
         return checked_request(
             {name: v for name, v in asked.items() if v is not None and v != _UNSET.get(name)}
         )
 
-    def _kept(self, uploaded: str) -> Path:
+    def _kept(self, uploaded: str, keep: Callable[..., Path] = keep_upload) -> Path:
         arrived = Path(os.environ["GRADIO_TEMP_DIR"])
-        return keep_upload(uploaded, arrived, self.session.references, self.session.limits)
+        return keep(uploaded, arrived, self.session.references, self.session.limits)
 
     def _follow(
         self, start: Callable[[], QueuedJob], show: Callable[[Any], tuple], num_shown: int
@@ -184,6 +189,14 @@ def build(page: Page) -> Any:
             with gr.Column(scale=2):
                 reference = gr.Video(label="Reference", sources=["upload"], height=240, elem_id="reference")
                 clip = gr.Dropdown(list(page.clips), value=None, label="... or a shipped one", elem_id="clip")
+                picture = gr.Image(
+                    label="Picture that the video begins with",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    height=240,
+                    elem_id="picture",
+                    visible=session.pipe.models.takes_picture,
+                )
                 prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
                 preset = gr.Radio([EXACT, *defaults.presets], value=EXACT, label="Preset", elem_id="preset")
                 with gr.Row():
@@ -217,14 +230,11 @@ def build(page: Page) -> Any:
                         fit = gr.Dropdown(list(FITS), value="crop", label="Fit", elem_id="fit")
             with gr.Column(scale=3):
                 status = gr.HTML(panel.IDLE, elem_id="panel")
-                both = gr.Video(label="Reference | result", interactive=False, loop=True, autoplay=True)
+                plays = {"interactive": False, "loop": True, "autoplay": True}
+                both = gr.Video(label="Reference | result", **plays)
                 with gr.Row():
-                    result = gr.Video(
-                        label="Result", interactive=False, loop=True, autoplay=True, elem_id="result"
-                    )
-                    motion = gr.Video(
-                        label="Motion", interactive=False, loop=True, autoplay=True, elem_id="motion"
-                    )
+                    result = gr.Video(label="Result", elem_id="result", **plays)
+                    motion = gr.Video(label="Motion", elem_id="motion", **plays)
                 files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
         past = gr.Gallery(
             page.gallery, label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
@@ -234,9 +244,8 @@ def build(page: Page) -> Any:
         shown = [both, result, files]
         clip.input(page.pick, clip, reference, api_name=False)
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
-        go.click(
-            page.generate, [reference, *asked], [status, job_id, *shown, past], api_name="generate", **many
-        )
+        made = [status, job_id, *shown, past]
+        go.click(page.generate, [reference, *asked, picture], made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
 

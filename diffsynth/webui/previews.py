@@ -7,15 +7,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool3d
+from torch.nn.functional import adaptive_avg_pool3d, interpolate
 
-from diffsynth.data.tensors import video_to_tensor
-from diffsynth.evaluation.synthetic import make_clip
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 
-# Seeds, frames and side of the clips that the map is fitted to; their colours and positions vary.
+# Seeds, frames and side of the clips that the map is fitted to: clouds of colour that change slowly.
 _SEEDS, _FRAMES, _SIDE = (1, 2, 3, 4), 9, 128
+_CLOUDS = (3, 6, 6)  # frames, rows and columns of random colours, with colours between them
 SHOWN_SIDE = 192  # pixels, of the shorter side
 MOST_SHOWN = 12  # frames
 PREVIEWS_OF_A_RUN = 10
@@ -45,8 +44,8 @@ def fit_colours(pipe: WanVideoPipeline) -> Tensor:
     """
     rows, colours = [], []
     for seed in _SEEDS:
-        frames = make_clip(seed, num_frames=_FRAMES, height=_SIDE, width=_SIDE).frames
-        video = video_to_tensor([Image.fromarray(frame) for frame in frames], _FRAMES, _SIDE, _SIDE)
+        clouds = torch.rand(1, 3, *_CLOUDS, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        video = interpolate(clouds, (_FRAMES, _SIDE, _SIDE), mode="trilinear")
         with pipe.residency.using("vae"):
             latents = pipe.vae.encode(video, tiled=True).float().cpu()
         # The first frame is one latent frame, and looks like those that follow it.

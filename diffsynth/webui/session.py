@@ -138,7 +138,11 @@ def _resolved(
 
 
 def make_video(
-    session: Session, request: Mapping[str, Any], reference: Path | None, job: QueuedJob
+    session: Session,
+    request: Mapping[str, Any],
+    reference: Path | None,
+    job: QueuedJob,
+    pictures: Mapping[str, Path] | None = None,
 ) -> PastRun:
     """Make the video and write it with its record; nothing is written if the job is cancelled or fails.
 
@@ -147,6 +151,7 @@ def make_video(
         request: from `checked_request`.
         reference: path of the reference video; None without one.
         job: to report to.
+        pictures: path of input_image, if there is one.
 
     Raises:
         ValueError: the reference is missing.
@@ -155,7 +160,7 @@ def make_video(
     if reference is None and request["mode"] != NO_TRANSFER:
         raise ValueError("upload a reference video, or choose the mode without transfer")
     session.output_dir.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
-    task = replace(make_task(request, reference, session.folder), folder=session.output_dir)
+    task = replace(make_task(request, reference, session.folder, pictures), folder=session.output_dir)
     observer = JobObserver(job, session.previews)
     with job.interruptible(session.pipe.interrupt):
         video, record = run_task(session.pipe, task, session.model, session.loaded, observer)

@@ -4,6 +4,7 @@ A playlist named .mp4 would make ffmpeg read other files, so the content decides
 """
 
 import hashlib
+import io
 import os
 import re
 import stat
@@ -15,7 +16,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
+from PIL import Image, ImageOps
+
 from diffsynth.data.ffmpeg import file_url, run_ffmpeg
+from diffsynth.data.files import written_whole
+from diffsynth.data.frames import UNREADABLE, to_rgb
 from diffsynth.data.stream import EVERY_FRAME_ONCE, VIDEO_STREAM
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -87,6 +92,27 @@ def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLim
             os.replace(temporary, kept)
     finally:
         temporary.unlink(missing_ok=True)
+    return kept
+
+
+def keep_picture(path: str | Path, folder: Path, kept_in: Path, limits: UploadLimits) -> Path:
+    """Check an uploaded picture and keep its pixels as a PNG; arguments and errors as for `keep_upload`."""
+    with _open_inside(Path(path), folder) as source:
+        content = source.read(int(limits.megabytes * 2**20) + 1)
+    if len(content) > limits.megabytes * 2**20:
+        raise ValueError(f"the picture is larger than {limits.megabytes:g} MB, the limit here")
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            if opened.width * opened.height > limits.pixels:
+                raise ValueError(f"the picture has more than {limits.pixels} pixels; send a smaller one")
+            picture = to_rgb(ImageOps.exif_transpose(opened))
+    except UNREADABLE as error:
+        raise ValueError("the uploaded file cannot be read as a picture") from error
+    digest = hashlib.sha256(picture.tobytes()).hexdigest()[:HASH_LENGTH]
+    kept = kept_in / f"{safe_stem(Path(path).stem)}-{digest}.png"
+    kept_in.mkdir(parents=True, exist_ok=True)
+    with written_whole(kept) as temporary:
+        picture.save(temporary, "PNG")
     return kept
 
 

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from sprite_package import SPRITES
 from sprite_scenes import PATTERNS, SCENERY
+from synthetic import BACKGROUND_TEXTURES, COLOURS, OBJECT_TEXTURES, SHAPES
 from torch import Tensor
-
-from diffsynth.evaluation.synthetic import BACKGROUND_TEXTURES, COLOURS, OBJECT_TEXTURES, SHAPES
 
 SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 PAD, END, _, UNKNOWN = range(4)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from synthetic import COLOURS, SHAPES
 
 from diffsynth import WanVideoPipeline
-from diffsynth.evaluation.synthetic import COLOURS, SHAPES
 
 SHOWN = (0, 4, 8, 12, 16)
 SCALE = 2

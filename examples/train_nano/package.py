@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from captions import TEXT_LEN, write_tokenizer
+from captions import TEXT_LEN, WORDS, write_tokenizer
 from runs import load_state
 from safetensors.torch import save_file
 from sprite_package import FOLDER
@@ -85,7 +85,7 @@ def main() -> None:
     }
     path = args.output / "config.json"
     earlier = json.loads(path.read_text())["fastvmt"] if path.exists() else {}
-    path.write_text(json.dumps({**config, "fastvmt": {**USUAL, **earlier}}, indent=2) + "\n")
+    path.write_text(json.dumps({**config, "fastvmt": {**USUAL, **earlier, "words": WORDS}}, indent=2) + "\n")
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, trained for {state['step']} steps")
 

@@ -1,4 +1,4 @@
-"""Clips of sprites over backgrounds, moved as `diffsynth.evaluation.synthetic` moves its shapes.
+"""Clips of sprites over backgrounds, moved as `benchmarks.synthetic.clips` moves its shapes.
 
 The motion comes from `make_clip`: its maps from an object's coordinates to pixels stay, its pictures are
 replaced.
@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 from sprite_package import SPRITES, mean_colour, sprite
-
-from diffsynth.evaluation.shapes import signed_distance
-from diffsynth.evaluation.synthetic import COLOURS, SceneOptions, SyntheticClip, make_clip
+from synthetic import COLOURS, SceneOptions, SyntheticClip, make_clip, signed_distance
 
 SCENERY: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "meadow": ((150, 205, 240), (95, 170, 80)),

@@ -28,9 +28,9 @@ from runs import (
 from safetensors.torch import load_file
 from sprite_package import HELD_OUT_SPRITES
 from sprite_scenes import SpriteScenes
+from synthetic import SceneOptions
 from torch import Tensor, nn
 
-from diffsynth.evaluation.synthetic import SceneOptions
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae_layers import Downsample, ResidualBlock, Upsample
 from diffsynth.vram_management import choose_device

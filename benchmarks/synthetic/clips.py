@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from diffsynth.evaluation.shapes import KNOWN_SHAPES, signed_distance
-from diffsynth.evaluation.trajectories import PATHS, place_path
+from benchmarks.synthetic.shapes import KNOWN_SHAPES, signed_distance
+from benchmarks.synthetic.trajectories import PATHS, place_path
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 HELD_OUT_SHAPES = ("hexagon", "heart")

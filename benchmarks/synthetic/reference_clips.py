@@ -1,14 +1,14 @@
 """Write the reference clips of examples/data: shapes on known paths, for the nano model and for real ones.
 
-python examples/make_reference_clips.py --output_dir examples/data
+python -m benchmarks.synthetic.reference_clips --output_dir examples/data
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth import save_video
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
 
 # name -> seed and what make_clip is asked for
 CLIPS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -1,15 +1,10 @@
 """The self-test: what the embedded model computes on a device, stage by stage, against stored numbers.
 
-python benchmarks/reliability/self_test.py [--device cuda --json table.json --write]
-
-Every stage has inputs of its own, drawn on the CPU, so that a fault shows in the stage that has it. Exits 1
-if a stage misses its tolerance. --write stores the numbers anew, computed in float32 on the CPU: after a
-change that is meant to change what the embedded model computes.
+Every stage has inputs of its own, drawn on the CPU, so that a fault shows in the stage that has it. The
+stored numbers are those of `write_reference`: float32 on a CPU.
 """
 
-import argparse
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,7 +28,7 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.state import PromptEmbeddings, RunInputs
 from diffsynth.schedulers import make_scheduler
-from diffsynth.vram_management import Residency, choose_device
+from diffsynth.vram_management import Residency
 
 REFERENCE = Path(__file__).with_suffix(".safetensors")
 NUM_SAMPLES = 256  # elements of a result that are compared, besides its norm
@@ -52,6 +47,7 @@ FAULTS = (RuntimeError, TypeError, ValueError, ImportError)  # what a broken dev
 Outputs = dict[str, Tensor]
 Stage = Callable[[Components], Outputs]
 _ATTENTION = "attention "
+HEADING = f"{'stage':<24}dtype         error  tolerance"
 
 
 class StageResult(NamedTuple):
@@ -68,6 +64,12 @@ class StageResult(NamedTuple):
     def failed(self) -> bool:
         """Return whether the stage ran and missed its tolerance."""
         return not self.skipped and not self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        """Return a line of the table, under `HEADING`."""
+        state = "skipped" if self.skipped else "FAILED" if self.failed else "ok"
+        numbers = f"{self.error:>9.1e}  {self.tolerance:>9.1e}  {state} {self.reason}"
+        return f"{self.stage:<24}{self.dtype:<10}{numbers}".rstrip()
 
 
 def _draw(models: Components, seed: int, *shape: int) -> Tensor:
@@ -249,7 +251,7 @@ def _measure(models: Components, dtype: str, stage: str, stored: Outputs) -> Sta
 
 
 def write_reference() -> None:
-    """Store the numbers of each stage that has numbers of its own."""
+    """Store the numbers of this CPU, after a change that is meant to change what the model computes."""
     models = load_models(torch.device("cpu"), "float32")
     results: dict[str, torch.Tensor] = {}
     others = {"streaming", "compile", *(_ATTENTION + name for name in BACKENDS)} - {f"{_ATTENTION}sdpa"}
@@ -257,36 +259,3 @@ def write_reference() -> None:
         samples = run_stage(models, STAGES[stage][0])
         results |= {f"{stage}/{name}": value.float() for name, value in samples.items()}
     save_file(results, REFERENCE)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="file for the table")
-    parser.add_argument("--write", action="store_true", help="store the numbers of this machine's CPU")
-    args = parser.parse_args(arguments)
-    if args.write:
-        write_reference()
-    device = choose_device(args.device)
-    refused = {dtype: dtype_refusal(device, dtype) for dtype in WIDE_DTYPES}
-    print(f"{'stage':<24}dtype         error  tolerance")
-    results, failed = [], False
-    for result in self_test(device, [dtype for dtype in WIDE_DTYPES if not refused[dtype]]):
-        state = "skipped" if result.skipped else "FAILED" if result.failed else "ok"
-        numbers = f"{result.error:>9.1e}  {result.tolerance:>9.1e}  {state} {result.reason}".rstrip()
-        print(f"{result.stage:<24}{result.dtype:<10}{numbers}", flush=True)
-        failed |= result.failed
-        # JSON has no infinity.
-        results.append({**result._asdict(), "error": result.error if math.isfinite(result.error) else None})
-    for dtype, reason in refused.items():
-        if reason:
-            print(f"{dtype} does not work on {device}: {reason}")
-    if args.json:
-        args.json.write_text(json.dumps(results))
-    return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,48 @@
+"""Checks of what is asked for that need no PyTorch, whose import takes seconds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffsynth.configs.checkpoints import checkpoint_folder, published_key
+from diffsynth.configs.defaults import run_defaults
+from diffsynth.configs.descriptors import NO_TRANSFER
+from diffsynth.jobs.errors import UsageError
+
+# Names of options that are files which must exist, and what a message calls such a file.
+_FILES = {
+    "reference": "video file", "generated": "video file", "videos": "video file",
+    "jobs": "jobs file", "latents": "latents file", "record": "record", "input_image": "picture",
+    "end_image": "picture",
+}  # fmt: skip
+
+
+def check_request(options: Mapping[str, Any], reference: Path | None) -> None:
+    """Raise UsageError if the reference or the prompt of a video is missing or empty."""
+    if reference is None and options.get("mode") != NO_TRANSFER:
+        raise UsageError("a reference video is missing; for a video from text alone give --mode No_transfer")
+    if "prompt" not in options:
+        raise UsageError("--prompt is missing: what shall the video show?")
+    if isinstance(options["prompt"], str) and not options["prompt"].strip():
+        raise UsageError("--prompt is empty: what shall the video show?")
+
+
+def check_early(options: Mapping[str, Any]) -> None:
+    """Check the parsed options of a command.
+
+    Raises:
+        UsageError: something is missing.
+        FileNotFoundError: a file or the model does not exist.
+        ValueError: the model has no such preset.
+    """
+    for name, kind in _FILES.items():
+        asked = options.get(name)
+        for path in asked if isinstance(asked, list) else [asked]:
+            if isinstance(path, Path) and not path.exists():
+                raise FileNotFoundError(f"{kind} {path} does not exist")
+    if options["command"] == "transfer" and options["record"] is None:
+        check_request(options, options["reference"])
+    model = None if options["command"] == "download" else options.get("model")
+    if model is not None and not (options["command"] == "plan" and published_key(model)):
+        folder = checkpoint_folder(model, options["models_dir"])
+        run_defaults(folder).with_preset(options.get("preset", "exact"))

@@ -1,0 +1,75 @@
+"""Find an object before its background: by colour, and by connected patches.
+
+A background of one colour, lit unevenly or checkered, is a stretch of a ray in RGB: its colour at different
+brightness.
+"""
+
+import numpy as np
+
+# A background's brightness against its most frequent one; the generated backgrounds span 0.72 to 1.39.
+SHADES = (0.65, 1.45)
+# Distances in RGB, 0 to 441. What is nearer to the background is background, whatever the object's colour.
+LEAST_DISTANCE = 30.0
+_BIN = 16  # RGB levels that count as one colour when the background is looked for
+_CANDIDATES = 12
+_SPARSE = 2  # rows and columns between the pixels that are looked at for it
+
+
+def distance_from_background(video: np.ndarray) -> np.ndarray:
+    """Return how far each pixel is from the background's colour at its nearest brightness.
+
+    Args:
+        video: uint8 [T, H, W, 3].
+
+    Returns:
+        float32 [T, H, W], distance in RGB from 0 to 441.
+    """
+    return _distance_to_shades(video.astype(np.float32), _background_colour(video))
+
+
+def _distance_to_shades(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Return how far RGB pixels [..., 3] are from a colour [3] at its nearest brightness: float32 [...]."""
+    shade = (pixels @ colour / max(float(colour @ colour), 1.0)).clip(*SHADES)
+    rest = pixels - shade[..., None] * colour
+    return np.sqrt(np.einsum("...c,...c->...", rest, rest))
+
+
+def _background_colour(video: np.ndarray) -> np.ndarray:
+    """Return the colour that, at some brightness, most pixels have: float32 [3]."""
+    pixels = video[:, ::_SPARSE, ::_SPARSE].reshape(-1, 3).astype(np.float32)
+    bins = (pixels // _BIN).astype(int) @ np.array([4096, 64, 1])
+    names, counts = np.unique(bins, return_counts=True)
+    candidates = [
+        pixels[bins == name].mean(0) for name in names[np.argsort(-counts, kind="stable")[:_CANDIDATES]]
+    ]
+    near = [(_distance_to_shades(pixels, colour) < LEAST_DISTANCE).sum() for colour in candidates]
+    return candidates[int(np.argmax(near))]
+
+
+def largest_patches(masks: np.ndarray) -> np.ndarray:
+    """Keep the largest connected patch (also across corners) of each mask: bool [T, H, W] -> the same."""
+    labels = _patch_labels(masks)
+    areas = np.bincount(labels[masks], minlength=masks.size)
+    out = np.zeros_like(masks)
+    for t, (label, mask) in enumerate(zip(labels, masks, strict=True)):
+        if mask.any():
+            own = label[mask]
+            out[t] = mask & (label == own[areas[own].argmax()])
+    return out
+
+
+def _patch_labels(masks: np.ndarray) -> np.ndarray:
+    """Label the pixels of a patch by the index of one of them, and others by -1: int [T, H, W]."""
+    labels = np.where(masks, np.arange(masks.size).reshape(masks.shape), -1)
+    while True:
+        spread = labels.copy()
+        for axis in (1, 2):
+            line = np.moveaxis(spread, axis, 0)
+            larger = np.maximum(line[:-1], line[1:])
+            np.maximum(line[:-1], larger, out=line[:-1])
+            np.maximum(line[1:], larger, out=line[1:])
+        # A label is a place in the same patch: taking that place's label makes the way there short.
+        spread = np.where(masks, spread.ravel()[spread], -1)
+        if (spread == labels).all():
+            return labels
+        labels = spread
