@@ -295,6 +295,13 @@ def _add_plan(parser: Parser) -> None:
     parser.add_argument("--model", help="1.3b or 14b, which need no weights here; else as for transfer")
     add_models_dir(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
+    parser.add_argument(
+        "--gpus", type=reader(Whole(1)), metavar="N", help="predict the run over N of them, too"
+    )
+    speed, text = reader(Number(above=0)), "TFLOP/s that one computes, with --gpus (400)"
+    parser.add_argument("--tflops", type=speed, default=400, metavar="X", help=text)
+    text = "GB/s that one sends, with --gpus (200)"
+    parser.add_argument("--gb-per-s", type=speed, default=200, metavar="X", help=text)
     parser.add_argument("--vram", type=number, metavar="GB", help="memory of the device; no limit")
     add_call_options(parser)
 
