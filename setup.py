@@ -11,6 +11,7 @@ EVAL = ["opencv-python-headless>=4.10", *FIGURES]
 UI = ["gradio>=6.0", *FIGURES]
 COMPLETION = ["shtab>=1.13"]
 GGUF = ["gguf>=0.17"]
+RAY = ["ray>=2.40"]
 BROWSER = ["selenium>=4.20"]
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 DEV = ["hypothesis>=6.100", "mypy>=1.15", "peft>=0.17", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8"]
@@ -45,6 +46,7 @@ setup(
         "ui": UI,
         "completion": COMPLETION,
         "gguf": GGUF,
+        "ray": RAY,
         "bench": ["diffusers>=0.33"],
         "dev": [*EVAL, *UI, *COMPLETION, *GGUF, *BROWSER, *NOTEBOOK, *DEV],
     },

@@ -6,9 +6,10 @@ video, and the video appears whole, so a kill at any moment leaves a job either 
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,26 +56,25 @@ def run(options: Namespace, console: Console) -> int:
     if options.checkpoint_dir is not None:
         raise UsageError("--checkpoint-dir is for one video; --resume has a folder for each")
     shared = {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
+    spread = options.workers is not None or options.ray is not None
+    if spread and getattr(options, "resume", None) is None:
+        options.resume = True  # a job continues when its worker dies
     jobs = read_jobs(options.jobs, folder, task_options(vars(options)), shared)
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_batch(folder):
         batch = _Batch(options, console)
         # All of them first, so that a wrong line is known before hours of work.
-        prepared = [batch.prepare(job) for job in jobs]
-        results = []
-        for number, (job, task) in enumerate(zip(jobs, prepared, strict=True), 1):
-            console.note(f"job {number} of {len(jobs)} (line {job.line})")
-            try:
-                results.append(task if isinstance(task, dict) else batch.do(job, task))
-                if results[-1].pop("disk", False):
-                    left = len(jobs) - number
-                    console.problem(f"the disk takes nothing more: {left} jobs are left for the next start")
-                    break
-            except KeyboardInterrupt as stop:
-                raise KeyboardInterrupt(
-                    f"interrupted in the job of line {job.line}; the same command goes on with it"
-                ) from stop
+        results = [task for job in jobs if isinstance(task := batch.prepare(job), dict)]
+        left = [job for job in jobs if job.line in batch.tasks]
+        made = map(batch.make, left) if not spread else _spread(left, options)
+        for result in _told(made, left, console, spread):
+            results.append(result)
+            if result.pop("disk", False):
+                later = len(jobs) - len(results)
+                console.problem(f"the disk takes nothing more: {later} jobs are left for the next start")
+                break
+        results.sort(key=lambda result: result["line"])
     counts = {state: sum(r["state"] == state for r in results) for state in ("done", "skipped", "failed")}
     console.say(f"{counts['done']} done, {counts['skipped']} were done before, {counts['failed']} failed")
     for result in results:
@@ -82,6 +82,38 @@ def run(options: Namespace, console: Console) -> int:
             console.say(f"  line {result['line']}: {result['error']}")
     console.result({"jobs": results, **counts})
     return FAILED if counts["failed"] else DONE
+
+
+def _spread(jobs: Sequence[JobLine], options: Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the results of jobs that workers do, in any order."""
+    from diffsynth.distributed.workers import over_workers, start_actor, start_process
+
+    start, workers = start_process, options.workers or 1
+    if options.ray is not None:
+        import ray
+
+        ray.init(address=options.ray if options.ray != "local" else None, log_to_driver=False)
+        resources = ray.cluster_resources()
+        start, workers = start_actor, options.workers or int(resources.get("GPU", 0) or resources["CPU"])
+    silent = Console(json=True, quiet=True)
+    yield from over_workers(jobs, partial(start, _Batch, options, silent), min(workers, len(jobs) or 1))
+
+
+def _told(
+    made: Iterator[dict[str, Any]], jobs: Sequence[JobLine], console: Console, spread: bool
+) -> Iterator[dict[str, Any]]:
+    """Tell of each job before it is made or, on workers, once it is."""
+    for number, job in enumerate(jobs, 1):
+        try:
+            if not spread:
+                console.note(f"job {number} of {len(jobs)} (line {job.line})")
+            result = next(made)
+        except KeyboardInterrupt as stop:
+            where = f"the job of line {job.line}" if not spread else f"{len(jobs) - number + 1} jobs"
+            raise KeyboardInterrupt(f"interrupted in {where}; the same command goes on with it") from stop
+        if spread:
+            console.note(f"{number} of {len(jobs)}: line {result['line']} {result['state']}")
+        yield result
 
 
 class _Batch:
@@ -94,6 +126,7 @@ class _Batch:
         self._checkpoint = choose_model(options.model, options.models_dir, self._told.append, self._loaded)
         self._model = describe_model(self._checkpoint, asdict(self._loaded))
         self._pipe: WanVideoPipeline | None = None
+        self.tasks: dict[int, VideoTask] = {}  # by line
 
     def prepare(self, job: JobLine) -> VideoTask | dict[str, Any]:
         """Return the task of a job, or the facts for the summary if it cannot be one."""
@@ -110,14 +143,18 @@ class _Batch:
                 check_output(output, overwrite)
         except _ERRORS as error:
             return self._failure(job, error)
+        self.tasks[job.line] = task
         return task
 
-    def do(self, job: JobLine, task: VideoTask) -> dict[str, Any]:
+    def make(self, job: JobLine) -> dict[str, Any]:
         """Do one job, unless it is done, and return the facts for the summary.
 
         Raises:
             RunFailedError: the model cannot be loaded.
         """
+        task = self.tasks.get(job.line) or self.prepare(job)
+        if isinstance(task, dict):
+            return task
         assert task.output is not None
         try:
             if was_made(task, self._model):

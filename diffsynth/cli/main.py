@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(Console(json="--json" in arguments), error, BAD_USAGE)
     except SystemExit as done:  # after --help and --version
         return int(done.code or 0)
+    options.arguments = arguments
     console = Console(json=options.json, quiet=options.quiet)
     reason: Exception
     with _log_to_stderr(logging.INFO if options.verbose else logging.WARNING):

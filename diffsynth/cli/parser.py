@@ -21,7 +21,7 @@ from diffsynth.cli.arguments import (
 )
 from diffsynth.configs.checkpoints import PUBLISHED, published_key
 from diffsynth.configs.descriptors import DEFAULT_MODE, flow_modes
-from diffsynth.configs.fields import Whole
+from diffsynth.configs.fields import Number, Whole
 from diffsynth.configs.options import DTYPES, TILING, FileOptions, LoadOptions, ReferenceOptions, RunOptions
 from diffsynth.jobs.download import SOURCES
 from diffsynth.jobs.errors import UsageError
@@ -222,6 +222,12 @@ def _add_transfer(parser: Parser) -> None:
     parser.add_argument("--gif", action="store_true", help=text)
     parser.add_argument("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
     parser.add_argument("--force", action="store_true", help="with --from: although something changed")
+    parser.add_argument("--gpus", type=reader(Whole(1)), metavar="N", help="spread the run over N processes")
+    wait, text = (
+        reader(Number(above=0)),
+        "seconds after which a process without answer ends the run (600)",
+    )
+    parser.add_argument("--rank-timeout", type=wait, default=600, metavar="S", help=text)
     _add_run(parser)
 
 
@@ -289,6 +295,13 @@ def _add_plan(parser: Parser) -> None:
     parser.add_argument("--model", help="1.3b or 14b, which need no weights here; else as for transfer")
     add_models_dir(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
+    parser.add_argument(
+        "--gpus", type=reader(Whole(1)), metavar="N", help="predict the run over N of them, too"
+    )
+    speed, text = reader(Number(above=0)), "TFLOP/s that one computes, with --gpus (400)"
+    parser.add_argument("--tflops", type=speed, default=400, metavar="X", help=text)
+    text = "GB/s that one sends, with --gpus (200)"
+    parser.add_argument("--gb-per-s", type=speed, default=200, metavar="X", help=text)
     parser.add_argument("--vram", type=number, metavar="GB", help="memory of the device; no limit")
     add_call_options(parser)
 
@@ -305,6 +318,10 @@ def _add_batch(parser: Parser) -> None:
     parser.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl or .csv file, a job a line")
     parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")
     parser.add_argument("--overwrite", action="store_true", help="replace outputs made in another way")
+    workers = "processes that each load the model; with --ray actors, one a GPU or CPU by default"
+    parser.add_argument("--workers", type=reader(Whole(1)), metavar="N", help=workers)
+    text = "work on Ray: a cluster's address, or this machine"
+    parser.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help=text)
     _add_run(parser)
 
 

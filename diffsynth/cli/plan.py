@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from dataclasses import asdict
 
 import torch
 
@@ -29,7 +30,14 @@ def run(options: Namespace, console: Console) -> int:
     except NotEnoughMemoryError as error:
         raise RunFailedError(str(error)) from error
     console.say(str(plan))
-    console.result(json.loads(plan.to_json()))
+    several = {}
+    if options.gpus is not None:
+        from diffsynth.distributed.predict import plan_ranks
+
+        of_rank = plan_ranks(sizes, plan, options.gpus, options.tflops, options.gb_per_s)
+        console.say(str(of_rank))
+        several = {"of_rank": asdict(of_rank)}
+    console.result(json.loads(plan.to_json()) | several)
     return DONE
 
 

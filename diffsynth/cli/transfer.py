@@ -1,5 +1,6 @@
 """`fastvmt transfer`: make one video, from options or from the record of an earlier run."""
 
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ from diffsynth.configs.options import PICTURES, FileOptions, ReferenceOptions
 from diffsynth.data import save_video
 from diffsynth.evaluation.followed import beside_reference, follow_text, looped
 from diffsynth.jobs.errors import UsageError
-from diffsynth.jobs.models import choose_model, load_options, load_pipeline
+from diffsynth.jobs.models import attention_kernel, choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_free, check_place, check_space
 from diffsynth.jobs.task import (
     MadeVideo,
@@ -37,6 +38,8 @@ from diffsynth.runs.record import (
     record_path,
 )
 
+RANK_MARK = "TORCHELASTIC_RUN_ID"  # torchrun sets it
+
 
 def run(options: Namespace, console: Console) -> int:
     """Make the video. Errors that can be known beforehand are raised before the model loads.
@@ -45,6 +48,21 @@ def run(options: Namespace, console: Console) -> int:
         UsageError: an option is wrong or missing, or a recorded run cannot be repeated.
         RunFailedError: the model cannot be loaded.
     """
+    is_rank = RANK_MARK in os.environ
+    if not is_rank and options.gpus is None:
+        return _make(options, console)
+    if options.output is None or getattr(options, "compile", None):
+        raise UsageError("a run on several processes needs -o OUT, and takes no --compile")
+    from diffsynth.distributed.ranks import as_rank, launch
+
+    if not is_rank:
+        return launch(options.arguments, options.gpus)
+    with as_rank(options.rank_timeout) as (rank, device):
+        return _make(options, replace(console, quiet=rank > 0 or console.quiet), rank, str(device))
+
+
+def _make(options: Namespace, console: Console, rank: int = 0, device: str | None = None) -> int:
+    """Make the video, alone or, on the device that is named, as one of several ranks."""
     if options.output is None:
         check_folder(Path.cwd())
     else:
@@ -66,12 +84,15 @@ def run(options: Namespace, console: Console) -> int:
         asked = {"repeats": recorded.video["frames_sha256"], "created": recorded.created}
     model = describe_model(folder, asdict(loaded))
     job = request_hash(asked, task, model)
+    if device is not None and options.checkpoint_dir is None and getattr(options, "resume", None) is None:
+        options.resume = True
     saving = saving_arguments(options, options.output)
     task = replace(task, output=options.output, overwrite=options.overwrite, saving=saving, job=job)
     if options.output is not None:
         # What --overwrite asks for is another video, whose seed is drawn anew.
         if not options.overwrite and was_made(task, model):
-            forget_run(task)
+            if rank == 0:
+                forget_run(task)
             console.say(f"{options.output} was made before by the same request")
             console.result(_facts(options.output, read_record(record_path(options.output))))
             return DONE
@@ -80,11 +101,21 @@ def run(options: Namespace, console: Console) -> int:
     if recorded is not None:
         _check_unchanged(recorded, task, model, options.force, console)
     console.note("\n".join([*told, "load the model"]))
-    pipe = load_pipeline(folder, loaded)
+    pipe = load_pipeline(folder, loaded if device is None else replace(loaded, device=device))
     if recorded is not None:
         weights = {**model, "weights": fingerprints(pipe.residency.models)}
         _check_unchanged(recorded, task, weights, options.force, console)
-    made = run_watched(pipe, task, model, loaded, console)
+    if device is None:
+        made = run_watched(pipe, task, model, loaded, console)
+    else:
+        from diffsynth.distributed.ranks import spread_run
+
+        with spread_run(pipe, task.call, task.saving) as (call, saving), attention_kernel(loaded):
+            if rank:
+                pipe.run(**call, **saving, input_video=task.video, progress_bar_cmd=iter)
+                return DONE
+            task = replace(task, call=call, saving=saving)
+            made = run_watched(pipe, task, model, loaded, console)
     path, record, *_ = made
     console.say(summary(path, record))
     gif = _beside(made, task, options.gif, console)

@@ -256,8 +256,11 @@ class WanModel(nn.Module):
 
     def unembed(self, tokens: Tensor, state: DiTState) -> Tensor:
         """Map tokens [B, S, D] to the velocity [B, out_dim, F, h, w], float32."""
-        patches = self.head(tokens, state.time)
-        sides = dict(zip(("f", "h", "w", "pf", "ph", "pw"), (*state.grid, *self.patch_size), strict=True))
+        return self.unpatchify(self.head(tokens, state.time), state.grid)
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Join the patches [B, S, patch * out_dim] of a grid (F, H, W): [B, out_dim, F, h, w]."""
+        sides = dict(zip(("f", "h", "w", "pf", "ph", "pw"), (*grid, *self.patch_size), strict=True))
         return rearrange(patches, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", **sides)
 
     def forward(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.motion.descriptors import Loss, StepInputs
-from diffsynth.motion.flow import MotionFlow, attention_motion_flow, frame_pairs
+from diffsynth.motion.flow import MotionFlow, Pairs, attention_motion_flow, frame_pairs
 from diffsynth.motion.heads import reduce_heads
 from diffsynth.motion.losses import amf_loss, pair_weights
 from diffsynth.motion.released import released_tile_flow
@@ -42,10 +42,17 @@ class DenseAMF:
         )
         return q[0], k[0]
 
-    def describe(self, features: Features, reference: MotionFlow | None = None) -> MotionFlow:  # noqa: ARG002
+    def describe(
+        self,
+        features: Features,
+        reference: MotionFlow | None = None,  # noqa: ARG002
+        pairs: Pairs | None = None,
+    ) -> MotionFlow:
+        """Return the flow of the pairs, by default of all within sf frames."""
         g = self.guidance
-        flow = attention_motion_flow(*features, sf=g.sf, tau=g.tau, heads=g.heads, chunk=g.chunk)
-        return MotionFlow(flow=flow, pairs=frame_pairs(len(features[0]), g.sf))
+        pairs = frame_pairs(len(features[0]), g.sf) if pairs is None else pairs
+        flow = attention_motion_flow(*features, pairs=pairs, tau=g.tau, heads=g.heads, chunk=g.chunk)
+        return MotionFlow(flow=flow, pairs=pairs)
 
     def loss(self, descriptor: MotionFlow, reference: MotionFlow) -> Loss:
         """Return the loss; distances in full-size tokens, so that weights mean the same on a coarse grid."""
@@ -61,11 +68,14 @@ class DenseAMF:
 class TileAMF(DenseAMF):
     """Tile flow; the generated side looks into the windows that were found on the reference."""
 
-    def describe(self, features: Features, reference: MotionFlow | None = None) -> TileFlow:
+    def describe(
+        self, features: Features, reference: MotionFlow | None = None, pairs: Pairs | None = None
+    ) -> TileFlow:
         g = self.guidance
         described = tile_motion_flow(
             *features,
             sf=g.sf,
+            pairs=pairs,
             window=g.window,
             tile=g.tile,
             tau=g.tau,
@@ -81,7 +91,7 @@ class TileAMF(DenseAMF):
 class ReleasedTileAMF(DenseAMF):
     """Tile flow as the released code has it: each side looks into windows of its own."""
 
-    def describe(self, features: Features, reference: MotionFlow | None = None) -> MotionFlow:  # noqa: ARG002
+    def describe(self, features: Features, *_: object) -> MotionFlow:
         g = self.guidance
         q, k = reduce_heads(*features, g.heads)
         return released_tile_flow(q, k, sf=g.sf, window=g.window, tile=g.tile, tau=g.tau, chunk=g.chunk)

@@ -23,10 +23,11 @@ from diffsynth.motion.reuse import GradientMemory
 logger = logging.getLogger(__name__)
 
 
-def make_descriptor(guidance: MotionGuidance) -> MotionDescriptor:
-    """Return the descriptor of the guidance's mode and variant."""
-    make = guidance.descriptor
-    return (load(make) if isinstance(make, str) else make)(guidance)
+def make_descriptor(guidance: MotionGuidance, dit: WanModel | None = None) -> MotionDescriptor:
+    """Return the descriptor of the guidance's mode and variant, over several ranks if the DiT is."""
+    make, spread = guidance.descriptor, getattr(dit, "spread", None)
+    descriptor = (load(make) if isinstance(make, str) else make)(guidance)
+    return descriptor if spread is None else spread.descriptor(descriptor)
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def guided_step(
                 f"latents and {name} must both be [1, C, F, h, w] of one shape; got "
                 f"{tuple(latents.shape)} and {tuple(given.shape)}"
             )
-    descriptor, free = make_descriptor(guidance), condition.free(precise(latents))
+    descriptor, free = make_descriptor(guidance, dit), condition.free(precise(latents))
     scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
     level = scale * torch.as_tensor(timestep, dtype=torch.float32).reshape(1)
     mean = _mean_velocity(latents, sigma, start)

@@ -44,6 +44,7 @@ def tile_motion_flow(
     tile: tuple[int, int] = (3, 4),
     tau: float = 1.0,
     windows: Tensor | TileFlow | None = None,
+    pairs: Pairs | None = None,
     heads: Heads = "mean_qk",
     chunk: int = 4,
 ) -> TileFlow:
@@ -55,6 +56,7 @@ def tile_motion_flow(
         tile: (rows, columns) in tokens; the last ones may be partial.
         tau: factor on the logits.
         windows: an earlier result or its windows, which are used instead of searching.
+        pairs: a list of (i, j), in order of i, then j, instead of all within the span.
         heads: see `reduce_heads`.
         chunk: pairs held in memory at a time.
 
@@ -67,7 +69,7 @@ def tile_motion_flow(
     check_value("tile", TILE, tile)
     grid = q.shape[1], q.shape[2]
     sides = (min(window, grid[0]), min(window, grid[1]))
-    pairs = frame_pairs(len(q), sf)
+    pairs = frame_pairs(len(q), sf) if pairs is None else pairs
     within, between = [p for p in pairs if p[0] == p[1]], [p for p in pairs if p[0] < p[1]]
     if windows is None:
         windows = find_windows(q, k, between, tile, sides, tau, chunk)

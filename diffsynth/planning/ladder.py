@@ -70,6 +70,8 @@ class Ladder:
         self._residency, self._vae = residency, vae
         self._device = vae.device if residency is None else residency.device
         self._given_up: list[str] = []
+        self._spread = None if residency is None else getattr(residency.models["dit"], "spread", None)
+        self._ranks = 1 if self._spread is None else self._spread.size
 
     def begin(self, options: RunOptions, vram_gb: float | None, *, with_reference: bool) -> RunOptions:
         """Return the options of a run with all settings decided; if vram_gb is given, also move the models.
@@ -99,7 +101,10 @@ class Ladder:
             options = replace(options, motion=replace(motion, checkpoint=self._kept(sizes, options)))
         if options.batch_cfg is None:
             options = replace(options, batch_cfg=self._both_fit(sizes, options))
-        return options if options.tiled is not None else replace(options, tiled=True)
+        options = options if options.tiled is not None else replace(options, tiled=True)
+        if self._spread is None:
+            return options
+        return with_settings(options, self._spread.agreed(settings_of(options)))
 
     def run(
         self, stage: str, attempt: Callable[[RunOptions], T], options: RunOptions
@@ -140,7 +145,7 @@ class Ladder:
             picture=(options.height // self._vae.spatial_factor, options.width // self._vae.spatial_factor),
         )
         words, settings = next(below, ("", None))
-        if settings is None:
+        if settings is None or self._spread is not None:  # other ranks are in the middle of the stage
             raise MemoryRanOutError(self._explanation(stage, problem))
         self._given_up.append(words)
         logger.warning("memory ran out in the stage %r: %s from now on (%s)", stage, words, problem)
@@ -174,7 +179,7 @@ class Ladder:
         if motion is None:
             return keeping(None)[-1]
         kept = keeping(motion)[: 2 if self._device.type == "cpu" else None]
-        free = FILL * available_memory(self._device)
+        free = FILL * available_memory(self._device) * self._ranks  # each keeps its share
         fits = (name for name in kept if guided_pass_bytes(sizes.dit, latents, motion, name) <= free)
         return next(fits, kept[-1])
 
@@ -185,6 +190,10 @@ class Ladder:
         rounding, is always the same on one machine.
         """
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
+        if (
+            self._spread is not None and self._spread.mesh.prompts is not None
+        ):  # one on each half of the ranks
+            return True
         taken = sizes.dit.weights.total + sampling_pass_bytes(sizes.dit, latents, options, batch=2)
         return taken < FILL_BY_BOTH * device_memory(self._device)
 

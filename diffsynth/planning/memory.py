@@ -94,7 +94,7 @@ def guided_pass_bytes(dit: DiTSize, latents: Shape, motion: MotionGuidance, chec
     backward; and the
     last block that is differentiated.
     """
-    small = _run_bytes(dit, latents)
+    small = run_bytes(dit, latents)
     if not DESCRIPTORS[motion.mode].needs_backward:
         return small + max(forward_bytes(dit, num_tokens(dit, latents)), _difference_bytes(dit, latents))
     grid = token_grid(dit, latents, motion.coarse)
@@ -152,7 +152,7 @@ def sampling_pass_bytes(dit: DiTSize, latents: Shape, options: RunOptions, batch
         kept = 1 if make_rule(cache, "positive", range(1), 1).probe_blocks == 0 else 3
     prompts = 2 if options.cfg_scale != 1 else 1
     cached = prompts * kept * tokens * dit.dim * STREAM
-    return _run_bytes(dit, latents) + forward_bytes(dit, tokens, batch) + cached
+    return run_bytes(dit, latents) + forward_bytes(dit, tokens, batch) + cached
 
 
 def text_encoder_bytes(encoder: TextEncoderSize, text_len: int) -> int:
@@ -224,7 +224,7 @@ def _chunk_bytes(vae: VAESize, past: int, largest: int) -> int:
     return NUM_PAST * past * size + largest * (2 * size + 2 * max(size, FLOAT) + rounded)
 
 
-def _run_bytes(dit: DiTSize, latents: Shape) -> int:
+def run_bytes(dit: DiTSize, latents: Shape) -> int:
     """Return what a run holds throughout: latents, noise, reference, copies, texts, rotary positions; and
     a matrix that is widened from float8.
     """

@@ -32,13 +32,14 @@ def run_identity(
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W]; None without one.
         pictures: the first one, then the last, of those that are given.
-        options: resolved options; output_type is not part of the identity.
+        options: resolved options; output_type and those of memory are not part of the identity.
     """
     positive, negative = ([pair[i] for pair in prompts] for i in (0, 1))
     identity = {"prompt": _short(positive), "negative_prompt": _short(negative)}
     for item in fields(options):
-        if item.name != "output_type":
+        if item.name not in ("output_type", "batch_cfg"):
             identity |= _named(item.name, getattr(options, item.name))
+    identity.pop("motion.checkpoint", None)
     if pixels is not None:
         identity["input_video"] = f"frames of hash {_hash(pixels.numpy().data)}"
     for name, picture in zip(PICTURES, pictures, strict=False):

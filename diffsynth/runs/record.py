@@ -62,7 +62,7 @@ class RunRecord:
             of each model as it ran; setup, how it was loaded.
         video: frames, height, width, fields of `FileOptions`, and the hash of the frames before encoding.
         versions: versions of the packages that decide how numbers are rounded.
-        device: kind, name and threads.
+        device: kind, name and threads; ranks, if several made the run.
         cost: fields of `RunCost`, and the computation in full forwards of the DiT (see `run_cost`).
         created: UTC time in ISO format.
         job: hash of a batch job; None for other runs.
@@ -151,6 +151,7 @@ def make_record(
     sizes = ModelSizes.of(models)
     latents = sizes.latent_shape(options.height, options.width, options.num_frames)
     count = run_cost(sizes.dit, latents, options)
+    spread = getattr(models["dit"], "spread", None)
     counted = {"sampling_ffe": count.sampling_ffe, "guidance_ffe": count.guidance_ffe}
     return RunRecord(
         prompt=prompt,
@@ -172,7 +173,7 @@ def make_record(
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        device=describe_device(device),
+        device={**describe_device(device), **({"ranks": spread.size} if spread else {})},
         cost=_plain({**asdict(cost), **counted}),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         job=job,

@@ -1,0 +1,78 @@
+"""What a run takes on several ranks: memory of one, bytes that one sends, and time from given speeds.
+
+S tokens in P shares of n; D width, w bytes of a number. A block's attention sends of q, k, v and its result
+4 n D w (P - 1) / P bytes (all-to-all), or of k and v 2 n D w (P - 1), and as much again backward.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from diffsynth.configs.descriptors import DESCRIPTORS
+from diffsynth.planning.cost import guidance_passes
+from diffsynth.planning.memory import FLOAT, Shape, predict_stages, run_bytes, token_grid
+from diffsynth.planning.plan import RunPlan
+from diffsynth.planning.sizes import DiTSize, ModelSizes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPlan:
+    """Of one of `ranks`: bytes at its peak, bytes sent in a step and for a gradient, seconds of the run."""
+
+    ranks: int
+    memory: int
+    step_bytes: float
+    gradient_bytes: float
+    seconds: float
+
+    def __str__(self) -> str:
+        sent = f"{self.step_bytes / 1e9:.4g} GB a step, {self.gradient_bytes / 1e9:.4g} GB a gradient"
+        memory = f"{self.memory / 2**30:.2f} GB at the peak"
+        return f"on each of {self.ranks}: {memory}; sends {sent}; {self.seconds:.4g} s"
+
+
+def plan_ranks(sizes: ModelSizes, plan: RunPlan, ranks: int, tflops: float, gb_per_s: float) -> RankPlan:
+    """Predict a planned run on several ranks, each of so many TFLOP/s that sends so many GB/s."""
+    dit, run, motion = sizes.dit, plan.options, plan.options.motion
+    latents = sizes.latent_shape(run.height, run.width, run.num_frames)
+    prompts = 2 if run.cfg_scale != 1 else 1
+    halves = prompts == 2 and ranks % 2 == 0
+    group, alone = (ranks // 2 if halves else ranks), run_bytes(dit, latents)
+    memory = max(
+        stage.weights + (
+            alone + (stage.activations - alone) / ranks
+            if stage.stage in ("guidance", "sampling") else stage.activations
+        )
+        for stage in predict_stages(sizes, run, plan.settings, motion is not None)
+    )  # fmt: skip
+    step = velocity_bytes(dit, latents, group) * (1 if halves else prompts)
+    step += prod(latents) * dit.out_dim * FLOAT if halves else 0
+    gradient, sent = 0.0, run.num_inference_steps * step
+    if motion is not None and DESCRIPTORS[motion.mode].needs_backward:
+        references, gradients = guidance_passes(motion, run.num_inference_steps)
+        grid, depth = token_grid(dit, latents, motion.coarse), motion.block_for(dit.num_layers)
+        windowed, again = motion.attention_window is not None, plan.settings.checkpoint != "none"
+        width = dit.dim if motion.heads == "mean_logits" else dit.dim // dit.num_heads
+        features = 2 * width * -(-prod(grid) // ranks) * FLOAT * (ranks - 1)
+        forward = depth * block_bytes(dit, grid, ranks, windowed)
+        total = 2 * dit.in_dim * prod(latents) / motion.coarse**2 * FLOAT * (ranks - 1) / ranks
+        gradient = forward * (3 if again else 2) + 2 * features + total
+        sent += references * (forward + features) + gradients * gradient
+    seconds = plan.cost.flops / (tflops * 1e12 * ranks) + sent / (gb_per_s * 1e9)
+    return RankPlan(
+        ranks=ranks, memory=round(memory), step_bytes=step, gradient_bytes=gradient, seconds=seconds
+    )
+
+
+def block_bytes(dit: DiTSize, grid: Shape, ranks: int, windowed: bool = False) -> float:
+    """Return the bytes that a rank sends in the forward of a block."""
+    share = -(-prod(grid) // ranks) * dit.dim // dit.num_heads * dit.dtype.itemsize
+    if dit.num_heads % ranks and not windowed:
+        return 2 * share * dit.num_heads * (ranks - 1)
+    return 4 * share * -(-dit.num_heads // ranks) * (ranks - 1)
+
+
+def velocity_bytes(dit: DiTSize, latents: Shape, ranks: int) -> float:
+    """Return the bytes that a rank sends for the velocity of one prompt."""
+    grid = token_grid(dit, latents)
+    patches = -(-prod(grid) // ranks) * prod(dit.patch_size) * dit.out_dim * FLOAT * (ranks - 1)
+    return dit.num_layers * block_bytes(dit, grid, ranks) + patches

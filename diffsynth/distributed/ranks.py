@@ -1,0 +1,130 @@
+"""One run on several ranks: start them, join them, and end them together with one message.
+
+`fastvmt transfer --gpus N` starts N processes on this machine as `torchrun --nproc-per-node N -m diffsynth
+transfer` does. All ranks make the same run; rank 0 alone saves and writes.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from datetime import timedelta
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from diffsynth.configs.resolve import NEW_SEED
+from diffsynth.distributed.sequence import Mesh, SequenceParallel, spread
+from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.runs.checkpoint import saved_seed
+from diffsynth.vram_management import choose_device
+
+GRACE = 2.0  # seconds in which ranks that wait for the same one fail, too
+FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError)
+
+
+def launch(arguments: Sequence[str], ranks: int) -> int:
+    """Run `python -m diffsynth` with arguments on so many ranks of this machine; return its exit code.
+
+    Raises:
+        RuntimeError: a rank was ended by a signal.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        1, 1, ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a rank has said what failed
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    try:
+        elastic_launch(config, sys.executable)("-m", "diffsynth", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        raise RuntimeError(
+            f"rank {rank} was ended by {name}; the same command continues after the last saved step"
+        ) from error
+    return 0
+
+
+@contextmanager
+def as_rank(seconds: float) -> Iterator[tuple[int, torch.device]]:
+    """Join the other ranks; yield this one's number and device. Only the first that fails raises its error.
+
+    Args:
+        seconds: that a rank waits for the others before it gives up and tells which one does not answer.
+
+    Raises:
+        RuntimeError: a rank does not answer.
+        SystemExit: another rank has told its error.
+    """
+    device = choose_device("auto")
+    if device.type != "cpu":
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    limit = timedelta(seconds=seconds)
+    backend = dist.get_default_backend_for_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+    if rank:
+        logging.getLogger("diffsynth").setLevel(logging.ERROR)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout):
+            yield rank, device
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except FAILURES as error:
+        store.set(f"ended {rank}", str(error))
+        if store.add("ended", 1) > 1:
+            with suppress(*FAILURES):
+                store.wait(["told"], timedelta(seconds=5 * GRACE))
+            raise SystemExit(1) from error
+        lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+        if lost:  # if a rank has died, the one who started it ends this one meanwhile
+            time.sleep(GRACE)
+        silent = [other for other in range(ranks) if not store.check([f"ended {other}"])] if lost else []
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        store.set("told", "")
+        if silent:
+            raise RuntimeError(
+                f"rank(s) {silent} did not answer for {seconds:g} s; finished steps are saved"
+            ) from error
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def spread_run(
+    pipe: WanVideoPipeline, call: Mapping[str, Any], saving: Mapping[str, Any]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Spread the DiTs of a pipeline over all ranks; yield this rank's arguments of `run` and of saving it.
+
+    All start with rank 0's seed and with the steps that it has saved, which the others copy.
+    """
+    folder, mesh = Path(saving["checkpoint_dir"]), Mesh.over_all(pipe.device.type)
+    with ExitStack() as stack:
+        for name in pipe.models.experts:
+            stack.enter_context(spread(getattr(pipe.models, name), mesh))
+        seed = call.get("seed")
+        if seed in (None, NEW_SEED):
+            seed = (saved_seed(folder) if saving["resume"] else None) or secrets.randbelow(2**32)
+        call = {**call, "seed": SequenceParallel.agreed(seed)}
+        if dist.get_rank():
+            copy = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for file in folder.glob("*.safetensors"):
+                copyfile(file, copy / file.name)
+            saving = {**saving, "checkpoint_dir": copy, "checkpoint_every": 10**9}
+            call["output_type"] = "latent"
+        dist.barrier()  # before rank 0 saves anything
+        yield dict(call), dict(saving)

@@ -1,0 +1,152 @@
+"""One run on several ranks: its result, its continuation on another number of ranks, and how it ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+from diffsynth import VideoData, WanVideoPipeline
+from diffsynth.distributed.ranks import as_rank, spread_run
+from diffsynth.testing import write_clip
+
+CALL = {
+    "prompt": "a red circle", "height": 48, "width": 80, "num_frames": 9, "num_inference_steps": 4, "seed": 3,
+    "motion": {"block": 1, "window": 3, "tile": (1, 1), "sf": 3, "guided_steps": 3, "inner_steps": 2,
+               "interval": 2, "recompute_every": 2},
+}  # fmt: skip
+KINDS = {
+    "tile": {},
+    "dense, windowed, a cache": {
+        "mode": "AMF", "cache": "first_block", "cache_threshold": 0.05,
+        "motion": CALL["motion"] | {"attention_window": (1, 1, 1), "checkpoint": "block"},
+    },
+    "FlowMotion": {"mode": "FlowMotion", "motion": {"guided_steps": 2}},
+}  # fmt: skip
+
+
+def made(checkpoint: Path, folder: Path, changes: dict[str, Any], stop_after: int = 99) -> Any:
+    """Final latents of a run, and the steps that it made; None if it was stopped."""
+    pipe, steps = WanVideoPipeline.from_pretrained(checkpoint, device="cpu"), []
+    clip = np.random.default_rng(0).integers(0, 256, (9, 48, 80, 3), np.uint8)
+
+    def observe(event: Any) -> None:
+        if event.stage == "sampling" and event.steps:
+            steps.append(event.step)
+            if event.step == stop_after + 1:  # the step itself is saved after the observer is told
+                raise InterruptedError
+
+    call, saving = CALL | changes | {"output_type": "latent"}, {"checkpoint_dir": folder, "resume": True}
+    ranks = dist.is_initialized()
+    with spread_run(pipe, call, saving) if ranks else nullcontext((call, saving)) as (call, saving):
+        try:
+            (video,) = pipe.run(**call, **saving, input_video=clip, observer=observe, progress_bar_cmd=iter)
+        except InterruptedError:
+            return None
+    return video.latents, steps
+
+
+def all_made(checkpoint: Path, folder: Path) -> dict[str, Any]:
+    return {name: made(checkpoint, folder / name, changes)[0] for name, changes in KINDS.items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
+def test_final_latents_are_those_of_one_process(size, tiny_checkpoint, tmp_path):
+    expected = all_made(tiny_checkpoint, tmp_path / "one")
+    for found in on_ranks(size, all_made, tiny_checkpoint, tmp_path / "several"):
+        for name, one in expected.items():
+            assert (found[name] - one).abs().max() <= 1e-5 * one.abs().max(), name
+
+
+def test_a_run_continues_on_another_number_of_ranks(tiny_checkpoint, tmp_path):
+    changes = KINDS["dense, windowed, a cache"]
+    one, _ = made(tiny_checkpoint, tmp_path / "one", changes)
+    assert on_ranks(2, made, tiny_checkpoint, tmp_path / "run", changes, 2) == [None, None]
+    for several, steps in on_ranks(3, made, tiny_checkpoint, tmp_path / "run", changes):
+        assert steps == [3, 4]
+        assert (several - one).abs().max() <= 1e-5 * one.abs().max()
+    assert made(tiny_checkpoint, tmp_path / "run", changes)[1] == []  # its latents are there
+
+
+def hanging(port: int, mode: str) -> tuple[str, float]:
+    """What a rank is told when rank 1 never answers, or fails by itself."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = time.monotonic()
+    try:
+        with as_rank(1.0):
+            if rank == 1 and mode == "hang":
+                time.sleep(6)
+                raise SystemExit(0)
+            if rank == 1:
+                raise ValueError("a thing is wrong")
+            dist.all_reduce(torch.ones(3))
+    except (RuntimeError, ValueError, SystemExit) as error:
+        dist.destroy_process_group()
+        return repr(error), time.monotonic() - started
+    raise AssertionError("nothing was told")
+
+
+def test_a_rank_that_does_not_answer_is_named_and_an_error_is_told_once():
+    for mode, expected in (
+        ("hang", "RuntimeError('rank(s) [1] did not answer for 1 s; finished steps are saved')"),
+        ("error", "ValueError('a thing is wrong')"),
+    ):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        found = on_ranks(3, hanging, port, mode)
+        assert sorted(told for told, _ in found if "SystemExit" not in told) == [expected]
+        assert max(seconds for told, seconds in found if "SystemExit(0)" not in told) < 20
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_its_dead_rank_and_continues(tmp_path):
+    write_clip(tmp_path / "ref.mp4")
+    options = [
+        "--num-inference-steps",
+        "6",
+        "--motion-guided-steps",
+        "2",
+        "--checkpoint-every",
+        "1",
+        "--lossless",
+    ]
+    command = [sys.executable, "-m", "diffsynth", "transfer", tmp_path / "ref.mp4", "--model", "nano", "-q"]
+    command += ["--prompt", "a red circle", "--seed", "1", "--lossless", *options]
+    subprocess.run([*command, "-o", tmp_path / "one.mkv", "--resume"], check=True, capture_output=True)
+    several = [*command, "-o", tmp_path / "two.mkv", "--gpus", "2"]
+    run = subprocess.Popen(several, stderr=subprocess.PIPE, text=True)
+    state = tmp_path / ".two.mkv.run" / "step.safetensors"
+    while run.poll() is None and not state.exists():
+        time.sleep(0.02)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert "was ended by SIGKILL; the same command continues" in run.communicate(timeout=60)[1]
+    assert run.returncode == 1
+    assert state.exists()
+    subprocess.run(several, check=True, capture_output=True)
+    assert not state.exists()
+    one, two = (np.stack(VideoData(tmp_path / f"{name}.mkv")).astype(int) for name in ("one", "two"))
+    assert abs(one - two).max() <= 1
+    assert json.loads((tmp_path / "two.mkv.json").read_text())["device"]["ranks"] == 2
+
+
+def test_what_ranks_cannot_do_is_refused_before_they_start(capsys):
+    from diffsynth.cli.main import main
+
+    assert main(["transfer", "ref.mp4", "--prompt", "a", "--mode", "No_transfer", "--gpus", "2"]) == 2
+    assert "needs -o OUT" in capsys.readouterr().err
