@@ -12,6 +12,7 @@ UI = ["gradio>=6.0", *FIGURES]
 COMPLETION = ["shtab>=1.13"]
 GGUF = ["gguf>=0.17"]
 BROWSER = ["selenium>=4.20"]
+NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 DEV = ["hypothesis>=6.100", "mypy>=1.15", "peft>=0.17", "pytest>=8", "pytest-xdist>=3", "ruff>=0.8"]
 
 
@@ -45,6 +46,6 @@ setup(
         "completion": COMPLETION,
         "gguf": GGUF,
         "bench": ["diffusers>=0.33"],
-        "dev": [*EVAL, *UI, *COMPLETION, *GGUF, *BROWSER, *DEV],
+        "dev": [*EVAL, *UI, *COMPLETION, *GGUF, *BROWSER, *NOTEBOOK, *DEV],
     },
 )

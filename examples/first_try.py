@@ -9,7 +9,7 @@ from pathlib import Path
 from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.cli.arguments import add_options
 from diffsynth.configs.options import RunOptions
-from diffsynth.evaluation import side_by_side
+from diffsynth.evaluation.followed import beside_reference, fitted, follow_text, looped
 
 CLIP = Path(__file__).parent / "data" / "bounce.mp4"
 
@@ -30,9 +30,10 @@ def main() -> None:
     transferred = pipe(args.prompt, input_video=clip, mode="effi_AMF", seed=args.seed)
     without = pipe(args.prompt, seed=args.seed)
     out = save_video(transferred, args.output_dir / "out.mp4", fps=clip.fps, quality=8)
-    beside = side_by_side({"reference": clip, "no transfer": without, "transferred": transferred})
+    videos = {"reference": fitted(clip, transferred), "no transfer": without, "transferred": transferred}
+    beside = looped(beside_reference(videos), clip.fps)  # red: the object's path, blue: the reference's
     sheet = save_video(beside, args.output_dir / "side_by_side.mp4", fps=clip.fps, quality=8)
-    print(f"transferred:  {out}\nside by side: {sheet}")
+    print(f"transferred (64x64): {out}\nlook at: {sheet}; {follow_text(transferred, clip)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,14 @@ from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.caches import CACHES, CacheOptions
 from diffsynth.configs.fields import Choice, Number, OrNone, Several, Switch, Text, Whole, options_of
 from diffsynth.configs.guidance import HEAD_READINGS, HeadsKind, MotionGuidance
-from diffsynth.configs.options import CacheKind, MotionKind, SavingOptions, call_options
+from diffsynth.configs.options import (
+    ALIGNMENTS,
+    AlignmentKind,
+    CacheKind,
+    MotionKind,
+    SavingOptions,
+    call_options,
+)
 from diffsynth.testing import write_clip
 
 CASES = 600
@@ -63,6 +70,9 @@ def values_of(kind):
         return st.sampled_from([*CACHES, CacheOptions(name="first_block", threshold=0.1)])
     if isinstance(kind, MotionKind):
         return st.sampled_from([MotionGuidance(block=0, guided_steps=1), {"sf": 3}, {}])
+    if isinstance(kind, AlignmentKind):
+        pixels = st.floats(-16384, 16384)
+        return st.one_of(st.sampled_from(ALIGNMENTS), st.tuples(pixels, pixels, st.floats(0.1, 10)))
     return {Switch: st.booleans(), Text: st.text(max_size=kind.longest) if isinstance(kind, Text) else None}[
         type(kind)
     ]

@@ -1,6 +1,7 @@
 """The `fastvmt` command, as a user types it: results, messages, exit codes."""
 
 import inspect
+import io
 import json
 import re
 import shutil
@@ -87,7 +88,7 @@ def test_help_comes_without_torch():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_options_and_all_but_none_examples(command, capsys):
-    assert main([command, "--help"]) == 0
+    assert main([command, "--help-all" if command in ("transfer", "batch", "plan") else "--help"]) == 0
     text = capsys.readouterr().out
     assert f"usage: fastvmt {command}" in text
     assert "--json" in text
@@ -239,24 +240,75 @@ def test_a_transfer_writes_video_and_record_and_prints_one_json_object(transferr
 
 
 def test_progress_names_the_stages_on_stderr_and_the_summary_is_on_stdout(transferring, tmp_path, capsys):
-    assert main(transferring) == 0
+    assert main([*transferring, "--motion-interval", "1"]) == 0
     captured = capsys.readouterr()
     stages = ["load the model", "encode text", "encode video", "decode", "write"]
     places = [captured.err.index(f"{stage}\n") for stage in stages]
     assert places == sorted(places)
-    assert "guided step 1/1" in captured.err
-    assert re.search(r"sampling: 100%.*3/3.*motion loss \d", captured.err)
+    # In a pipe: a line for each tenth of the steps.
+    line = r"(\d+)%, step (\d)/3: \d+ s, \d+ s left; (guided 1/1, motion loss [+-]\d+%|sampling)"
+    told = re.findall(line, captured.err)
+    assert [part[:2] for part in told] == [("33", "1"), ("67", "2"), ("100", "3")]
+    assert [part[2][:8] for part in told] == ["guided 1", "sampling", "sampling"]
+    out = re.escape(f"{tmp_path}/out.mp4")
     assert re.fullmatch(
-        rf"{re.escape(str(tmp_path))}/out\.mp4: 5 frames of 32x32 at 15 frames a second, seed 1, [\d.]+ s\n",
+        rf"{out}: 5 frames of 32x32 at 15 frames a second, seed 1, [\d.]+ s\n"
+        rf"look at: fastvmt compare \S+ {out} --paths -o beside.mp4.*\n",
         captured.out,
     )
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_bar_that_says_what_is_done(transferring, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main([*transferring, "--motion-interval", "1"]) == 0
+    assert re.search(r"guided 1/1, motion loss [+-]\d+%: ", terminal.getvalue())
+    assert re.search(r"sampling: 100%.*3/3", terminal.getvalue())
+
+
+def test_help_shows_the_options_most_used_and_more_by_group(capsys):
+    def shown(*arguments):
+        code = main(["transfer", *arguments])
+        captured = capsys.readouterr()
+        return (
+            code,
+            set(re.findall(r"^  (?:-\w(?: \S+)?, )?(--[\w-]+)", captured.out, re.MULTILINE)),
+            captured.err,
+        )
+
+    (code, common, _), (_, everything, _) = shown("--help"), shown("--help-all")
+    assert code == 0
+    assert {"--prompt", "--output", "--model", "--preset", "--mode", "--seed", "--motion-scale"} <= common
+    assert len(common - {"--help", "--help-all"}) <= 14
+    assert len(everything) > 80
+    motion = shown("--help", "motion")[1]
+    assert {name for name in everything if name.startswith("--motion-")} - motion == {"--motion-scale"}
+    code, _, said = shown("--help", "colour")
+    assert (code, "there is no such group; give a word of: what is printed, what is shown" in said) == (
+        2,
+        True,
+    )
+
+
+def test_a_gif_shows_the_result_beside_the_reference_for_four_seconds(transferring, tmp_path, capsys):
+    assert main([*transferring, "--gif", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["beside"]
+    assert shown == str(tmp_path / "out-beside.gif")
+    video = VideoData(shown)
+    assert video.shape() == (280, 516)
+    assert len(video) / video.fps >= 4
+
+
 def test_quiet_says_nothing_but_the_result(transferring, capsys):
-    assert main([*transferring, "--quiet"]) == 0
+    assert main([*transferring, "--quiet", "--motion-guided-steps", "2"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert len(captured.out.splitlines()) == 1
+    assert len(captured.out.splitlines()) == 2
 
 
 def test_without_a_name_the_video_gets_a_free_one_of_reference_mode_and_seed(
@@ -306,7 +358,7 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
         ({"--motion-window": "20"}, "window"),
         (
             {"--motion-scale": "0"},
-            "--motion-scale: must be a finite number above 0 or None; got '0'",
+            "--motion-scale: must be a finite number at least 0.001, at most 1000 or None; got '0'",
         ),
         ({"--mode": "No_transfer"}, "motion (guided_steps, inner_steps) has no effect in mode No_transfer"),
         ({"--checkpoint-every": "3"}, "--checkpoint-every needs --resume or --checkpoint-dir"),

@@ -130,7 +130,7 @@ def test_a_guided_step_is_told_before_its_velocity_runs():
         order.append(f"velocity {index}")
         return torch.zeros_like(latents)
 
-    for step in denoise(torch.zeros(1, 1, 1, 1, 1), scheduler, velocity, guide, guided_steps=2):
+    for step in denoise(torch.zeros(1, 1, 1, 1, 1), scheduler, velocity, guide, guided=range(2)):
         order += [(step.stage, step.step, step.steps, step.latents.item(), step.losses)]
     assert order == [
         "guide 0", ("guidance", 1, 2, 1.0, (0.5,)), "velocity 0", ("sampling", 1, 3, 1.0, ()),
@@ -149,7 +149,7 @@ def test_a_step_during_which_the_loop_is_stopped_is_marked_and_the_last():
         return latents, ()
 
     steps = denoise(
-        torch.zeros(1, 1, 1, 1, 1), scheduler, lambda _, x, __: x, guide, guided_steps=5, first=1,
+        torch.zeros(1, 1, 1, 1, 1), scheduler, lambda _, x, __: x, guide, guided=range(5), first=1,
         stop=lambda: bool(stopping),
     )  # fmt: skip
     told = [(step.stage, step.step, step.interrupted) for step in steps]

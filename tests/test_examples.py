@@ -1,5 +1,6 @@
 """The example scripts, run as a user runs them."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from diffsynth import VideoData
+from diffsynth.cli.parser import build_parser
 from diffsynth.testing import write_clip
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +94,21 @@ def test_a_missing_checkpoint_ends_with_the_download_command_and_no_traceback(tm
     assert "Traceback" not in result.stderr
 
 
+def test_the_hosted_demo_starts_the_page_under_its_own_name():
+    folder = ROOT / "examples" / "space"
+    spec = importlib.util.spec_from_file_location("app", folder / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    options = build_parser().parse_args(app.arguments({"SPACE_HOST": "me-fastvmt.hf.space"}))
+    assert (options.command, options.model, options.port) == ("ui", "nano", 7860)
+    assert options.allow_host == ["me-fastvmt.hf.space"]
+    assert build_parser().parse_args(app.arguments({})).allow_host == []
+    header = (folder / "README.md").read_text().split("---")[1]
+    settings = dict(line.split(": ", 1) for line in header.strip().splitlines())
+    assert (settings["sdk"], settings["app_file"], settings["license"]) == ("gradio", "app.py", "mit")
+    assert "fastvmt[ui]" in (folder / "requirements.txt").read_text()
+
+
 @pytest.mark.parametrize("script", sorted(ROOT.glob("examples/*.py")), ids=lambda script: script.name)
 def test_an_example_can_be_read_at_a_glance(script):
     assert len(script.read_text().splitlines()) <= 40
@@ -102,8 +119,12 @@ def test_the_first_try_needs_nothing(tmp_path):
     result = run("first_try.py", cwd=tmp_path)
     for name, shape in {"out.mp4": (64, 64), "side_by_side.mp4": (280, 776)}.items():
         video = VideoData(tmp_path / "results" / "first_try" / name)
-        assert (len(video), video.shape()) == (17, shape)
+        # The sheet is repeated until it lasts four seconds.
+        assert (len(video), video.shape()) == (17 if name == "out.mp4" else 51, shape)
         assert str(Path("results/first_try") / name) in result.stdout
+    distance, cosine = re.search(r"path is ([\d.]+) px of 64.*cosine.* (0\.\d+) \(", result.stdout).groups()
+    assert float(distance) < 8
+    assert float(cosine) > 0.4
 
 
 @pytest.mark.slow

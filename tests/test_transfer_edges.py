@@ -15,8 +15,8 @@ from diffsynth import VideoData, WanVideoPipeline, save_frames, save_video
 from diffsynth.cli import transfer as transfer_command
 from diffsynth.cli.main import main
 from diffsynth.data import ffmpeg
-from diffsynth.data.files import sha256_of_frames
 from diffsynth.jobs import publish
+from diffsynth.runs.identity import sha256_of_frames
 from diffsynth.runs.record import read_record, record_path
 from diffsynth.testing import write_clip
 

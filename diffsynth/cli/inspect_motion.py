@@ -9,7 +9,7 @@ from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, ReferenceOptions
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.data import VideoData
-from diffsynth.data.tensors import video_to_tensor, warn_of_reference
+from diffsynth.data.tensors import video_to_tensor
 from diffsynth.evaluation.figures import loss_curves
 from diffsynth.evaluation.flow_images import displacements, flow_sheet, save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
@@ -18,6 +18,7 @@ from diffsynth.jobs.models import attention_kernel, choose_model, load_options, 
 from diffsynth.jobs.publish import check_folder
 from diffsynth.jobs.task import open_reference
 from diffsynth.pipelines.components import reference_facts
+from diffsynth.planning.reference import warn_of_reference
 from diffsynth.runs.record import read_record
 
 

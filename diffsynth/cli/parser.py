@@ -1,6 +1,9 @@
 """The command line of `fastvmt`: its commands, their options and examples. It needs no torch."""
 
 import argparse
+import re
+import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,6 +95,13 @@ where it stopped.""",
   fastvmt completion fish > ~/.config/fish/completions/fastvmt.fish""",
 }
 
+# What --help shows of the commands that have some eighty options.
+_COMMON = (
+    "reference", "jobs", "output", "output_dir", "prompt", "input_image", "model", "preset", "mode", "seed",
+    "num_inference_steps", "num_frames", "motion_scale", "offload", "resume", "gif", "vram", "help",
+    "help_all",
+)  # fmt: skip
+
 _USAGES = {
     "transfer": "[REF] --prompt PROMPT [-o OUT]",
     "inspect": "REF [-o DIR]",
@@ -105,13 +115,50 @@ _USAGES = {
 _HELP = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises UsageError where argparse's own would end the process."""
+class _Help(argparse.Action):
+    """Prints the help of a long command: the options most used, those of a group, or all."""
 
-    def __init__(self, *, examples: str = "", **options: Any) -> None:
+    def __call__(self, parser: Any, _options: object, value: Any, option: str | None = None) -> NoReturn:
+        sys.stdout.write(parser.help_of("" if option == "--help-all" else value))
+        raise SystemExit(0)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError where argparse's own would end the process.
+
+    With `common`, the destinations of the options most used, --help shows these and --help-all all.
+    """
+
+    def __init__(self, *, examples: str = "", common: Collection[str] = (), **options: Any) -> None:
         options.setdefault("formatter_class", _HELP)
         epilog = f"examples:{examples}" if examples else None
+        options.setdefault("add_help", not common)
         super().__init__(allow_abbrev=False, epilog=epilog, **options)
+        self._common = common
+        if common:
+            text = "the options most used; with a word, those of a group: motion, run, model, ..."
+            self.add_argument("-h", "--help", action=_Help, nargs="?", const=None, metavar="GROUP", help=text)
+            self.add_argument("--help-all", action=_Help, nargs=0, help="all options")
+
+    def help_of(self, group: str | None) -> str:
+        """Return the help with the options most used (None), those of a group, or all ("")."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        found = False
+        for section in self._action_groups:
+            named = bool(group) and str(group) in re.findall(r"\w+", str(section.title).split(" (")[0])
+            actions = [a for a in section._group_actions if group == "" or named or a.dest in self._common]
+            if actions and (named or not group):
+                found = True
+                formatter.start_section(section.title)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+        if not found:
+            titles = [str(section.title).split(" (")[0] for section in self._action_groups[2:]]
+            self.error(f"--help {group}: there is no such group; give a word of: {', '.join(titles)}")
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with the message and where the options are listed."""
@@ -133,8 +180,9 @@ def build_parser() -> Parser:
         # The long lists of options are told below, by group.
         usage = f"fastvmt {name} {_USAGES[name]} [options]" if name in _USAGES else None
         examples = _EXAMPLES.get(name, "")
+        common = _COMMON if name in ("transfer", "batch", "plan") else ()
         return commands.add_parser(
-            name, help=text, description=text, parents=[shared], examples=examples, usage=usage
+            name, help=text, description=text, parents=[shared], examples=examples, usage=usage, common=common
         )
 
     _add_transfer(command("transfer", "Make a video that moves as a reference does and shows a prompt."))
@@ -170,6 +218,8 @@ def _add_transfer(parser: Parser) -> None:
     text = "video file; a free name in the current folder, of reference, mode and seed, by default"
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help=text)
     parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    text = "also write OUT-beside.gif: reference and result, with the objects' paths where each has but one"
+    parser.add_argument("--gif", action="store_true", help=text)
     parser.add_argument("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
     parser.add_argument("--force", action="store_true", help="with --from: although something changed")
     _add_run(parser)

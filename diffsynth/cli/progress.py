@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def run_watched(
 
 
 class StageProgress:
-    """An observer of a run: a line for each stage, a bar for the denoising steps.
+    """An observer of a run: a line for each stage, and for the denoising steps a bar, or lines in a pipe.
 
     Once `stopping` is true, it raises KeyboardInterrupt when the next stage begins, before any decoding.
     """
@@ -84,6 +85,8 @@ class StageProgress:
         self.stopping = False
         self._console = console
         self._bar: tqdm | None = None
+        self._doing, self._guided = "", 0
+        self._begun: tuple[int, float] | None = None  # the first step that is seen, and when
 
     def __call__(self, event: RunEvent) -> None:
         if event.steps == 0:
@@ -92,27 +95,38 @@ class StageProgress:
             self.close()
             self._console.note(event.stage)
         elif event.stage == "guidance":
-            # The number of sampling steps is known only from the first sampling event.
-            bar = self._open(f"guided step {event.step}/{event.steps}", None)
-            if event.losses:
-                bar.set_postfix_str(f"motion loss {event.losses[-1]:.4g}")
+            self._guided = event.step
+            self._doing = f"guided {event.step}/{event.steps}"
+            if len(event.losses) > 1 and event.losses[0]:
+                # Of this step's own losses: those of other noise levels do not compare.
+                self._doing += f", motion loss {event.losses[-1] / event.losses[0] - 1:+.0%}"
+            self._show(event.step - 1, None)
         else:
-            bar = self._open("sampling", event.steps)
-            bar.update(event.step - bar.n)
+            if event.step > self._guided:
+                self._doing = "sampling"
+            self._show(event.step, event.steps)
 
     def close(self) -> None:
         """End the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
-            self._bar = None
+        self._bar = self._begun = None
 
-    def _open(self, doing: str, steps: int | None) -> tqdm:
-        if self._bar is None:
-            quiet = self._console.quiet
-            self._bar = tqdm(desc=doing, total=steps, file=sys.stderr, disable=quiet, unit="step")
-        self._bar.total = self._bar.total if steps is None else steps
-        self._bar.set_description_str(doing)
-        return self._bar
+    def _show(self, step: int, steps: int | None) -> None:
+        """Show that `step` of `steps` steps are done; their number is known from the first sampling event."""
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=steps, file=sys.stderr, disable=self._console.quiet, unit="step")
+            self._bar.total = self._bar.total if steps is None else steps
+            self._bar.set_description_str(self._doing)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.perf_counter()
+        first, begun = self._begun = self._begun or (step, now)
+        if steps is not None and step * 10 // steps > (step - 1) * 10 // steps:
+            left = (now - begun) / max(step - first, 1) * (steps - step)
+            done = f"{step / steps:4.0%}, step {step}/{steps}: {now - begun:.0f} s"
+            self._console.note(f"{done}, {left:.0f} s left; {self._doing}")
 
 
 @contextmanager

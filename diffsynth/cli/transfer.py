@@ -11,6 +11,8 @@ from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import PICTURES, FileOptions, ReferenceOptions
+from diffsynth.data import VideoData, save_video
+from diffsynth.evaluation.followed import beside_reference, fitted, follow_text, looped
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_free, check_place, check_space
@@ -83,8 +85,24 @@ def run(options: Namespace, console: Console) -> int:
         _check_unchanged(recorded, task, weights, options.force, console)
     path, record = run_watched(pipe, task, model, loaded, console)
     console.say(summary(path, record))
-    console.result({**_facts(path, record), **_compared(recorded, record, console)})
+    gif = _beside(path, task, options.gif, console)
+    console.result({**_facts(path, record), **_compared(recorded, record, console), **gif})
     return DONE
+
+
+def _beside(path: Path, task: VideoTask, gif: bool, console: Console) -> dict[str, str]:
+    """Say what to look at, and how well the motion was followed where that can be told at once."""
+    if task.video is None or task.reference is None or not path.is_file():
+        return {}
+    frames = list(VideoData(path))
+    told = follow_text(frames, task.video)
+    shown = f"fastvmt compare {task.reference['path']} {path} --paths -o beside.mp4"
+    if gif:
+        fps = task.file.fps
+        beside = beside_reference({"reference": fitted(task.video, frames), "result": frames})
+        shown = str(save_video(looped(beside, fps), path.with_name(f"{path.stem}-beside.gif"), fps=fps))
+    console.say(f"look at: {shown}{'; ' if told else ''}{told or ''}")
+    return {"beside": shown} if gif else {}
 
 
 def _facts(path: Path, record: RunRecord) -> dict[str, Any]:

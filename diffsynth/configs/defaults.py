@@ -18,7 +18,7 @@ from typing import Any
 from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
 from diffsynth.configs.fields import check_value, options_of
-from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.guidance import MotionGuidance, changed_numbers
 from diffsynth.configs.options import FileOptions, RunOptions, Shorthands, call_options
 
 SECTION = "fastvmt"
@@ -82,7 +82,7 @@ class RunDefaults:
         changes = dict(self.presets[preset])
         motion = {mode: dict(numbers) for mode, numbers in self.motion.items()}
         for mode, numbers in changes.pop("motion", {}).items():
-            motion[mode] = {**motion.get(mode, {}), **numbers}
+            motion[mode] = changed_numbers(motion.get(mode, {}), numbers)
         return replace(self, options={**self.options, **changes}, motion=motion)
 
 

@@ -13,6 +13,8 @@ Heads = str | Sequence[int]
 Window = tuple[int, int, int]
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 PAPER_BLOCK = 14
+MOTION_BELOW = 0.95  # noise level; above it the probe sees hardly any motion in attention
+_ROUNDING = 1e-6  # of a noise level, at a bound of `guided`
 PAPER_DEPTHS = (30, 40)  # blocks of Wan2.1 1.3B and 14B; both are read at PAPER_BLOCK
 
 
@@ -44,6 +46,16 @@ TILE = Several(Whole(1), ("rows", "columns"))
 TAU = Number(above=0)
 _WEIGHT = Number(least=0)
 _COSINE = OrNone(Number(least=-1, most=1))
+
+
+def shifted_level(level: Any, shift: float) -> Any:
+    """Return a noise level in 0..1, a number or a tensor of them, pushed towards noise by the shift."""
+    return shift * level / (1.0 + (shift - 1.0) * level)
+
+
+def changed_numbers(numbers: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return numbers of motion with changes; a number of guided steps replaces a range of noise levels."""
+    return {**numbers, **({"guided": None} if "guided_steps" in changes else {}), **changes}
 
 
 def check_heads(heads: Heads, num_heads: int, tokens: tuple[int, int, int]) -> None:
@@ -143,7 +155,13 @@ class MotionGuidance:
         _WEIGHT, "share of the velocity kept across the mean velocity so far (FlowMotion)", default=0.1
     )
     # Optimiser
-    guided_steps: int = option(Whole(0), "denoising steps that are guided, from the first", default=10)
+    guided_steps: int = option(Whole(0), "denoising steps that are guided", default=10)
+    first_guided: int = option(Whole(0), "denoising steps before the first guided one", default=0)
+    guided: tuple[float, float] | None = option(
+        OrNone(Several(Number(least=0, most=1), ("from", "to")), "guided_steps"),
+        "noise levels, falling, in which steps are guided: then first_guided and guided_steps follow",
+        default=None,
+    )
     inner_steps: int = option(Whole(1), "optimiser steps in each guided step", default=10)
     interval: int = option(
         Whole(1), "inner steps from one fresh gradient to the next; those between reuse it", default=3
@@ -182,6 +200,8 @@ class MotionGuidance:
     def __post_init__(self) -> None:
         check_options(self)
         descriptor = DESCRIPTORS[self.mode]
+        if self.guided is not None and self.guided[0] < self.guided[1]:
+            raise ValueError(f"guided must be (from, to), falling noise levels; got {self.guided!r}")
         if self.variant == "released" and descriptor.released is None:
             known = ", ".join(mode for mode, other in DESCRIPTORS.items() if other.released)
             raise ValueError(f"variant 'released' exists for mode {known} only; got mode {self.mode!r}")
@@ -215,6 +235,27 @@ class MotionGuidance:
         published = DESCRIPTORS[mode].numbers if mode in DESCRIPTORS else NO_CHANGES
         return cls(**{"mode": mode, **published, **numbers})
 
+    def guided_range(self, num_steps: int) -> range:
+        """Return the indices of the guided steps, of `num_steps`."""
+        return range(num_steps)[self.first_guided : self.first_guided + self.guided_steps]
+
+    def placed(self, levels: Sequence[float]) -> "MotionGuidance":
+        """Return the guidance whose guided steps are those of a run's noise levels within `guided`.
+
+        Raises:
+            ValueError: none of the levels is.
+        """
+        if self.guided is None:
+            return self
+        high, low = self.guided
+        inside = [i for i, s in enumerate(levels) if low - _ROUNDING <= s <= high + _ROUNDING]
+        if not inside:
+            raise ValueError(
+                f"no step lies within guided={self.guided}: the run's noise levels are "
+                f"{', '.join(f'{level:.3f}' for level in levels)}"
+            )
+        return replace(self, first_guided=inside[0], guided_steps=len(inside))
+
     @property
     def descriptor(self) -> Any:
         """The class of the descriptor, or its path, by mode and variant."""
@@ -222,8 +263,8 @@ class MotionGuidance:
         return facts.released if self.variant == "released" else facts.make
 
     def faded(self, step: int) -> "MotionGuidance":
-        """Return the numbers for guided step `step` (0-based), with learning rates faded by `fade`."""
-        factor = 1 - (1 - self.fade) * step / max(self.guided_steps, 1)
+        """Return the numbers for denoising step `step` (0-based), with learning rates faded by `fade`."""
+        factor = 1 - (1 - self.fade) * (step - self.first_guided) / max(self.guided_steps, 1)
         return self if factor == 1 else self.scaled(factor)
 
     def scaled(self, factor: float) -> "MotionGuidance":

@@ -27,7 +27,7 @@ from diffsynth.configs.fields import (
     option,
     options_of,
 )
-from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.guidance import MotionGuidance, shifted_level
 
 # The samplers of `diffsynth.schedulers`.
 SAMPLERS: dict[str, str] = {
@@ -217,6 +217,22 @@ class RunOptions:
         return NO_TRANSFER if self.motion is None else self.motion.mode
 
     @property
+    def guided(self) -> range:
+        """The indices of the guided steps."""
+        return range(0) if self.motion is None else self.motion.guided_range(self.num_inference_steps)
+
+    @property
+    def levels(self) -> list[float]:
+        """The noise level of each step, in 0..1; those of UniPC are up to a thousandth lower."""
+        if self.sigmas is not None:
+            return list(self.sigmas)
+        falling = (
+            self.denoising_strength * (1 - i / self.num_inference_steps)
+            for i in range(self.num_inference_steps)
+        )
+        return [shifted_level(level, self.sigma_shift) for level in falling]
+
+    @property
     def tiling(self) -> dict[str, Any]:
         """The VAE's arguments for tiling."""
         return {name: getattr(self, name) for name in TILING}
@@ -267,7 +283,7 @@ class Shorthands(CheckedOptions):
         OrNone(Whole(2)), "frames that each latent frame is compared with, as in motion", default=None
     )
     motion_scale: float | None = option(
-        OrNone(Number(above=0)),
+        OrNone(Number(least=0.001, most=1000)),
         "factor on the learning rates: above 1 follows the motion more closely, 0.5 half as strongly",
         default=None,
     )

@@ -19,7 +19,14 @@ from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.descriptors import DEFAULT_MODE, DESCRIPTORS, NO_TRANSFER
 from diffsynth.configs.fields import Levels, OrNone, Whole, check_value, options_of
-from diffsynth.configs.guidance import MotionGuidance, check_coarse, check_heads, check_released
+from diffsynth.configs.guidance import (
+    MOTION_BELOW,
+    MotionGuidance,
+    changed_numbers,
+    check_coarse,
+    check_heads,
+    check_released,
+)
 from diffsynth.configs.options import RunOptions, Shorthands, call_options
 
 logger = logging.getLogger(__name__)
@@ -116,20 +123,18 @@ def resolve(
     run = RunOptions(**options)
     num_frames = None if reference is None else run.num_frames
     motion = _motion(given.get("motion"), short, defaults, num_frames, run.num_inference_steps)
+    if motion is not None:
+        motion = motion.placed(run.levels)
+        guided = [run.levels[step] for step in motion.guided_range(run.num_inference_steps)]
+        if guided and guided[-1] > MOTION_BELOW:
+            logger.warning(
+                "all guided steps lie above noise level %.2f (the last at %.3f), where attention shows "
+                "hardly any motion: more guided_steps, or guided=(from, to) in noise levels",
+                *(MOTION_BELOW, guided[-1]),
+            )
     if motion is not None and model is not None:
         _check_fits(motion, run, model)
     return replace(run, motion=motion)
-
-
-def resolve_plan(given: Mapping[str, Any], defaults: RunDefaults, model: ModelFacts) -> RunOptions:
-    """Return the options of a run that is planned before it has a reference; see `resolve`.
-
-    The reference is assumed to have the output's size and length. Unless `tiled` is passed, the plan
-    decides whether the VAE works in tiles.
-    """
-    facts = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
-    run = resolve(given, defaults, ReferenceFacts(**facts), model)
-    return replace(run, tiled=given.get("tiled"))
 
 
 def resolve_prompts(
@@ -193,7 +198,7 @@ def motion_for(checkpoint: str | Path, mode: str = DEFAULT_MODE, **changes: Any)
         ValueError: a value is not allowed.
     """
     declared = run_defaults(checkpoint_folder(checkpoint)).motion.get(mode, {})
-    return MotionGuidance.for_mode(mode, {**declared, **changes})
+    return MotionGuidance.for_mode(mode, changed_numbers(declared, changes))
 
 
 def _size(
@@ -279,7 +284,7 @@ def _motion(
     if motion is not None and not isinstance(motion, MotionGuidance | Mapping):
         raise ValueError(f"motion must be a MotionGuidance or a mapping of its numbers; got {motion!r:.80}")
     if not isinstance(motion, MotionGuidance):
-        numbers = {**defaults.motion.get(mode, {}), **(motion or {})}
+        numbers = changed_numbers(defaults.motion.get(mode, {}), motion or {})
         motion = MotionGuidance.for_mode(mode, numbers)
     motion = replace(motion, mode=mode, sf=motion.sf if short.sf is None else short.sf)
     if short.motion_scale is not None:
@@ -288,7 +293,7 @@ def _motion(
         raise ValueError(f"mode {motion.mode!r} transfers motion and needs input_video; none is given")
     if num_frames < 2:
         raise ValueError(f"mode {motion.mode!r} needs num_frames and input_video of 2 frames or more; got 1")
-    if motion.guided_steps > num_steps:
+    if motion.guided is None and motion.guided_steps > num_steps:
         logger.warning("guided_steps=%d: the run has only %d steps", motion.guided_steps, num_steps)
         motion = replace(motion, guided_steps=num_steps)
     return motion

@@ -62,7 +62,7 @@ def denoise(
     velocity: Velocity,
     guide: Guide | None = None,
     *,
-    guided_steps: int = 0,
+    guided: range = range(0),
     condition: ImageCondition = NO_CONDITION,
     first: int = 0,
     end: int | None = None,
@@ -74,7 +74,8 @@ def denoise(
         latents: [1, C, F, h, w] before step `first`.
         scheduler: a scheduler with its timesteps set.
         velocity: returns the DiT's prediction.
-        guide: moves the latents before each of the first guided_steps steps.
+        guide: moves the latents before each guided step.
+        guided: indices of the guided steps.
         condition: its first frame is kept, in the models that have it so.
         first: index (0-based) of the first step; end: of the one before which the loop ends, if not the last.
         stop: asked before each step; once it returns True, no further step begins.
@@ -89,12 +90,12 @@ def denoise(
         if stop():
             return
         timestep = scheduler.timesteps[index]
-        if guide is not None and index < guided_steps:
+        if guide is not None and index in guided:
             latents, losses = guide(index, latents, timestep)
             yield RunEvent(
                 stage="guidance",
-                step=index + 1,
-                steps=guided_steps,
+                step=guided.index(index) + 1,
+                steps=len(guided),
                 latents=latents,
                 timestep=timestep,
                 losses=losses,

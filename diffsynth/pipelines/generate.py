@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -21,13 +20,12 @@ from diffsynth.pipelines.decode import Frames, decode_latents
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.image_condition import encode_pictures
 from diffsynth.pipelines.sample import Progress, StepConsumer, sample
-from diffsynth.planning.ladder import Ladder, memory_problem
+from diffsynth.planning.ladder import Ladder
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.latents import keep_latents, latents_facts
 from diffsynth.runs.state import PromptEmbeddings, RunInputs
 
-T = TypeVar("T")
 Observer = Callable[[RunEvent], None]
 
 
@@ -143,7 +141,7 @@ def _decoded(
     """Decode final latents; if that fails and `keep` is true, save them in a file that the error names."""
     try:
         with stage("decode", observer, cost.stage_seconds):
-            return with_ladder("decode", partial(decode_latents, models, latents), options, ladder)
+            return ladder.run("decode", partial(decode_latents, models, latents), options)
     except (RuntimeError, MemoryError, OSError) as error:
         if keep and latents.isfinite().all():
             keep_latents(latents, latents_facts(models.vae, options, fps, cost), [], "fastvmt-latents", error)
@@ -185,11 +183,11 @@ def encode(
             return finite(latents, f"the VAE's encoder (in {models.vae.dtype})")
 
     with stage("encode text", observer, seconds):
-        embeddings, options = with_ladder("encode text", encode_texts, options, ladder)
+        embeddings, options = ladder.run("encode text", encode_texts, options)
     reference = None
     if pixels is not None:
         with stage("encode video", observer, seconds):
-            reference, options = with_ladder("encode video", partial(encode_video, pixels), options, ladder)
+            reference, options = ladder.run("encode video", partial(encode_video, pixels), options)
     shown = {"condition": pictures}
     if pixels is not None and options.motion is not None:  # read with the frames that it has in their places
         ends = chunks_to_uint8([pixels[:, :, [0, -1]]], len(pictures)) if pictures else ()
@@ -198,7 +196,7 @@ def encode(
     for name, own in shown.items():
         if own:
             encode_all = partial(encode_pictures, models, own)
-            conditions[name], options = with_ladder("encode video", encode_all, options, ladder)
+            conditions[name], options = ladder.run("encode video", encode_all, options)
     inputs = RunInputs(
         prompts=embeddings,
         noise=draw_noise(models, options),
@@ -246,22 +244,6 @@ def noise_generator(options: RunOptions) -> torch.Generator:
         raise ValueError(
             f"rand_device is {options.rand_device!r}, which has no random generator here ({error})"
         ) from error
-
-
-def with_ladder(
-    stage_name: str, attempt: Callable[[RunOptions], T], options: RunOptions, ladder: Ladder
-) -> tuple[T, RunOptions]:
-    """Attempt a stage, and repeat it one rung down the ladder each time that memory runs out.
-
-    Returns:
-        The stage's result, and the options in force afterwards.
-    """
-    while True:
-        try:
-            return attempt(options), options
-        except (RuntimeError, MemoryError) as error:
-            problem = memory_problem(error)
-        options = ladder.next(stage_name, options, problem)
 
 
 @contextmanager

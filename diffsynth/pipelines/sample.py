@@ -57,7 +57,7 @@ def sample(
     if finished is not None:
         cost.restore(finished.cost)
         options = with_settings(options, finished.settings)
-    guided_steps = 0 if options.motion is None else options.motion.guided_steps
+    guided = options.guided
     at_start = cost.state()
     bar = iter(progress(range(0 if finished is None else finished.step, options.num_inference_steps)))
     next(bar, None)  # shows the bar
@@ -74,7 +74,7 @@ def sample(
         expert, phase = expert_at(models, scheduler.timesteps, done, options.boundary)
         scale = None if expert == "dit" else options.low_noise_cfg_scale
         own = options if scale is None else replace(options, cfg_scale=scale)
-        failing = "guidance" if done < guided_steps else "sampling"
+        failing = "guidance" if done in guided else "sampling"
         dit = getattr(models, expert)
         try:
             with models.residency.using(expert), measured(cost, dit, models.device) as elapsed:
@@ -100,7 +100,7 @@ def sample(
                             if saved is not None:
                                 saved.step_done(finished)
                             next(bar, None)
-                        more = event.stage == "sampling" and event.step < guided_steps
+                        more = event.stage == "sampling" and event.step in guided
                         failing = "guidance" if more else "sampling"
                         event = steps.send(replaced)
             done = 0 if finished is None else finished.step
@@ -166,7 +166,7 @@ def begin_denoising(
         scheduler,
         cfg_velocity(dit, prompt, options, rules, inputs.condition),
         guide,
-        guided_steps=0 if motion is None else motion.guided_steps,
+        guided=options.guided,
         condition=inputs.condition,
         first=0 if finished is None else finished.step,
         end=phase.stop,

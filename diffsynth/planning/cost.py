@@ -81,7 +81,7 @@ def computed_steps(cache: CacheOptions | CacheMaker | None, prompt: str, steps: 
 
 def guidance_passes(motion: MotionGuidance, num_steps: int) -> tuple[int, int]:
     """Passes over the reference and gradients of a run; where tensors decide, the most there can be."""
-    steps = min(motion.guided_steps, num_steps)
+    steps = len(motion.guided_range(num_steps))
     if motion.recompute_below is None:
         steps = math.ceil(steps / motion.recompute_every)
     fresh = math.ceil(motion.inner_steps / motion.interval)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from diffsynth.configs.guidance import shifted_level
+
 
 def flow_match_sigmas(
     num_inference_steps: int,
@@ -39,7 +41,7 @@ def flow_match_sigmas(
     start = sigma_min + denoising_strength * (sigma_max - sigma_min)
     points = num_inference_steps if endpoint else num_inference_steps + 1
     u = torch.linspace(start, sigma_min, points, dtype=torch.float64)[:num_inference_steps]
-    return shift * u / (1.0 + (shift - 1.0) * u)
+    return shifted_level(u, shift)
 
 
 def nearest_step(timesteps: Tensor, timestep: float | Tensor) -> int:

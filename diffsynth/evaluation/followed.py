@@ -1,0 +1,87 @@
+"""How well a video follows its reference, where that can be told at once, and both beside each other."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+from diffsynth.configs.options import DEFAULT_FPS
+from diffsynth.data import VideoData, fit_frame
+from diffsynth.data.frames import rgb_frames
+from diffsynth.data.tensors import Video
+from diffsynth.evaluation.drawing import draw_trajectories
+from diffsynth.evaluation.grid import side_by_side
+from diffsynth.evaluation.tracking import (
+    LEAST_DISTANCE,
+    Track,
+    distance_from_background,
+    track_object,
+    video_array,
+)
+
+LEAST_SECONDS = 4.0  # that a looped video lasts
+_LARGEST, _REST = 0.5, 0.06  # shares of the picture: of one object, and of all else that is no background
+# Deviation of a plain background's brightness, 0 to 255; generated ones have up to 12, real clips from 28 on.
+_PLAIN = 16.0
+
+
+def one_object(frames: Video) -> Track | None:
+    """Return the track of a video's one object before a background of one colour; None for other videos."""
+    video = video_array(frames)
+    track = track_object(video)
+    far = distance_from_background(video) > LEAST_DISTANCE
+    rest = ~(far | track.masks)
+    plain = rest.any() and video.mean(-1)[rest].std() <= _PLAIN
+    alone = track.masks.mean() <= _LARGEST and (far & ~track.masks).mean() <= _REST
+    return track if plain and alone and track.found.all() else None
+
+
+def path_agreement(path: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """Return the mean distance of two paths [T, 2] in pixels, and the cosine of their velocities, -1 to 1."""
+    distance = float(np.linalg.norm(path - reference, axis=1).mean())
+    own, other = (np.diff(points, axis=0).ravel() for points in (path, reference))
+    return distance, float(own @ other / max(np.linalg.norm(own) * np.linalg.norm(other), 1e-9))
+
+
+def fitted(reference: Video, frames: Video) -> list[Image.Image]:
+    """Return the frames of a reference, as many and as large as those of a video."""
+    width, height = next(rgb_frames(frames)).size
+    count = min(len(reference), len(frames))
+    return [fit_frame(frame, height, width) for frame in rgb_frames(reference[:count])]
+
+
+def beside_reference(videos: Mapping[str, Video], height: int = 256) -> list[Image.Image]:
+    """Show videos of one size beside each other, with the path of the object where each has but one.
+
+    Args:
+        videos: the videos by name, the reference first; its path is drawn into the others as well.
+        height: of each video, in pixels.
+    """
+    tracks = {name: one_object(frames) for name, frames in videos.items()}
+    paths = [track.centroids for track in tracks.values() if track is not None]
+    if len(paths) < len(tracks):
+        return side_by_side(videos, height)
+    drawn: dict[str, Video] = {}
+    for (name, frames), path in zip(videos.items(), paths, strict=True):
+        drawn[name] = draw_trajectories(frames, [path] if path is paths[0] else [path, paths[0]])
+    return side_by_side(drawn, height)
+
+
+def looped(frames: list[Image.Image], fps: float | None) -> list[Image.Image]:
+    """Repeat a video until it lasts LEAST_SECONDS."""
+    return frames * max(1, math.ceil(LEAST_SECONDS * (fps or DEFAULT_FPS) / len(frames)))
+
+
+def follow_text(frames: Video, reference: VideoData) -> str | None:
+    """Return a sentence on how well a video follows a reference; None where that cannot be told at once."""
+    other = fitted(reference, frames)
+    tracks = [one_object(video) for video in (frames, other)]
+    if tracks[0] is None or tracks[1] is None:
+        return None
+    distance, cosine = path_agreement(tracks[0].centroids, tracks[1].centroids)
+    width = other[0].width
+    return (
+        f"its object's path is {distance:.1f} px of {width} from the reference's in the mean; "
+        f"cosine of the velocities {cosine:.2f} (1: the same motion, 0: unrelated)"
+    )
