@@ -178,7 +178,7 @@ def test_every_number_of_the_method_and_every_argument_of_the_call_is_an_option(
     [
         ([], "the following arguments are required: COMMAND (see fastvmt --help)"),
         (["transform"], "argument COMMAND: invalid choice: 'transform'"),
-        (["transfer", "--sampler", "ddim"], "argument --sampler: must be one of euler, unipc; got 'ddim'"),
+        (["transfer", "--sampler", "ddim"], "--sampler: must be one of euler, unipc, renoise; got 'ddim'"),
         (["transfer", "--height", "tall"], "--height: must be a whole number from 1 to 16384; got 'tall'"),
         (["transfer", "--cfg-scale", "much"], "argument --cfg-scale: must be a finite number; got 'much'"),
         (["transfer", "--motion-tile", "3"], "--motion-tile: must be two values (rows, columns)"),
@@ -744,7 +744,7 @@ def test_decode_makes_the_video_of_latents_that_a_stopped_run_left(
     [
         (["fastvmt", "tra"], ["transfer"]),
         (["fastvmt", "transfer", "--samp"], ["--sampler"]),
-        (["fastvmt", "transfer", "--sampler", ""], ["euler", "unipc"]),
+        (["fastvmt", "transfer", "--sampler", ""], ["euler", "unipc", "renoise"]),
         (["fastvmt", "download", ""], ["1.3b", "14b", "all"]),
     ],
 )
@@ -767,7 +767,7 @@ def test_other_shells_have_their_scripts(capsys):
     assert capsys.readouterr().out.startswith("#compdef fastvmt")
     assert main(["completion", "fish", "--json"]) == 0
     script = json.loads(capsys.readouterr().out)["script"]
-    assert re.search(r"_using transfer' -l sampler -xka \"euler unipc\"", script)
+    assert re.search(r"_using transfer' -l sampler -xka \"euler unipc renoise\"", script)
     for command in COMMANDS:
         assert re.search(rf"_using {command}'", script)
 

@@ -175,6 +175,19 @@ def test_unipc_and_euler_agree_in_the_limit_of_many_steps(pipe):
     assert distances[1] < 0.5 * distances[0]  # 0.3 to 0.45 with the kernels of different builds
 
 
+def test_levels_that_are_passed_stand_for_steps_and_shift(pipe):
+    for sampler in ("euler", "renoise"):
+        options = {"sampler": sampler, "cfg_scale": 1}
+        whole = latents(pipe, **options, num_inference_steps=4, sigma_shift=5.0)
+        sigmas = tuple(5 * u / (1 + 4 * u) for u in (1, 0.75, 0.5, 0.25))
+        explicit = latents(pipe, **options, num_inference_steps=None, sigmas=sigmas)
+        torch.testing.assert_close(explicit, whole, atol=1e-5, rtol=0)
+        assert pipe.costs[0].num_inference_steps == 4
+    assert not torch.equal(
+        whole, latents(pipe, **{**options, "sampler": "euler"}, num_inference_steps=4, sigma_shift=5.0)
+    )
+
+
 def test_tea_cache_skips_blocks_and_changes_little(pipe):
     calls = []
     hook = pipe.dit.blocks[0].register_forward_hook(lambda *_: calls.append(1))
@@ -402,7 +415,13 @@ BAD_ARGUMENTS = {
     "strength 0": ({"denoising_strength": 0.0}, ValueError, "denoising_strength must be .*; got 0.0"),
     "strength 1.2": ({"denoising_strength": 1.2}, ValueError, "denoising_strength must be .*; got 1.2"),
     "mode": ({"mode": "MOFT"}, ValueError, "mode must be .*one of .*No_transfer.*; got 'MOFT'"),
-    "sampler": ({"sampler": "ddim"}, ValueError, "sampler must be one of euler, unipc; got 'ddim'"),
+    "sampler": ({"sampler": "ddim"}, ValueError, "sampler must be one of euler, unipc, renoise; got 'ddim'"),
+    "sigmas": ({"sigmas": (0.5, 0.9, 0.1)}, ValueError, "sigmas must be falling numbers above 0, at most 1"),
+    "sigmas above 1": ({"sigmas": (1.5, 0.9)}, ValueError, "sigmas must be falling numbers above 0"),
+    "sigmas and steps": ({"sigmas": (0.9,), "num_inference_steps": 2}, ValueError, "1 levels for 2 steps"),
+    "sigmas of unipc": (
+        {"sigmas": (1.0,), "num_inference_steps": 1, "sampler": "unipc"}, ValueError, "sigmas must be below 1"
+    ),
     "output_type": ({"output_type": "gif"}, ValueError, "output_type must be one of pil, np, pt, latent"),
     "cfg_scale": ({"cfg_scale": float("nan")}, ValueError, "cfg_scale must be a finite number"),
     "sigma_shift": ({"sigma_shift": 0.0}, ValueError, "sigma_shift must be a finite number above 0"),

@@ -79,6 +79,7 @@ RATIOS = MagRatios((1.0, 0.99, 0.98, 0.97))
 VARIANTS = {
     "euler": {},
     "unipc": {"sampler": "unipc"},
+    "renoise": {"sampler": "renoise", "sigmas": (0.96, 0.9, 0.6, 0.3)},
     "recompute": {"motion": MotionGuidance(**MOTION, recompute_every=3), "sampler": "unipc"},
     "recompute below": {"motion": MotionGuidance(**MOTION, recompute_every=2, recompute_below=0.9)},
     "extrapolate": {"motion": MotionGuidance(**{**MOTION, "interval": 2}, reuse="extrapolate")},

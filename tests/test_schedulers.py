@@ -87,14 +87,67 @@ def test_a_network_that_knows_the_clean_sample_is_followed_along_the_straight_li
     x = scheduler.add_noise(clean.float(), noise.float(), scheduler.timesteps[0])
     for i, timestep in enumerate(scheduler.timesteps):
         sigma = float(scheduler.sigmas[i])
-        torch.testing.assert_close(x.double(), (1 - sigma) * clean + sigma * noise, atol=1e-5, rtol=0)
-        x = scheduler.step((noise - clean).float(), timestep, x)
+        if name != "renoise":  # whose noise is another in each step
+            torch.testing.assert_close(x.double(), (1 - sigma) * clean + sigma * noise, atol=1e-5, rtol=0)
+        x = scheduler.step((x - clean.float()) / sigma, timestep, x)
     torch.testing.assert_close(x.double(), clean, atol=1e-5, rtol=0)
+
+
+def test_renoise_steps_are_the_clean_prediction_and_fresh_noise_of_seed_and_step():
+    velocity, x = torch.randn(2, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = make_scheduler("renoise", 5.0, seed=7)
+    scheduler.set_timesteps(4)
+    noises = []
+    for i, timestep in enumerate(scheduler.timesteps[:-1]):
+        sigma, following = (float(level) for level in scheduler.sigmas[i : i + 2])
+        clean = x - sigma * velocity
+        noises.append((scheduler.step(velocity, timestep, x) - (1 - following) * clean) / following)
+    for noise in noises:
+        assert abs(float(noise.mean())) < 0.1
+        assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    first, second, third = (noise.flatten() for noise in noises)
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.1
+    assert abs(float(torch.corrcoef(torch.stack([second, third]))[0, 1])) < 0.1
+    # A new object draws the same, in any order; another seed does not; the last step ends clean.
+    again, other = (make_scheduler("renoise", 5.0, seed=seed) for seed in (7, 8))
+    for made in (again, other):
+        made.set_timesteps(4)
+    late = scheduler.timesteps[2]
+    assert torch.equal(again.step(velocity, late, x), scheduler.step(velocity, late, x))
+    assert not torch.equal(other.step(velocity, late, x), scheduler.step(velocity, late, x))
+    last = scheduler.step(velocity, scheduler.timesteps[3], x)
+    torch.testing.assert_close(last, x - 0.625 * velocity, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["euler", "renoise"])
+def test_the_published_four_steps_are_shift_5(name):
+    """Self-Forcing and lightx2v list 1000, 750, 500, 250, warped by shift 5."""
+    scheduler, explicit = make_scheduler(name, 5.0), make_scheduler(name)
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == pytest.approx([1000, 937.5, 2500 / 3, 625], rel=1e-7)
+    levels = [5 * u / (1 + 4 * u) for u in (1, 0.75, 0.5, 0.25)]
+    explicit.set_sigmas(levels)
+    assert torch.equal(explicit.sigmas, scheduler.sigmas)
+    assert torch.equal(explicit.timesteps, scheduler.timesteps)
+    explicit.set_sigmas([1.0, 0.757, 0.522])  # three steps, as FastWan was distilled
+    assert explicit.timesteps.tolist() == pytest.approx([1000, 757, 522], rel=1e-7)
+
+
+def test_unipc_takes_the_levels_of_another_unipc():
+    scheduler, explicit = make_scheduler("unipc", 4.0), make_scheduler("unipc")
+    scheduler.set_timesteps(5, 0.9)
+    explicit.set_sigmas(scheduler._exact_sigmas[:-1])
+    x = torch.linspace(-1, 1, 7)
+    y = x.clone()
+    for timestep, same in zip(scheduler.timesteps, explicit.timesteps, strict=True):
+        assert timestep == same
+        x, y = scheduler.step(x.sin(), timestep, x), explicit.step(y.sin(), same, y)
+    assert torch.equal(x, y)
 
 
 def test_unipc_is_an_order_more_accurate_than_euler():
     """dx/dsigma = x has the solution x(0) = x(sigma) * exp(-sigma): errors of 40 against 20 steps."""
-    errors = {name: [] for name in SAMPLERS}
+    errors = {"euler": [], "unipc": []}
     for name, found in errors.items():
         for steps in (20, 40):
             scheduler = make_scheduler(name, shift=1.0)
@@ -238,5 +291,5 @@ def test_unipc_takes_more_steps_than_there_are_whole_timesteps():
 
 
 def test_an_unknown_sampler_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="sampler must be one of euler, unipc; got 'ddim'"):
+    with pytest.raises(ValueError, match="sampler must be one of euler, unipc, renoise; got 'ddim'"):
         make_scheduler("ddim", shift=5.0)

@@ -1,6 +1,7 @@
 """Whole runs of image models and of Wan2.2 against golden trajectories of the official code."""
 
 import shutil
+import weakref
 from functools import cache
 
 import pytest
@@ -18,6 +19,7 @@ from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.pipelines import generate, image_condition
 from diffsynth.testing import write_checkpoint
+from diffsynth.vram_management import residency
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
 
@@ -194,8 +196,100 @@ def test_one_expert_alone_is_refused(checkpoint):
     manager.load_models([folder / "low_noise_model"])
     pipe = WanVideoPipeline.from_model_manager(manager)
     assert pipe.models.experts == ("dit", "low_noise_dit")
-    with pytest.raises(CheckpointError, match="two experts are not supported yet"):
-        manager.load_lora(folder / "lora.safetensors")
+
+
+LAYER = "blocks.1.ffn.0"
+
+
+def lora_file(path, seed=0):
+    """A LoRA of rank 2 for one layer of the tiny experts, in official names; its change of the weight."""
+    draw = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(2, 24, generator=draw), torch.randn(48, 2, generator=draw)
+    path.parent.mkdir(exist_ok=True)
+    save_file(
+        {f"diffusion_model.{LAYER}.lora_A.weight": down, f"diffusion_model.{LAYER}.lora_B.weight": up}, path
+    )
+    return up @ down
+
+
+def test_each_expert_takes_the_lora_of_its_name(checkpoint, tmp_path, caplog):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint("tiny-a14b"), device="cpu")
+    manager, dits = pipe._manager, (pipe.dit, pipe.models.low_noise_dit)
+    before = [dit.get_submodule(LAYER).weight.clone() for dit in dits]
+
+    def changes():
+        return [dit.get_submodule(LAYER).weight - own for dit, own in zip(dits, before, strict=True)]
+
+    high = tmp_path / "wan2.2_t2v_A14b_high_noise_lora_rank64.safetensors"
+    low = tmp_path / "lightning_LOW_fp16.safetensors"
+    of_high, of_low = lora_file(high, 1), lora_file(low, 2)
+    manager.load_lora(high)
+    manager.load_lora(low, 0.5)
+    for found, expected in zip(changes(), (of_high, 0.5 * of_low), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    manager.change_lora(low, -1.0)
+    torch.testing.assert_close(changes()[1], -of_low, atol=1e-5, rtol=0)
+    torch.testing.assert_close(changes()[0], of_high, atol=1e-5, rtol=0)
+    manager.unload_lora(high)
+    assert torch.equal(dits[0].get_submodule(LAYER).weight, before[0])
+    with pytest.raises(CheckpointError, match="is of the high-noise expert, not of the low-noise one"):
+        manager.load_lora(high, expert="low")
+    with pytest.raises(CheckpointError, match="is of the low-noise expert, not of the high-noise one"):
+        pipe.load_lora(pipe.dit, low)
+    with pytest.raises(ValueError, match="expert must be one of high, low or None; got 'middle'"):
+        manager.load_lora(high, expert="middle")
+    manager.unload_lora()
+    assert all(
+        torch.equal(dit.get_submodule(LAYER).weight, own) for dit, own in zip(dits, before, strict=True)
+    )
+    # A file that names no expert changes both, unless the caller says which.
+    style = tmp_path / "style.safetensors"
+    of_both = lora_file(style, 3)
+    with caplog.at_level("INFO"):
+        manager.load_lora(style)
+    assert "style.safetensors does not name an expert: it changes both" in caplog.text
+    for found in changes():
+        torch.testing.assert_close(found, of_both, atol=1e-5, rtol=0)
+    pipe.clear_lora()
+    pipe.load_lora(pipe.models.low_noise_dit, style)
+    torch.testing.assert_close(changes()[1], of_both, atol=1e-5, rtol=0)
+    assert not changes()[0].any()
+
+
+def test_the_loras_of_a_pair_are_told_by_the_command_line_names(checkpoint, tmp_path):
+    """Two files named like their experts, in a mapping as the command passes them."""
+    files = {tmp_path / "high_noise_model.safetensors": 1.0, tmp_path / "low_noise_model.safetensors": 2.0}
+    made = [lora_file(path, seed) for seed, path in enumerate(files)]
+    plain = WanVideoPipeline.from_pretrained(checkpoint("tiny-a14b"), device="cpu")
+    pipe = WanVideoPipeline.from_pretrained(checkpoint("tiny-a14b"), device="cpu", loras=files)
+    for name, strength, change in zip(plain.models.experts, (1.0, 2.0), made, strict=True):
+        own, other = (getattr(p.models, name).get_submodule(LAYER).weight for p in (pipe, plain))
+        torch.testing.assert_close(own - other, strength * change, atol=1e-5, rtol=0)
+
+
+def test_the_relay_holds_little_more_than_one_expert(checkpoint, monkeypatch):
+    """Bytes of DiT weights on the device at once, counted at every copy to it."""
+    pipe = WanVideoPipeline.from_pretrained(checkpoint("tiny-a14b"), device="cpu")
+    experts = [getattr(pipe.models, name) for name in pipe.models.experts]
+    sizes = [sum(tensor.nbytes for tensor in dit.state_dict().values()) for dit in experts]
+    weights = {tensor.data_ptr() for dit in experts for tensor in dit.state_dict().values()}
+    alive, peaks = [0], []
+
+    def copied(_device, tensor):
+        made = tensor.clone()
+        if tensor.data_ptr() in weights:
+            alive[0] += made.nbytes
+            peaks.append(alive[0])
+            weakref.finalize(
+                made.untyped_storage(), lambda size=made.nbytes: alive.__setitem__(0, alive[0] - size)
+            )
+        return made
+
+    monkeypatch.setattr(residency, "copy_to", copied)
+    pipe("a cat", **SMALL)
+    assert sum(sizes) > max(peaks) >= min(sizes)
+    assert max(peaks) <= 1.05 * max(sizes)
+    assert alive == [0]
 
 
 def test_one_expert_at_a_time_is_on_the_device(checkpoint, monkeypatch):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from importlib import import_module
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, Protocol, TypeVar
 
@@ -169,6 +170,25 @@ class Several:
         if isinstance(value, str | Mapping) or len(parts) != len(self.names):
             raise ValueError
         return tuple(self.kind.check(part) for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Noise levels that fall from 1 or below to above 0."""
+
+    metavar: str = "X,X,..."
+
+    def __str__(self) -> str:
+        return "falling numbers above 0, at most 1"
+
+    def read(self, text: str) -> tuple[float, ...]:
+        return self.check([float(part) for part in text.split(",")])
+
+    def check(self, value: Any) -> tuple[float, ...]:
+        levels = tuple(Number(above=0, most=1).check(level) for level in value)
+        if not levels or any(level <= following for level, following in pairwise(levels)):
+            raise ValueError
+        return levels
 
 
 @dataclass(frozen=True, slots=True)

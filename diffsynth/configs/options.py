@@ -14,6 +14,7 @@ from diffsynth.configs.caches import CACHES, CacheOptions
 from diffsynth.configs.descriptors import DESCRIPTORS, NO_TRANSFER
 from diffsynth.configs.fields import (
     Choice,
+    Levels,
     Number,
     Option,
     OrNone,
@@ -32,6 +33,7 @@ from diffsynth.configs.guidance import MotionGuidance, shifted_level
 SAMPLERS: dict[str, str] = {
     "euler": "diffsynth.schedulers.flow_match:FlowMatchScheduler",
     "unipc": "diffsynth.schedulers.unipc:UniPCScheduler",
+    "renoise": "diffsynth.schedulers.renoise:RenoiseScheduler",
 }
 # Every mode, also of a descriptor that is registered later. Iterated, the one without transfer is the last.
 MODES: Mapping[str, Any] = ChainMap({NO_TRANSFER: None}, DESCRIPTORS)
@@ -160,7 +162,16 @@ class RunOptions:
     tile_stride: tuple[int, int] = option(
         Several(Whole(1), _ROWS_COLUMNS), "from VAE tile to VAE tile, in latent units", default=(15, 26)
     )
-    sampler: str = option(Choice(SAMPLERS), "the solver of the noise schedule", default="euler")
+    sampler: str = option(
+        Choice(SAMPLERS),
+        "the solver; renoise is that of models distilled to few steps (DMD)",
+        default="euler",
+    )
+    sigmas: tuple[float, ...] | None = option(
+        OrNone(Levels(), "by steps, strength and shift"),
+        "noise level of each step, instead of steps, strength and shift",
+        default=None,
+    )
     align: Any = option(
         AlignmentKind(),
         "where a picture's object lies elsewhere than what moves in the reference, the reference is moved "
@@ -193,6 +204,11 @@ class RunOptions:
             )
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise ValueError(f"cfg_interval must be (from, to) with from <= to; got {self.cfg_interval!r}")
+        if self.sigmas is not None:
+            if len(self.sigmas) != self.num_inference_steps:
+                raise ValueError(f"sigmas has {len(self.sigmas)} levels for {self.num_inference_steps} steps")
+            if self.sampler == "unipc" and self.sigmas[0] == 1:
+                raise ValueError("sigmas must be below 1 for sampler unipc; the first is 1")
         if any(stride > size for stride, size in zip(self.tile_stride, self.tile_size, strict=True)):
             raise ValueError(
                 "tile_stride must not exceed tile_size, or gaps are left; "
@@ -216,6 +232,8 @@ class RunOptions:
     @property
     def levels(self) -> list[float]:
         """The noise level of each step, in 0..1; those of UniPC are up to a thousandth lower."""
+        if self.sigmas is not None:
+            return list(self.sigmas)
         falling = (
             self.denoising_strength * (1 - i / self.num_inference_steps)
             for i in range(self.num_inference_steps)
@@ -307,6 +325,7 @@ class CallOptions(TypedDict, total=False):
     tile_size: tuple[int, int] | None
     tile_stride: tuple[int, int] | None
     sampler: str | None
+    sigmas: Sequence[float] | None
     align: str | Sequence[float] | None
     motion: MotionGuidance | Mapping[str, Any] | None
     cache: str | CacheOptions | CacheMaker | None

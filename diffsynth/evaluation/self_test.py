@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.configs.options import SAMPLERS, WIDE_DTYPES, RunOptions
+from diffsynth.configs.options import WIDE_DTYPES, RunOptions
 from diffsynth.models.attention import BACKENDS, attention
 from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.motion import attention_motion_flow, make_descriptor
@@ -119,7 +119,7 @@ def _loss(models: Components) -> Outputs:
 
 def _sampler(models: Components) -> Outputs:
     outputs: Outputs = {}
-    for name in SAMPLERS:
+    for name in ("euler", "unipc"):
         scheduler = make_scheduler(name, 3.0)
         scheduler.set_timesteps(4, 0.8)
         clean, noise, *velocities = _draw(models, 60, 6, *LATENTS)

@@ -79,11 +79,13 @@ class Lora:
         path: the file, links resolved.
         alpha: the caller's strength.
         layers: the parts that change each layer, by its official name.
+        dits: names of the DiTs that it changes.
     """
 
     path: Path
     alpha: float
     layers: dict[str, LayerParts]
+    dits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

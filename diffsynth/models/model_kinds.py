@@ -32,7 +32,7 @@ from diffsynth.models.wan_video_vae_keys import diffusers_vae_key_map
 PIECES = "spiece_model"  # the bytes of the tokenizer, in Comfy's files of the text encoder
 # The second DiT of a pair, which only its folder or file name tells from the first.
 LOW_NOISE_DIT = "wan_video_low_noise_dit"
-_EXPERT = re.compile(r"(high[-_]?noise)|low[-_]?noise|transformer_2/", re.IGNORECASE)
+_EXPERT = re.compile(r"((?i:high[-_]?noise)|_HIGH[_.])|(?i:low[-_]?noise)|_LOW[_.]|transformer_2/")
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, StoredTensor]
 Declared = Mapping[str, object]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffsynth.configs.checkpoints import PUBLISHED
-from diffsynth.configs.fields import Kind, Number, Whole, check_value
+from diffsynth.configs.fields import Choice, Kind, Number, OrNone, Whole, check_value
 from diffsynth.models.checkpoint_files import (
     PUBLISHED_NAME,
     CheckpointError,
@@ -26,6 +26,7 @@ from diffsynth.models.model_kinds import (
     PIECES,
     ModelKind,
     check_complete,
+    expert_of,
     name_of,
     recognise,
     split,
@@ -186,25 +187,41 @@ class ModelManager:
             entry.model.to(device)
 
     def load_lora(
-        self, path: str | Path = "", lora_alpha: float = 1.0, *, file_path: str | Path = ""
+        self,
+        path: str | Path = "",
+        lora_alpha: float = 1.0,
+        *,
+        file_path: str | Path = "",
+        expert: str | None = None,
     ) -> None:
         """Add a LoRA file to the DiT at strength `lora_alpha`; several add up.
+
+        Of two experts, it changes the one that its name says ("high_noise", "low_noise"), else both.
 
         Args:
             path: path of the file; DiffSynth's name of the argument, file_path, works too.
             lora_alpha: factor on the weight changes in the file.
+            expert: "high" or "low" for a file whose name does not say it.
 
         Raises:
             FileNotFoundError: the file is missing.
-            CheckpointError: the file is damaged, belongs to another model, matches no layer, or is of an
-                unsupported kind.
+            CheckpointError: the file is damaged, belongs to another model or expert, matches no layer, or is
+                of an unsupported kind.
         """
-        if any(entry.name == LOW_NOISE_DIT for entry in self.loaded):
-            raise CheckpointError("LoRAs for models of two experts are not supported yet")
-        dit = self.find("wan_video_dit")
-        lora = read_lora(path or file_path, lora_alpha, dit.model)
-        merge(dit.model, dit.tensors, [*self.loras, lora], lora.layers)
+        path = Path(path or file_path)
+        expert = check_value("expert", OrNone(Choice(("high", "low"))), expert)
+        dit, own = self.find("wan_video_dit"), expert_of(path)
+        pair = any(entry.name == LOW_NOISE_DIT for entry in self.loaded)
+        wanted = expert or (None if pair else expert_of(dit.files[0]))
+        if own is not None and wanted not in (None, own):
+            raise CheckpointError(f"LoRA {path} is of the {own}-noise expert, not of the {wanted}-noise one")
+        names = {"high": [dit.name], "low": [LOW_NOISE_DIT], None: [dit.name, LOW_NOISE_DIT]}[expert or own]
+        if pair and len(names) == 2:
+            logger.info("LoRA %s does not name an expert: it changes both", path.name)
+        dits = tuple(names) if pair else (dit.name,)
+        lora = replace(read_lora(path, lora_alpha, dit.model), dits=dits)
         self.loras.append(lora)
+        self._merge([lora])
 
     def change_lora(self, path: str | Path, lora_alpha: float) -> None:
         """Change the strength of a loaded LoRA file.
@@ -213,10 +230,10 @@ class ModelManager:
             ValueError: the file is not loaded, or lora_alpha is not a finite number.
         """
         changing = self._loaded_from(path)
-        changed = [replace(lora, alpha=checked_strength(lora_alpha)) for lora in changing[:1]]
+        kept = {lora.dits: lora for lora in changing}.values()
+        changed = [replace(lora, alpha=checked_strength(lora_alpha)) for lora in kept]
         self.loras = [lora for lora in self.loras if lora not in changing] + changed
-        dit = self.find("wan_video_dit")
-        merge(dit.model, dit.tensors, self.loras, changed[0].layers)
+        self._merge(changing)
 
     def unload_lora(self, path: str | Path | None = None) -> None:
         """Remove a LoRA file from the DiT (all of them by default).
@@ -228,8 +245,14 @@ class ModelManager:
         """
         leaving = list(self.loras) if path is None else self._loaded_from(path)
         self.loras = [lora for lora in self.loras if lora not in leaving]
-        dit = self.find("wan_video_dit")
-        merge(dit.model, dit.tensors, self.loras, {name for lora in leaving for name in lora.layers})
+        self._merge(leaving)
+
+    def _merge(self, changed: Sequence[Lora]) -> None:
+        """Set the layers that these LoRAs change anew, in each of their DiTs."""
+        for name in dict.fromkeys(name for lora in changed for name in lora.dits):
+            dit, loras = self.find(name), [lora for lora in self.loras if name in lora.dits]
+            layers = {layer for lora in changed if name in lora.dits for layer in lora.layers}
+            merge(dit.model, dit.tensors, loras, layers)
 
     def _loaded_from(self, path: str | Path) -> list[Lora]:
         found = [lora for lora in self.loras if lora.path == Path(path).resolve()]

@@ -190,14 +190,17 @@ class WanVideoPipeline:
         """Add a LoRA file to the DiT, as DiffSynth's call does; see `ModelManager.load_lora`.
 
         Args:
+            module: pipe.dit or, of two experts, pipe.models.low_noise_dit.
             alpha: strength of the LoRA.
 
         Raises:
-            ValueError: module is not the pipeline's DiT, or no `ModelManager` loaded the pipeline.
+            ValueError: module is not a DiT of the pipeline, or no `ModelManager` loaded the pipeline.
         """
-        if module is not self.dit or self._manager is None:
+        names = [name for name in self.models.experts if getattr(self.models, name) is module]
+        if not names or self._manager is None:
             raise ValueError("load_lora takes pipe.dit of a pipeline that a ModelManager has loaded")
-        self._manager.load_lora(path, alpha)
+        which = {"dit": "high", "low_noise_dit": "low"}[names[0]]
+        self._manager.load_lora(path, alpha, expert=which if len(self.models.experts) == 2 else None)
 
     def clear_lora(self) -> None:
         """Remove all LoRAs from the DiT; its weights are then bit-identical to those without them."""

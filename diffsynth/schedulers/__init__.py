@@ -3,19 +3,22 @@
 from diffsynth.configs.fields import Choice, check_value, load
 from diffsynth.configs.options import SAMPLERS
 from diffsynth.schedulers.flow_match import FlowMatchScheduler
+from diffsynth.schedulers.renoise import RenoiseScheduler
 from diffsynth.schedulers.unipc import UniPCScheduler
 
-__all__ = ["FlowMatchScheduler", "UniPCScheduler", "make_scheduler"]
+__all__ = ["FlowMatchScheduler", "RenoiseScheduler", "UniPCScheduler", "make_scheduler"]
 
 
-def make_scheduler(name: str, shift: float = 5.0) -> FlowMatchScheduler | UniPCScheduler:
+def make_scheduler(name: str, shift: float = 5.0, seed: int = 0) -> FlowMatchScheduler | UniPCScheduler:
     """Return a new scheduler with its own shift.
 
     Args:
         name: a key of `configs.options.SAMPLERS`.
         shift: of the noise schedule.
+        seed: of the noise that a sampler draws in each step.
 
     Raises:
         ValueError: an unknown name; the known ones are listed.
     """
-    return load(SAMPLERS[check_value("sampler", Choice(SAMPLERS), name)])(shift=shift)
+    scheduler = load(SAMPLERS[check_value("sampler", Choice(SAMPLERS), name)])
+    return scheduler(shift, seed) if scheduler is RenoiseScheduler else scheduler(shift)

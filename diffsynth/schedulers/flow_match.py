@@ -6,7 +6,7 @@ samples move in float32 and come back in their own type.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -124,8 +124,12 @@ class FlowMatchScheduler:
             sigma_max=self.sigma_max,
             endpoint=not self.extra_one_step,
         )
-        self.sigmas = sigmas.float()
-        self.timesteps = (sigmas * self.num_train_timesteps).float()
+        self.set_sigmas(sigmas.tolist())
+
+    def set_sigmas(self, sigmas: Sequence[float]) -> None:
+        """Make the tables of one run from its levels, which fall from 1 or below to above 0."""
+        self.sigmas = torch.tensor(sigmas)
+        self.timesteps = (torch.tensor(sigmas, dtype=torch.float64) * self.num_train_timesteps).float()
 
     def state(self) -> dict[str, object]:
         """Return what the next step needs of those before: nothing, as each Euler step stands alone."""
@@ -134,7 +138,7 @@ class FlowMatchScheduler:
     def restore(self, state: Mapping[str, object]) -> None:
         """Continue from a `state`, after set_timesteps; ValueError if it is that of another scheduler."""
         if state:
-            raise ValueError(f"an Euler scheduler keeps nothing; got a state of {', '.join(sorted(state))}")
+            raise ValueError(f"this scheduler keeps nothing; got a state of {', '.join(sorted(state))}")
 
     def add_noise(self, x: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
         """Return clean samples `x` noised to the level of the nearest timestep, in the type of `x`."""

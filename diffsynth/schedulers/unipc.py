@@ -11,7 +11,7 @@ the corrector reuses the call of the next step.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,15 @@ class UniPCScheduler:
         """
         shift = self.shift if shift is None else shift
         sigmas = flow_match_sigmas(num_inference_steps, denoising_strength, shift, sigma_max=_U_MAX)
-        self.sigmas = sigmas.float()
-        self.timesteps = (sigmas * self.num_train_timesteps).trunc().float()
-        self._exact_sigmas = [*sigmas.tolist(), 0.0]
+        self.set_sigmas(sigmas.tolist())
+
+    def set_sigmas(self, sigmas: Sequence[float]) -> None:
+        """Set sigmas, which fall from below 1 to above 0, for a new run and drop the old state."""
+        self.sigmas = torch.tensor(sigmas)
+        self.timesteps = (
+            (torch.tensor(sigmas, dtype=torch.float64) * self.num_train_timesteps).trunc().float()
+        )
+        self._exact_sigmas = [*sigmas, 0.0]
         self._next = 0
         self._past = None
 
