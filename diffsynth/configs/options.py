@@ -234,6 +234,8 @@ class RunOptions:
         """The noise level of each step, in 0..1; those of UniPC are up to a thousandth lower."""
         if self.sigmas is not None:
             return list(self.sigmas)
+        if self.sigmas is not None:
+            return list(self.sigmas)
         falling = (
             self.denoising_strength * (1 - i / self.num_inference_steps)
             for i in range(self.num_inference_steps)
