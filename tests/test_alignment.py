@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsynth.configs.options import AlignmentKind, RunOptions
+from diffsynth.configs.kinds import AlignmentKind
+from diffsynth.configs.options import RunOptions
 from diffsynth.evaluation.tracking import track_object
 from diffsynth.motion import MotionGuidance
 from diffsynth.planning.alignment import align, shift

@@ -19,14 +19,8 @@ from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.caches import CACHES, CacheOptions
 from diffsynth.configs.fields import Choice, Number, OrNone, Several, Switch, Text, Whole, options_of
 from diffsynth.configs.guidance import HEAD_READINGS, HeadsKind, MotionGuidance
-from diffsynth.configs.options import (
-    ALIGNMENTS,
-    AlignmentKind,
-    CacheKind,
-    MotionKind,
-    SavingOptions,
-    call_options,
-)
+from diffsynth.configs.kinds import ALIGNMENTS, AlignmentKind, CacheKind, MotionKind
+from diffsynth.configs.options import SavingOptions, call_options
 from diffsynth.testing import write_clip
 
 CASES = 600

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffsynth.configs.caches import CACHES, CacheOptions
 from diffsynth.configs.fields import load
-from diffsynth.configs.options import CacheMaker
+from diffsynth.configs.kinds import CacheMaker
 from diffsynth.models.wan_video_dit import DiTState, WanModel
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from diffsynth.configs.caches import CACHES
 from diffsynth.configs.fields import Choice, Kind, Number, Option, OrNone, Switch, Whole, options_of
 from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.kinds import CacheKind
 from diffsynth.configs.options import (
     MOTION_PREFIX,
     PICTURES,
-    CacheKind,
     FileOptions,
     LoadOptions,
     ReferenceOptions,

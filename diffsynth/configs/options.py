@@ -6,11 +6,11 @@ here, its type for type checkers in `CallOptions`, and the code that reads it.
 """
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
-from diffsynth.configs.caches import CACHES, CacheOptions
+from diffsynth.configs.caches import CacheOptions
 from diffsynth.configs.descriptors import DESCRIPTORS, NO_TRANSFER
 from diffsynth.configs.fields import (
     Choice,
@@ -28,6 +28,7 @@ from diffsynth.configs.fields import (
     options_of,
 )
 from diffsynth.configs.guidance import MotionGuidance, shifted_level
+from diffsynth.configs.kinds import AlignmentKind, CacheKind, CacheMaker, MotionKind
 
 # The samplers of `diffsynth.schedulers`.
 SAMPLERS: dict[str, str] = {
@@ -43,54 +44,11 @@ FITS = ("crop", "pad", "stretch")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
 MOTION_PREFIX = "motion_"  # of the names of motion's numbers on the command line and in batch files
-ALIGNMENTS = ("object", "none")
 PICTURES = ("input_image", "end_image")  # arguments of the call: the video begins and ends with them
 DEFAULT_FPS = 15.0  # of a video whose reference and checkpoint name no rate
 ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
 MOST_PIXELS = 2**33  # of all frames together: 1,000 of 3840x2160
 _ROWS_COLUMNS = ("rows", "columns")
-
-
-class CacheMaker(Protocol):
-    """Interface of a caller's own step cache; see `caches.rules`."""
-
-    make: Callable[[str, range, int], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CacheKind:
-    """A step cache: a name, `CacheOptions` or an object with `make`; a name alone on the command line."""
-
-    metavar: str = "NAME"
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(CACHES)}, CacheOptions or an object with make(prompt, steps, num_steps)"
-
-    def read(self, text: str) -> str:
-        return Choice(CACHES).check(text)
-
-    def check(self, value: Any) -> Any:
-        if value is None or isinstance(value, CacheOptions) or hasattr(value, "make"):
-            return value
-        return Choice(CACHES).check(value)
-
-
-@dataclass(frozen=True, slots=True)
-class MotionKind:
-    """The numbers of motion transfer; on the command line each number is a separate option."""
-
-    metavar: str = "NUMBERS"
-
-    def __str__(self) -> str:
-        return "a MotionGuidance or None"
-
-    def read(self, text: str) -> MotionGuidance:
-        raise ValueError(text)
-
-    def check(self, value: Any) -> MotionGuidance | None:
-        if value is not None and not isinstance(value, MotionGuidance):
-            raise ValueError
-        return value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,26 +57,6 @@ class CheckedOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-
-
-@dataclass(frozen=True, slots=True)
-class AlignmentKind:
-    """How a reference is laid onto a picture: "object", "none", or numbers for `planning.alignment.shift`."""
-
-    metavar: str = "object|none|DX,DY[,SCALE]"
-
-    def __str__(self) -> str:
-        return "object, none, or pixels to the right, pixels down and, if wanted, a scale from 0.1 to 10"
-
-    def read(self, text: str) -> str | tuple[float, ...]:
-        return self.check(text if text in ALIGNMENTS else [float(part) for part in text.split(",")])
-
-    def check(self, value: Any) -> str | tuple[float, ...]:
-        if isinstance(value, str):
-            return Choice(ALIGNMENTS).check(value)
-        right, down, scale = value if len(value) == 3 else (*value, 1.0)
-        offset = Number(least=-16384, most=16384)
-        return offset.check(right), offset.check(down), Number(least=0.1, most=10).check(scale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -66,11 +66,7 @@ def sample(
         found = at_start if finished is None else finished.cost
         cost.restore({**found, "time_gen": cost.time_gen, "dit_block_calls": cost.dit_block_calls})
         done = 0 if finished is None else finished.step
-        scheduler = make_scheduler(options.sampler, options.sigma_shift, options.seed)
-        if options.sigmas is None:
-            scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
-        else:
-            scheduler.set_sigmas(options.sigmas)
+        scheduler = scheduler_of(options)
         expert, phase = expert_at(models, scheduler.timesteps, done, options.boundary)
         scale = None if expert == "dit" else options.low_noise_cfg_scale
         own = options if scale is None else replace(options, cfg_scale=scale)
@@ -111,6 +107,16 @@ def sample(
             problem = memory_problem(error)
         # Outside of the except block, no traceback keeps the tensors of the failed attempt alive.
         options = ladder.next(failing, options, problem)
+
+
+def scheduler_of(options: RunOptions) -> Scheduler:
+    """Return a new scheduler with the noise levels of a run."""
+    scheduler = make_scheduler(options.sampler, options.sigma_shift, options.seed)
+    if options.sigmas is None:
+        scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
+    else:
+        scheduler.set_sigmas(options.sigmas)
+    return scheduler
 
 
 def begin_denoising(

@@ -20,7 +20,8 @@ from diffsynth.caches.rules import Probe, make_rule
 from diffsynth.configs.caches import CACHES, CacheOptions
 from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.configs.options import CacheMaker, RunOptions
+from diffsynth.configs.kinds import CacheMaker
+from diffsynth.configs.options import RunOptions
 from diffsynth.models.local_attention import BLOCK, Window, block_plan
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS
 from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid

@@ -1,0 +1,73 @@
+"""Kinds of values of single options: a step cache, the numbers of motion, an alignment."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from diffsynth.configs.caches import CACHES, CacheOptions
+from diffsynth.configs.fields import Choice, Number
+from diffsynth.configs.guidance import MotionGuidance
+
+ALIGNMENTS = ("object", "none")
+
+
+class CacheMaker(Protocol):
+    """Interface of a caller's own step cache; see `caches.rules`."""
+
+    make: Callable[[str, range, int], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKind:
+    """A step cache: a name, `CacheOptions` or an object with `make`; a name alone on the command line."""
+
+    metavar: str = "NAME"
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(CACHES)}, CacheOptions or an object with make(prompt, steps, num_steps)"
+
+    def read(self, text: str) -> str:
+        return Choice(CACHES).check(text)
+
+    def check(self, value: Any) -> Any:
+        if value is None or isinstance(value, CacheOptions) or hasattr(value, "make"):
+            return value
+        return Choice(CACHES).check(value)
+
+
+@dataclass(frozen=True, slots=True)
+class MotionKind:
+    """The numbers of motion transfer; on the command line each number is a separate option."""
+
+    metavar: str = "NUMBERS"
+
+    def __str__(self) -> str:
+        return "a MotionGuidance or None"
+
+    def read(self, text: str) -> MotionGuidance:
+        raise ValueError(text)
+
+    def check(self, value: Any) -> MotionGuidance | None:
+        if value is not None and not isinstance(value, MotionGuidance):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentKind:
+    """How a reference is laid onto a picture: "object", "none", or numbers for `planning.alignment.shift`."""
+
+    metavar: str = "object|none|DX,DY[,SCALE]"
+
+    def __str__(self) -> str:
+        return "object, none, or pixels to the right, pixels down and, if wanted, a scale from 0.1 to 10"
+
+    def read(self, text: str) -> str | tuple[float, ...]:
+        return self.check(text if text in ALIGNMENTS else [float(part) for part in text.split(",")])
+
+    def check(self, value: Any) -> str | tuple[float, ...]:
+        if isinstance(value, str):
+            return Choice(ALIGNMENTS).check(value)
+        right, down, scale = value if len(value) == 3 else (*value, 1.0)
+        offset = Number(least=-16384, most=16384)
+        return offset.check(right), offset.check(down), Number(least=0.1, most=10).check(scale)
