@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.caches import CACHES, CacheOptions
-from diffsynth.configs.fields import Choice, Number, OrNone, Several, Switch, Text, Whole, options_of
+from diffsynth.configs.fields import Choice, Levels, Number, OrNone, Several, Switch, Text, Whole, options_of
 from diffsynth.configs.guidance import HEAD_READINGS, HeadsKind, MotionGuidance
 from diffsynth.configs.kinds import ALIGNMENTS, AlignmentKind, CacheKind, MotionKind
 from diffsynth.configs.options import SavingOptions, call_options
@@ -64,6 +64,9 @@ def values_of(kind):
         return st.sampled_from([*CACHES, CacheOptions(name="first_block", threshold=0.1)])
     if isinstance(kind, MotionKind):
         return st.sampled_from([MotionGuidance(block=0, guided_steps=1), {"sf": 3}, {}])
+    if isinstance(kind, Levels):
+        falling = st.lists(st.floats(0.01, 1), min_size=1, max_size=8, unique=True)
+        return falling.map(lambda levels: tuple(sorted(levels, reverse=True)))
     if isinstance(kind, AlignmentKind):
         pixels = st.floats(-16384, 16384)
         return st.one_of(st.sampled_from(ALIGNMENTS), st.tuples(pixels, pixels, st.floats(0.1, 10)))
