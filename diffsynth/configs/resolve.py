@@ -136,12 +136,10 @@ def resolve(
 def resolve_plan(given: Mapping[str, Any], defaults: RunDefaults, model: ModelFacts) -> RunOptions:
     """Return the options of a run that is planned before it has a reference; see `resolve`.
 
-    The reference is assumed to have the output's size and length. Unless `tiled` is passed, the plan
-    decides whether the VAE works in tiles.
+    The reference is assumed to have the output's size and length.
     """
     facts = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
-    run = resolve(given, defaults, ReferenceFacts(**facts), model)
-    return replace(run, tiled=given.get("tiled"))
+    return resolve(given, defaults, ReferenceFacts(**facts), model)
 
 
 def resolve_prompts(

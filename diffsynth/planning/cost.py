@@ -94,7 +94,7 @@ def vae_flops(vae: VAESize, latents: Shape, options: RunOptions, tiled: bool, wi
 
 
 def _encoder_sums(vae: VAESize, frames: int, area: int) -> float:
-    """Products of the encoder's levels, from the pixels of `frames` latent frames of `area` positions down."""
+    """Products of the encoder's levels, down to `frames` latent frames of `area` positions."""
     area, frames = area * 4 ** len(vae.temporal), (frames - 1) * 2 ** sum(vae.temporal) + 1
     channels, sums = vae.widths[0], frames * area * 27 * IMAGE_CHANNELS * vae.widths[0]
     for level, width in enumerate(vae.widths):
@@ -159,9 +159,8 @@ def guidance_cost(
 
     A backward counts as two forwards, and blocks after the one that is read do not run. Flow takes one
     forward up to that block for the reference in each guided step that computes gradients, and one with its
-    backward for
-    each gradient. FlowMotion takes one full forward for the reference, one or with guidance two for each
-    gradient, and no backward.
+    backward for each gradient. FlowMotion takes one full forward for the reference, one or with guidance two
+    for each gradient, and no backward.
 
     Args:
         gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.
