@@ -12,9 +12,9 @@ from PIL import Image
 
 from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.resolve import motion_for
-from diffsynth.evaluation import reference_flow
+from diffsynth.evaluation import draw_trajectories, reference_flow, track_object
 from diffsynth.evaluation.figures import BLUE, GREEN, RED, loss_curves, new_figure
-from diffsynth.evaluation.flow_images import colour_panels, neighbour_flow
+from diffsynth.evaluation.flow_images import colour_panels, neighbour_flow, texture
 from diffsynth.evaluation.grid import picture_grid
 from diffsynth.motion.coarse import noise_scale
 from diffsynth.runs.record import read_record
@@ -44,10 +44,13 @@ def flow_picture(sigmas: tuple[float, ...] = (0.95, 0.85, 0.7, 0.5)) -> Image.Im
     pipe = WanVideoPipeline.from_pretrained("nano", device="cpu")
     motion = motion_for("nano")
     video = VideoData(CLIP, height=64, width=64)
-    rows = [[video[4 * step].resize((CELL, CELL), Image.Resampling.BICUBIC) for step in range(4)]]
+    # The frames with the object's path so far; flow where there is texture to follow.
+    drawn = draw_trajectories(video, [track_object(video).centroids])
+    rows = [[drawn[4 * step].resize((CELL, CELL), Image.Resampling.BICUBIC) for step in range(4)]]
+    sure = [texture(video[4 * step], 8, 8) for step in range(4)]
     for sigma in sigmas:
         flow = neighbour_flow(reference_flow(pipe, video, motion=motion, sigma=sigma), motion.sf)
-        rows.append(colour_panels(flow, (CELL, CELL), largest=2.0))
+        rows.append(colour_panels(flow, (CELL, CELL), largest=2.0, sure=sure))
     labels = [[f"latent frame {step} to {step + 1}" for step in range(4)]]
     return picture_grid(rows, labels, ["reference", *(f"sigma {sigma:g}" for sigma in sigmas)])
 
@@ -63,7 +66,11 @@ def schedule_figure() -> "Figure":
     axes.plot(published[:10], "o", color=BLUE)
     axes.plot(nano, color=RED, label="nano: 25 steps, strength 1, shift 3; the first 18 guided")
     axes.plot(nano[:18], "o", color=RED)
-    axes.plot(coarse, color=GREEN, label="what coarse guidance over 2x2 looks at, for the first")
+    axes.plot(
+        coarse,
+        color=GREEN,
+        label="the first with coarse guidance: the level of latents averaged over 2x2",
+    )
     figure.legend(loc="outside upper center")
     axes.grid(alpha=0.3)
     return figure

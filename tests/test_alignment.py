@@ -10,8 +10,8 @@ from PIL import Image
 from diffsynth.configs.options import AlignmentKind, RunOptions
 from diffsynth.evaluation.tracking import track_object
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.reference import reference_pixels
 from diffsynth.planning.alignment import align, shift
+from diffsynth.planning.reference import reference_pixels
 
 HEIGHT, WIDTH, FRAMES = 96, 128, 9
 

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
 
+from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth import VideoData
 
 FOLDER = Path(__file__).parent.parent / "examples" / "comfyui"

@@ -2,10 +2,17 @@
 
 import numpy as np
 import pytest
-from diffsynth.evaluation.synthetic import PLAIN, make_clip
 
+from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth import VideoData
-from diffsynth.evaluation.followed import beside_reference, follow_text, looped, one_object, path_agreement
+from diffsynth.evaluation.followed import (
+    beside_reference,
+    follow_text,
+    looped,
+    one_object,
+    path_agreement,
+    path_words,
+)
 from diffsynth.testing import write_clip
 
 
@@ -60,3 +67,16 @@ def test_both_paths_are_drawn_into_the_result_only(clips):
 def test_a_short_video_is_repeated():
     assert len(looped([0] * 17, 12)) == 51
     assert len(looped([0] * 100, 12)) == 100
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ([(10, 2 * t) for t in range(17)], "moves 32 px right"),
+        ([(30 - t, 40 - 2 * t) for t in range(17)], "moves 32 px left, 16 px up"),
+        ([(10, 16 - 2 * abs(t - 8)) for t in range(17)], "ends where it begins, turns back at 0.8 s"),
+        ([(10 + 2 * min(t, 16 - t), 2 * t) for t in range(17)], "moves 32 px right"),
+    ],
+)
+def test_a_path_is_told_in_words(path, words):
+    assert path_words(np.array(path, float), fps=10) == words

@@ -69,7 +69,7 @@ def test_no_lever_is_pulled_by_default():
     guidance = MotionGuidance()
     assert (guidance.attention_window, guidance.coarse) == (None, 1)
     assert (guidance.recompute_every, guidance.recompute_below) == (1, None)
-    assert all(guidance.faded(step).lr == guidance.lr for step in range(guidance.guided_steps))
+    assert all(guidance.faded(step, 0.5).lr == guidance.lr for step in range(guidance.guided_steps))
 
 
 def test_the_window_bounds_attention_of_the_reference_and_of_what_is_made(dit, seen):

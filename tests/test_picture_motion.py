@@ -11,11 +11,11 @@ from PIL import Image
 from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.cli.main import main
 from diffsynth.configs.options import LoadOptions
-from diffsynth.data.files import sha256_of_frames
 from diffsynth.data.tensors import picture_to_tensor, video_to_tensor
 from diffsynth.models.conditions import ImageCondition
 from diffsynth.motion import MotionGuidance, attention_motion_flow, guided_step
 from diffsynth.pipelines.image_condition import image_condition
+from diffsynth.runs.identity import sha256_of_frames
 from diffsynth.runs.record import read_record
 from diffsynth.testing import write_checkpoint
 from diffsynth.webui.queue import QueuedJob

@@ -167,11 +167,11 @@ def test_losses_are_curves_and_none_are_refused():
     pytest.importorskip("matplotlib")
     losses = [[100.0, 50.0], [80.0, 0.0, 20.0]]
     (axes,) = loss_curves(losses).axes
-    assert axes.get_yscale() == "log"
     first, second = axes.lines
-    assert (list(first.get_xdata()), list(first.get_ydata())) == ([0, 0.5], losses[0])
-    assert (second.get_xdata()[0], list(second.get_ydata())) == (1, losses[1])
-    assert first.get_color() != second.get_color()
+    # Each step's losses as ratios to its first one.
+    assert (list(first.get_xdata()), list(first.get_ydata())) == ([1, 1.5], [1, 0.5])
+    assert (second.get_xdata()[0], list(second.get_ydata())) == (2, [1, 0, 0.25])
+    assert first.get_color() == second.get_color()
     for nothing in ([], [[0.0]]):
         with pytest.raises(ValueError, match="losses must hold numbers above 0"):
             loss_curves(nothing)

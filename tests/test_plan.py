@@ -208,7 +208,9 @@ def test_a_plan_reads_as_a_table_and_as_json():
     assert [line.split("  ")[0] for line in lines[2:7]] == [stage.stage for stage in plan.stages]
     assert [line.endswith("<- peak") for line in lines[2:7]] == [False, False, True, False, False]
     assert "checkpoint=block, batch_cfg=True, tiled=False, offload=True" in lines[-2]
-    assert lines[-1] == "cost: 100 FFE of sampling + 59.5 of guidance = 159.5; 263.4 PFLOP and 0.439 of the VAE"
+    assert (
+        lines[-1] == "cost: 100 FFE of sampling + 59.5 of guidance = 159.5; 263.4 PFLOP and 0.439 of the VAE"
+    )
     read = json.loads(plan.to_json())
     assert read["peak"] == plan.peak == max(s["weights"] + s["activations"] for s in read["stages"])
     assert read["cost"]["total_ffe"] == pytest.approx(159.5)

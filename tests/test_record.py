@@ -15,9 +15,9 @@ from diffsynth import ModelManager, VideoData, WanVideoPipeline, __version__
 from diffsynth.cli.main import main
 from diffsynth.configs.caches import CacheOptions
 from diffsynth.configs.options import FileOptions, RunOptions
-from diffsynth.data.files import sha256_of_file, sha256_of_frames, sha256_of_video
+from diffsynth.data.files import sha256_of_file
 from diffsynth.motion import MotionGuidance
-from diffsynth.runs.identity import weights_fingerprint
+from diffsynth.runs.identity import sha256_of_frames, sha256_of_video, weights_fingerprint
 from diffsynth.runs.record import (
     LARGEST_METADATA,
     RunRecord,

@@ -1,6 +1,7 @@
 """Step caches: decisions by hand and as published, exactness, what runs, both ways of guidance, arguments."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -157,11 +158,11 @@ def test_magcache_computes_as_many_steps_as_its_published_times_tell():
 
 def test_other_numbers_of_steps_take_the_nearest_steps_ratio():
     table = MagRatios((1.0, 2.0, 3.0, 4.0, 5.0), (1.0, 6.0, 7.0, 8.0, 9.0))
-    assert table.for_steps(5) == table
-    assert table.for_steps(3) == MagRatios((1.0, 3.0, 5.0), (1.0, 7.0, 9.0))
-    assert table.for_steps(4).positive == (1.0, 2.0, 4.0, 5.0)  # 0, 1.33, 2.67, 4
-    assert table.for_steps(9).positive == (1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 4.0, 5.0, 5.0)  # halves to even
-    assert table.for_steps(1).positive == (5.0,)
+    assert table.of("positive", 5) == table.positive
+    assert (table.of("positive", 3), table.of("negative", 3)) == ((1.0, 3.0, 5.0), (1.0, 7.0, 9.0))
+    assert table.of("positive", 4) == (1.0, 2.0, 4.0, 5.0)  # 0, 1.33, 2.67, 4
+    assert table.of("positive", 9) == (1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 4.0, 5.0, 5.0)  # halves to even
+    assert table.of("positive", 1) == (5.0,)
 
 
 def test_the_first_block_is_compared_with_the_last_step_whose_blocks_all_ran():
@@ -304,13 +305,14 @@ def test_calibration_measures_the_mean_ratio_over_tokens_and_prompts(dit, inputs
     for prompt, runs in residuals.items():
         norms = torch.stack([torch.cat(steps).norm(dim=-1) for steps in runs])  # runs, steps, tokens
         expected = (norms[:, 1:] / norms[:, :-1]).mean(dim=(0, 2)).tolist()
-        assert measured.of(prompt) == pytest.approx([1.0, *expected], abs=1e-5)
+        ratios = measured.of(prompt, len(expected) + 1)
+        assert ratios == pytest.approx([1.0, *expected], abs=1e-5)
 
 
 def test_calibrated_ratios_survive_json(dit, inputs):
     measured = calibrate_magcache(fake_pipe(dit, inputs), ["a"], "bad", num_inference_steps=4)
     assert len(measured.positive) == len(measured.negative) == 4
-    assert MagRatios.from_json(json.loads(json.dumps(measured.to_json()))) == measured
+    assert MagRatios.from_json(json.loads(json.dumps(asdict(measured)))) == measured
 
 
 def test_calibration_refuses_what_it_cannot_measure(dit, inputs):
@@ -327,7 +329,7 @@ def test_names_choose_the_published_numbers_of_the_models_width():
     assert (small.threshold, small.max_skip, small.retention) == (0.12, 4, 0.2)
     assert (large.threshold, large.max_skip) == (0.24, 6)
     assert small.ratios == mag_cache_models()["Wan2.1-T2V-1.3B"].ratios
-    assert choose_cache("magcache", 0.06, 160, FLAT.to_json()) == options("magcache", 0.06)
+    assert choose_cache("magcache", 0.06, 160, {"positive": list(FLAT.positive)}) == options("magcache", 0.06)
     assert choose_cache("first_block", None, 160) == options("first_block", 0.05)
     tea = choose_cache("teacache", None, 1536)
     assert (tea.model_id, tea.threshold) == ("Wan2.1-T2V-1.3B", 0.05)

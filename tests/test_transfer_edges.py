@@ -15,8 +15,8 @@ from diffsynth import VideoData, WanVideoPipeline, save_frames, save_video
 from diffsynth.cli import transfer as transfer_command
 from diffsynth.cli.main import main
 from diffsynth.data import ffmpeg
-from diffsynth.data.files import sha256_of_frames
 from diffsynth.jobs import publish
+from diffsynth.runs.identity import sha256_of_frames
 from diffsynth.runs.record import read_record, record_path
 from diffsynth.testing import write_clip
 
@@ -210,7 +210,7 @@ def test_a_saved_transfer_starts_four_ffmpeg_processes(transfer, tmp_path, monke
 
     monkeypatch.setattr(subprocess, "Popen", noted)
     assert transfer(tmp_path / "a.mp4", "--num-frames", 5, "--resume") == 0
-    assert len(started) <= 4
+    assert len(started) <= 4, "\n".join(" ".join(map(str, c[1:])) for c in started)
 
 
 def test_latents_outlive_a_decoder_that_fails(transfer, tiny_checkpoint, tmp_path, monkeypatch, capsys):
@@ -331,3 +331,34 @@ def test_a_reader_of_the_output_that_goes_is_no_error(tiny_checkpoint, clip, tmp
     told = process.stderr.read()
     assert (process.wait(), "Traceback" in told, "BrokenPipe" in told) == (0, False, False), told
     assert read_record(tmp_path / "a.mp4").video["frames"] == 5
+
+
+KILLED = """
+import os, signal, sys
+from diffsynth.cli.main import main
+from diffsynth.pipelines import generate
+generate.decode_latents = lambda *_: os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGINT", 0)])
+def test_latents_are_on_the_disk_while_they_are_decoded(name, code, tiny_checkpoint, clip, tmp_path, capsys):
+    output, kept = tmp_path / "out.mp4", tmp_path / ".out.mp4.latents.safetensors"
+    command = ["transfer", str(clip), "--prompt", "a cat", "--model", str(tiny_checkpoint), "-o", str(output)]
+    command += ["--steps", "2", "--frames", "5", "--height", "32", "--width", "32", "--seed", "1"]
+    command += ["--mode", "No_transfer", "--device", "cpu"]
+    run = subprocess.run([sys.executable, "-c", KILLED, name, *command], capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    assert not output.exists()
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".out")] == [kept.name]
+    line = f"its final latents are kept: fastvmt decode {kept} -o OUT.mp4 makes it"
+    assert (line in run.stderr) == (name == "SIGINT")
+    decode = ["decode", str(kept), "-o", str(tmp_path / "decoded.mkv"), "--lossless"]
+    assert main([*decode, "--model", str(tiny_checkpoint), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(command) == 0
+    assert f"an earlier run was killed before its video was there; {line}" in capsys.readouterr().err
+    assert not kept.exists()
+    decoded = sha256_of_frames(list(VideoData(tmp_path / "decoded.mkv")))
+    assert decoded == read_record(output).video["frames_sha256"]

@@ -112,6 +112,23 @@ def test_a_run_tells_its_stages_losses_and_previews(session, clip):
     assert seen[-1].step == 2
     assert len(seen[-1].losses) == 2
     assert base64.b64encode(seen[-1].preview).decode() in panel.running(seen[-1], "running", 0, 1.0)
+    half = next(p for p in seen if p.step == 1)
+    text = panel.running(half, "running", 0, 30.0)
+    assert 'role="progressbar"' in text
+    assert 'aria-valuenow="50"' in text
+    assert "about 30 s left" in text
+    assert "left" not in panel.running(seen[-1], "running", 0, 60.0)
+    assert 'aria-live="polite"' in panel.message("Waiting for the model.")
+
+
+def test_the_prompt_and_its_button_come_first_and_defaults_are_told(session):
+    pytest.importorskip("gradio")
+    from diffsynth.webui.app import Page, build
+
+    page = Page(session, JobQueue(1))
+    labels = [c["props"].get("label") or c["props"].get("value") for c in build(page).config["components"]]
+    assert labels.index("Prompt") < labels.index("Generate") < labels.index("Reference")
+    assert f"Steps (0: {session.pipe.defaults['num_inference_steps']})" in labels
 
 
 def test_the_motion_of_a_reference_is_made_once(session, clip):

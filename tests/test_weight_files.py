@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 
 from diffsynth import ModelManager, WanVideoPipeline
 from diffsynth.cli.main import main
-from diffsynth.data.files import sha256_of_frames
 from diffsynth.models.checkpoint_files import CheckpointError, open_weights
 from diffsynth.models.gguf_files import UNPACK, unpack_gguf
 from diffsynth.models.packed_linear import PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder, transformers_to_official_key
+from diffsynth.runs.identity import sha256_of_frames
 from diffsynth.runs.record import read_record
 from diffsynth.testing import write_checkpoint
 

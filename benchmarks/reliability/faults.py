@@ -162,7 +162,8 @@ def scenarios(model: Path, clip: Path, latents: Path) -> list[Scenario]:
 def contents(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
     """Return name -> what counts of the content of the outputs that are there."""
     from diffsynth import VideoData
-    from diffsynth.data.files import sha256_of_file, sha256_of_frames
+    from diffsynth.data.files import sha256_of_file
+    from diffsynth.runs.identity import sha256_of_frames
     from diffsynth.runs.record import read_record
 
     found = {}

@@ -50,7 +50,7 @@ class MagCache(StepCache):
         """Return the rule of a run's options; see `make_rule`."""
         assert options.ratios is not None  # resolving the options has put the checkpoint's there
         return cls(
-            options.ratios.for_steps(num_steps).of(prompt),
+            options.ratios.of(prompt, num_steps),
             options.threshold,
             max_skip=options.max_skip,
             retention=options.retention,

@@ -133,7 +133,7 @@ class _Batch:
             self._console.note("\n".join([*self._told, "load the model"]))
             self._pipe = load_pipeline(self._checkpoint, self._loaded)
         try:
-            path, record = run_watched(self._pipe, task, self._model, self._loaded, self._console)
+            path, record, *_ = run_watched(self._pipe, task, self._model, self._loaded, self._console)
         except _ERRORS as error:
             return self._failure(job, error)
         self._console.say(summary(path, record))

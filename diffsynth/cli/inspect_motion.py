@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.defaults import run_defaults
@@ -9,15 +10,17 @@ from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, ReferenceOptions
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.data import VideoData
-from diffsynth.data.tensors import video_to_tensor, warn_of_reference
+from diffsynth.data.tensors import video_to_tensor
 from diffsynth.evaluation.figures import loss_curves
 from diffsynth.evaluation.flow_images import displacements, flow_sheet, save_flow_video
+from diffsynth.evaluation.followed import one_object, path_words
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import attention_kernel, choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder
 from diffsynth.jobs.task import open_reference
 from diffsynth.pipelines.components import reference_facts
+from diffsynth.planning.reference import warn_of_reference
 from diffsynth.runs.record import read_record
 
 
@@ -51,11 +54,16 @@ def run(options: Namespace, console: Console) -> int:
     console.say(f"{path}, {sheet}: flow of {pairs} pairs of latent frames, {rows}x{cols} tokens")
     pixels = video_to_tensor(video, len(video), *video.shape())
     still, cuts = warn_of_reference(pixels)
-    facts = {"still": still, "cuts": cuts, **displacements(flow, motion.sf)}
+    facts: dict[str, Any] = {"still": still, "cuts": cuts, **displacements(flow, motion.sf)}
     console.say(
         f"displacement {facts['mean_displacement']:.2f} pixels a frame in the mean, "
         f"{facts['largest_displacement']:.2f} at most; {facts['share_moving']:.0%} of the tokens move"
     )
+    track = one_object(video)
+    if track is not None:
+        console.say(
+            f"the object {path_words(track.centroids, fps)}, of {video.shape()[1]}x{video.shape()[0]}"
+        )
     files = {"files": [str(path), str(sheet)], "pairs": pairs, "token_grid": [rows, cols]}
     console.result({**files, **facts})
     return DONE

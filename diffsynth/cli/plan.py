@@ -9,11 +9,10 @@ from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.checkpoints import published_key
 from diffsynth.configs.defaults import RunDefaults, published_defaults
 from diffsynth.configs.options import LoadOptions, call_options
-from diffsynth.configs.resolve import resolve_plan
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model, load_pipeline
 from diffsynth.jobs.task import with_motion
-from diffsynth.planning.plan import NotEnoughMemoryError, plan_run
+from diffsynth.planning.plan import NotEnoughMemoryError, plan_run, resolve_plan
 from diffsynth.planning.sizes import ModelSizes, published_sizes
 
 

@@ -16,11 +16,10 @@ from diffsynth.cli.console import Console
 from diffsynth.configs.fields import options_of
 from diffsynth.configs.options import LoadOptions, SavingOptions
 from diffsynth.jobs.errors import RunFailedError, UsageError
-from diffsynth.jobs.task import VideoTask, run_task, saving_folder
+from diffsynth.jobs.task import MadeVideo, VideoTask, run_task, saving_folder
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
-from diffsynth.runs.record import RunRecord
-from diffsynth.runs.signals import handling
+from diffsynth.runs.signals import RunInterrupted, handling
 
 INTERRUPTED_TEXT = "interrupted; no video was written"
 
@@ -50,7 +49,7 @@ def saving_arguments(options: Namespace, output: Path | None) -> dict[str, Any]:
 
 def run_watched(
     pipe: WanVideoPipeline, task: VideoTask, model: Mapping[str, Any], loaded: LoadOptions, console: Console
-) -> tuple[Path, RunRecord]:
+) -> MadeVideo:
     """Run a task like `run_task`, with progress on stderr.
 
     Ctrl-C stops a saved run at once, as in `runs.signals`, and an unsaved one after its current step.
@@ -62,7 +61,10 @@ def run_watched(
     progress = StageProgress(console)
     try:
         with stopping_on_interrupt(pipe, progress, console, at_once=bool(task.saving)):
-            path, record = run_task(pipe, task, model, loaded, progress)
+            made = run_task(pipe, task, model, loaded, progress)
+    except RunInterrupted as stop:
+        again = f"finished steps are in {stop.folder}; run the same command again to continue"
+        raise KeyboardInterrupt(f"stopped; {again}") from stop
     except FileNotFoundError as error:
         raise RunFailedError(str(error)) from error  # usage errors are found before a run
     except (ValueError, RuntimeError, OSError) as error:
@@ -70,9 +72,9 @@ def run_watched(
         if progress.stopping:
             raise KeyboardInterrupt(INTERRUPTED_TEXT) from error
         raise
-    if task.output is not None and path != task.output:
-        console.problem(f"{task.output} was created meanwhile: the video is in {path}")
-    return path, record
+    if task.output is not None and made.path != task.output:
+        console.problem(f"{task.output} was created meanwhile: the video is in {made.path}")
+    return made
 
 
 class StageProgress:

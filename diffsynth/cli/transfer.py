@@ -11,12 +11,13 @@ from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import PICTURES, FileOptions, ReferenceOptions
-from diffsynth.data import VideoData, save_video
-from diffsynth.evaluation.followed import beside_reference, fitted, follow_text, looped
+from diffsynth.data import save_video
+from diffsynth.evaluation.followed import beside_reference, follow_text, looped
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_free, check_place, check_space
 from diffsynth.jobs.task import (
+    MadeVideo,
     VideoTask,
     forget_run,
     make_task,
@@ -83,23 +84,24 @@ def run(options: Namespace, console: Console) -> int:
     if recorded is not None:
         weights = {**model, "weights": fingerprints(pipe.residency.models)}
         _check_unchanged(recorded, task, weights, options.force, console)
-    path, record = run_watched(pipe, task, model, loaded, console)
+    made = run_watched(pipe, task, model, loaded, console)
+    path, record, *_ = made
     console.say(summary(path, record))
-    gif = _beside(path, task, options.gif, console)
+    gif = _beside(made, task, options.gif, console)
     console.result({**_facts(path, record), **_compared(recorded, record, console), **gif})
     return DONE
 
 
-def _beside(path: Path, task: VideoTask, gif: bool, console: Console) -> dict[str, str]:
+def _beside(made: MadeVideo, task: VideoTask, gif: bool, console: Console) -> dict[str, str]:
     """Say what to look at, and how well the motion was followed where that can be told at once."""
-    if task.video is None or task.reference is None or not path.is_file():
+    path, _, frames, reference = made
+    if task.reference is None or reference is None or not path.is_file():
         return {}
-    frames = list(VideoData(path))
-    told = follow_text(frames, task.video)
+    told = follow_text(frames, reference)
     shown = f"fastvmt compare {task.reference['path']} {path} --paths -o beside.mp4"
     if gif:
         fps = task.file.fps
-        beside = beside_reference({"reference": fitted(task.video, frames), "result": frames})
+        beside = beside_reference({"reference": reference, "result": frames})
         shown = str(save_video(looped(beside, fps), path.with_name(f"{path.stem}-beside.gif"), fps=fps))
     console.say(f"look at: {shown}{'; ' if told else ''}{told or ''}")
     return {"beside": shown} if gif else {}
@@ -127,7 +129,7 @@ def _repetition(record: RunRecord, options: Namespace, pictures: Mapping[str, Pa
         video=video,
         reference=reference,
         file=fields_of(FileOptions, record.video),
-        num_bytes=3 * call["num_frames"] * call["height"] * call["width"],
+        size=(call["num_frames"], call["height"], call["width"]),
         pictures=describe_pictures(pictures),
     )
 

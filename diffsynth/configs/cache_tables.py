@@ -42,7 +42,7 @@ class MagRatios:
 
     @classmethod
     def from_json(cls, declared: Any) -> "MagRatios":
-        """Return the ratios in {"positive": [...], "negative": [...]}, the form that `to_json` returns.
+        """Return the ratios in {"positive": [...], "negative": [...]}.
 
         Raises:
             ValueError: `declared` has another form.
@@ -51,26 +51,13 @@ class MagRatios:
             raise ValueError(f"MagCache ratios must hold positive, may hold negative; got {declared!r:.80}")
         return cls(**{name: tuple(r) if isinstance(r, list) else r for name, r in declared.items()})
 
-    def to_json(self) -> dict[str, list[float]]:
-        """Return the ratios as a config.json holds them under "fastvmt": {"mag_ratios": ...}."""
-        lists = {name: getattr(self, name) for name in PROMPTS}
-        return {name: list(ratios) for name, ratios in lists.items() if ratios is not None}
-
-    def of(self, prompt: str) -> tuple[float, ...]:
-        """Return the ratios of a prompt, "positive" or "negative"."""
-        return self.negative if prompt == "negative" and self.negative is not None else self.positive
-
-    def for_steps(self, num_steps: int) -> "MagRatios":
-        """Return ratios for `num_steps` steps; each step takes the nearest one, as in the published code."""
-        negative = None if self.negative is None else _nearest(self.negative, num_steps)
-        return MagRatios(_nearest(self.positive, num_steps), negative)
-
-
-def _nearest(ratios: tuple[float, ...], count: int) -> tuple[float, ...]:
-    if count == 1:
-        return ratios[-1:]
-    scale = (len(ratios) - 1) / (count - 1)
-    return tuple(ratios[round(i * scale)] for i in range(count))
+    def of(self, prompt: str, num_steps: int) -> tuple[float, ...]:
+        """Return a prompt's ratios for a number of steps, each the nearest, as in the published code."""
+        ratios = self.negative if prompt == "negative" and self.negative is not None else self.positive
+        if num_steps == 1:
+            return ratios[-1:]
+        scale = (len(ratios) - 1) / (num_steps - 1)
+        return tuple(ratios[round(i * scale)] for i in range(num_steps))
 
 
 def _is_ratio(value: object) -> bool:

@@ -14,6 +14,7 @@ Window = tuple[int, int, int]
 NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 PAPER_BLOCK = 14
 MOTION_BELOW = 0.95  # noise level; above it the probe sees hardly any motion in attention
+LEAST_FADE = 1e-3  # a learning rate is above 0
 _ROUNDING = 1e-6  # of a noise level, at a bound of `guided`
 PAPER_DEPTHS = (30, 40)  # blocks of Wan2.1 1.3B and 14B; both are read at PAPER_BLOCK
 
@@ -183,7 +184,9 @@ class MotionGuidance:
         default=(0.003, 0.002),
     )
     fade: float = option(
-        _WEIGHT, "factor on lr at the end of the guided steps, linear from 1 at the first", default=1.0
+        _WEIGHT,
+        "factor on lr at the end of the guided steps, or of `guided`, linear from 1 at the first",
+        default=1.0,
     )
     weight_decay: float = option(_WEIGHT, "weight decay of an inner step, times lr", default=0.01)
     recompute_every: int = option(
@@ -262,9 +265,12 @@ class MotionGuidance:
         facts = DESCRIPTORS[self.mode]
         return facts.released if self.variant == "released" else facts.make
 
-    def faded(self, step: int) -> "MotionGuidance":
-        """Return the numbers for denoising step `step` (0-based), with learning rates faded by `fade`."""
-        factor = 1 - (1 - self.fade) * (step - self.first_guided) / max(self.guided_steps, 1)
+    def faded(self, step: int, level: float) -> "MotionGuidance":
+        """Return the numbers for denoising step `step` (0-based) at a noise level, faded by `fade`."""
+        done = (step - self.first_guided) / max(self.guided_steps, 1)
+        if self.guided is not None and self.guided[0] > self.guided[1]:
+            done = min(max((self.guided[0] - level) / (self.guided[0] - self.guided[1]), 0.0), 1.0)
+        factor = max(1 - (1 - self.fade) * done, LEAST_FADE)
         return self if factor == 1 else self.scaled(factor)
 
     def scaled(self, factor: float) -> "MotionGuidance":

@@ -204,6 +204,16 @@ class RunOptions:
         return NO_TRANSFER if self.motion is None else self.motion.mode
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """Number, height and width of the frames."""
+        return self.num_frames, self.height, self.width
+
+    @property
+    def guided(self) -> range:
+        """The indices of the guided steps."""
+        return range(0) if self.motion is None else self.motion.guided_range(self.num_inference_steps)
+
+    @property
     def levels(self) -> list[float]:
         """The noise level of each step, in 0..1; those of UniPC are up to a thousandth lower."""
         falling = (

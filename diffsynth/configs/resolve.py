@@ -133,15 +133,6 @@ def resolve(
     return replace(run, motion=motion)
 
 
-def resolve_plan(given: Mapping[str, Any], defaults: RunDefaults, model: ModelFacts) -> RunOptions:
-    """Return the options of a run that is planned before it has a reference; see `resolve`.
-
-    The reference is assumed to have the output's size and length.
-    """
-    facts = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
-    return resolve(given, defaults, ReferenceFacts(**facts), model)
-
-
 def resolve_prompts(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, defaults: RunDefaults
 ) -> list[tuple[str, str]]:

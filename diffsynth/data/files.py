@@ -1,16 +1,14 @@
-"""Files that appear whole, locks, and hashes of what was read."""
+"""Files that appear whole, locks, and hashes of files."""
 
 import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image
 
 try:
     import fcntl
@@ -127,26 +125,6 @@ def locked(path: Path, message: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def sha256_of_video(path: Path) -> str:
-    """Return the hash of a video file, or of the names and contents of a folder's images in order of name."""
-    if path.is_file():
-        return sha256_of_file(path)
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")):
-        digest.update(f"{file.name} {sha256_of_file(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def sha256_of_frames(frames: Sequence[Image.Image]) -> str:
-    """Return the hash of the sizes and pixels of frames."""
-    digest = hashlib.sha256()
-    for frame in frames:
-        pixels = np.ascontiguousarray(frame.convert("RGB"))
-        digest.update(f"{pixels.shape} ".encode())
-        digest.update(pixels.data)
-    return digest.hexdigest()
 
 
 def sha256_of_file(file: Path) -> str:

@@ -1,6 +1,5 @@
-"""Frames to the tensors that the VAE reads, and back; what the frames of a reference show of its motion."""
+"""Frames to the tensors that the VAE reads, and back."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -11,13 +10,6 @@ from torch import Tensor
 
 from diffsynth.data import VideoData, fit_frame
 from diffsynth.data.frames import rgb_frames, warn_of_cropping
-
-logger = logging.getLogger(__name__)
-
-# Mean change between frames, in levels of 255.
-STILL = 0.5  # at most: compression and rounding alone
-CUT = 12.0  # at least, and by CUT_JUMP more than in the frames around it
-CUT_JUMP = 1.8
 
 Video = VideoData | Sequence[Image.Image] | np.ndarray
 
@@ -57,45 +49,6 @@ def video_to_tensor(video: Video, num_frames: int, height: int, width: int) -> T
 def picture_to_tensor(picture: Image.Image, height: int | None = None, width: int | None = None) -> Tensor:
     """Return a picture as [1, 3, H, W] in [-1, 1], cropped and resized to a size if one is given."""
     return video_to_tensor([picture], 1, height or picture.height, width or picture.width)[:, :, 0]
-
-
-def changes(pixels: Tensor) -> Tensor:
-    """Return how much each frame of [1, 3, T, H, W] differs from the one before: [T - 1], levels of 255."""
-    grey = pixels[0, :, :, ::4, ::4].mean(0) * 127.5
-    return grey.diff(dim=0).abs().mean((1, 2))
-
-
-def is_still(change: Tensor) -> bool:
-    """Return whether nothing moves, by what `changes` returned."""
-    return len(change) > 0 and float(change.max()) < STILL
-
-
-def find_cuts(change: Tensor) -> list[int]:
-    """Return the indices (0-based) of the frames at which another shot begins, by what `changes` returned."""
-    found = []
-    for index, value in enumerate(change.tolist()):
-        around = torch.cat([change[max(0, index - 2) : index], change[index + 1 : index + 3]])
-        if len(around) and value > max(CUT, CUT_JUMP * (1 + float(around.max()))):
-            found.append(index + 1)
-    return found
-
-
-def warn_of_reference(pixels: Tensor) -> tuple[bool, list[int]]:
-    """Log a warning for a reference [1, 3, T, H, W] without motion, or with more than one shot.
-
-    Returns:
-        Whether nothing moves, and the indices of the frames at which another shot begins.
-    """
-    change = changes(pixels)
-    still, cuts = is_still(change), find_cuts(change)
-    if still:
-        logger.warning("nothing moves in the reference: there is no motion to transfer")
-    if cuts:
-        logger.warning(
-            "the reference has a cut at frame %s; motion is not followed over it; start and end pick a shot",
-            ", ".join(map(str, cuts)),
-        )
-    return still, cuts
 
 
 def finite(values: Tensor, maker: str) -> Tensor:

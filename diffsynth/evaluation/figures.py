@@ -34,7 +34,9 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def loss_curves(losses: Sequence[Sequence[float]]) -> "Figure":
-    """Draw the motion loss at each fresh gradient, guided step by guided step, in two colours in turn.
+    """Draw the motion loss at each fresh gradient as its ratio to the first of the same guided step.
+
+    Each step has another noise level, so that losses of different steps do not compare.
 
     Args:
         losses: as in a run's record, one list for each guided step.
@@ -46,10 +48,11 @@ def loss_curves(losses: Sequence[Sequence[float]]) -> "Figure":
     if not any(0 < value < math.inf for step in losses for value in step):
         raise ValueError("losses must hold numbers above 0; a run without guidance has none")
     figure = new_figure(8.6, 3.4)
-    axes = figure.add_subplot(xlabel="guided step", ylabel="motion loss", yscale="log")
+    axes = figure.add_subplot(xlabel="guided step", ylabel="motion loss / the step's first")
+    axes.set_ylim(bottom=0)
     for step, values in enumerate(losses):
-        times = [step + index / len(values) for index in range(len(values))]
-        axes.plot(times, values, ".-", color=(BLUE, RED)[step % 2])
+        times = [step + 1 + index / len(values) for index in range(len(values))]
+        axes.plot(times, [value / (values[0] or 1) for value in values], ".-", color=BLUE)
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3, which="both")
     return figure

@@ -4,7 +4,7 @@ Flow is (rows, columns) in tokens: where a token of one latent frame is found in
 frames has F - 1 steps; a frame shows the step from its own latent frame to the next one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,16 @@ from torch import Tensor
 from diffsynth.data import fit_frame, save_video
 from diffsynth.data.frames import rgb_frames
 from diffsynth.data.tensors import Video
-from diffsynth.evaluation.drawing import FINER, Colour, draw_arrow, fine_layer, legible_size, over
+from diffsynth.evaluation.drawing import (
+    FINER,
+    Colour,
+    draw_arrow,
+    draw_trajectories,
+    fine_layer,
+    legible_size,
+    over,
+)
+from diffsynth.evaluation.followed import one_object
 from diffsynth.evaluation.grid import picture_grid, video_grid
 
 FRAMES_PER_LATENT = 4
@@ -26,6 +35,8 @@ LEAST_ARROW = 0.25
 _SPACING = 30  # pixels between arrows, about
 _WHITE, _DARK = (255, 255, 255, 255), (25, 25, 25, 200)
 _COVER = 0.6  # opacity of the fullest colour over a frame
+_FULL_TEXTURE = 16.0  # deviation of brightness, 0 to 255, of a token whose flow is drawn in full
+_LEAST_SURE = 0.15  # tokens of less texture have no arrow
 _MARGIN = 6  # pixels between the wheel and the corner
 
 
@@ -104,6 +115,15 @@ def full_length(flow: np.ndarray) -> float:
     return float(np.percentile(np.linalg.norm(flow, axis=-1), 99))
 
 
+def texture(frame: Image.Image, height: int, width: int) -> np.ndarray:
+    """Return how much there is to follow in each of height x width tokens of a frame: float [H, W], 0 to 1.
+
+    It is the deviation of the brightness within the token; attention has nothing to hold on to in flat ones.
+    """
+    pixels = np.asarray(frame.convert("L").resize((width * 8, height * 8), Image.Resampling.BILINEAR), float)
+    return np.clip(pixels.reshape(height, 8, width, 8).std(axis=(1, 3)) / _FULL_TEXTURE, 0, 1)
+
+
 def draw_arrows(frame: Image.Image, flow: Tensor | np.ndarray) -> Image.Image:
     """Draw arrows over a frame from where tokens are to where they go.
 
@@ -160,15 +180,24 @@ def flow_video(
 def _flow_video(
     frames: Video, flow: np.ndarray, height: int | None, largest: float, frames_per_latent: int
 ) -> Iterator[Image.Image]:
+    video = list(rgb_frames(frames))
+    track = one_object(video) if len(video) > 1 else None
+    paths = None if track is None else draw_trajectories(video, [track.centroids])
     shown, layers = -1, list[Image.Image]()
-    for index, frame in enumerate(rgb_frames(frames)):
+    for index, frame in enumerate(video):
         size = legible_size(frame.size)
         if height is not None:
             size = (round(frame.width * height / frame.height), height)
         step = _step_of_frame(index, len(flow), frames_per_latent)
         if step != shown:
-            shown, layers = step, [_colour_layer(flow[step], largest, size), _arrow_layer(flow[step], size)]
-        yield _with_wheel(over(fit_frame(frame, size[1], size[0]), *layers))
+            sure = texture(frame, *flow.shape[1:3])
+            layers = [
+                _colour_layer(flow[step], largest, size, sure),
+                _arrow_layer(flow[step], size, sure=sure),
+            ]
+            shown = step
+        under = frame if paths is None else paths[index]
+        yield _with_wheel(over(fit_frame(under, size[1], size[0]), *layers))
 
 
 def save_flow_video(
@@ -197,8 +226,9 @@ def save_flow_video(
 
 def _beside(frames: Video, flow: np.ndarray) -> Iterator[Image.Image]:
     panels: list[Image.Image] = []
+    sure = [texture(frame, *flow.shape[1:3]) for frame in _frames_of_steps(frames, len(flow))]
     for index, left in enumerate(flow_video(frames, flow)):
-        panels = panels or colour_panels(flow, left.size)
+        panels = panels or colour_panels(flow, left.size, sure=sure)
         both = Image.new("RGB", (2 * left.width, left.height))
         both.paste(left, (0, 0))
         both.paste(panels[_step_of_frame(index, len(flow))], (left.width, 0))
@@ -206,7 +236,10 @@ def _beside(frames: Video, flow: np.ndarray) -> Iterator[Image.Image]:
 
 
 def colour_panels(
-    flow: np.ndarray, size: tuple[int, int] | None = None, largest: float | None = None
+    flow: np.ndarray,
+    size: tuple[int, int] | None = None,
+    largest: float | None = None,
+    sure: Sequence[np.ndarray] | None = None,
 ) -> list[Image.Image]:
     """Draw the colours of each step of a flow with arrows on white, and the wheel.
 
@@ -214,14 +247,17 @@ def colour_panels(
         flow: [F - 1, H, W, 2] in tokens.
         size: (width, height) in pixels.
         largest: as for `flow_to_image`, for all steps.
+        sure: how sure each token of each step is, each [H, W] from 0 to 1; others fade to white.
     """
     height, width = flow.shape[1:3]
     size = legible_size((width * PIXELS_PER_TOKEN, height * PIXELS_PER_TOKEN)) if size is None else size
     largest = full_length(flow) if largest is None else largest
     panels = []
-    for step in flow:
-        colours = flow_to_image(step, largest).resize(size, Image.Resampling.NEAREST)
-        panels.append(_with_wheel(over(colours, _arrow_layer(step, size, _DARK, None))))
+    for index, step in enumerate(flow):
+        known = np.ones(step.shape[:2]) if sure is None else sure[index]
+        faded = _colours(step, _strength(step, largest) * known)
+        colours = faded.resize(size, Image.Resampling.NEAREST)
+        panels.append(_with_wheel(over(colours, _arrow_layer(step, size, _DARK, None, known))))
     return panels
 
 
@@ -261,9 +297,17 @@ def flow_sheet(frames: Video, flow: Tensor | np.ndarray, *, sf: int = 4) -> Imag
     steps = neighbour_flow(flow, sf)
     video = list(rgb_frames(frames))
     size = (round(video[0].width * SHEET_HEIGHT / video[0].height), SHEET_HEIGHT)
-    above = [fit_frame(video[min(4 * step, len(video) - 1)], *size[::-1]) for step in range(len(steps))]
-    below = [panel.resize(size) for panel in colour_panels(steps)]
+    drawn = list(flow_video(video, steps, height=SHEET_HEIGHT))
+    above = [drawn[min(4 * step, len(video) - 1)].resize(size) for step in range(len(steps))]
+    sure = [texture(frame, *steps.shape[1:3]) for frame in _frames_of_steps(video, len(steps))]
+    below = [panel.resize(size) for panel in colour_panels(steps, sure=sure)]
     return picture_grid([above, below], [[f"frame {4 * s + 1} to {4 * s + 5}" for s in range(len(steps))]])
+
+
+def _frames_of_steps(frames: Video, num_steps: int) -> list[Image.Image]:
+    """Return the frame at which the latent frame ends that each step starts from."""
+    video = list(rgb_frames(frames))
+    return [video[min(FRAMES_PER_LATENT * step, len(video) - 1)] for step in range(num_steps)]
 
 
 def _step_of_frame(index: int, num_steps: int, frames_per_latent: int = FRAMES_PER_LATENT) -> int:
@@ -296,31 +340,43 @@ def _colours(flow: np.ndarray, saturation: np.ndarray) -> Image.Image:
     return Image.fromarray(hsv.round().astype(np.uint8), mode="HSV").convert("RGB")
 
 
-def _colour_layer(flow: np.ndarray, largest: float | None, size: tuple[int, int]) -> Image.Image:
-    """Full colours whose opacity is the length of the flow, which is interpolated between tokens."""
+def _colour_layer(
+    flow: np.ndarray, largest: float | None, size: tuple[int, int], sure: np.ndarray | None = None
+) -> Image.Image:
+    """Full colours whose opacity is the length of the flow, interpolated between tokens, times `sure`."""
     sides = [Image.fromarray(np.ascontiguousarray(flow[..., axis])) for axis in (0, 1)]
     smooth = np.stack([np.asarray(side.resize(size, Image.Resampling.BILINEAR)) for side in sides], axis=-1)
     largest = float(np.linalg.norm(flow, axis=-1).max()) if largest is None else largest
     strength = _strength(smooth, largest)
     layer = _colours(smooth, np.ones_like(strength)).convert("RGBA")
+    if sure is not None:
+        known = Image.fromarray(sure.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+        strength = strength * np.asarray(known)
     layer.putalpha(Image.fromarray((strength * _COVER * 255).round().astype(np.uint8)))
     return layer
 
 
 def _arrow_layer(
-    flow: np.ndarray, size: tuple[int, int], colour: Colour = _WHITE, rim: Colour | None = _DARK
+    flow: np.ndarray,
+    size: tuple[int, int],
+    colour: Colour = _WHITE,
+    rim: Colour | None = _DARK,
+    sure: np.ndarray | None = None,
 ) -> Image.Image:
-    """Arrows from the middles of tokens; a rim keeps them legible on any frame."""
+    """Arrows from the middles of tokens that are sure, fainter where less; a rim keeps them legible."""
     height, width = flow.shape[:2]
     token = np.array([size[1] / height, size[0] / width])
     every = max(1, round(_SPACING / token.min()))
     thick = max(1.5, token.min() * every / 16)
+    known = np.ones(flow.shape[:2]) if sure is None else sure
     moves = flow * (np.linalg.norm(flow, axis=-1, keepdims=True) >= LEAST_ARROW)
     layer = fine_layer(size)
     draw = ImageDraw.Draw(layer)
-    for ink, line in ((rim, thick + 2), (colour, thick)):
+    for shade, line in ((rim, thick + 2), (colour, thick)):
         for row, col in np.ndindex(height, width):
-            if ink is not None and row % every == every // 2 and col % every == every // 2:
+            drawn = row % every == every // 2 and col % every == every // 2
+            if shade is not None and drawn and known[row, col] > _LEAST_SURE:
+                ink = (*shade[:3], round(shade[3] * float(known[row, col])))
                 start = (np.array([row, col]) + 0.5) * token * FINER
                 end = start + moves[row, col] * token * FINER
                 draw_arrow(draw, (start[1], start[0]), (end[1], end[0]), ink, line * FINER)

@@ -7,18 +7,13 @@ import numpy as np
 from PIL import Image
 
 from diffsynth.configs.options import DEFAULT_FPS
-from diffsynth.data import VideoData, fit_frame
+from diffsynth.data import fit_frame
 from diffsynth.data.frames import rgb_frames
 from diffsynth.data.tensors import Video
 from diffsynth.evaluation.drawing import draw_trajectories
 from diffsynth.evaluation.grid import side_by_side
-from diffsynth.evaluation.tracking import (
-    LEAST_DISTANCE,
-    Track,
-    distance_from_background,
-    track_object,
-    video_array,
-)
+from diffsynth.evaluation.tracking import Track, track_object, video_array
+from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background
 
 LEAST_SECONDS = 4.0  # that a looped video lasts
 _LARGEST, _REST = 0.5, 0.06  # shares of the picture: of one object, and of all else that is no background
@@ -44,11 +39,25 @@ def path_agreement(path: np.ndarray, reference: np.ndarray) -> tuple[float, floa
     return distance, float(own @ other / max(np.linalg.norm(own) * np.linalg.norm(other), 1e-9))
 
 
+def path_words(path: np.ndarray, fps: float) -> str:
+    """Return a path [T, 2] of (row, column) in words: "moves 41 px right, turns back at 0.7 s"."""
+    rows, cols = path[-1] - path[0]
+    sides = ((cols, "right", "left"), (rows, "down", "up"))
+    parts = [f"{abs(by):.0f} px {plus if by > 0 else minus}" for by, plus, minus in sides if abs(by) >= 1]
+    text = f"moves {', '.join(parts)}" if parts else "ends where it begins"
+    # Over a window, since the steps of a path of pixels are noisy.
+    ahead = max(1, len(path) // 8)
+    steps = path[ahead:] - path[:-ahead]
+    turns = (steps[ahead:] * steps[:-ahead]).sum(1) < -1
+    starts = [t for t in range(len(turns)) if turns[t] and not (t and turns[t - 1])]
+    times = [f"{(t + ahead) / fps:.1f} s" for t in starts]
+    return f"{text}, turns back at {', '.join(times)}" if times else text
+
+
 def fitted(reference: Video, frames: Video) -> list[Image.Image]:
     """Return the frames of a reference, as many and as large as those of a video."""
     width, height = next(rgb_frames(frames)).size
-    count = min(len(reference), len(frames))
-    return [fit_frame(frame, height, width) for frame in rgb_frames(reference[:count])]
+    return [fit_frame(frame, height, width) for frame, _ in zip(rgb_frames(reference), frames, strict=False)]
 
 
 def beside_reference(videos: Mapping[str, Video], height: int = 256) -> list[Image.Image]:
@@ -73,14 +82,13 @@ def looped(frames: list[Image.Image], fps: float | None) -> list[Image.Image]:
     return frames * max(1, math.ceil(LEAST_SECONDS * (fps or DEFAULT_FPS) / len(frames)))
 
 
-def follow_text(frames: Video, reference: VideoData) -> str | None:
+def follow_text(frames: Video, reference: Video) -> str | None:
     """Return a sentence on how well a video follows a reference; None where that cannot be told at once."""
-    other = fitted(reference, frames)
-    tracks = [one_object(video) for video in (frames, other)]
+    tracks = [one_object(video) for video in (frames, fitted(reference, frames))]
     if tracks[0] is None or tracks[1] is None:
         return None
     distance, cosine = path_agreement(tracks[0].centroids, tracks[1].centroids)
-    width = other[0].width
+    width = tracks[0].masks.shape[2]
     return (
         f"its object's path is {distance:.1f} px of {width} from the reference's in the mean; "
         f"cosine of the velocities {cosine:.2f} (1: the same motion, 0: unrelated)"

@@ -2,11 +2,18 @@
 
 import hashlib
 import json
+import logging
+import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from diffsynth.configs.defaults import EXACT, run_defaults
 from diffsynth.configs.fields import fields_of
@@ -21,6 +28,7 @@ from diffsynth.configs.options import (
 from diffsynth.configs.resolve import resolve, resolve_prompts
 from diffsynth.data import VideoData
 from diffsynth.data.ffmpeg import check_ffmpeg
+from diffsynth.data.tensors import chunks_to_uint8
 from diffsynth.jobs.early import check_request
 from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import attention_kernel
@@ -30,7 +38,7 @@ from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import Observer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
-from diffsynth.runs.latents import keep_latents, latents_facts
+from diffsynth.runs.latents import decode_line, keep_latents, latents_facts, latents_until_done
 from diffsynth.runs.record import (
     RunRecord,
     describe_pictures,
@@ -39,6 +47,9 @@ from diffsynth.runs.record import (
     finished_record,
     make_record,
 )
+from diffsynth.runs.state import save_state
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = ("prompt", "negative_prompt")
 
@@ -53,7 +64,7 @@ class VideoTask:
         reference: its description for the record.
         pictures: description of input_image and end_image for the record, of those that there are.
         file: how its frames are written; fps is decided.
-        num_bytes: size of its frames in memory.
+        size: number, height and width of its frames.
         output: path of the file; None for a new name in `folder`.
         folder: of a new name.
         overwrite: replace output if it exists.
@@ -65,13 +76,34 @@ class VideoTask:
     video: VideoData | None
     reference: Mapping[str, Any] | None
     file: FileOptions
-    num_bytes: int
+    size: tuple[int, int, int]
     output: Path | None = None
     folder: Path = Path()
     overwrite: bool = False
     saving: Mapping[str, Any] = field(default_factory=dict)
     job: str | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of its frames in memory."""
+        return 3 * math.prod(self.size)
+
+
+class MadeVideo(NamedTuple):
+    """A written video.
+
+    Attributes:
+        path: of its file.
+        record: of its run.
+        frames: its frames.
+        reference: frames of the reference as the model saw them, uint8 [T, H, W, 3]; None if unknown.
+    """
+
+    path: Path
+    record: RunRecord
+    frames: list[Image.Image]
+    reference: np.ndarray | None = None
 
 
 def open_reference(
@@ -167,7 +199,7 @@ def make_task(
         video=video,
         reference=described,
         file=replace(file, fps=file.fps or rate or defaults["fps"] or DEFAULT_FPS),
-        num_bytes=3 * run.num_frames * run.height * run.width,
+        size=run.size,
         pictures=describe_pictures(pictures or {}),
     )
 
@@ -227,7 +259,7 @@ def was_made(task: VideoTask, model: Mapping[str, Any]) -> bool:
 
 def run_task(
     pipe: WanVideoPipeline, task: VideoTask, model: Mapping[str, Any], loaded: LoadOptions, observer: Observer
-) -> tuple[Path, RunRecord]:
+) -> MadeVideo:
     """Make the video and its record.
 
     Args:
@@ -238,51 +270,71 @@ def run_task(
         observer: called at each stage and step; an error that it raises ends the task. Nothing is written
             before the stage "write".
 
-    Returns:
-        The path that the video has, and the record.
-
     Raises:
         RunFailedError: the video cannot be written; its `latents_path` is where its latents are kept.
         What the pipeline raises.
     """
-    with attention_kernel(loaded):
-        (made,) = pipe.run(
-            **task.call,
-            **task.saving,
-            **{name: picture["path"] for name, picture in task.pictures.items()},
-            input_video=task.video,
-            observer=observer,
-            progress_bar_cmd=iter,
+    place = task.output or task.folder / f"{reference_stem(task)}-{os.getpid()}.mp4"
+    kept = place.with_name(f".{place.name}.latents.safetensors")
+    last: list[Tensor] = []
+    seen: np.ndarray | None = None
+
+    def watch(event: RunEvent) -> None:
+        nonlocal seen
+        if event.reference is not None:
+            seen = chunks_to_uint8([event.reference], event.reference.shape[2])
+        if event.stage == "sampling" and event.step == event.steps and event.latents is not None:
+            last[:] = [event.latents]
+        elif event.stage == "decode" and last and not task.saving:  # whose folder has them
+            with suppress(OSError, ValueError):  # the run is worth more than this copy
+                save_state(kept, {"latents": last[0]}, latents_facts(pipe.vae, task.size, task.file.fps))
+        observer(event)
+
+    if kept.exists():
+        logger.warning("an earlier run was killed before its video was there; %s", decode_line(kept))
+    with latents_until_done(kept):
+        with attention_kernel(loaded):
+            (made,) = pipe.run(
+                **task.call,
+                **task.saving,
+                **{name: picture["path"] for name, picture in task.pictures.items()},
+                input_video=task.video,
+                observer=watch,
+                progress_bar_cmd=iter,
+            )
+        observer(RunEvent(stage="write"))
+        frames: Any = made.frames  # PIL images, since a task has no output_type
+        record = make_record(
+            frames,
+            prompt=made.prompt,
+            negative_prompt=made.negative_prompt,
+            preset=task.call.get("preset", EXACT),
+            options=made.options,
+            cost=made.cost,
+            models=pipe.residency.models,
+            device=pipe.device,
+            reference=task.reference,
+            model=model,
+            file=task.file,
+            job=task.job,
+            pictures=task.pictures,
         )
-    observer(RunEvent(stage="write"))
-    frames: Any = made.frames  # PIL images, since a task has no output_type
-    record = make_record(
-        frames,
-        prompt=made.prompt,
-        negative_prompt=made.negative_prompt,
-        preset=task.call.get("preset", EXACT),
-        options=made.options,
-        cost=made.cost,
-        models=pipe.residency.models,
-        device=pipe.device,
-        reference=task.reference,
-        model=model,
-        file=task.file,
-        job=task.job,
-        pictures=task.pictures,
-    )
-    name = "text" if task.reference is None else Path(task.reference["path"]).stem
-    name = f"{name}-{made.options.mode}-seed{made.options.seed}"
-    try:
-        output = task.output or task.folder / f"{name}.mp4"
-        path = publish(frames, output, record, overwrite=task.overwrite)
-    except (OSError, RuntimeError) as error:
-        facts = latents_facts(pipe.vae, made.options, task.file.fps, made.cost)
-        failed = RunFailedError(f"the video could not be written: {error}")
-        keep_latents(made.latents, facts, [output.parent], f"{output.stem}-latents", failed)
-        raise failed from error
+        name = f"{reference_stem(task)}-{made.options.mode}-seed{made.options.seed}"
+        try:
+            output = task.output or task.folder / f"{name}.mp4"
+            path = publish(frames, output, record, overwrite=task.overwrite)
+        except (OSError, RuntimeError) as error:
+            facts = latents_facts(pipe.vae, task.size, task.file.fps, made.cost)
+            failed = RunFailedError(f"the video could not be written: {error}")
+            keep_latents(made.latents, facts, [output.parent], f"{output.stem}-latents", failed)
+            raise failed from error
     forget_run(task)
-    return path, record
+    return MadeVideo(path, record, frames, seen)
+
+
+def reference_stem(task: VideoTask) -> str:
+    """Return how the name of a task's video begins: its reference's stem, or "text" without one."""
+    return "text" if task.reference is None else Path(task.reference["path"]).stem
 
 
 def summary(path: Path, record: RunRecord) -> str:

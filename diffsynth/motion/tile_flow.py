@@ -30,7 +30,7 @@ from diffsynth.motion.losses import mean_change, window_means
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileFlow(MotionFlow):
-    """A flow found in windows [P', T, 2], long: first (row, column) of each tile's, of pairs i < j."""
+    """A flow found in windows; windows [P', T, 2]: first (row, column) of each tile's, of pairs i < j."""
 
     windows: Tensor
 

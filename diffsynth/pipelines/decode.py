@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffsynth.configs.options import RunOptions
 from diffsynth.data.tensors import chunks_to_uint8, finite
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines.components import Components
-from diffsynth.planning.ladder import Ladder, memory_problem
+from diffsynth.planning.ladder import Ladder
 from diffsynth.runs.identity import weights_fingerprint
 from diffsynth.runs.latents import read_latents
 
@@ -102,11 +103,5 @@ def decode_saved(
         tile_stride=tile_stride,
     )
     ladder = Ladder(None if models is None else models.residency, vae)
-    while True:
-        try:
-            if models is None:
-                return decode_frames(vae, latents, options)
-            return decode_latents(models, latents, options)
-        except (RuntimeError, MemoryError) as error:
-            problem = memory_problem(error)
-        options = ladder.next("decode", options, problem)
+    decode = partial(decode_frames, vae) if models is None else partial(decode_latents, models)
+    return ladder.run("decode", partial(decode, latents), options)[0]

@@ -43,6 +43,7 @@ class RunEvent:
         timestep: timestep of the denoising step, from 0 to 1000.
         losses: losses of the fresh gradients of a guided step.
         clean: clean latents that the step's velocity predicts, for a preview; None if unknown.
+        reference: its frames as the model sees them, [1, 3, T, H, W], where "encode video" begins.
         interrupted: the loop was asked to stop during the step, so that a run cannot continue from it.
     """
 
@@ -53,6 +54,7 @@ class RunEvent:
     timestep: Tensor | None = None
     losses: tuple[float, ...] = ()
     clean: Tensor | None = None
+    reference: Tensor | None = None
     interrupted: bool = False
 
 
@@ -203,18 +205,18 @@ def motion_guide(
 
     def guide(index: int, latents: Tensor, timestep: Tensor) -> tuple[Tensor, tuple[float, ...]]:
         synchronize(latents.device)  # the step before is none of guidance's time
-        started = time.perf_counter()
+        started, sigma = time.perf_counter(), scheduler.sigmas[index].item()
         try:
             moved, record = guided_step(
                 dit,
                 latents,
                 reference=reference,
                 noise=inputs.noise,
-                sigma=scheduler.sigmas[index].item(),
+                sigma=sigma,
                 timestep=timestep,
                 context=prompt.positive,
                 null_context=null_context,
-                guidance=guidance.faded(index),
+                guidance=guidance.faded(index, sigma),
                 start=(start, scheduler.sigmas[0].item()),
                 condition=inputs.condition,
                 reference_condition=inputs.reference_condition,

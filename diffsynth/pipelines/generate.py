@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -21,14 +20,13 @@ from diffsynth.pipelines.decode import Frames, decode_latents
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.image_condition import encode_pictures
 from diffsynth.pipelines.sample import Progress, StepConsumer, sample
-from diffsynth.planning.ladder import Ladder, memory_problem
+from diffsynth.planning.ladder import Ladder
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.latents import keep_latents, latents_facts
 from diffsynth.runs.state import PromptEmbeddings, RunInputs
 from diffsynth.vram_management import memory_peaks, reset_peak_memory
 
-T = TypeVar("T")
 Observer = Callable[[RunEvent], None]
 
 
@@ -112,7 +110,7 @@ def generate(
                 saved=saved,
             )
             if saved is not None and all_steps_done:
-                saved.keep_latents(index, latents, latents_facts(models.vae, options, fps, cost))
+                saved.keep_latents(index, latents, latents_facts(models.vae, options.size, fps, cost))
         keep = saved is None
         frames, options = _decoded(models, latents, options, ladder, observer, cost, fps, keep)
         videos.append(
@@ -145,10 +143,12 @@ def _decoded(
     """Decode final latents; if that fails and `keep` is true, save them in a file that the error names."""
     try:
         with stage("decode", observer, cost.stage_seconds, cost.stage_memory, models.device):
-            return with_ladder("decode", partial(decode_latents, models, latents), options, ladder)
+            return ladder.run("decode", partial(decode_latents, models, latents), options)
     except (RuntimeError, MemoryError, OSError) as error:
         if keep and latents.isfinite().all():
-            keep_latents(latents, latents_facts(models.vae, options, fps, cost), [], "fastvmt-latents", error)
+            keep_latents(
+                latents, latents_facts(models.vae, options.size, fps, cost), [], "fastvmt-latents", error
+            )
         raise
 
 
@@ -189,11 +189,11 @@ def encode(
             return finite(latents, f"the VAE's encoder (in {models.vae.dtype})")
 
     with timed("encode text"):
-        embeddings, options = with_ladder("encode text", encode_texts, options, ladder)
+        embeddings, options = ladder.run("encode text", encode_texts, options)
     reference = None
     if pixels is not None:
-        with timed("encode video"):
-            reference, options = with_ladder("encode video", partial(encode_video, pixels), options, ladder)
+        with timed("encode video", reference=pixels):
+            reference, options = ladder.run("encode video", partial(encode_video, pixels), options)
     shown = {"condition": pictures}
     if pixels is not None and options.motion is not None:  # read with the frames that it has in their places
         ends = chunks_to_uint8([pixels[:, :, [0, -1]]], len(pictures)) if pictures else ()
@@ -202,7 +202,7 @@ def encode(
     for name, own in shown.items():
         if own:
             encode_all = partial(encode_pictures, models, own)
-            conditions[name], options = with_ladder("encode video", encode_all, options, ladder)
+            conditions[name], options = ladder.run("encode video", encode_all, options)
     inputs = RunInputs(
         prompts=embeddings,
         noise=draw_noise(models, options),
@@ -253,27 +253,18 @@ def noise_generator(options: RunOptions) -> torch.Generator:
         ) from error
 
 
-def with_ladder(
-    stage_name: str, attempt: Callable[[RunOptions], T], options: RunOptions, ladder: Ladder
-) -> tuple[T, RunOptions]:
-    """Attempt a stage, and repeat it one rung down the ladder each time that memory runs out.
-
-    Returns:
-        The stage's result, and the options in force afterwards.
-    """
-    while True:
-        try:
-            return attempt(options), options
-        except (RuntimeError, MemoryError) as error:
-            problem = memory_problem(error)
-        options = ladder.next(stage_name, options, problem)
-
-
 @contextmanager
-def stage(name: str, observer: Observer, seconds: dict, memory: dict, device: torch.device) -> Iterator[None]:
+def stage(
+    name: str,
+    observer: Observer,
+    seconds: dict,
+    memory: dict,
+    device: torch.device,
+    reference: Tensor | None = None,
+) -> Iterator[None]:
     """Notify the observer that a stage begins, and store its seconds and, on a CUDA device, its memory."""
     reset_peak_memory(device)
-    observer(RunEvent(stage=name))
+    observer(RunEvent(stage=name, reference=reference))
     started = time.perf_counter()
     try:
         yield

@@ -57,8 +57,7 @@ def sample(
     if finished is not None:
         cost.restore(finished.cost)
         options = with_settings(options, finished.settings)
-    motion, num_steps = options.motion, options.num_inference_steps
-    guided = range(0) if motion is None else motion.guided_range(num_steps)
+    guided = options.guided
     at_start = cost.state()
     bar = iter(progress(range(0 if finished is None else finished.step, options.num_inference_steps)))
     next(bar, None)  # shows the bar
@@ -164,7 +163,7 @@ def begin_denoising(
         scheduler,
         cfg_velocity(dit, prompt, options, rules, inputs.condition),
         guide,
-        guided=range(0) if motion is None else motion.guided_range(num_steps),
+        guided=options.guided,
         condition=inputs.condition,
         first=0 if finished is None else finished.step,
         end=phase.stop,

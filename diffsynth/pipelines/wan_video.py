@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm  # a widget in notebooks
 
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.options import PICTURES, CallOptions, SavingOptions
-from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_plan, resolve_prompts, unknown_words
+from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_prompts, unknown_words
 from diffsynth.data import VideoData
 from diffsynth.data.frames import Picture, checked_int, read_picture
 from diffsynth.data.tensors import Video
@@ -36,9 +36,9 @@ from diffsynth.pipelines.components import (
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
 from diffsynth.pipelines.generate import GeneratedVideo, Observer, checked_callables, generate
-from diffsynth.pipelines.reference import reference_pixels
 from diffsynth.planning.ladder import Ladder
-from diffsynth.planning.plan import RunPlan, plan_run
+from diffsynth.planning.plan import RunPlan, plan_run, resolve_plan
+from diffsynth.planning.reference import reference_pixels
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed

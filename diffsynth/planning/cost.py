@@ -94,7 +94,7 @@ def vae_flops(vae: VAESize, latents: Shape, options: RunOptions, tiled: bool, wi
 
 
 def _encoder_sums(vae: VAESize, frames: int, area: int) -> float:
-    """Products of the encoder's levels, down to `frames` latent frames of `area` positions."""
+    """Products of the encoder's levels, from the pixels of `frames` latent frames of `area` places down."""
     area, frames = area * 4 ** len(vae.temporal), (frames - 1) * 2 ** sum(vae.temporal) + 1
     channels, sums = vae.widths[0], frames * area * 27 * IMAGE_CHANNELS * vae.widths[0]
     for level, width in enumerate(vae.widths):

@@ -7,9 +7,9 @@ finished step is lost. The new settings apply for the rest of the run.
 import gc
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -24,6 +24,7 @@ from diffsynth.vram_management import Residency, available_memory, device_memory
 from diffsynth.vram_management.streaming import tensors_of
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Largest share of free memory for guidance, and of total memory for both prompts in one DiT call.
 FILL, FILL_BY_BOTH = 0.6, 0.7
@@ -101,9 +102,24 @@ class Ladder:
             options = replace(options, motion=replace(motion, checkpoint=self._kept(sizes, options)))
         if options.batch_cfg is None:
             options = replace(options, batch_cfg=self._both_fit(sizes, options))
-        return (
-            options if options.tiled is not None else replace(options, tiled=self._in_tiles(sizes, options))
-        )
+        if options.tiled is None:
+            options = replace(options, tiled=self._in_tiles(sizes, options))
+        return options
+
+    def run(
+        self, stage: str, attempt: Callable[[RunOptions], T], options: RunOptions
+    ) -> tuple[T, RunOptions]:
+        """Attempt a stage, and repeat it one rung down each time that memory runs out.
+
+        Returns:
+            The stage's result, and the options in force afterwards.
+        """
+        while True:
+            try:
+                return attempt(options), options
+            except (RuntimeError, MemoryError) as error:
+                problem = memory_problem(error)
+            options = self.next(stage, options, problem)
 
     def next(self, stage: str, options: RunOptions, problem: str) -> RunOptions:
         """Return the options of the next rung for a stage; this logs a warning and moves models if needed.

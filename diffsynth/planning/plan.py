@@ -6,13 +6,16 @@ whole, the VAE untiled, both prompts in one DiT call.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
 
+from diffsynth.configs.defaults import RunDefaults
 from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.fields import Number, check_value
 from diffsynth.configs.options import RunOptions
+from diffsynth.configs.resolve import ModelFacts, ReferenceFacts, resolve
 from diffsynth.planning.cost import RunCount, run_cost, vae_flops
 from diffsynth.planning.memory import StageMemory, predict_stages
 from diffsynth.planning.settings import Settings, keeping, rungs
@@ -29,6 +32,15 @@ class NotEnoughMemoryError(ValueError):
     def __init__(self, message: str, needed: int) -> None:
         super().__init__(message)
         self.needed = needed
+
+
+def resolve_plan(given: Mapping[str, Any], defaults: RunDefaults, model: ModelFacts) -> RunOptions:
+    """Return the options of a run that is planned before it has a reference; see `resolve`.
+
+    The reference is assumed to have the output's size and length.
+    """
+    facts = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
+    return resolve(given, defaults, ReferenceFacts(**facts), model)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,12 +5,15 @@ each by name, so that a refusal can say which of them differs.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from diffsynth.configs.options import PICTURES, RunOptions
+from diffsynth.data.files import sha256_of_file
 
 SAMPLES = 16  # values read of each tensor
 LONG = 200  # characters of an argument from which on its hash stands for it
@@ -97,3 +100,23 @@ def _short(value: object) -> str:
 
 def _hash(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
+
+
+def sha256_of_video(path: Path) -> str:
+    """Return the hash of a video file, or of the names and contents of a folder's images in order of name."""
+    if path.is_file():
+        return sha256_of_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")):
+        digest.update(f"{file.name} {sha256_of_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256_of_frames(frames: Sequence[Image.Image]) -> str:
+    """Return the hash of the sizes and pixels of frames."""
+    digest = hashlib.sha256()
+    for frame in frames:
+        pixels = np.ascontiguousarray(frame.convert("RGB"))
+        digest.update(f"{pixels.shape} ".encode())
+        digest.update(pixels.data)
+    return digest.hexdigest()

@@ -4,14 +4,13 @@ import logging
 import shlex
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from diffsynth.configs.options import RunOptions
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import weights_fingerprint
@@ -22,21 +21,40 @@ logger = logging.getLogger(__name__)
 KIND = "final latents"
 
 
-def latents_facts(vae: WanVideoVAE, options: RunOptions, fps: float | None, cost: RunCost) -> dict[str, Any]:
-    """Return the facts that are saved with final latents: the options that decoding needs, and the cost.
+def latents_facts(
+    vae: WanVideoVAE, size: tuple[int, int, int], fps: float | None, cost: RunCost | None = None
+) -> dict[str, Any]:
+    """Return the facts that are saved with final latents.
 
     Args:
-        fps: frames a second of the reference; None if unknown.
+        vae: the VAE that decodes them.
+        size: number, height and width of their frames.
+        fps: frames a second of the video; None if unknown.
+        cost: of the run; None while it is unknown.
     """
-    return {
-        "kind": KIND,
-        "num_frames": options.num_frames,
-        "height": options.height,
-        "width": options.width,
-        "fps": fps,
-        "vae": weights_fingerprint(vae),
-        "cost": cost.state(),
-    }
+    facts = {"kind": KIND, **dict(zip(("num_frames", "height", "width"), size, strict=True))}
+    costs = {} if cost is None else cost.state()
+    return {**facts, "fps": fps, "vae": weights_fingerprint(vae), "cost": costs}
+
+
+def decode_line(path: Path) -> str:
+    """Return words that say how a file of final latents becomes a video."""
+    return f"its final latents are kept: fastvmt decode {shlex.quote(str(path))} -o OUT.mp4 makes it"
+
+
+@contextmanager
+def latents_until_done(path: Path) -> Iterator[None]:
+    """Remove the file of a run's final latents at the end of this context, unless Ctrl-C ends it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path.exists():
+            logger.warning("there is no video, but %s", decode_line(path))
+        raise
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    path.unlink(missing_ok=True)
 
 
 def keep_latents(
@@ -60,8 +78,7 @@ def keep_latents(
             break
     error.latents_path = kept  # type: ignore[attr-defined]  # for callers
     if kept is not None:
-        line = f"fastvmt decode {shlex.quote(str(kept))} -o OUT.mp4"
-        logger.error("there is no video (%s), but its final latents are kept: %s makes it", error, line)
+        logger.error("there is no video (%s), but %s", error, decode_line(kept))
 
 
 def read_latents(path: str | Path) -> tuple[Tensor, Mapping[str, Any]]:

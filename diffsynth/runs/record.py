@@ -21,14 +21,14 @@ from torch import nn
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, PICTURES, FileOptions, ReferenceOptions, RunOptions
 from diffsynth.data.ffmpeg import file_url, run_ffmpeg
-from diffsynth.data.files import sha256_of_file, sha256_of_frames, sha256_of_video, written_whole
+from diffsynth.data.files import sha256_of_file, written_whole
 from diffsynth.data.frames import read_picture
 from diffsynth.data.writer import save_video
 from diffsynth.models.checkpoint_files import files_of
 from diffsynth.planning.cost import run_cost
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.runs.cost import RunCost
-from diffsynth.runs.identity import weights_fingerprint
+from diffsynth.runs.identity import sha256_of_frames, sha256_of_video, weights_fingerprint
 from diffsynth.version import __version__
 
 FORMAT_KEY = "fastvmt_record"

@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
-from diffsynth.configs.defaults import EXACT
+from diffsynth.configs.defaults import EXACT, RunDefaults
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER
 from diffsynth.configs.options import FITS, MODES, PICTURES
 from diffsynth.configs.resolve import unknown_words
@@ -36,6 +36,9 @@ _FIELDS = (
 _UNSET = {"seed": -1} | dict.fromkeys(
     ("num_inference_steps", "height", "width", "num_frames", "start", "end", "ref_fps"), 0
 )
+_NUMBERS = {"Steps": "num_inference_steps", "Height": "height", "Width": "width", "Frames": "num_frames"}
+_PRESETS = "exact: the full method; balanced and fast: less computation, a little less likeness"
+_MODES = "effi_AMF: FastVMT; AMF: the same over whole frames; FlowMotion: no backward pass; No_transfer: text"
 
 
 def import_gradio() -> Any:
@@ -187,8 +190,17 @@ def build(page: Page) -> Any:
         job_id = gr.State(None)
         with gr.Row():
             with gr.Column(scale=2):
-                reference = gr.Video(label="Reference", sources=["upload"], height=240, elem_id="reference")
-                clip = gr.Dropdown(list(page.clips), value=None, label="... or a shipped one", elem_id="clip")
+                hint = "a blue star on a yellow background" if defaults.words else "a red fox in fresh snow"
+                prompt = gr.Textbox(label="Prompt", lines=2, placeholder=hint, elem_id="prompt")
+                with gr.Row():
+                    go = gr.Button("Generate", variant="primary", elem_id="go")
+                    stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
+                with gr.Row():
+                    clip = gr.Dropdown(
+                        list(page.clips), value=None, label="... or a shipped clip", elem_id="clip"
+                    )
+                    look = gr.Button("Show the motion", elem_id="look")
                 picture = gr.Image(
                     label="Picture that the video begins with",
                     type="filepath",
@@ -197,41 +209,19 @@ def build(page: Page) -> Any:
                     elem_id="picture",
                     visible=session.pipe.models.takes_picture,
                 )
-                prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
-                preset = gr.Radio([EXACT, *defaults.presets], value=EXACT, label="Preset", elem_id="preset")
+                preset = gr.Radio(
+                    [EXACT, *defaults.presets], value=EXACT, label="Preset", info=_PRESETS, elem_id="preset"
+                )
                 with gr.Row():
-                    mode = gr.Dropdown(list(MODES), value=DEFAULT_MODE, label="Mode", elem_id="mode")
+                    mode = gr.Dropdown(
+                        list(MODES), value=DEFAULT_MODE, label="Mode", info=_MODES, elem_id="mode"
+                    )
                     seed = gr.Number(-1, precision=0, label="Seed (-1: a new one)", elem_id="seed")
-                with gr.Row():
-                    go = gr.Button("Generate", variant="primary", elem_id="go")
-                    look = gr.Button("Show the motion", elem_id="look")
-                    stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
-                with gr.Accordion("More (0: the model's own)", open=False):
-                    negative = gr.Textbox(label="Negative prompt", elem_id="negative")
-                    with gr.Row():
-                        strength = gr.Slider(
-                            0.05, 1, value=defaults["denoising_strength"], label="Denoising strength"
-                        )
-                        scale = gr.Slider(0.1, 4, value=1, label="Strength of the motion")
-                    with gr.Row():
-                        steps, height, width, length = (
-                            gr.Number(0, precision=0, label=name, elem_id=name.lower())
-                            for name in ("Steps", "Height", "Width", "Frames")
-                        )
-                    with gr.Row():
-                        start, end, rate = (
-                            gr.Number(0, label=label, elem_id=name)
-                            for name, label in (
-                                ("start", "Reference from second"),
-                                ("end", "to second"),
-                                ("ref_fps", "at frames a second"),
-                            )
-                        )
-                        fit = gr.Dropdown(list(FITS), value="crop", label="Fit", elem_id="fit")
+                negative, strength, scale, numbers, part = _more(gr, defaults)
             with gr.Column(scale=3):
                 status = gr.HTML(panel.IDLE, elem_id="panel")
                 plays = {"interactive": False, "loop": True, "autoplay": True}
-                both = gr.Video(label="Reference | result", **plays)
+                both = gr.Video(label="Reference | result", show_label=False, **plays)
                 with gr.Row():
                     result = gr.Video(label="Result", elem_id="result", **plays)
                     motion = gr.Video(label="Motion", elem_id="motion", **plays)
@@ -239,8 +229,7 @@ def build(page: Page) -> Any:
         past = gr.Gallery(
             page.gallery, label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
         )
-        asked = [prompt, negative, preset, mode, seed, strength, steps, scale, height, width, length]
-        asked += [start, end, rate, fit]
+        asked = [prompt, negative, preset, mode, seed, strength, numbers[0], scale, *numbers[1:], *part]
         shown = [both, result, files]
         clip.input(page.pick, clip, reference, api_name=False)
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
@@ -255,6 +244,31 @@ def build(page: Page) -> Any:
         open_past.__annotations__["event"] = gr.SelectData  # by which gradio knows what to pass
         past.select(open_past, None, [status, *shown], api_name=False)
     return demo.queue(max_size=4 * VISITORS)
+
+
+def _more(gr: Any, defaults: RunDefaults) -> tuple[Any, Any, Any, list[Any], list[Any]]:
+    """Return the fields that most visitors leave alone: negative prompt, two strengths, sizes, the part."""
+    with gr.Accordion("More (0: the model's own)", open=False):
+        negative = gr.Textbox(label="Negative prompt", elem_id="negative")
+        with gr.Row():
+            strength = gr.Slider(0.05, 1, value=defaults["denoising_strength"], label="Denoising strength")
+            scale = gr.Slider(0.1, 4, value=1, label="Strength of the motion")
+        with gr.Row():
+            numbers = [
+                gr.Number(0, precision=0, label=f"{name} (0: {defaults[key]})", elem_id=name.lower())
+                for name, key in _NUMBERS.items()
+            ]
+        with gr.Row():
+            part = [
+                gr.Number(0, label=label, elem_id=name)
+                for name, label in (
+                    ("start", "Reference from second"),
+                    ("end", "to second"),
+                    ("ref_fps", "at frames a second"),
+                )
+            ]
+            part.append(gr.Dropdown(list(FITS), value="crop", label="Fit", elem_id="fit"))
+    return negative, strength, scale, numbers, part
 
 
 def make_app(

@@ -13,9 +13,10 @@ from PIL import Image
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import ReferenceOptions
 from diffsynth.data import VideoData, save_video
-from diffsynth.data.files import sha256_of_video, written_whole
+from diffsynth.data.files import written_whole
 from diffsynth.evaluation.grid import side_by_side
 from diffsynth.jobs.task import open_reference
+from diffsynth.runs.identity import sha256_of_video
 from diffsynth.runs.record import RunRecord, read_record, record_path
 
 LARGEST_RECORD = 2_000_000  # bytes

@@ -46,7 +46,7 @@ CSS = """
 
 def message(text: str, kind: str = "note") -> str:
     """Return a line of text in a box of the kind "note", "done" or "error"."""
-    return f'<div class="fv-message fv-{escape(kind)}" role="status">{escape(text)}</div>'
+    return f'<div class="fv-message fv-{escape(kind)}" role="status" aria-live="polite">{escape(text)}</div>'
 
 
 def failed(error: BaseException) -> str:
@@ -126,7 +126,9 @@ def _stages(stage: str) -> str:
 
 def _bar(progress: RunProgress) -> str:
     share = progress.step / progress.steps if progress.steps else 0.0
-    return f'<div class="fv-bar"><i style="width:{100 * share:.0f}%"></i></div>'
+    percent = f"{100 * share:.0f}"
+    told = f'role="progressbar" aria-label="steps" aria-valuemax="100" aria-valuenow="{percent}"'
+    return f'<div class="fv-bar" {told}><i style="width:{percent}%"></i></div>'
 
 
 def _line(progress: RunProgress, seconds: float) -> str:
@@ -137,4 +139,7 @@ def _line(progress: RunProgress, seconds: float) -> str:
         words.append(f"guided {progress.guided} of {progress.guided_steps}")
     if progress.losses:
         words.append(f"motion loss {progress.losses[-1]:.4g}")
-    return escape(" · ".join([*words, f"{seconds:.0f} s"]))
+    words.append(f"{seconds:.0f} s")
+    if 0 < progress.step < progress.steps:
+        words.append(f"about {seconds * (progress.steps / progress.step - 1):.0f} s left")
+    return escape(" · ".join(words))

@@ -163,7 +163,7 @@ def make_video(
     task = replace(make_task(request, reference, session.folder, pictures), folder=session.output_dir)
     observer = JobObserver(job, session.previews)
     with job.interruptible(session.pipe.interrupt):
-        video, record = run_task(session.pipe, task, session.model, session.loaded, observer)
+        video, record, *_ = run_task(session.pipe, task, session.model, session.loaded, observer)
     return PastRun(video=video, record=record)
 
 

@@ -1,0 +1,96 @@
+"""The reference's frames as a run uses them: fitted, looked at, and laid onto the object of a picture."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffsynth.configs.options import RunOptions
+from diffsynth.data.tensors import Video, picture_to_tensor, video_to_tensor
+from diffsynth.planning.alignment import align, shift
+
+logger = logging.getLogger(__name__)
+
+# Mean change between frames, in levels of 255.
+STILL = 0.5  # at most: compression and rounding alone
+CUT = 12.0  # at least, and by CUT_JUMP more than in the frames around it
+CUT_JUMP = 1.8
+
+
+def reference_pixels(
+    video: Video | None, pictures: Sequence[Image.Image], run: RunOptions
+) -> tuple[Tensor | None, RunOptions]:
+    """Return the frames of a reference, and the options with the numbers of their alignment.
+
+    Args:
+        video: the reference; None without one.
+        pictures: those of the run, the one that it begins with first.
+        run: resolved options.
+
+    Returns:
+        Frames [1, 3, T, H, W] in [-1, 1]; None without a reference.
+    """
+    if video is None or run.motion is None:
+        pixels = None if video is None else video_to_tensor(video, run.num_frames, run.height, run.width)
+        return pixels, replace(run, align="none")
+    pixels = video_to_tensor(video, run.num_frames, run.height, run.width)
+    warn_of_reference(pixels)
+    found = run.align
+    if found == "object":
+        found = align(pixels, picture_to_tensor(pictures[0], run.height, run.width)) if pictures else "none"
+        if found is None:
+            logger.warning(
+                "the reference stays where it is: what moves in it, or the picture's object, does not stand "
+                "out; where they are apart, align=(right, down, scale) lays one onto the other"
+            )
+    if found in (None, "none", (0.0, 0.0, 1.0)):
+        return pixels, replace(run, align="none")
+    right, down, scale = found
+    logger.info(
+        "the reference is moved %g pixels right and %g down and scaled by %g, onto the picture's object; "
+        "align='none' leaves it",
+        *(right, down, scale),
+    )
+    return shift(pixels, found), replace(run, align=found)
+
+
+def changes(pixels: Tensor) -> Tensor:
+    """Return how much each frame of [1, 3, T, H, W] differs from the one before: [T - 1], levels of 255."""
+    grey = pixels[0, :, :, ::4, ::4].mean(0) * 127.5
+    return grey.diff(dim=0).abs().mean((1, 2))
+
+
+def is_still(change: Tensor) -> bool:
+    """Return whether nothing moves, by what `changes` returned."""
+    return len(change) > 0 and float(change.max()) < STILL
+
+
+def find_cuts(change: Tensor) -> list[int]:
+    """Return the indices (0-based) of the frames at which another shot begins, by what `changes` returned."""
+    found = []
+    for index, value in enumerate(change.tolist()):
+        around = torch.cat([change[max(0, index - 2) : index], change[index + 1 : index + 3]])
+        if len(around) and value > max(CUT, CUT_JUMP * (1 + float(around.max()))):
+            found.append(index + 1)
+    return found
+
+
+def warn_of_reference(pixels: Tensor) -> tuple[bool, list[int]]:
+    """Log a warning for a reference [1, 3, T, H, W] without motion, or with more than one shot.
+
+    Returns:
+        Whether nothing moves, and the indices of the frames at which another shot begins.
+    """
+    change = changes(pixels)
+    still, cuts = is_still(change), find_cuts(change)
+    if still:
+        logger.warning("nothing moves in the reference: there is no motion to transfer")
+    if cuts:
+        logger.warning(
+            "the reference has a cut at frame %s; motion is not followed over it; start and end pick a shot",
+            ", ".join(map(str, cuts)),
+        )
+    return still, cuts
