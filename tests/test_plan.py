@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from diffsynth import WanVideoPipeline
 from diffsynth.configs.caches import CacheOptions, choose_cache
 from diffsynth.configs.options import RunOptions
 from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.motion import MotionGuidance
+from diffsynth.planning import ladder
 from diffsynth.planning.cost import (
     computed_steps,
     forward_flops,
@@ -19,11 +22,13 @@ from diffsynth.planning.cost import (
     guided_flops,
     guided_share,
     run_cost,
+    vae_flops,
 )
 from diffsynth.planning.plan import GAPS, GB, RESERVED, NotEnoughMemoryError, plan_run
-from diffsynth.planning.sizes import DiTSize, published_sizes
+from diffsynth.planning.sizes import DiTSize, VAESize, published_sizes
 
 FULL = (21, 60, 104)
+TEMPORAL = (True, False)
 MOTION = MotionGuidance()
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -203,7 +208,9 @@ def test_a_plan_reads_as_a_table_and_as_json():
     assert [line.split("  ")[0] for line in lines[2:7]] == [stage.stage for stage in plan.stages]
     assert [line.endswith("<- peak") for line in lines[2:7]] == [False, False, True, False, False]
     assert "checkpoint=block, batch_cfg=True, tiled=False, offload=True" in lines[-2]
-    assert lines[-1] == "cost: 100 FFE of sampling + 59.5 of guidance = 159.5; 263.4 PFLOP"
+    assert (
+        lines[-1] == "cost: 100 FFE of sampling + 59.5 of guidance = 159.5; 263.4 PFLOP and 0.439 of the VAE"
+    )
     read = json.loads(plan.to_json())
     assert read["peak"] == plan.peak == max(s["weights"] + s["activations"] for s in read["stages"])
     assert read["cost"]["total_ffe"] == pytest.approx(159.5)
@@ -258,3 +265,48 @@ def test_a_loaded_pipeline_is_planned_by_its_own_sizes_and_computes_what_is_coun
     expected = plan.cost.total_ffe * layers - 3 * gradients * share
     assert pipe.costs[0].dit_block_calls == pytest.approx(expected)
     assert pipe.costs[0].gradient_evaluations == gradients
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [{}, {"dim": 16, "z_dim": 4, "dim_mult": (1, 2, 3), "temperal_downsample": (True, False)}]
+)
+def test_the_operations_of_the_vae_are_those_of_the_real_one(count_flops, tiled, sizes):
+    with torch.device("meta"):
+        vae = WanVideoVAE(**sizes)
+    options = RunOptions(num_frames=5, tile_size=(30, 40), tile_stride=(15, 26))
+    side = vae.spatial_factor
+    noise = torch.empty(1, vae.z_dim, 4 // vae.temporal_factor + 1, 480 // side, 832 // side, device="meta")
+    latents = tuple(noise.shape[2:])
+    tiling = {**options.tiling, "tiled": tiled}
+    with torch.no_grad():
+        decoded = count_flops(lambda: vae.decode(noise, **tiling))
+        video = torch.empty(1, 3, 5, 480, 832, device="meta")
+        encoded = count_flops(lambda: vae.encode(video, **tiling))
+    size = VAESize.of(vae)
+    assert vae_flops(size, latents, options, tiled, False) == pytest.approx(decoded, rel=1e-3)
+    assert vae_flops(size, latents, options, tiled, True) == pytest.approx(decoded + encoded, rel=1e-3)
+
+
+def test_the_vae_at_full_size_costs_less_than_half_untiled():
+    size, options = published_sizes("1.3b").vae, RunOptions()
+    whole, tiled = (vae_flops(size, FULL, options, tiled, True) / 1e12 for tiled in (False, True))
+    assert (round(whole), round(tiled)) == (439, 984)
+    plan = plan_of("1.3b", motion=MOTION, vram_gb=24)
+    assert plan.cost.vae_flops == pytest.approx(439e12, rel=0.01)
+
+
+def test_minutes_are_those_of_the_published_anchors():
+    """Wan2.1's README: 1.3B, 5 s of 480P, in about 4 minutes on an RTX 4090; FastVideo: 95 s on an H200."""
+    minutes = plan_of("1.3b", vram_gb=80).minutes()
+    assert minutes["RTX 4090"] == pytest.approx(4.3, rel=0.1)
+    assert 1.0 < minutes["H100"] < 1.6
+    assert list(minutes) == ["H100", "A100", "RTX 4090", "RTX 3090"]
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(80, False), (40, False), (24, True), (8, True)])
+def test_by_default_the_vae_is_whole_where_it_fits_beside_the_models(monkeypatch, gigabytes, expected):
+    """The 1.3B checkpoint's weights are 14.1 GB, and the VAE untiled takes 5.8 more."""
+    monkeypatch.setattr(ladder, "device_memory", lambda _: gigabytes * GB)
+    empty = ladder.Ladder(None, SimpleNamespace(device=torch.device("cuda")))
+    assert empty._in_tiles(published_sizes("1.3b"), RunOptions()) == expected

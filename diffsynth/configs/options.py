@@ -90,9 +90,9 @@ class RunOptions:
     seed: int = option(Whole(0, 2**32 - 1), "seed of the noise; drawn if not given or -1", default=0)
     rand_device: str = option(Text(), "device on which the noise is drawn", default="cpu")
     tiled: bool | None = option(
-        OrNone(Switch(), "by the memory at hand"),
+        OrNone(Switch(), "where the whole does not fit"),
         "encode and decode in spatial tiles, which saves memory",
-        default=True,
+        default=None,
     )
     tile_size: tuple[int, int] = option(
         Several(Whole(1), _ROWS_COLUMNS), "side of a VAE tile, in latent units", default=(30, 52)

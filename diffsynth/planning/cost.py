@@ -160,9 +160,8 @@ def guidance_cost(
 
     A backward counts as two forwards, and blocks after the one that is read do not run. Flow takes one
     forward up to that block for the reference in each guided step that computes gradients, and one with its
-    backward for
-    each gradient. FlowMotion takes one full forward for the reference, one or with guidance two for each
-    gradient, and no backward.
+    backward for each gradient. FlowMotion takes one full forward for the reference, one or with guidance two
+    for each gradient, and no backward.
 
     Args:
         gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.

@@ -6,6 +6,7 @@ finished step is lost. The new settings apply for the rest of the run.
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -15,7 +16,7 @@ import torch
 from diffsynth.configs.options import TILING, RunOptions
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.planning.memory import guided_pass_bytes, sampling_pass_bytes
+from diffsynth.planning.memory import decode_bytes, encode_bytes, guided_pass_bytes, sampling_pass_bytes
 from diffsynth.planning.plan import GB, plan_run
 from diffsynth.planning.settings import Settings, following, keeping
 from diffsynth.planning.sizes import ModelSizes
@@ -91,7 +92,9 @@ class Ladder:
             if device_memory(
                 self._device
             ):  # others may use the device, too, and a card has less than its name
-                vram_gb = min(vram_gb, (available_memory(self._device) + self._held()) / GB)
+                weights = [t for model in self._residency.models.values() for t in tensors_of(model)]
+                held = sum(t.nbytes for t in weights if t.device.type == self._device.type)
+                vram_gb = min(vram_gb, (available_memory(self._device) + held) / GB)
             plan = plan_run(sizes, options, vram_gb=vram_gb, with_reference=with_reference)
             logger.info("planned for %.1f GB:\n%s", vram_gb, plan)
             plan.settings.place(self._residency)
@@ -101,7 +104,8 @@ class Ladder:
             options = replace(options, motion=replace(motion, checkpoint=self._kept(sizes, options)))
         if options.batch_cfg is None:
             options = replace(options, batch_cfg=self._both_fit(sizes, options))
-        options = options if options.tiled is not None else replace(options, tiled=True)
+        if options.tiled is None:
+            options = replace(options, tiled=self._in_tiles(sizes, options))
         if self._spread is None:
             return options
         return with_settings(options, self._spread.agreed(settings_of(options)))
@@ -166,12 +170,6 @@ class Ladder:
             stream_text_encoder="text_encoder" in streaming,
         )
 
-    def _held(self) -> int:
-        """Bytes of the models' weights that are on the device now."""
-        models = {} if self._residency is None else self._residency.models
-        tensors = (tensor for model in models.values() for tensor in tensors_of(model))
-        return sum(tensor.nbytes for tensor in tensors if tensor.device.type == self._device.type)
-
     def _kept(self, sizes: ModelSizes, options: RunOptions) -> str:
         """Return the first `checkpoint` setting that fits; not "offload" on a CPU, where it gains nothing."""
         motion = options.motion
@@ -196,6 +194,15 @@ class Ladder:
             return True
         taken = sizes.dit.weights.total + sampling_pass_bytes(sizes.dit, latents, options, batch=2)
         return taken < FILL_BY_BOTH * device_memory(self._device)
+
+    def _in_tiles(self, sizes: ModelSizes, options: RunOptions) -> bool:
+        """Return whether the VAE works in tiles, by the machine's total memory, as `_both_fit` does."""
+        frames = options.num_frames
+        latents = sizes.latent_shape(options.height, options.width, frames)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+        models = sizes.dit.weights.total + sizes.text_encoder.weights.total + sizes.vae.weights
+        taken = max(encode_bytes(sizes.vae, latents, None), decode_bytes(sizes.vae, latents, None, frames))
+        return models + taken >= FILL_BY_BOTH * (device_memory(self._device) or memory)
 
     def _explanation(self, stage: str, problem: str) -> str:
         total, free = (n / GB for n in (device_memory(self._device), available_memory(self._device)))

@@ -91,8 +91,7 @@ def guided_pass_bytes(dit: DiTSize, latents: Shape, motion: MotionGuidance, chec
 
     It is the largest of three moments, each beside what the blocks keep ("none": all; "block": their
     inputs): the reference's pass while the generated one's features wait for it; the flow, forward or
-    backward; and the
-    last block that is differentiated.
+    backward; and the last block that is differentiated.
     """
     small = run_bytes(dit, latents)
     if not DESCRIPTORS[motion.mode].needs_backward:
@@ -256,9 +255,8 @@ def block_gradient_bytes(dit: DiTSize, num_tokens: int) -> int:
     """Return the bytes of one block that is computed again and differentiated, with both gradients.
 
     It is the larger of two moments: the end of the second forward, which holds the hidden layer before and
-        after
-    its activation and three tensors of the width beside what it keeps; and the activation's gradient, when
-    there are three hidden layers.
+    after its activation and three tensors of the width beside what it keeps; and the activation's gradient,
+    when there are three hidden layers.
     """
     w = dit.dtype.itemsize
     kept = activation_bytes(dit, num_tokens, 1)
@@ -272,8 +270,7 @@ def forward_bytes(dit: DiTSize, num_tokens: int, batch: int = 1) -> int:
     """Return the peak of a pass without gradients through the blocks.
 
     It is the larger of two moments: the norm of the cross-attention's queries, with three states of the
-        stream
-    and the text's keys and values; and the feed-forward's last slice.
+    stream and the text's keys and values; and the feed-forward's last slice.
     """
     w = dit.dtype.itemsize
     text = dit.text_len * dit.dim * w

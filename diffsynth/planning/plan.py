@@ -37,12 +37,10 @@ class NotEnoughMemoryError(ValueError):
 def resolve_plan(given: Mapping[str, Any], defaults: RunDefaults, model: ModelFacts) -> RunOptions:
     """Return the options of a run that is planned before it has a reference; see `resolve`.
 
-    The reference is assumed to have the output's size and length. Unless `tiled` is passed, the plan
-    decides whether the VAE works in tiles.
+    The reference is assumed to have the output's size and length.
     """
     facts = {name: given.get(name) or defaults[name] for name in ("num_frames", "height", "width")}
-    run = resolve(given, defaults, ReferenceFacts(**facts), model)
-    return replace(run, tiled=given.get("tiled"))
+    return resolve(given, defaults, ReferenceFacts(**facts), model)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,13 +130,14 @@ class RunPlan:
             lines.append(f"{stage.stage:<14}{weights:>10.2f}{activations:>13.2f}{total:>8.2f}{mark}")
         budget = "no budget" if self.budget is None else f"budget {self.budget / GB:.1f} GB"
         kept = f"{RESERVED / GB:.2f} GB{', which is tight,' if self.tight else f' + {GAPS:.0%}'}"
+        minutes = [f"{card} {n:.{0 if n > 10 else 1}f}" for card, n in self.minutes().items()]
         lines += [
             f"{self.peak / GB:.2f} GB of tensors and {kept} for the device itself; {budget}",
+            f"minutes, predicted: {', '.join(minutes)}",
             "settings: " + ", ".join(f"{name}={value}" for name, value in self.chosen().items()),
             f"cost: {self.cost.sampling_ffe:.4g} FFE of sampling + {self.cost.guidance_ffe:.4g} of guidance "
             f"= {self.cost.total_ffe:.4g}; {self.cost.flops / 1e15:.4g} PFLOP and "
             f"{self.cost.vae_flops / 1e15:.3g} of the VAE",
-            "minutes, predicted: " + ", ".join(f"{name} {n:.2g}" for name, n in self.minutes().items()),
         ]
         return "\n".join(lines)
 

@@ -22,15 +22,7 @@ from diffsynth.models.conditions import ImageCondition
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import identity_differences, identity_key, run_identity
 from diffsynth.runs.signals import stoppable
-from diffsynth.runs.state import (
-    PromptEmbeddings,
-    RunInputs,
-    StepState,
-    joined,
-    load_state,
-    part,
-    save_state,
-)
+from diffsynth.runs.state import PromptEmbeddings, RunInputs, StepState, joined, load_state, part, save_state
 from diffsynth.vram_management import Residency
 
 logger = logging.getLogger(__name__)
