@@ -30,6 +30,11 @@ def grey(count=1, size=(40, 30), value=120):
     return [Image.new("RGB", size, (value,) * 3) for _ in range(count)]
 
 
+def textured(count=1, size=(40, 30)):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 1), np.uint8).repeat(3, -1)
+    return [Image.fromarray(pixels) for _ in range(count)]
+
+
 def moving(rows, cols, count=6):
     """Flow over the pairs of F = 3, sf = 3 (00 01 02 11 12 22) by so many tokens a step."""
     flow = torch.zeros(count, 4, 6, 2)
@@ -127,7 +132,7 @@ def test_the_path_of_an_object_is_drawn_where_it_was():
 
 def test_flows_of_two_videos_share_a_scale():
     """The slower one's colours are the paler ones."""
-    videos = {"slow": grey(9, (60, 40)), "fast": grey(9, (60, 40))}
+    videos = {"slow": textured(9, (60, 40)), "fast": textured(9, (60, 40))}
     frames = compare_motion(videos, {"slow": moving(0, 0.6), "fast": moving(0, 3)}, sf=3, height=160)
     assert len(frames) == 9
     picture = np.asarray(frames[0], int)[LABEL_HEIGHT + 5 : LABEL_HEIGHT + 60]
@@ -139,10 +144,13 @@ def test_flows_of_two_videos_share_a_scale():
 
 
 def test_a_sheet_has_each_step_with_its_flow():
-    sheet = flow_sheet(grey(9, (60, 40)), moving(0, 2), sf=3)
+    sheet = flow_sheet(textured(9, (60, 40)), moving(0, 2), sf=3)
     assert sheet.size == (2 * 240 + GAP, LABEL_HEIGHT + 2 * SHEET_HEIGHT + GAP)
-    below = np.asarray(sheet)[LABEL_HEIGHT + SHEET_HEIGHT + GAP + 10, 20]
+    place = (LABEL_HEIGHT + SHEET_HEIGHT + GAP + 10, 20)
+    below = np.asarray(sheet)[place]
     assert below[0] > 200 > below[2]
+    # Where there is no texture to follow, no flow is shown.
+    assert tuple(np.asarray(flow_sheet(grey(9, (60, 40)), moving(0, 2), sf=3))[place]) == (255, 255, 255)
 
 
 def test_a_grid_of_pictures_has_captions_above_rows_and_labels_above_columns():
