@@ -1,8 +1,6 @@
 """`python -m diffsynth` is `fastvmt`; so is `torchrun --nproc-per-node N -m diffsynth`, on N ranks."""
 
-import sys
-
 from diffsynth.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

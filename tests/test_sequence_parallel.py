@@ -41,10 +41,17 @@ def inputs(grid: tuple[int, int, int], channels: int = 4) -> dict[str, torch.Ten
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def gradient(grid: tuple[int, int, int], guidance: MotionGuidance, dtype: torch.dtype, ranks: bool):
+def gradient(
+    grid: tuple[int, int, int], guidance: MotionGuidance, dtype: torch.dtype, picture: str, ranks: bool
+):
     """The gradient of a guided step, its loss, and the latents that it moves."""
-    dit, given = a_dit().to(dtype), {name: t.to(dtype) for name, t in inputs(grid).items()}
+    dit, given = a_dit(in_dim=9 if picture == "y" else 4).to(dtype), inputs(grid)
+    given = {name: t.to(dtype) for name, t in given.items()}
     memory = GradientMemory(guidance)
+    if picture:
+        pictures = {"first_frame": given["noise"][:, :, :1]}
+        pictures = {"y": inputs(grid, 5)["x"].to(dtype)} if picture == "y" else pictures
+        given |= {name: ImageCondition(**pictures) for name in ("condition", "reference_condition")}
     with spread(dit, Mesh.over_all("cpu")) if ranks else nullcontext():
         moved, record = guided_step(
             dit, given.pop("x"), sigma=0.7, timestep=700.0, guidance=guidance, memory=memory, **given
@@ -56,12 +63,14 @@ def gradients(cases: list[tuple], ranks: bool = True) -> list[Any]:
     return [gradient(*case, ranks) for case in cases]
 
 
-CASES = [((5, 3, 4), guidance, torch.float64) for guidance in GUIDANCES.values() if guidance.coarse == 1]
+CASES = [((5, 3, 4), guidance, torch.float64, "") for guidance in GUIDANCES.values() if guidance.coarse == 1]
 CASES += [
-    ((3, 4, 6), GUIDANCES["coarse"], torch.float64),
-    ((1, 1, 31), GUIDANCES["dense"], torch.float64),  # a prime number of tokens, and of one frame
-    ((7, 5, 3), GUIDANCE, torch.float64),
-    ((7, 5, 3), GUIDANCE, torch.float32),
+    ((5, 3, 4), GUIDANCE, torch.float64, "first frame"),
+    ((5, 3, 4), GUIDANCES["dense"], torch.float64, "y"),
+    ((3, 4, 6), GUIDANCES["coarse"], torch.float64, ""),
+    ((1, 1, 31), GUIDANCES["dense"], torch.float64, ""),  # a prime number of tokens, and of one frame
+    ((7, 5, 3), GUIDANCE, torch.float64, ""),
+    ((7, 5, 3), GUIDANCE, torch.float32, ""),
 ]
 
 
@@ -82,11 +91,11 @@ def test_each_rank_has_the_gradient_of_one_process(size):
 
 def without_the_sum() -> torch.Tensor:
     collectives._sum = lambda tensor, _group: tensor
-    return gradient((5, 3, 4), GUIDANCES["as released"], torch.float64, True)[0]
+    return gradient((5, 3, 4), GUIDANCES["as released"], torch.float64, "", True)[0]
 
 
 def test_without_the_sum_over_ranks_the_gradient_would_be_wrong():
-    one = gradient((5, 3, 4), GUIDANCES["as released"], torch.float64, False)[0]
+    one = gradient((5, 3, 4), GUIDANCES["as released"], torch.float64, "", False)[0]
     found = on_ranks(2, without_the_sum)
     assert min((own - one).norm() / one.norm() for own in found) > 0.1
 

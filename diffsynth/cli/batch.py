@@ -67,10 +67,15 @@ def run(options: Namespace, console: Console) -> int:
         # All of them first, so that a wrong line is known before hours of work.
         results = [task for job in jobs if isinstance(task := batch.prepare(job), dict)]
         left = [job for job in jobs if job.line in batch.tasks]
-        made = map(batch.make, left) if not spread else _spread(left, options)
-        for result in _told(made, left, console, spread):
-            results.append(result)
-            if result.pop("disk", False):
+        made = _spread(left, options) if spread else map(batch.make, left)
+        for number, job in enumerate(left, 1):
+            console.note(f"{number} of {len(left)} jobs{'' if spread else f' (line {job.line})'}")
+            try:
+                results.append(next(made))
+            except KeyboardInterrupt as stop:
+                where = "several jobs" if spread else f"the job of line {job.line}"
+                raise KeyboardInterrupt(f"interrupted in {where}; the same command goes on with it") from stop
+            if results[-1].pop("disk", False):
                 later = len(jobs) - len(results)
                 console.problem(f"the disk takes nothing more: {later} jobs are left for the next start")
                 break
@@ -97,23 +102,6 @@ def _spread(jobs: Sequence[JobLine], options: Namespace) -> Iterator[dict[str, A
         start, workers = start_actor, options.workers or int(resources.get("GPU", 0) or resources["CPU"])
     silent = Console(json=True, quiet=True)
     yield from over_workers(jobs, partial(start, _Batch, options, silent), min(workers, len(jobs) or 1))
-
-
-def _told(
-    made: Iterator[dict[str, Any]], jobs: Sequence[JobLine], console: Console, spread: bool
-) -> Iterator[dict[str, Any]]:
-    """Tell of each job before it is made or, on workers, once it is."""
-    for number, job in enumerate(jobs, 1):
-        try:
-            if not spread:
-                console.note(f"job {number} of {len(jobs)} (line {job.line})")
-            result = next(made)
-        except KeyboardInterrupt as stop:
-            where = f"the job of line {job.line}" if not spread else f"{len(jobs) - number + 1} jobs"
-            raise KeyboardInterrupt(f"interrupted in {where}; the same command goes on with it") from stop
-        if spread:
-            console.note(f"{number} of {len(jobs)}: line {result['line']} {result['state']}")
-        yield result
 
 
 class _Batch:

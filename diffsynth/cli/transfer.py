@@ -112,7 +112,8 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
 
         with spread_run(pipe, task.call, task.saving) as (call, saving), attention_kernel(loaded):
             if rank:
-                pipe.run(**call, **saving, input_video=task.video, progress_bar_cmd=iter)
+                pictures = {name: picture["path"] for name, picture in task.pictures.items()}
+                pipe.run(**call, **saving, **pictures, input_video=task.video, progress_bar_cmd=iter)
                 return DONE
             task = replace(task, call=call, saving=saving)
             made = run_watched(pipe, task, model, loaded, console)

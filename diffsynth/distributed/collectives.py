@@ -17,8 +17,6 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class _Collective(torch.autograd.Function):
-    """One function forward, another one on the gradient."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Callable, back: Callable, group: Group) -> Tensor:
         ctx.back, ctx.group = back, group

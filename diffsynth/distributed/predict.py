@@ -25,9 +25,9 @@ class RankPlan:
     seconds: float
 
     def __str__(self) -> str:
-        sent = f"{self.step_bytes / 1e9:.4g} GB a step, {self.gradient_bytes / 1e9:.4g} GB a gradient"
-        memory = f"{self.memory / 2**30:.2f} GB at the peak"
-        return f"on each of {self.ranks}: {memory}; sends {sent}; {self.seconds:.4g} s"
+        step, gradient = self.step_bytes / 1e9, self.gradient_bytes / 1e9
+        sends = f"sends {step:.4g} GB a step, {gradient:.4g} GB a gradient; {self.seconds:.4g} s"
+        return f"on each of {self.ranks}: {self.memory / 2**30:.2f} GB at the peak; {sends}"
 
 
 def plan_ranks(sizes: ModelSizes, plan: RunPlan, ranks: int, tflops: float, gb_per_s: float) -> RankPlan:
