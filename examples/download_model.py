@@ -1,4 +1,4 @@
-"""Fetch the published Wan2.1 weights into models/, from ModelScope or Hugging Face.
+"""Fetch published Wan weights into models/, from ModelScope or Hugging Face.
 
 python examples/download_model.py --model 1.3b
 python examples/download_model.py --model all --output_dir /data/models --source huggingface
@@ -15,8 +15,8 @@ from diffsynth.jobs.download import SOURCES, DownloadError, download, missing_fi
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fetch the models that the command line names; return the exit code, 1 if one could not be fetched."""
-    parser = argparse.ArgumentParser(description="Fetch the published Wan2.1 text-to-video weights.")
-    parser.add_argument("--model", choices=[*PUBLISHED, "all"], required=True, help="which size to fetch")
+    parser = argparse.ArgumentParser(description="Fetch published Wan weights.")
+    parser.add_argument("--model", choices=[*PUBLISHED, "all"], required=True, help="which model to fetch")
     parser.add_argument("--output_dir", type=Path, default=Path("models"), help="where model folders are")
     parser.add_argument("--source", choices=SOURCES, default=SOURCES[0], help="the hub to fetch from")
     options = parser.parse_args(arguments)

@@ -570,7 +570,8 @@ def test_without_a_model_the_largest_complete_one_is_taken_else_nano_and_that_is
     assert "fetch one with: fastvmt download 1.3b" in capsys.readouterr().err
     for checkpoint in PUBLISHED.values():
         (tmp_path / checkpoint.folder).mkdir()
-    missing = {"Wan2.1-T2V-14B": ["config.json: missing"], "Wan2.1-T2V-1.3B": []}
+    missing = {checkpoint.folder: ["config.json: missing"] for checkpoint in PUBLISHED.values()}
+    missing |= {"Wan2.1-T2V-1.3B": [], "Wan2.1-I2V-14B-480P": []}  # one that needs a picture is passed over
     monkeypatch.setattr(models, "missing_files", lambda folder, _: missing[folder.name])
     assert models.choose_model(None, tmp_path, Console().note).name == "Wan2.1-T2V-1.3B"
     assert "model: 1.3b, the largest complete one below" in capsys.readouterr().err

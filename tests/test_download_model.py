@@ -291,3 +291,37 @@ def test_the_script_refuses_an_unknown_model(capsys):
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert all(name in error for name in ("1.3b", "14b", "all"))
+
+
+def test_the_folders_of_the_family_hold_their_own_parts():
+    names = {key: set(checkpoint.files) for key, checkpoint in PUBLISHED.items()}
+    assert list(names) == [
+        "1.3b", "14b", "wan2.1-i2v-14b-480p", "wan2.1-i2v-14b-720p", "wan2.1-flf2v-14b", "wan2.2-t2v-a14b",
+        "wan2.2-i2v-a14b", "wan2.2-ti2v-5b",
+    ]  # fmt: skip
+    clip = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    assert [key for key, files in names.items() if clip in files] == list(names)[2:5]
+    assert [key for key, files in names.items() if "Wan2.2_VAE.pth" in files] == ["wan2.2-ti2v-5b"]
+    assert [key for key, files in names.items() if "Wan2.1_VAE.pth" not in files] == ["wan2.2-ti2v-5b"]
+    assert [key for key, files in names.items() if "config.json" not in files] == list(names)[5:7]
+    sizes = {
+        key: sum(checkpoint.expected_bytes(path) for path in checkpoint.files) / 1e9
+        for key, checkpoint in PUBLISHED.items()
+    }
+    # DiTs in float32, 11.4 GB of text encoder, VAE, CLIP.
+    assert sizes["wan2.2-ti2v-5b"] == pytest.approx(20.0 + 11.4 + 2.82, abs=0.1)
+    assert sizes["wan2.2-t2v-a14b"] == pytest.approx(2 * 57.15 + 11.4 + 0.51, abs=0.1)
+    assert sizes["wan2.1-i2v-14b-480p"] == pytest.approx(65.6 + 11.4 + 0.51 + 4.77, abs=0.1)
+    for expert in ("high", "low"):
+        inside = {name for name in names["wan2.2-i2v-a14b"] if name.startswith(f"{expert}_noise_model/")}
+        assert len(inside) == 6 + 2
+
+
+def test_a_torch_file_of_unknown_size_must_be_whole(tmp_path):
+    checkpoint = dataclasses.replace(TINY, files={"vae.pth": None})
+    torch.save({"a": torch.zeros(100)}, tmp_path / "vae.pth")
+    assert missing_files(tmp_path, checkpoint) == []
+    whole = (tmp_path / "vae.pth").read_bytes()
+    (tmp_path / "vae.pth").write_bytes(whole[:-30])
+    found = missing_files(tmp_path, checkpoint)
+    assert found == [f"vae.pth: {len(whole) - 30:,} bytes, cut off or no PyTorch file"]

@@ -16,6 +16,7 @@ from diffsynth.models.packed_linear import pack_block_linears
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.motion import MotionGuidance, guided_step
 from diffsynth.planning import ladder
 from diffsynth.planning.memory import (
@@ -181,6 +182,8 @@ def test_a_step_cache_keeps_residuals_of_each_prompt(options, residuals):
         ({}, (2, 60, 104), False, FP32),
         (SMALL_VAE, (2, 24, 24), False, BF16),
         (SMALL_VAE, (2, 40, 52), True, FP32),
+        ({"dim": 160}, (2, 44, 80), False, FP32),
+        ({"dim": 32, "dec_dim": 64, "z_dim": 16}, (2, 40, 60), True, BF16),
     ],
 )
 def test_the_vae_takes_what_is_predicted_both_ways(kwargs, latents, tiled, dtype):
@@ -188,7 +191,8 @@ def test_the_vae_takes_what_is_predicted_both_ways(kwargs, latents, tiled, dtype
     tile = (30, 52) if tiled else None
     with fake_device() as meter, torch.no_grad():
         with default_dtype(dtype):
-            vae = WanVideoVAE(**kwargs).requires_grad_(False)
+            kind = WanVideoVAE22 if tuple(kwargs) in (("dim",), ("dim", "dec_dim", "z_dim")) else WanVideoVAE
+            vae = kind(**kwargs).requires_grad_(False)
         size = VAESize.of(vae)
         num_frames = vae.temporal_factor * (latents[0] - 1) + 1
         video = torch.randn(1, 3, num_frames, *(vae.spatial_factor * n for n in latents[1:]))
@@ -291,7 +295,7 @@ def test_sizes_of_published_models_are_those_of_their_files():
     assert packed.widened == 2 * 256 * 1024
     assert packed.block_parameters == pytest.approx(whole.block_parameters, rel=0.01)
     assert packed.weights.total < 0.7 * whole.weights.total
-    with pytest.raises(ValueError, match=r"model must be one of 1.3b, 14b; got '7b'"):
+    with pytest.raises(ValueError, match=r"model must be one of 1.3b, 14b, .*; got '7b'"):
         published_sizes("7b")
 
 

@@ -196,7 +196,7 @@ def test_the_defaults_of_a_published_model_are_resolved_alike(
     request = {"prompt": "a red fox", "seed": 3, **request_}
     reference = None if size is None else ReferenceFacts(num_frames=6, height=size[0], width=size[1])
     asked = {name: value for name, value in request.items() if name != "prompt"}
-    run = resolve({**asked, "motion": numbers}, published_defaults(), reference, facts)
+    run = resolve({**asked, "motion": numbers}, published_defaults("1.3b"), reference, facts)
     records = all_records(model, clip, request, numbers, tmp_path)
     check_alike(records)
     record = records["command"]

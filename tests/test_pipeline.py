@@ -418,7 +418,6 @@ BAD_ARGUMENTS = {
     "sampler": ({"sampler": "ddim"}, ValueError, "sampler must be one of euler, unipc, renoise; got 'ddim'"),
     "sigmas": ({"sigmas": (0.5, 0.9, 0.1)}, ValueError, "sigmas must be falling numbers above 0, at most 1"),
     "sigmas above 1": ({"sigmas": (1.5, 0.9)}, ValueError, "sigmas must be falling numbers above 0"),
-    "sigmas and steps": ({"sigmas": (0.9,), "num_inference_steps": 2}, ValueError, "1 levels for 2 steps"),
     "sigmas of unipc": (
         {"sigmas": (1.0,), "num_inference_steps": 1, "sampler": "unipc"}, ValueError, "sigmas must be below 1"
     ),

@@ -10,6 +10,7 @@ import torch
 
 from diffsynth import WanVideoPipeline
 from diffsynth.configs.caches import CacheOptions, choose_cache
+from diffsynth.configs.defaults import published_defaults
 from diffsynth.configs.options import RunOptions
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -24,7 +25,7 @@ from diffsynth.planning.cost import (
     run_cost,
     vae_flops,
 )
-from diffsynth.planning.plan import GAPS, GB, RESERVED, NotEnoughMemoryError, plan_run
+from diffsynth.planning.plan import GAPS, GB, RESERVED, NotEnoughMemoryError, plan_run, resolve_plan
 from diffsynth.planning.sizes import DiTSize, VAESize, published_sizes
 
 FULL = (21, 60, 104)
@@ -310,3 +311,27 @@ def test_by_default_the_vae_is_whole_where_it_fits_beside_the_models(monkeypatch
     monkeypatch.setattr(ladder, "device_memory", lambda _: gigabytes * GB)
     empty = ladder.Ladder(None, SimpleNamespace(device=torch.device("cuda")))
     assert empty._in_tiles(published_sizes("1.3b"), RunOptions()) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "ffe"),
+    [("wan2.2-ti2v-5b", 18.8, 179.3), ("wan2.2-t2v-a14b", 22.8, 139.5), ("wan2.1-i2v-14b-480p", 22.9, 139.5)],
+)
+def test_the_family_fits_one_card_of_24_gb(model, tensors, ffe):
+    sizes, defaults = published_sizes(model), published_defaults(model)
+    plan = plan_run(sizes, resolve_plan({}, defaults, sizes.facts()), vram_gb=24, with_reference=True)
+    assert plan.peak / GB == pytest.approx(tensors, abs=0.1)
+    assert plan.cost.total_ffe == pytest.approx(ffe, abs=0.1)
+    stages = {stage.stage: stage for stage in plan.stages}
+    assert ("encode picture" in stages) == ("i2v" in model.split("-"))
+    if "encode picture" in stages:
+        # The visual tower up to its last block but one, in bfloat16.
+        assert stages["encode picture"].weights == pytest.approx(2 * 0.612e9, rel=0.01)
+        assert sizes.dit.context_len == 512 + 257
+
+
+def test_a_forward_of_the_small_model_of_wan22_is_the_cheaper_one():
+    """97 TFLOP for TI2V-5B against 283 for the 1.3B at 480x832x81."""
+    small, old = published_sizes("wan2.2-ti2v-5b"), published_sizes("1.3b")
+    flops = [forward_flops(s.dit, s.latent_shape(480, 832, 81)) / 1e12 for s in (small, old)]
+    assert flops == pytest.approx([97, 283], rel=0.015)

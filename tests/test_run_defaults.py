@@ -10,7 +10,7 @@ from diffsynth import WanVideoPipeline
 from diffsynth.configs.caches import choose_cache
 from diffsynth.configs.defaults import PUBLISHED_PRESETS, RunDefaults, run_defaults
 from diffsynth.configs.descriptors import DESCRIPTORS
-from diffsynth.configs.resolve import motion_for, unknown_words
+from diffsynth.configs.resolve import ReferenceFacts, motion_for, resolve, unknown_words
 from diffsynth.motion import MotionGuidance
 from diffsynth.prompters.tokenizer import find_tokenizer, load_tokenizer
 from diffsynth.testing import write_checkpoint
@@ -164,3 +164,43 @@ def test_broken_json_names_the_file(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         run_defaults(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("Wan2.2-TI2V-5B", (704, 1280, 121, 24.0, 50, 5.0, 5.0, None)),
+        ("Wan2.2-T2V-A14B", (480, 832, 81, 16.0, 40, 12.0, 4.0, 3.0)),
+        ("Wan2.2-I2V-A14B", (480, 832, 81, 16.0, 40, 5.0, 3.5, 3.5)),
+        ("Wan2.1-I2V-14B-480P", (480, 832, 81, 16.0, 40, 3.0, 5.0, None)),
+        ("Wan2.1-I2V-14B-720P", (720, 1280, 81, 16.0, 40, 5.0, 5.0, None)),
+        ("Wan2.1-FLF2V-14B-720P", (720, 1280, 81, 16.0, 50, 16.0, 5.0, None)),
+        ("Wan2.1-T2V-1.3B", (480, 832, 81, 15.0, 50, 7.0, 5.8, None)),
+    ],
+)
+def test_published_folders_run_as_they_were_published(tmp_path, folder, expected):
+    names = ("height", "width", "num_frames", "fps", "num_inference_steps", "sigma_shift", "cfg_scale")
+    (tmp_path / folder).mkdir()
+    defaults = run_defaults(tmp_path / folder)
+    assert tuple(defaults[name] for name in (*names, "low_noise_cfg_scale")) == expected
+    assert defaults["boundary"] == (0.9 if folder == "Wan2.2-I2V-A14B" else 0.875)
+    assert defaults["negative_prompt"].startswith("oversaturated")
+    ranged = folder in ("Wan2.2-T2V-A14B", "Wan2.1-FLF2V-14B-720P")  # whose first steps are above all motion
+    assert ("effi_AMF" in defaults.motion) == ranged
+    if ranged:
+        reference = ReferenceFacts(num_frames=81, height=480, width=832)
+        run = resolve({"seed": 1}, defaults, reference)
+        guided = [run.levels[step] for step in run.guided]
+        assert len(guided) == (12 if "FLF2V" in folder else 10)
+        assert 0.955 >= guided[0] > guided[-1] >= 0.913
+
+
+def test_levels_that_are_passed_decide_the_steps_and_where_guidance_is(tmp_path):
+    reference = ReferenceFacts(num_frames=17, height=64, width=64)
+    given = {"seed": 1, "sigmas": [1.0, 0.94, 0.92, 0.5], "motion": {"guided": (0.955, 0.913)}}
+    run = resolve(given, run_defaults(tmp_path), reference)
+    assert (run.num_inference_steps, run.sigmas, run.guided) == (4, (1.0, 0.94, 0.92, 0.5), range(1, 3))
+    (tmp_path / "config.json").write_text('{"fastvmt": {"sigmas": [1.0, 0.75]}}')
+    declared = run_defaults(tmp_path)
+    assert resolve({"seed": 1}, declared, None).num_inference_steps == 2
+    assert resolve({"seed": 1, "num_inference_steps": 9}, declared, None).sigmas is None

@@ -333,7 +333,10 @@ def diffusers_names(weights):
     found = {}
     for key, value in weights.items():
         path, _, tensor = key.rpartition(".")
-        theirs = {"head.modulation": "scale_shift_table"}.get(key)
+        theirs = {
+            "head.modulation": "scale_shift_table",
+            "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+        }.get(key)
         if theirs is None:
             theirs = (
                 f"{path}.scale_shift_table"
@@ -345,11 +348,12 @@ def diffusers_names(weights):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "comfy"])
-@pytest.mark.parametrize("size", ["tiny-a14b", "tiny-i2v"])
+@pytest.mark.parametrize("size", ["tiny-a14b", "tiny-i2v", "tiny-flf2v", "tiny-ti2v"])
 def test_other_layouts_load_to_the_same_video(checkpoint, size, layout, tmp_path):
     official = checkpoint(size)
     whole = WanVideoPipeline.from_pretrained(official, device="cpu")
-    given = {"input_image": PICTURE} if size == "tiny-i2v" else {}
+    names = {size: ["input_image"], "tiny-flf2v": ["input_image", "end_image"], "tiny-a14b": []}
+    given = dict.fromkeys(names.get(size, ()), PICTURE)
     files = {"dit": "wan2.2_t2v_high_noise_14B_fp16", "low_noise_dit": "wan2.2_t2v_low_noise_14B_fp16"}
     folders = {"dit": "transformer", "low_noise_dit": "transformer_2"}
     for name in whole.models.experts:

@@ -292,7 +292,9 @@ def _add_ui(parser: Parser) -> None:
 
 
 def _add_plan(parser: Parser) -> None:
-    parser.add_argument("--model", help="1.3b or 14b, which need no weights here; else as for transfer")
+    parser.add_argument(
+        "--model", help="a name to download, which needs no weights here; else as for transfer"
+    )
     add_models_dir(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
     parser.add_argument(

@@ -45,7 +45,7 @@ def _model(options: Namespace, console: Console) -> tuple[ModelSizes, RunDefault
     """Return sizes, defaults and facts of a model: of a published one by its name, else of the loaded one."""
     dtype = torch.bfloat16 if options.dtype is None else getattr(torch, options.dtype)
     if options.model is not None and (key := published_key(options.model)):
-        return published_sizes(key, dtype), published_defaults()
+        return published_sizes(key, dtype), published_defaults(key)
     folder = choose_model(options.model, options.models_dir, console.note)
     console.note("load the model")
     pipe = load_pipeline(folder, LoadOptions(device="cpu", dtype=options.dtype))

@@ -1,8 +1,8 @@
-"""The published Wan2.1 checkpoints: where they are, which files inference needs, and how they are run."""
+"""The published Wan checkpoints: where they are, which files inference needs, and how they are run."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -37,8 +37,10 @@ class PublishedCheckpoint:
         model_id: id on ModelScope and on Hugging Face.
         folder: default name of the folder below models/.
         files: path in the folder -> size in bytes; None if the file is checked by its content instead.
-        num_parameters: number of parameters of the DiT, which is published in float32.
+        num_parameters: number of parameters of a DiT, which is published in float32.
         dit_kwargs: arguments of `WanModel`.
+        about_bytes: path -> rough size in bytes of a file that is no shard of a DiT.
+        defaults: options and motion by mode that differ from those of `PUBLISHED_DEFAULTS`.
     """
 
     name: str
@@ -47,6 +49,8 @@ class PublishedCheckpoint:
     files: Mapping[str, int | None]
     num_parameters: int
     dit_kwargs: Mapping[str, Any]
+    about_bytes: Mapping[str, int] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def expected_bytes(self, path: str) -> int:
         """Return the size in bytes of one of `files`; a shard of unknown size is an even share of the DiT."""
@@ -54,8 +58,11 @@ class PublishedCheckpoint:
         if size is not None:
             return size
         if not path.endswith(".safetensors"):
-            return 0
-        num_shards = sum(name.endswith(".safetensors") for name in self.files)
+            return self.about_bytes.get(path, 0)
+        folder = Path(path).parent
+        num_shards = sum(
+            Path(name).match("*.safetensors") for name in self.files if Path(name).parent == folder
+        )
         return 4 * self.num_parameters // num_shards
 
 

@@ -118,20 +118,17 @@ def run_defaults(folder: Path) -> RunDefaults:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"{path}: {SECTION!r}: words must be a list of texts; it is {words!r:.200}")
     options = {name: section[name] for name in declarable if name in section}
-    if is_published(folder):
-        options = {**PUBLISHED_DEFAULTS, **options}
     others = {name: section[name] for name in ("motion", "mag_ratios", "presets", "words") if name in section}
-    return RunDefaults(options=options, **others)
+    name = folder.resolve().name
+    key = next((key for key, checkpoint in PUBLISHED.items() if checkpoint.folder == name), None)
+    published = RunDefaults() if key is None else published_defaults(key)
+    return replace(published, **{"options": {**published.options, **options}, **others})
 
 
-def published_defaults() -> RunDefaults:
-    """Return the defaults of the published checkpoints."""
-    return RunDefaults(options=PUBLISHED_DEFAULTS)
-
-
-def is_published(folder: Path) -> bool:
-    """Return whether a folder is named like a published checkpoint."""
-    return folder.resolve().name in {checkpoint.folder for checkpoint in PUBLISHED.values()}
+def published_defaults(key: str) -> RunDefaults:
+    """Return the defaults of a published checkpoint, a key of `PUBLISHED`."""
+    options = {**PUBLISHED_DEFAULTS, **PUBLISHED[key].defaults}
+    return RunDefaults(motion=options.pop("motion", {}), options=options)
 
 
 def _check_values(declared: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ from diffsynth.configs.kinds import AlignmentKind, CacheKind, CacheMaker, Motion
 SAMPLERS: dict[str, str] = {
     "euler": "diffsynth.schedulers.flow_match:FlowMatchScheduler",
     "unipc": "diffsynth.schedulers.unipc:UniPCScheduler",
-    "renoise": "diffsynth.schedulers.renoise:RenoiseScheduler",
+    "renoise": "diffsynth.schedulers.flow_match:RenoiseScheduler",
 }
 # Every mode, also of a descriptor that is registered later. Iterated, the one without transfer is the last.
 MODES: Mapping[str, Any] = ChainMap({NO_TRANSFER: None}, DESCRIPTORS)
@@ -100,14 +100,10 @@ class RunOptions:
     tile_stride: tuple[int, int] = option(
         Several(Whole(1), _ROWS_COLUMNS), "from VAE tile to VAE tile, in latent units", default=(15, 26)
     )
-    sampler: str = option(
-        Choice(SAMPLERS),
-        "the solver; renoise is that of models distilled to few steps (DMD)",
-        default="euler",
-    )
+    sampler: str = option(Choice(SAMPLERS), "the solver; renoise: of few-step (DMD) models", default="euler")
     sigmas: tuple[float, ...] | None = option(
-        OrNone(Levels(), "by steps, strength and shift"),
-        "noise level of each step, instead of steps, strength and shift",
+        OrNone(Levels(), "none"),
+        "noise levels, one a step, instead of steps, strength and shift",
         default=None,
     )
     align: Any = option(
@@ -143,8 +139,7 @@ class RunOptions:
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise ValueError(f"cfg_interval must be (from, to) with from <= to; got {self.cfg_interval!r}")
         if self.sigmas is not None:
-            if len(self.sigmas) != self.num_inference_steps:
-                raise ValueError(f"sigmas has {len(self.sigmas)} levels for {self.num_inference_steps} steps")
+            object.__setattr__(self, "num_inference_steps", len(self.sigmas))
             if self.sampler == "unipc" and self.sigmas[0] == 1:
                 raise ValueError("sigmas must be below 1 for sampler unipc; the first is 1")
         if any(stride > size for stride, size in zip(self.tile_stride, self.tile_size, strict=True)):
@@ -172,12 +167,8 @@ class RunOptions:
         """The noise level of each step, in 0..1; those of UniPC are up to a thousandth lower."""
         if self.sigmas is not None:
             return list(self.sigmas)
-        if self.sigmas is not None:
-            return list(self.sigmas)
-        falling = (
-            self.denoising_strength * (1 - i / self.num_inference_steps)
-            for i in range(self.num_inference_steps)
-        )
+        steps = self.num_inference_steps
+        falling = (self.denoising_strength * (1 - i / steps) for i in range(steps))
         return [shifted_level(level, self.sigma_shift) for level in falling]
 
     @property

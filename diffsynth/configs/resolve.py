@@ -18,7 +18,7 @@ from diffsynth.configs.caches import CACHES, choose_cache
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.descriptors import DEFAULT_MODE, DESCRIPTORS, NO_TRANSFER
-from diffsynth.configs.fields import Levels, OrNone, Whole, check_value, options_of
+from diffsynth.configs.fields import OrNone, Whole, check_value, options_of
 from diffsynth.configs.guidance import (
     MOTION_BELOW,
     MotionGuidance,
@@ -114,8 +114,6 @@ def resolve(
     options["seed"] = given.get("seed", secrets.randbelow(2**32))
     if "num_inference_steps" in given and "sigmas" not in given:
         options["sigmas"] = None
-    elif options["sigmas"] is not None and "num_inference_steps" not in given:
-        options["num_inference_steps"] = len(check_value("sigmas", Levels(), options["sigmas"]))
     if model is not None and model.boundary is not None and "boundary" not in {**defaults.options, **given}:
         options["boundary"] = model.boundary
     options["motion"] = None

@@ -27,7 +27,7 @@ from diffsynth.pipelines.sample import begin_denoising
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.state import PromptEmbeddings, RunInputs
-from diffsynth.schedulers import make_scheduler
+from diffsynth.schedulers import make_scheduler, run_scheduler
 from diffsynth.vram_management import Residency
 
 REFERENCE = Path(__file__).with_suffix(".safetensors")
@@ -136,8 +136,7 @@ def _guided(models: Components, names: Sequence[str] = ()) -> Outputs:
     inputs = RunInputs(prompts=[PromptEmbeddings(*prompt)], noise=noise, reference=reference, seconds={})
     options = RunOptions(num_inference_steps=4, cfg_scale=5.0, sigma_shift=3.0, motion=GUIDANCE)
     cost = RunCost(seed=0, mode=options.mode, num_inference_steps=4)
-    scheduler = make_scheduler(options.sampler, options.sigma_shift)
-    scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
+    scheduler = run_scheduler(options)
     start, steps, parts = begin_denoising(
         models.dit, scheduler, range(4), 0, inputs, options, cost, stop=lambda: False, finished=None
     )

@@ -8,6 +8,7 @@ import json
 import logging
 import shlex
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +81,8 @@ def _fault(path: Path, expected: int | None) -> str | None:
         return f"{size:,} bytes, should be {expected:,}"
     if path.suffix == ".safetensors":
         return _safetensors_fault(path, size)
+    if path.suffix == ".pth" and expected is None and not zipfile.is_zipfile(path):
+        return f"{size:,} bytes, cut off or no PyTorch file"
     if path.suffix == ".json" and expected is None:
         try:
             json.loads(path.read_bytes())

@@ -46,7 +46,8 @@ def choose_model(
     """Return the folder of a model.
 
     Args:
-        name: as for `from_pretrained`; None for the largest complete published one below root, else nano.
+        name: as for `from_pretrained`; None for the largest complete published one below root that needs no
+            picture, else nano.
         root: where published models are.
         note: told which one is taken if none is named.
         options: how it is loaded. If they name all three models and there is no name, the DiT's folder is
@@ -59,9 +60,9 @@ def choose_model(
         return checkpoint_folder(name, root)
     if options is not None and options.dit is not None and len(parts_of(options)) == 3:
         return Path(options.dit) if Path(options.dit).is_dir() else Path(options.dit).parent
-    for key, checkpoint in reversed(list(PUBLISHED.items())):
-        folder = Path(root) / checkpoint.folder
-        if folder.is_dir() and not missing_files(folder, checkpoint):
+    for key, checkpoint in sorted(PUBLISHED.items(), key=lambda item: -item[1].num_parameters):
+        folder, dit = Path(root) / checkpoint.folder, checkpoint.dit_kwargs
+        if dit["in_dim"] == dit["out_dim"] and folder.is_dir() and not missing_files(folder, checkpoint):
             note(f"model: {key}, the largest complete one below {root} (--model chooses another)")
             return folder
     note(

@@ -137,8 +137,8 @@ class ModelManager:
                 model = _build(kind, arguments, tensors, source)
                 model = _placed(model, dtypes.get(name, dtype), torch.device(device or self.device))
                 loaded[name] = LoadedModel(name, model, tensors, files, held.get(PIECES))
-                same = (c.name for c in PUBLISHED.values() if dict(c.dit_kwargs) == arguments)
-                logger.info("%s: %s from %s", name, next(same, "unpublished size"), source)
+                same = [c.name for c in PUBLISHED.values() if c.dit_kwargs.items() <= arguments.items()]
+                logger.info("%s: %s from %s", name, " or ".join(same) or "unpublished size", source)
         if not loaded:
             wanted = "Wan2.1 DiT, text encoder or VAE" if model_names is None else " or ".join(model_names)
             raise CheckpointError(f"{entry} holds no {wanted}")

@@ -20,7 +20,7 @@ from diffsynth.planning.ladder import Ladder, memory_problem, settings_of, with_
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost, measured
 from diffsynth.runs.state import RunInputs, StepState, joined, part
-from diffsynth.schedulers import make_scheduler
+from diffsynth.schedulers import run_scheduler
 
 # Called with each event of the loop; latents that it returns for a sampling event replace the run's.
 StepConsumer = Callable[[RunEvent], Tensor | None]
@@ -66,7 +66,7 @@ def sample(
         found = at_start if finished is None else finished.cost
         cost.restore({**found, "time_gen": cost.time_gen, "dit_block_calls": cost.dit_block_calls})
         done = 0 if finished is None else finished.step
-        scheduler = scheduler_of(options)
+        scheduler = run_scheduler(options)
         expert, phase = expert_at(models, scheduler.timesteps, done, options.boundary)
         scale = None if expert == "dit" else options.low_noise_cfg_scale
         own = options if scale is None else replace(options, cfg_scale=scale)
@@ -107,16 +107,6 @@ def sample(
             problem = memory_problem(error)
         # Outside of the except block, no traceback keeps the tensors of the failed attempt alive.
         options = ladder.next(failing, options, problem)
-
-
-def scheduler_of(options: RunOptions) -> Scheduler:
-    """Return a new scheduler with the noise levels of a run."""
-    scheduler = make_scheduler(options.sampler, options.sigma_shift, options.seed)
-    if options.sigmas is None:
-        scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
-    else:
-        scheduler.set_sigmas(options.sigmas)
-    return scheduler
 
 
 def begin_denoising(

@@ -4,9 +4,9 @@ A forward of a block over S tokens, each of which sees K, with L text tokens and
 
     2 S (6 D^2 + 2 D ffn) + 4 D^2 L + 4 S K D + 4 S L D
 
-linear layers on tokens and on text, self-attention, cross-attention. In FFE a backward counts as two
-forwards; its operations are fewer where linear layers weigh most, as weights take no gradient. Flow and
-losses, well under 1 % of a guided step, are not counted.
+linear layers on tokens and on text, self-attention, cross-attention; L counts a picture's tokens, too. In FFE
+a backward counts as two forwards; its operations are fewer where linear layers weigh most, as weights take no
+gradient. Flow and losses, well under 1 % of a guided step, are not counted.
 """
 
 import math
@@ -187,8 +187,8 @@ def guided_share(dit: DiTSize, latents: Shape, motion: MotionGuidance) -> float:
 def block_flops(dit: DiTSize, tokens: int, seen: float) -> float:
     """Operations of a block's forward over `tokens` tokens that see `seen` each: the formula above."""
     linear = 2 * tokens * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)
-    text = 4 * dit.dim**2 * dit.text_len
-    return linear + text + 4 * tokens * dit.dim * (seen + dit.text_len)
+    text = 4 * dit.dim**2 * dit.context_len
+    return linear + text + 4 * tokens * dit.dim * (seen + dit.context_len)
 
 
 def embedding_flops(dit: DiTSize, latents: Shape) -> float:
@@ -218,7 +218,7 @@ def guided_flops(dit: DiTSize, latents: Shape, motion: MotionGuidance) -> tuple[
     coarse = (latents[0], grid[1] * dit.patch_size[1], grid[2] * dit.patch_size[2])
     head = 2 * tokens * dit.dim * prod(dit.patch_size) * dit.out_dim
     forward = num_blocks * _guided_block(dit, latents, motion) + read + embedding_flops(dit, coarse) - head
-    attention = 4 * tokens * dit.dim * (_seen(grid, motion.attention_window) + dit.text_len)
+    attention = 4 * tokens * dit.dim * (_seen(grid, motion.attention_window) + dit.context_len)
     linear = 2 * tokens * (6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim)
     backward = num_blocks * (linear + ATTENTION_BACKWARD * attention) + read + patches
     return forward, backward

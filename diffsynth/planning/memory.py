@@ -27,6 +27,8 @@ Shape = tuple[int, int, int]  # F, h, w
 INDEX = 8  # bytes of an index
 FLOAT = 4  # bytes of a float32
 STREAM = 4  # bytes of a number of the residual stream
+PICTURE_BYTES = 2**25  # more than CLIP takes for 257 tokens
+MODELS = {"guidance": "dit", "sampling": "dit", "encode text": "text", "encode picture": "image"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,7 @@ def predict_stages(
     resident = settings.resident_blocks
     own = {
         "encode text": text.streamed() if settings.stream_text_encoder else text.total,
+        "encode picture": sizes.image_encoder,
         "encode video": vae.weights,
         "guidance": dit.weights.total if resident is None else dit.weights.streamed(resident),
         "decode": vae.weights,
@@ -59,7 +62,9 @@ def predict_stages(
     tile = settings.tile_size if settings.tiled else None
     batch = 2 if settings.batch_cfg and options.cfg_scale != 1 else 1
     work = {"encode text": text_encoder_bytes(sizes.text_encoder, dit.text_len)}
-    if with_reference:
+    if sizes.image_encoder:
+        work["encode picture"] = PICTURE_BYTES
+    if with_reference or dit.in_dim > dit.out_dim:
         work["encode video"] = encode_bytes(vae, latents, tile)
     if options.motion is not None:
         work["guidance"] = guided_pass_bytes(dit, latents, options.motion, settings.checkpoint)
@@ -68,7 +73,7 @@ def predict_stages(
     stages = []
     present: dict[str, int] = {}
     for stage, activations in work.items():
-        model = {"guidance": "dit", "sampling": "dit", "encode text": "text"}.get(stage, "vae")
+        model = MODELS.get(stage, "vae")
         present = {**({} if settings.offload else present), model: own[stage]}
         stages.append(StageMemory(stage=stage, weights=sum(present.values()), activations=activations))
     return tuple(stages)
@@ -170,23 +175,22 @@ def decode_bytes(
     """
     _, rows, cols = latents
     height, width = tile_side = _tile_side(latents, tile)
-    area, now, channels = height * width, 1, vae.widths[-1]
+    area, now, channels = height * width, 1, vae.decoder_widths[0]
     past = area * (vae.z_dim + 4 * channels)
     largest = area * channels
-    levels = vae.widths[::-1]
-    for level, out in enumerate(levels):
+    for level, out in enumerate(vae.decoder_widths):
         past += area * (channels + (2 * vae.num_res_blocks + 1) * out)  # of two convolutions in each block
         largest = max(largest, now * area * max(channels, out))
         channels = out
-        if level < len(levels) - 1:
+        if level < len(vae.temporal):
             if vae.temporal[::-1][level]:
                 past += area * channels
                 now *= 2
-            area, channels = 4 * area, channels // 2
+            area, channels = 4 * area, channels // 2 if vae.patch == 1 else channels
     past += area * channels
     video = 0
     if whole_video or tile_side != (rows, cols):
-        video = IMAGE_CHANNELS * num_frames * rows * cols * 4 ** len(vae.temporal) * FLOAT
+        video = IMAGE_CHANNELS * num_frames * rows * cols * vae.spatial_factor**2 * FLOAT
     return video + _chunk_bytes(vae, past, largest)
 
 
@@ -194,7 +198,7 @@ def encode_bytes(vae: VAESize, latents: Shape, tile: tuple[int, int] | None) -> 
     """Return the peak of encoding a video that is on the CPU; arguments as for `decode_bytes`."""
     height, width = _tile_side(latents, tile)
     area, now, channels = height * width * 4 ** len(vae.temporal), 2 ** sum(vae.temporal), vae.widths[0]
-    past, largest = area * IMAGE_CHANNELS, 0
+    past, largest = area * IMAGE_CHANNELS * vae.patch**2, 0
     for level, out in enumerate(vae.widths):
         past += area * (channels + (2 * vae.num_res_blocks - 1) * out)  # of two convolutions in each block
         largest = max(largest, now * area * max(channels, out))
@@ -205,7 +209,8 @@ def encode_bytes(vae: VAESize, latents: Shape, tile: tuple[int, int] | None) -> 
                 past += area * channels // NUM_PAST
                 now //= 2
     past += 5 * area * channels
-    return _chunk_bytes(vae, past, largest)
+    before = largest * vae.dtype.itemsize if vae.patch > 1 else 0  # a level's input waits for its shortcut
+    return _chunk_bytes(vae, past, largest) + before
 
 
 def _tile_side(latents: Shape, tile: tuple[int, int] | None) -> tuple[int, int]:
@@ -236,7 +241,7 @@ def _difference_bytes(dit: DiTSize, latents: Shape) -> int:
     """FlowMotion's loss: differences of all pairs of frames, five such tensors at once."""
     frames, rows, cols = latents
     differences = frames * (frames - 1) // 2 + frames - 1
-    return 5 * dit.in_dim * differences * rows * cols * FLOAT
+    return 5 * dit.out_dim * differences * rows * cols * FLOAT
 
 
 def activation_bytes(dit: DiTSize, num_tokens: int, num_blocks: int) -> int:

@@ -13,8 +13,10 @@ from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.resolve import ModelFacts
 from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
+from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.models.wan_video_vae_layers import ResidualBlock
 
 # umt5-xxl, the text encoder of every published checkpoint; the defaults of `WanTextEncoder`.
@@ -22,6 +24,7 @@ UMT5_XXL: Mapping[str, int] = {
     "vocab": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24,
     "num_buckets": 32,
 }  # fmt: skip
+PICTURE_TOKENS = 257  # that CLIP makes of a picture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +53,7 @@ class DiTSize:
     Attributes:
         block_parameters: numbers in a block's weights.
         widened: bytes of the widest matrix when unpacked from eight bits; 0 for other weights.
+        context_len: tokens of the text and of the pictures that it attends to.
     """
 
     dim: int
@@ -65,6 +69,7 @@ class DiTSize:
     dtype: torch.dtype
     weights: WeightBytes
     block_parameters: int
+    context_len: int
     widened: int = 0
 
     @classmethod
@@ -89,6 +94,7 @@ class DiTSize:
             dtype=compute,
             weights=weights,
             block_parameters=_parameters(dit.blocks[0]),
+            context_len=dit.text_len + (dit.image_positions or PICTURE_TOKENS * dit.has_image_input),
             widened=dit.dim * dit.ffn_dim * compute.itemsize if packed else 0,
         )
 
@@ -103,11 +109,18 @@ class TextEncoderSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAESize:
-    """Layout and dtype of the VAE, and its weights. Fields as the arguments of `WanVideoVAE`."""
+    """Layout and dtype of the VAE, and its weights. Fields as the arguments of `WanVideoVAE`.
+
+    Attributes:
+        widths, decoder_widths: channels of the encoder's and the decoder's levels, in their order.
+        patch: side of the square of pixels that is folded into channels; above 1 with Wan2.2's wiring.
+    """
 
     z_dim: int
     spatial_factor: int
     widths: tuple[int, ...]
+    decoder_widths: tuple[int, ...]
+    patch: int
     num_res_blocks: int
     temporal: tuple[bool, ...]
     dtype: torch.dtype
@@ -116,21 +129,27 @@ class VAESize:
     @classmethod
     def of(cls, vae: WanVideoVAE) -> "VAESize":
         """Return the sizes of a loaded VAE."""
-        levels: list[list[int]] = [[]]
-        temporal = []
-        nested = (getattr(level, "downsamples", [level]) for level in vae.encoder.downsamples)
-        for block in chain.from_iterable(nested):
-            if hasattr(block, "time_conv"):
-                temporal.append(block.time_conv is not None)
-                levels.append([])
-            else:
-                last = cast(ResidualBlock, block).residual["6"]
-                levels[-1].append(cast(nn.Conv3d, last).out_channels)
+
+        def levels(blocks: nn.ModuleList, name: str) -> tuple[list[list[int]], list[bool]]:
+            widths: list[list[int]] = [[]]
+            temporal = []
+            for block in chain.from_iterable(getattr(level, name, [level]) for level in blocks):
+                if hasattr(block, "time_conv"):
+                    temporal.append(block.time_conv is not None)
+                    widths.append([])
+                else:
+                    last = cast(ResidualBlock, block).residual["6"]
+                    widths[-1].append(cast(nn.Conv3d, last).out_channels)
+            return widths, temporal
+
+        widths, temporal = levels(vae.encoder.downsamples, "downsamples")
         return cls(
             z_dim=vae.z_dim,
             spatial_factor=vae.spatial_factor,
-            widths=tuple(level[-1] for level in levels),
-            num_res_blocks=len(levels[0]),
+            widths=tuple(level[-1] for level in widths),
+            decoder_widths=tuple(level[-1] for level in levels(vae.decoder.upsamples, "upsamples")[0]),
+            patch=vae.encoder.patch,
+            num_res_blocks=len(widths[0]),
             temporal=tuple(temporal),
             dtype=vae.dtype,
             weights=_bytes(vae),
@@ -139,16 +158,17 @@ class VAESize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSizes:
-    """The sizes of a pipeline's three models, and a name for them."""
+    """The sizes of a pipeline's models, of one DiT of two, and a name for them."""
 
     name: str
     dit: DiTSize
     text_encoder: TextEncoderSize
     vae: VAESize
+    image_encoder: int = 0  # bytes of its weights
 
     @classmethod
     def of(cls, models: Mapping[str, nn.Module]) -> "ModelSizes":
-        """Return the sizes of loaded models: "dit", "text_encoder" and "vae"."""
+        """Return the sizes of loaded models: "dit", "text_encoder", "vae" and, if any, "image_encoder"."""
         dit = cast(WanModel, models["dit"])
         text_encoder = cast(WanTextEncoder, models["text_encoder"])
         encoder = text_encoder.encoder
@@ -159,6 +179,7 @@ class ModelSizes:
                 num_heads=encoder.config.num_heads, weights=_bytes_of(text_encoder, encoder.block)
             ),
             vae=VAESize.of(cast(WanVideoVAE, models["vae"])),
+            image_encoder=_bytes(models["image_encoder"]) if "image_encoder" in models else 0,
         )
 
     def facts(self) -> ModelFacts:
@@ -189,7 +210,7 @@ class ModelSizes:
 def published_sizes(
     name: str, torch_dtype: torch.dtype = torch.bfloat16, vae_dtype: torch.dtype = torch.float32
 ) -> ModelSizes:
-    """Return the sizes of a published checkpoint, "1.3b" or "14b"; none of its files is needed.
+    """Return the sizes of a published checkpoint, a key of `PUBLISHED`; none of its files is needed.
 
     Raises:
         ValueError: another name.
@@ -197,7 +218,9 @@ def published_sizes(
     if name not in PUBLISHED:
         raise ValueError(f"model must be one of {', '.join(PUBLISHED)}; got {name!r}")
     with torch.device("meta"):
-        dit, vae = WanModel(**PUBLISHED[name].dit_kwargs), WanVideoVAE().to(vae_dtype)
+        dit = WanModel(**PUBLISHED[name].dit_kwargs)
+        vae = (WanVideoVAE22() if dit.out_dim == 48 else WanVideoVAE()).to(vae_dtype)
+        clip = _parameters(WanImageEncoder()) if dit.has_image_input else 0
     compute = torch.bfloat16 if torch_dtype in PACKED_DTYPES else torch_dtype
     t5 = UMT5_XXL
     matrices = 4 * t5["dim"] * t5["dim_attn"] + 3 * t5["dim"] * t5["dim_ffn"]
@@ -213,6 +236,7 @@ def published_sizes(
             ),
         ),
         vae=VAESize.of(vae),
+        image_encoder=clip * compute.itemsize,
     )
 
 

@@ -1,12 +1,11 @@
 """Noise schedules and solvers for flow matching."""
 
 from diffsynth.configs.fields import Choice, check_value, load
-from diffsynth.configs.options import SAMPLERS
-from diffsynth.schedulers.flow_match import FlowMatchScheduler
-from diffsynth.schedulers.renoise import RenoiseScheduler
+from diffsynth.configs.options import SAMPLERS, RunOptions
+from diffsynth.schedulers.flow_match import FlowMatchScheduler, RenoiseScheduler
 from diffsynth.schedulers.unipc import UniPCScheduler
 
-__all__ = ["FlowMatchScheduler", "RenoiseScheduler", "UniPCScheduler", "make_scheduler"]
+__all__ = ["FlowMatchScheduler", "RenoiseScheduler", "UniPCScheduler", "make_scheduler", "run_scheduler"]
 
 
 def make_scheduler(name: str, shift: float = 5.0, seed: int = 0) -> FlowMatchScheduler | UniPCScheduler:
@@ -22,3 +21,13 @@ def make_scheduler(name: str, shift: float = 5.0, seed: int = 0) -> FlowMatchSch
     """
     scheduler = load(SAMPLERS[check_value("sampler", Choice(SAMPLERS), name)])
     return scheduler(shift, seed) if scheduler is RenoiseScheduler else scheduler(shift)
+
+
+def run_scheduler(options: RunOptions) -> FlowMatchScheduler | UniPCScheduler:
+    """Return a new scheduler with the timesteps of a run."""
+    scheduler = make_scheduler(options.sampler, options.sigma_shift, options.seed)
+    if options.sigmas is None:
+        scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
+    else:
+        scheduler.set_sigmas(options.sigmas)
+    return scheduler

@@ -1,10 +1,11 @@
-"""The flow-matching noise schedule and its Euler solver, the solver that FastVMT guides.
+"""The flow-matching noise schedule, its Euler solver, which FastVMT guides, and one for few-step models.
 
 A noised sample is (1 - sigma) * clean + sigma * noise, the network predicts the velocity noise - clean, and
 the Euler step moves along it from one sigma to the next. Tables are computed in float64 and kept in float32;
 samples move in float32 and come back in their own type.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -159,3 +160,27 @@ class FlowMatchScheduler:
         next_sigma = float(self.sigmas[index + 1]) if index + 1 < len(self.sigmas) else 0.0
         velocity = model_output.to(sample.device, torch.float32)
         return (sample.float() + velocity * (next_sigma - float(self.sigmas[index]))).to(sample.dtype)
+
+
+class RenoiseScheduler(FlowMatchScheduler):
+    """The sampler of models that DMD or Self-Forcing distilled: each step's clean prediction is noised anew.
+
+    The noise is drawn on the CPU from `seed` and the step alone, so that a run that continues draws the same.
+    """
+
+    def __init__(self, shift: float = 5.0, seed: int = 0) -> None:
+        super().__init__(shift)
+        self.seed = seed
+
+    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
+        """Return the predicted clean latents, noised to the next level; otherwise as FlowMatchScheduler."""
+        index = nearest_step(self.timesteps, timestep)
+        require_same_shape("model_output", model_output, "sample", sample)
+        velocity = model_output.to(sample.device, torch.float32)
+        clean = sample.float() - float(self.sigmas[index]) * velocity
+        if index + 1 < len(self.sigmas):
+            digest = hashlib.sha256(f"renoise {self.seed} {index}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+            noise = torch.randn(sample.shape, generator=generator)
+            clean = mix_noise(clean, noise, float(self.sigmas[index + 1]))
+        return clean.to(sample.dtype)

@@ -87,11 +87,9 @@ class UniPCScheduler:
 
     def set_sigmas(self, sigmas: Sequence[float]) -> None:
         """Set sigmas, which fall from below 1 to above 0, for a new run and drop the old state."""
-        self.sigmas = torch.tensor(sigmas)
-        self.timesteps = (
-            (torch.tensor(sigmas, dtype=torch.float64) * self.num_train_timesteps).trunc().float()
-        )
-        self._exact_sigmas = [*sigmas, 0.0]
+        levels = torch.tensor(sigmas, dtype=torch.float64)
+        self.sigmas, self._exact_sigmas = levels.float(), [*sigmas, 0.0]
+        self.timesteps = (levels * self.num_train_timesteps).trunc().float()
         self._next = 0
         self._past = None
 

@@ -33,7 +33,7 @@ from diffsynth.planning.memory import (
 from diffsynth.planning.sizes import DiTSize, TextEncoderSize, VAESize, WeightBytes
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.state import PromptEmbeddings, RunInputs
-from diffsynth.schedulers import make_scheduler
+from diffsynth.schedulers import run_scheduler
 from diffsynth.vram_management.residency import Residency
 from diffsynth.vram_management.streaming import tensors_of
 
@@ -105,8 +105,7 @@ def denoising(name: str, device: str, motion: MotionGuidance | None, **more: Any
     options = RunOptions(
         height=480, width=832, num_frames=81, num_inference_steps=3, motion=motion, batch_cfg=False, **more
     )
-    scheduler = make_scheduler(options.sampler, options.sigma_shift)
-    scheduler.set_timesteps(options.num_inference_steps, options.denoising_strength)
+    scheduler = run_scheduler(options)
     cost = RunCost(options.seed, options.mode, options.num_inference_steps)
     label = (
         f"{name} {device} {options.sampler} {options.mode}{' ' + options.cache.name if options.cache else ''}"
