@@ -23,7 +23,7 @@ from diffsynth import VideoData
 from diffsynth.cli.main import main as fastvmt
 from diffsynth.testing import write_clip
 
-RUN = ["--model", "nano", "-q", "--num-frames", "5", "--num-inference-steps", "8", "--checkpoint-every", "1"]
+RUN = ["--model", "nano", "-q", "--num-frames", "5", "--num-inference-steps", "8"]
 RUN += ["--motion-guided-steps", "8", "--motion-inner-steps", "2"]
 
 
@@ -67,7 +67,7 @@ def main() -> int:
     ]
     (folder / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     batch = ["batch", str(folder / "jobs.jsonl"), *RUN, "-o"]
-    how = ["--workers", str(options.workers), *(["--ray"] if options.ray else [])]
+    how = ["--checkpoint-every", "1", "--workers", str(options.workers), *(["--ray"] if options.ray else [])]
     killed: list[int] = []
     ended, started = threading.Event(), time.monotonic()
     arguments = folder / "several", options.kills, options.ray, ended, killed
