@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background, largest_patches
 
@@ -57,7 +58,9 @@ def align(pixels: Tensor, picture: Tensor) -> Alignment | None:
 
 
 def shift(pixels: Tensor, alignment: Alignment) -> Tensor:
-    """Return frames [1, 3, T, H, W], scaled about their middle and then moved; edge pixels are repeated.
+    """Return frames [1, 3, T, H, W], scaled about their middle and then moved.
+
+    What comes in from outside is the edge of their median over time, so that nothing that moves is drawn out.
 
     Args:
         pixels: the frames.
@@ -67,9 +70,11 @@ def shift(pixels: Tensor, alignment: Alignment) -> Tensor:
     height, width = pixels.shape[-2:]
     theta = torch.tensor([[1, 0, -2 * right / width], [0, 1, -2 * down / height]], dtype=pixels.dtype) / scale
     frames = pixels[0].transpose(0, 1)
-    grid = torch.nn.functional.affine_grid(theta.expand(len(frames), 2, 3), list(frames.shape), False)
-    moved = torch.nn.functional.grid_sample(frames, grid, padding_mode="border", align_corners=False)
-    return moved.transpose(0, 1)[None].contiguous()
+    ground = torch.cat([frames, frames.median(dim=0, keepdim=True).values])
+    grid = functional.affine_grid(theta.expand(len(ground), 2, 3), list(ground.shape), False)
+    *moved, rest = functional.grid_sample(ground, grid, padding_mode="border", align_corners=False)
+    inside = (grid[0].abs() <= 1).all(-1)
+    return torch.where(inside, torch.stack(moved), rest).transpose(0, 1)[None].contiguous()
 
 
 def _bytes(frames: Tensor) -> np.ndarray:
