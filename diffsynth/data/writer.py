@@ -83,7 +83,9 @@ def save_video(
     target = asked.resolve()
     fps = DEFAULT_FPS if fps is None else fps
     encoding = _encoding(target, fps, quality, lossless)
-    params = _checked_params(ffmpeg_params)
+    params = [] if ffmpeg_params is None else ffmpeg_params
+    if isinstance(params, str) or not all(isinstance(word, str) for word in params):
+        raise TypeError(f"ffmpeg_params must be a list of strings as ['-preset', 'slow'], got {params!r}")
     images = rgb_frames(frames)
     first = next(images)
     if (first.width % 2 or first.height % 2) and encoding["pixelformat"] == "yuv420p":
@@ -182,14 +184,6 @@ def _add_sound(encoding: dict[str, Any], target: Path, source: Path, start: floa
     cut = f"atrim=start={float(start)}:duration={duration},asetpts=PTS-STARTPTS,apad=whole_dur={duration}"
     encoding.update(audio_path=file_url(source), audio_codec=codec)
     encoding["output_params"] += ["-af", cut]
-
-
-def _checked_params(params: Sequence[str] | None) -> list[str]:
-    if params is None:
-        return []
-    if isinstance(params, str) or not all(isinstance(word, str) for word in params):
-        raise TypeError(f"ffmpeg_params must be a list of strings as ['-preset', 'slow'], got {params!r}")
-    return list(params)
 
 
 def _encode(

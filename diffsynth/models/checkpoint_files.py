@@ -197,7 +197,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         content = inner
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} does not hold a state dict (names and tensors)")
-    return {str(name): StoredTensor(file, t.shape, lambda t=t: t) for name, t in content.items()}
+    return {str(name): StoredTensor(file, t.shape, t.detach) for name, t in content.items()}
 
 
 def files_of(entry: str | Path | Sequence[str | Path]) -> list[list[Path]]:

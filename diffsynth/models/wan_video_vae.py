@@ -48,7 +48,7 @@ class WanVideoVAE(nn.Module):
         ValueError: arguments do not fit together.
     """
 
-    published = PUBLISHED_MEAN, PUBLISHED_STD
+    published: tuple[tuple[float, ...], tuple[float, ...]] = (PUBLISHED_MEAN, PUBLISHED_STD)
 
     def __init__(
         self,

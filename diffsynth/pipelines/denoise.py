@@ -18,10 +18,9 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory, NonFiniteGuidanceError, guided_step
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.state import PromptEmbeddings, RunInputs
-from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
+from diffsynth.schedulers import FlowMatchScheduler
 from diffsynth.vram_management import synchronize
 
-Scheduler = FlowMatchScheduler | UniPCScheduler
 Velocity = Callable[[int, Tensor, Tensor], Tensor]  # (step, latents [1, C, F, h, w], timestep) -> v
 # (step, latents, timestep) -> the guided latents that the step begins with, and the optimiser's losses.
 Guide = Callable[[int, Tensor, Tensor], tuple[Tensor, tuple[float, ...]]]
@@ -60,7 +59,7 @@ class RunEvent:
 
 def denoise(
     latents: Tensor,
-    scheduler: Scheduler,
+    scheduler: FlowMatchScheduler,
     velocity: Velocity,
     guide: Guide | None = None,
     *,
@@ -182,7 +181,7 @@ def motion_guide(
     prompt: PromptEmbeddings,
     inputs: RunInputs,
     guidance: MotionGuidance,
-    scheduler: Scheduler,
+    scheduler: FlowMatchScheduler,
     start: Tensor,
     cost: RunCost,
     *,

@@ -14,13 +14,13 @@ from diffsynth.data.tensors import finite
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
-from diffsynth.pipelines.denoise import RunEvent, Scheduler, cfg_velocity, denoise, motion_guide
+from diffsynth.pipelines.denoise import RunEvent, cfg_velocity, denoise, motion_guide
 from diffsynth.pipelines.experts import expert_at
 from diffsynth.planning.ladder import Ladder, memory_problem, settings_of, with_settings
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost, measured
 from diffsynth.runs.state import RunInputs, StepState, joined, part
-from diffsynth.schedulers import run_scheduler
+from diffsynth.schedulers import FlowMatchScheduler, run_scheduler
 
 # Called with each event of the loop; latents that it returns for a sampling event replace the run's.
 StepConsumer = Callable[[RunEvent], Tensor | None]
@@ -111,7 +111,7 @@ def sample(
 
 def begin_denoising(
     dit: WanModel,
-    scheduler: Scheduler,
+    scheduler: FlowMatchScheduler,
     phase: range,
     index: int,
     inputs: RunInputs,

@@ -43,7 +43,7 @@ from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
 from diffsynth.runs.cost import RunCost, latency_file
-from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
+from diffsynth.schedulers import FlowMatchScheduler, make_scheduler
 from diffsynth.vram_management import Residency, choose_device, choose_dtype
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class WanVideoPipeline:
         return self.dit.dtype
 
     @property
-    def scheduler(self) -> FlowMatchScheduler | UniPCScheduler:
+    def scheduler(self) -> FlowMatchScheduler:
         """A new scheduler with the defaults of the checkpoint."""
         return make_scheduler(self.defaults["sampler"], self.defaults["sigma_shift"])
 

@@ -60,9 +60,10 @@ def load_tokenizer(folder: str | Path) -> WanTokenizer:
         FileNotFoundError: the folder holds neither.
         ValueError: a file is damaged or of another kind; the message names it.
     """
-    for name, read in {JSON_FILE: _from_json, PIECE_FILE: _from_pieces}.items():
-        if (file := Path(folder, name)).is_file():
-            return read(file)
+    if (file := Path(folder, JSON_FILE)).is_file():
+        return _from_json(file)
+    if (file := Path(folder, PIECE_FILE)).is_file():
+        return tokenizer_from_pieces(file.read_bytes(), file)
     raise FileNotFoundError(
         f"tokenizer folder {folder} holds neither {JSON_FILE} nor {PIECE_FILE}; fetch them by: {_DOWNLOAD}"
     )
@@ -112,10 +113,6 @@ def _make_special_tokens_unmatchable(content: dict) -> None:
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
     content["model"]["vocab"] = [[f" {word}" if word in special else word, score] for word, score in vocab]
     content["post_processor"] = content["truncation"] = content["padding"] = None
-
-
-def _from_pieces(file: Path) -> WanTokenizer:
-    return tokenizer_from_pieces(file.read_bytes(), file)
 
 
 def tokenizer_from_pieces(model: bytes, file: Path) -> WanTokenizer:

@@ -8,6 +8,7 @@ samples move in float32 and come back in their own type.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class FlowMatchScheduler:
 
     Args:
         shift: how far the levels are pushed towards noise, > 0, for calls that do not give their own.
-        sigma_min, sigma_max: range of the levels before the shift.
+        sigma_min: lowest level before the shift; sigma_max: the highest.
         extra_one_step: place one more level at sigma_min and drop it, so that the last step starts above
             sigma_min; otherwise the last level is sigma_min itself.
         num_train_timesteps: the timestep that stands for sigma = 1.
@@ -136,7 +137,7 @@ class FlowMatchScheduler:
         """Return what the next step needs of those before: nothing, as each Euler step stands alone."""
         return {}
 
-    def restore(self, state: Mapping[str, object]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state`, after set_timesteps; ValueError if it is that of another scheduler."""
         if state:
             raise ValueError(f"this scheduler keeps nothing; got a state of {', '.join(sorted(state))}")
