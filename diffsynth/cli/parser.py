@@ -223,10 +223,7 @@ def _add_transfer(parser: Parser) -> None:
     parser.add_argument("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
     parser.add_argument("--force", action="store_true", help="with --from: although something changed")
     parser.add_argument("--gpus", type=reader(Whole(1)), metavar="N", help="spread the run over N processes")
-    wait, text = (
-        reader(Number(above=0)),
-        "seconds after which a process without answer ends the run (600)",
-    )
+    wait, text = reader(Number(above=0)), "seconds after which a process without answer ends the run (600)"
     parser.add_argument("--rank-timeout", type=wait, default=600, metavar="S", help=text)
     _add_run(parser)
 

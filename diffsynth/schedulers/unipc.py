@@ -18,12 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsynth.schedulers.flow_match import (
-    FlowMatchScheduler,
-    mix_noise,
-    nearest_step,
-    require_same_shape,
-)
+from diffsynth.schedulers.flow_match import FlowMatchScheduler, mix_noise, nearest_step, require_same_shape
 
 _U_MAX = 0.999
 """The highest sigma before the shift, as in Wan2.1; a sigma of 1 would make lambda infinite."""
