@@ -71,7 +71,7 @@ def make_rule(cache: CacheOptions | CacheMaker, prompt: str, steps: range, num_s
     """Return a new rule for one prompt.
 
     Args:
-        cache: options, or an object that makes rules of its own kind.
+        cache: options, or an object that makes another kind of rules.
         prompt: "positive" or "negative".
         steps: indices of the run's steps in which the DiT runs with this prompt.
         num_steps: steps of the run.

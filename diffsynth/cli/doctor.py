@@ -143,7 +143,7 @@ def _models(models_dir: Path, problems: list[str]) -> dict[str, str]:
             models[name] = f"not there; fetch it with: fastvmt download {name}"
         elif missing:
             faults = "; ".join(missing)
-            models[name] = f"incomplete in {folder}: {faults}; go on with: fastvmt download {name}"
+            models[name] = f"incomplete in {folder}: {faults}; continue with: fastvmt download {name}"
         else:
             models[name] = f"complete in {folder}"
     folder = next(p for p in (models_dir.absolute(), *models_dir.absolute().parents) if p.exists())

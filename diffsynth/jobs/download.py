@@ -1,7 +1,7 @@
 """Fetch a published checkpoint from ModelScope or Hugging Face, and tell whether a folder holds all of it.
 
-Only files that inference needs and that are not yet complete are fetched; both hubs go on where an earlier
-download stopped. Completeness is judged without a network, by sizes and by what the files say of themselves.
+Only files that inference needs and that are not yet complete are fetched; both hubs continue where an
+earlier download stopped. Completeness is judged without a network, by the sizes and contents of files.
 """
 
 import json
@@ -132,10 +132,11 @@ def _fetch(checkpoint: PublishedCheckpoint, folder: Path, paths: list[str], sour
     except ImportError as error:
         raise DownloadError(f"{package} is not installed: pip install {package}") from error
     # The errors of a hub have no base class in common in all of its versions.
-    failures = tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
+    own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
+    failures: list[type[BaseException]] = [OSError, *own]
     try:
         hub.snapshot_download(checkpoint.model_id, local_dir=str(folder), **{patterns: paths})
-    except (OSError, *failures) as error:
+    except tuple(failures) as error:
         first_line = str(error).strip().split("\n")[0]
         reason = f"{type(error).__name__}: {first_line}"
         raise DownloadError(_explain(checkpoint, folder, source, reason)) from error
@@ -146,7 +147,7 @@ def _explain(checkpoint: PublishedCheckpoint, folder: Path, source: str, reason:
     return (
         f"Could not fetch {checkpoint.name} ({checkpoint.model_id} at {_SITES[source]}) "
         f"into {folder}: {reason}\n"
-        "What has arrived is kept, the same command goes on from there. Or fetch it by hand:\n"
+        "What has arrived is kept, and the same command continues from there. Or fetch it by hand:\n"
         f"  modelscope download --model {checkpoint.model_id} --local_dir {target}\n"
         f"  hf download {checkpoint.model_id} --local-dir {target}"
     )

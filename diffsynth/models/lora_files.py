@@ -94,7 +94,7 @@ class Scaling:
 
     Attributes:
         source: where it says so, for messages.
-        alpha: None if nothing is said.
+        alpha: None if the file states none.
         rank: None for each layer's own.
         alphas, ranks: of the layers whose names match a pattern, as PEFT matches them.
         by_root: rs-LoRA, alpha / sqrt(rank).
@@ -221,11 +221,11 @@ def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 def _refuse_unknown_part(lora: str, key: str, modules: Mapping[str, nn.Module]) -> None:
     """Raise CheckpointError if a key that is not understood belongs to a layer that is there."""
-    places = [match.start() for match in re.finditer(r"\.", key)]
-    for place in reversed(places):
-        if layer := _resolve(key[:place], modules):
+    dots = [match.start() for match in re.finditer(r"\.", key)]
+    for dot in reversed(dots):
+        if layer := _resolve(key[:dot], modules):
             raise CheckpointError(
-                f"{lora} holds {key[place + 1 :]!r} for {layer}: this kind of LoRA is not supported, and "
+                f"{lora} holds {key[dot + 1 :]!r} for {layer}: this kind of LoRA is not supported, and "
                 "without that part it would be another one"
             )
 

@@ -1,7 +1,7 @@
 """The Wan2.1 causal 3D VAE, under the official state-dict keys: videos to latents and back.
 
 Axes: B batch, T pixel frames, H/W pixel rows/columns, z latent channels, F latent frames, h/w latent
-rows/columns. The first frame is a latent frame of its own; then `temporal_factor` frames make one. Both ways
+rows/columns. The first frame is a latent frame alone; then `temporal_factor` frames make one. Both ways
 run chunk by chunk, one latent frame each, with a cache of what causal layers need of the past: exact, and
 with a peak of memory that does not grow with the length of the video.
 Precision: the dtype of the weights; latents, their normalisation, results and blending are float32.

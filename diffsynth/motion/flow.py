@@ -80,10 +80,10 @@ def expected_positions(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: in
         chunk: pairs at a time, at most.
     """
     check_value("chunk", Whole(1), chunk)
-    places, scale = token_positions(k.shape[1], k.shape[2], k), tau * k.shape[-1] ** -0.5
+    positions, scale = token_positions(k.shape[1], k.shape[2], k), tau * k.shape[-1] ** -0.5
     keys = k.flatten(1, 2)
     found = [
-        attend(q[i].expand(count, -1, -1), keys[j : j + count], places, scale)
+        attend(q[i].expand(count, -1, -1), keys[j : j + count], positions, scale)
         for i, j, count in _runs(pairs, chunk)
     ]
     return torch.cat(found) if found else q.new_zeros(0, q.shape[1], 2)

@@ -133,16 +133,16 @@ def flow_bytes(dit: DiTSize, grid: Shape, motion: MotionGuidance) -> int:
         width = head_dim * (1 if isinstance(motion.heads, str) else len(motion.heads))
     one = frames * area * width * FLOAT  # q or k without heads
     pairs = len(frame_pairs(frames, motion.sf))
-    places, kept = 0, pairs * area * width * FLOAT
+    indices, kept = 0, pairs * area * width * FLOAT
     at_hand = 3 * min(motion.chunk, frames) * area * width * FLOAT
     if motion.mode == "effi_AMF":
         seen = min(motion.window, rows) * min(motion.window, cols)
         tiles = -(-rows // motion.tile[0]) * -(-cols // motion.tile[1])
         windows = (pairs - frames) * tiles * seen
-        places, kept = windows * INDEX, windows * prod(motion.tile) * FLOAT
+        indices, kept = windows * INDEX, windows * prod(motion.tile) * FLOAT
         at_hand = 2 * min(GATHERED_BYTES, tiles * seen * width * FLOAT)
     gradients = frames * area * dit.dim * (2 * FLOAT + (w if w < FLOAT else 0))
-    return 2 * one + places + max(kept + at_hand, gradients)
+    return 2 * one + indices + max(kept + at_hand, gradients)
 
 
 def sampling_pass_bytes(dit: DiTSize, latents: Shape, options: RunOptions, batch: int) -> int:

@@ -14,7 +14,7 @@ END_PIECE = "</s>"
 JSON_FILE, PIECE_FILE = "tokenizer.json", "spiece.model"
 _DOWNLOAD = "fastvmt download 1.3b"
 # Where checkpoints keep the tokenizer, seen from the folder of the text encoder's weights.
-_PLACES = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")
+_FOLDERS = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")
 # Top-level fields of a sentencepiece model: pieces, trainer, normaliser. The last one is written last.
 _MODEL_FIELDS = {1, 2, 3}
 
@@ -75,12 +75,12 @@ def find_tokenizer(weights_folder: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is none; the message names the folders that were searched.
     """
-    places = [Path(weights_folder) / place for place in _PLACES]
-    for place in places:
-        if any((place / name).is_file() for name in (JSON_FILE, PIECE_FILE)):
-            return place
+    folders = [Path(weights_folder) / folder for folder in _FOLDERS]
+    for folder in folders:
+        if any((folder / name).is_file() for name in (JSON_FILE, PIECE_FILE)):
+            return folder
     raise FileNotFoundError(
-        f"no {JSON_FILE} or {PIECE_FILE} in any of {', '.join(map(str, places))}; fetch them by: {_DOWNLOAD}"
+        f"no {JSON_FILE} or {PIECE_FILE} in any of {', '.join(map(str, folders))}; fetch them by: {_DOWNLOAD}"
     )
 
 

@@ -203,7 +203,7 @@ class SavedRun:
             save_state(path, state, facts)
         except (OSError, ValueError) as error:
             if not self._warned:
-                logger.warning("the run goes on, but %s is not saved: %s", path, error)
+                logger.warning("the run continues, but %s is not saved: %s", path, error)
             self._warned = True
             return False
         return True
