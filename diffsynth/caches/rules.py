@@ -93,6 +93,7 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
     Where all ask, the result is bit-identical to `dit.run_blocks(state)`.
 
     Args:
+        dit, state: the DiT, and the inputs of its blocks for B samples.
         caches: one for each sample, all of the same class.
     """
     first = caches[0].probe_blocks

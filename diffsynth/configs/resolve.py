@@ -46,8 +46,8 @@ class ReferenceFacts:
     """Facts about a reference video that decide options of a run.
 
     Attributes:
-        height: height of the frames in pixels.
-        width: width of the frames in pixels.
+        num_frames: number of the frames.
+        height, width: size of the frames in pixels.
         fps: frames a second; None if unknown.
     """
 
@@ -62,7 +62,7 @@ class ModelFacts:
     """Facts about a model that decide options.
 
     Attributes:
-        dim: width of the DiT, which has num_layers blocks of num_heads heads.
+        dim, num_layers, num_heads: width of the DiT, its blocks, and the heads of each.
         pixels_per_token: rows and columns of pixels in a token.
         pixels_per_latent: rows, and columns, of pixels in a latent.
         frames_per_latent: frames in a latent frame after the first.

@@ -48,6 +48,7 @@ def fit_frame(image: Image.Image, height: int, width: int, fit: str = "crop") ->
 
     Args:
         image: mode RGB or L, which is kept.
+        height, width: the size in pixels.
         fit: "crop" the side that is too long, "pad" with black, or "stretch".
 
     Raises:
@@ -118,6 +119,7 @@ def read_picture(picture: Picture, name: str) -> Image.Image:
     """Return a picture, upright and RGB.
 
     Args:
+        picture: a file, an image or a uint8 array [H, W, 3].
         name: name of the argument, for errors.
 
     Raises:

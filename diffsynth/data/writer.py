@@ -48,7 +48,7 @@ def save_video(
     audio_start: float = 0.0,
     save_path: str | PathLike | None = None,
 ) -> Path:
-    """Encode frames as a video, at exactly their size, and return the path.
+    """Encode frames as a video, at exactly their size.
 
     The suffix decides the codec: H.264 for .mp4, .m4v, .mov, .mkv and .avi, VP9 for .webm, or a .gif. Colours
     are converted by ITU-R BT.709, and the file has its tags; players assume BT.709 for untagged video too.
@@ -69,6 +69,9 @@ def save_video(
         audio_from: video or audio file whose sound is kept, if it has any, up to the last frame.
         audio_start: second of that sound at which the frames begin.
         save_path: DiffSynth-Studio's name for path.
+
+    Returns:
+        The path.
 
     Raises:
         ValueError, TypeError: an argument or a frame is not allowed (see `rgb_frames`).
@@ -115,10 +118,17 @@ def save_video(
 
 
 def save_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray, folder: str | PathLike) -> Path:
-    """Write frames to a folder (made if missing) as 00000.png, 00001.png, ... and return the folder.
+    """Write frames to a folder as 00000.png, 00001.png, ...
 
-    The frames, as for `save_video`, appear together at the end, so that an error leaves none behind. Nothing
-    is overwritten, and other files in the folder stay.
+    They appear together at the end, so that an error leaves none behind. Nothing is overwritten, and other
+    files in the folder stay.
+
+    Args:
+        frames: as for `save_video`.
+        folder: made if missing.
+
+    Returns:
+        The folder.
 
     Raises:
         FileExistsError: the folder holds images, or is a file.

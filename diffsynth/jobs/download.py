@@ -49,6 +49,7 @@ def download(
     A complete folder is left alone, and an unfinished download is resumed.
 
     Args:
+        checkpoint: what to fetch; output_dir: the folder of all models.
         source: "modelscope" or "huggingface".
 
     Raises:

@@ -45,7 +45,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
     Masks and indices are made once per grid and window. A window over the whole grid gives `attention`.
 
     Args:
-        q: [B, S, N, D], as k, v and the result.
+        q, k, v: [B, S, N, D], as the result.
         grid: (F, H, W) in tokens.
         window: (frames, rows, columns) that a token sees to each side.
 

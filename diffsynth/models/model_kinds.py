@@ -43,6 +43,7 @@ class ModelKind:
     """One kind of model.
 
     Attributes:
+        name, factory: its name, and the class of its models.
         official_tensor: a tensor that only this kind has, by name; diffusers_tensor: in the other layout.
         beside: function of the arguments -> how the names begin that files of this kind may hold and the
             model does not take.

@@ -48,9 +48,11 @@ Entry = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model, the name of its kind, and the tensors and files it was loaded from.
+    """A loaded model.
 
     Attributes:
+        name: name of its kind; model: the model.
+        tensors, files: what it was loaded from.
         pieces: the bytes of a sentencepiece tokenizer, if the text encoder's file holds one.
     """
 
@@ -209,7 +211,7 @@ class ModelManager:
         Of two experts, it changes the one that its name says ("high_noise", "low_noise"), else both.
 
         Args:
-            path: path of the file; DiffSynth's name of the argument, file_path, works too.
+            path, file_path: path of the file; the second is DiffSynth's name of the argument.
             lora_alpha: factor on the weight changes in the file.
             expert: "high" or "low" for a file whose name does not say it.
 

@@ -165,7 +165,7 @@ class WanVideoVAE(nn.Module):
         Args:
             latents: normalised, [B, z, F, h, w].
             num_frames: return only so many of the first frames, and compute no more than they need.
-            tiled: as in `encode`, with tile_size and tile_stride.
+            tiled, tile_size, tile_stride: as in `encode`.
 
         Raises:
             ValueError: a wrong shape, num_frames out of range, or a tiling that leaves gaps.

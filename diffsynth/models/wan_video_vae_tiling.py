@@ -70,7 +70,9 @@ def ramp(span: Span, length: int, border: int, unit: int, device: torch.device |
     Where the two ramps of a tile overlap, that of the far side holds, as in the released FastVMT code.
 
     Args:
+        span: first position, and the one after the last; length: positions of the whole axis.
         border: latent positions of overlap.
+        unit, device: results for each position, and where they are made.
     """
     start, stop = span
     weight = torch.ones((stop - start) * unit, device=device)
@@ -86,6 +88,7 @@ def blend(grid: TileGrid, out: Tensor, unit: int, run: Callable[[Tile], Iterable
     """Fill `out` with the weighted mean of all tiles and return it; only one chunk is alive at a time.
 
     Args:
+        grid: the tiles; unit: rows and columns of `out` for each position of the grid.
         out: float32 zeros [B, C, T, rows * unit, columns * unit].
         run: returns a tile's result as consecutive chunks [B, C, t, rows * unit, columns * unit].
     """

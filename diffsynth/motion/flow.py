@@ -77,6 +77,7 @@ def expected_positions(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: in
     """Return the mean (row, column) over all of frame j: q [F, m, d], k [F, H, W, d] -> [P, m, 2].
 
     Args:
+        q, k, pairs, tau: as in `dense_flow`, q flattened.
         chunk: pairs at a time, at most.
     """
     check_value("chunk", Whole(1), chunk)
@@ -95,6 +96,8 @@ def expected_in_windows(
     """Return the mean of `values` over what groups see: q [F, T, m, d], k [F, H, W, d] -> [P, T, m, 2].
 
     Args:
+        q, k: reduced features.
+        pairs, tau: the pairs (i, j), and the factor on the logits.
         values: [L, 2], of the keys seen, in order.
         seen: [P, T, L] long: for pair (i, j), the tokens of frame j that each group of frame i sees; they may
             repeat.
@@ -140,6 +143,7 @@ def attention_motion_flow(
     """Return the dense flow [P, H, W, 2], (drow, dcol) in tokens, of features [F, H, W(, n), d].
 
     Args:
+        q, k: queries and keys of one block.
         sf: span of the pairs i <= j < i + sf, in order of i, then j.
         pairs: a list of (i, j) instead, in its order.
         tau: factor on the logits.

@@ -35,7 +35,7 @@ class OptimizationRecord:
     """Record of an inner loop.
 
     Attributes:
-        losses: of each fresh gradient; likewise parts, and evaluated_at, its inner step.
+        losses, parts, evaluated_at: loss, its parts and the inner step of each fresh gradient.
         lrs: of each inner step taken.
     """
 
@@ -104,6 +104,8 @@ def optimize_latents(
     A float32 copy is moved: in bfloat16 most steps would round to nothing.
 
     Args:
+        latents, objective: where to start, and what to descend.
+        guidance: the numbers of the loop.
         stop: asked before each inner step; True ends the loop.
         memory: gradients of the guided steps before; the objective is not called for those that it repeats.
 

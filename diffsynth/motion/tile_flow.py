@@ -52,6 +52,7 @@ def tile_motion_flow(
     """Return the tile flow of features q, k [F, H, W, d] or [F, H, W, n, d].
 
     Args:
+        q, k: queries and keys of one block.
         sf: span of the pairs i <= j < i + sf.
         window: l, side of the search window in tokens, cut to the grid's sides.
         tile: (rows, columns) in tokens; the last ones may be partial.

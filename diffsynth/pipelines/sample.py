@@ -43,12 +43,12 @@ def sample(
     """Denoise the latents of one prompt, from noise or the noised reference, and add up its cost.
 
     The weights of an expert go after its last step. If memory runs out, denoising continues after the last
-    finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises. A sampling event is
-    `interrupted` if stop() became True during the step, whose guidance may have been cut short.
+    finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises.
 
     Args:
-        index: index (0-based) of the prompt.
-        saved: saves finished steps, and what it holds is continued.
+        models, inputs, options, ladder: those of the run.
+        index: index (0-based) of the prompt; cost: gets its time, block calls and losses.
+        on_step, progress, stop, saved: as in `generate`.
 
     Returns:
         Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
@@ -123,8 +123,12 @@ def begin_denoising(
     """Set up the denoising of one prompt by a DiT, from its start or from its last finished step.
 
     Args:
+        dit: the DiT.
         scheduler: new, with the timesteps of the run.
         phase: steps of the run that this DiT denoises; step caches and gradient memory are its own.
+        index, inputs: the prompt by its index (0-based), and the inputs of the run.
+        options, cost, stop: as in `sample`, the options with this expert's cfg_scale.
+        finished: the last finished step; None to begin.
 
     Returns:
         The first latents [1, C, F, h, w], the generator of steps, and by name the parts that keep state from

@@ -170,7 +170,9 @@ def decode_bytes(
     """Return the peak of decoding: one chunk, the past that causal layers keep, and the video if it is tiled.
 
     Args:
+        vae, latents: sizes of the VAE and of the latents.
         tile: rows and columns in latent positions, None for untiled.
+        num_frames: frames of the video.
         whole_video: the video is kept untiled, too.
     """
     _, rows, cols = latents

@@ -55,6 +55,7 @@ class RunRecord:
     """The record of a video and the run that made it.
 
     Attributes:
+        prompt, negative_prompt, preset: as asked for.
         options: fields of `RunOptions` in force at the end, seed and motion among them.
         reference: path, sha256, frames, fps and the fields of `ReferenceOptions`; None without one.
         pictures: path and sha256 of input_image and end_image, of those that there were.
@@ -141,10 +142,15 @@ def make_record(
     """Return the record of a run.
 
     Args:
+        frames: the video's.
+        prompt, negative_prompt, preset: as the run had them.
         options: the options in force at the end.
+        cost: measured cost of the run.
         models: models of the pipeline, by name.
+        device: where it ran.
         reference: description from `describe_reference`; None without a reference.
         model: description from `describe_model`.
+        file: how the video is written.
         job: hash of a batch job; None for other runs.
         pictures: description from `describe_pictures`.
     """
@@ -241,6 +247,7 @@ def differences(
     """Return a message for each difference between a record and the present reference, model and pictures.
 
     Args:
+        record: the record.
         reference: present description from `describe_reference`; None without a reference.
         model: present description from `describe_model`; its weights are compared if it names them.
         pictures: present description from `describe_pictures`.

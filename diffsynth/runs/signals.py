@@ -36,6 +36,7 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
     leaves seconds.
 
     Args:
+        folder: the checkpoint_dir, for the message.
         interrupt: called first, so that the run also stops where its caller swallows exceptions.
     """
     received: list[int] = []

@@ -74,6 +74,7 @@ def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> st
     """Return the panel of an unfinished job.
 
     Args:
+        progress, state: of the job.
         ahead: number of jobs before it.
         seconds: duration of the job so far.
     """
