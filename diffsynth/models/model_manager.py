@@ -184,14 +184,11 @@ class ModelManager:
             file_path: a file of the model's weights, to choose among several models.
             require_model_path: return the tuple (model, list of its files).
         """
-        found = [
-            entry for entry in self.loaded
-            if entry.name == name and (file_path is None or Path(file_path) in entry.files)
-        ]  # fmt: skip
-        if not found:
-            logger.warning("no model %r is loaded", name)
-            return None
-        return (found[-1].model, found[-1].files) if require_model_path else found[-1].model
+        for entry in reversed(self.loaded):
+            if entry.name == name and (file_path is None or Path(file_path) in entry.files):
+                return (entry.model, entry.files) if require_model_path else entry.model
+        logger.warning("no model %r is loaded", name)
+        return None
 
     def to(self, device: str | torch.device) -> None:
         """Move all loaded models."""

@@ -164,16 +164,13 @@ def text_encoder_bytes(encoder: TextEncoderSize, text_len: int) -> int:
     return 2 * FLOAT * encoder.num_heads * text_len**2
 
 
-def decode_bytes(
-    vae: VAESize, latents: Shape, tile: tuple[int, int] | None, num_frames: int, whole_video: bool = False
-) -> int:
+def decode_bytes(vae: VAESize, latents: Shape, tile: tuple[int, int] | None, num_frames: int) -> int:
     """Return the peak of decoding: one chunk, the past that causal layers keep, and the video if it is tiled.
 
     Args:
         vae, latents: sizes of the VAE and of the latents.
         tile: rows and columns in latent positions, None for untiled.
         num_frames: frames of the video.
-        whole_video: the video is kept untiled, too.
     """
     _, rows, cols = latents
     height, width = tile_side = _tile_side(latents, tile)
@@ -191,7 +188,7 @@ def decode_bytes(
             area, channels = 4 * area, channels // 2 if vae.patch == 1 else channels
     past += area * channels
     video = 0
-    if whole_video or tile_side != (rows, cols):
+    if tile_side != (rows, cols):
         video = IMAGE_CHANNELS * num_frames * rows * cols * vae.spatial_factor**2 * FLOAT
     return video + _chunk_bytes(vae, past, largest)
 

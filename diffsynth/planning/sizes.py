@@ -7,7 +7,7 @@ from itertools import chain
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.resolve import ModelFacts
@@ -18,6 +18,7 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.models.wan_video_vae_layers import ResidualBlock
+from diffsynth.vram_management.streaming import tensors_of
 
 # umt5-xxl, the text encoder of every published checkpoint; the defaults of `WanTextEncoder`.
 UMT5_XXL: Mapping[str, int] = {
@@ -245,17 +246,12 @@ def published_sizes(
     )
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; packed weights are buffers."""
-    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
-
-
 def _parameters(module: nn.Module) -> int:
-    return sum(t.numel() for t in _tensors(module))
+    return sum(t.numel() for t in tensors_of(module))  # packed weights are buffers
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in _tensors(module))
+    return sum(t.nbytes for t in tensors_of(module))
 
 
 def _bytes_of(model: nn.Module, blocks: nn.ModuleList) -> WeightBytes:

@@ -31,10 +31,6 @@ class _Prediction:
     sigma: float
     x0: Tensor
 
-    @property
-    def log_snr(self) -> float:
-        return _log_snr(self.sigma)
-
 
 class UniPCScheduler(FlowMatchScheduler):
     """Flow-matching schedule with UniPC steps, used like its base but in order, one run at a time.
@@ -145,12 +141,12 @@ def _predict(sample: Tensor, last: _Prediction, before: _Prediction | None, sigm
     if sigma == 0.0:
         # The last step has order 1, because lambda is infinite at 0: it returns the prediction itself.
         return last.x0
-    h = _log_snr(sigma) - last.log_snr
+    h = _log_snr(sigma) - _log_snr(last.sigma)
     phi = math.expm1(-h)
     moved = _base(sample, last, sigma, phi)
     if before is None:
         return moved
-    r = (before.log_snr - last.log_snr) / h
+    r = (_log_snr(before.sigma) - _log_snr(last.sigma)) / h
     return moved - (1.0 - sigma) * phi * (0.5 / r) * (before.x0 - last.x0)
 
 
@@ -159,13 +155,13 @@ def _correct(sample: Tensor, now: _Prediction, last: _Prediction, before: _Predi
 
     Order 2 solves rho_before + rho_now = b1, r * rho_before + rho_now = b2 (arXiv 2302.04867, section 3).
     """
-    h = now.log_snr - last.log_snr
+    h = _log_snr(now.sigma) - _log_snr(last.sigma)
     phi = math.expm1(-h)
     moved = _base(sample, last, now.sigma, phi)
     scale = (1.0 - now.sigma) * phi
     if before is None:
         return moved - scale * 0.5 * (now.x0 - last.x0)
-    r = (before.log_snr - last.log_snr) / h
+    r = (_log_snr(before.sigma) - _log_snr(last.sigma)) / h
     g1 = phi / -h - 1.0
     g2 = g1 / -h - 0.5
     b1, b2 = g1 / phi, 2.0 * g2 / phi
