@@ -85,7 +85,14 @@ def examine(models_dir: Path, device: str = "auto") -> tuple[dict[str, dict[str,
     facts: dict[str, dict[str, Any]] = {"versions": versions}
     if installed_version("torch") is not None:
         facts |= _device(device)
-    facts["ffmpeg"] = _ffmpeg(problems)
+    try:
+        facts["ffmpeg"] = {"version": check_ffmpeg()}
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        facts["ffmpeg"]["program"] = get_ffmpeg_exe()
+    except FfmpegError as error:
+        problems.append(str(error))
+        facts["ffmpeg"] = {"program": "missing"}
     facts["models"] = _models(models_dir, problems)
     return facts, problems
 
@@ -116,17 +123,6 @@ def _device(name: str) -> dict[str, dict[str, Any]]:
         for name, backend in BACKENDS.items()
     }
     return {"device": described, "attention_kernels": kernels}
-
-
-def _ffmpeg(problems: list[str]) -> dict[str, Any]:
-    try:
-        told = check_ffmpeg()
-    except FfmpegError as error:
-        problems.append(str(error))
-        return {"program": "missing"}
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    return {"program": get_ffmpeg_exe(), "version": told}
 
 
 def _models(models_dir: Path, problems: list[str]) -> dict[str, str]:

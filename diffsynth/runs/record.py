@@ -234,7 +234,11 @@ def fingerprints(models: Mapping[str, nn.Module]) -> dict[str, str]:
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Return kind, name and CPU threads, which with the versions decide how numbers are rounded."""
     named = getattr(getattr(torch, device.type, None), "get_device_name", lambda _: device.type)  # not of mps
-    name = _cpu_name() if device.type == "cpu" else named(device)
+    name = named(device)
+    if device.type == "cpu":
+        facts = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*: (.*)$", facts.read_text(), re.M) if facts.is_file() else None
+        name = found[1] if found else platform.processor() or platform.machine()
     return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
 
 
@@ -364,12 +368,6 @@ def metadata_comment(path: Path) -> str:
     match = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", metadata.decode(errors="replace"), re.M | re.I)
     # ffmpeg puts a backslash before characters that mean something in its own format.
     return "" if match is None else re.sub(r"\\(.)", r"\1", match[1])
-
-
-def _cpu_name() -> str:
-    facts = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", facts.read_text(), re.M) if facts.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
