@@ -109,11 +109,8 @@ def save_video(
             raise RuntimeError(f"{asked}: ffmpeg could not write the video: {words}") from error
         found = (len(written.times), *written.size)
         if found != (num_frames, *first.size):
-            raise RuntimeError(
-                "{} was not written: the encoded video has {} frames of {}x{}, asked were {} of {}x{}".format(
-                    asked, *found, num_frames, *first.size
-                )
-            )
+            message = "{} was not written: the encoded video has {} frames of {}x{}, asked were {} of {}x{}"
+            raise RuntimeError(message.format(asked, *found, num_frames, *first.size))
     return asked
 
 

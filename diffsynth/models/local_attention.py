@@ -61,7 +61,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
         )
     if all(reach >= side - 1 for reach, side in zip(window, grid, strict=True)):
         return attention(q, k, v)
-    if _flex_serves(q):
+    fits = q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_LEAST_WIDTH
+    if q.is_cuda and fits and _has_triton():
         return attend_in_blocks(q, k, v, block_plan(grid, window, q.device), _compiled_flex())
     plan = tile_plan(grid, window, q.device)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -231,10 +232,6 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kernel: K
 @lru_cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _flex_serves(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_LEAST_WIDTH and _has_triton()
 
 
 @lru_cache

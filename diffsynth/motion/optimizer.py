@@ -57,12 +57,6 @@ class NonFiniteGuidanceError(RuntimeError):
         self.latents = latents
 
 
-def learning_rate(step: int, guidance: MotionGuidance) -> float:
-    """Return the learning rate of an inner step (0-based)."""
-    first, end = guidance.lr
-    return first - (first - end) * step / guidance.inner_steps
-
-
 def _adamw(moved: Tensor, guidance: MotionGuidance) -> Move:
     """Use AdamW as published, new at each guided step; its first steps move every element by about lr."""
     optimizer = torch.optim.AdamW([moved], lr=guidance.lr[0], weight_decay=guidance.weight_decay)
@@ -119,6 +113,7 @@ def optimize_latents(
     good = latents
     evaluations: list[tuple[float, dict[str, float]]] = []
     evaluated_at, lrs = [], []
+    first, end = guidance.lr
     for step in range(guidance.inner_steps):
         if stop is not None and stop():
             break
@@ -133,7 +128,8 @@ def optimize_latents(
             if memory is not None:
                 memory.keep(step, evaluation.gradient)
             evaluated_at.append(step)
-        lrs.append(learning_rate(step, guidance) * reuse.rate(step))
+        rate = first - (first - end) * step / guidance.inner_steps
+        lrs.append(rate * reuse.rate(step))
         move(reuse.current(step), lrs[-1])
     return moved.to(latents.dtype), OptimizationRecord(
         losses=tuple(loss for loss, _ in evaluations),

@@ -6,13 +6,13 @@ samples move in float32 and come back in their own type.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffsynth.configs.fields import Number, Whole, check_value
 from diffsynth.configs.guidance import shifted_level
 
 
@@ -34,12 +34,9 @@ def flow_match_sigmas(
     Raises:
         ValueError: steps below 1 or not whole, strength outside (0, 1], shift not above 0.
     """
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; it must be a whole number >= 1")
-    if not 0.0 < denoising_strength <= 1.0:
-        raise ValueError(f"denoising_strength is {denoising_strength!r}; it must be above 0 and at most 1")
-    if not 0.0 < shift < math.inf:
-        raise ValueError(f"shift is {shift!r}; it must be a finite number above 0")
+    check_value("num_inference_steps", Whole(1), num_inference_steps)
+    check_value("denoising_strength", Number(above=0, most=1), denoising_strength)
+    check_value("shift", Number(above=0), shift)
     start = sigma_min + denoising_strength * (sigma_max - sigma_min)
     points = num_inference_steps if endpoint else num_inference_steps + 1
     u = torch.linspace(start, sigma_min, points, dtype=torch.float64)[:num_inference_steps]
