@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 
 from diffsynth.data import save_video
@@ -41,10 +42,18 @@ SIZES: dict[str, tuple[dict, str]] = {
 def write_checkpoint(directory: str | Path, size: str = "tiny", seed: int = 0) -> Path:
     """Write a random, seeded checkpoint in the official layout: sharded DiT, .pth T5 and VAE, tokenizer.
 
-    `size` is "tiny", "deep" (16 blocks), or the layout of a model of the family: "tiny-i2v", "tiny-flf2v",
-    "tiny-ti2v", "tiny-a14b" (two experts) or "tiny-a14b-i2v".
-    Returns the directory. Raises ValueError for an unknown size and FileExistsError if the directory has
-    files in it.
+    Args:
+        directory: the folder to make.
+        size: "tiny", "deep" (16 blocks), or the layout of a model of the family: "tiny-i2v", "tiny-flf2v",
+            "tiny-ti2v", "tiny-a14b" (two experts) or "tiny-a14b-i2v".
+        seed: of the weights.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: the size is unknown.
+        FileExistsError: the directory has files in it.
     """
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}; got {size!r}")
@@ -76,7 +85,13 @@ def _write_parts(directory: Path, size: str, seed: int) -> None:
             _randomise(model)
     for folder, dit in zip(folders, dits, strict=True):
         (directory / folder).mkdir(exist_ok=True)
-        _write_sharded(directory / folder, dit)
+        weights = _weights(dit, torch.float32)
+        save_torch_state_dict(
+            weights,
+            directory / folder,
+            filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+            max_shard_size=sum(w.nbytes for w in weights.values()) * 6 // 10,  # two shards
+        )
         config = {"_class_name": "WanModel", "model_type": model_type, "text_len": dit.text_len}
         config |= {"eps": dit.eps, "in_dim": dit.in_dim, "out_dim": dit.out_dim}
         config |= {name: dit_kwargs[name] for name in _DIT}
@@ -104,21 +119,6 @@ def _randomise(model: nn.Module) -> None:
 
 def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {key: value.detach().to(dtype).contiguous() for key, value in model.state_dict().items()}
-
-
-def _write_sharded(directory: Path, dit: WanModel, num_shards: int = 2) -> None:
-    from safetensors.torch import save_file
-
-    weights = _weights(dit, torch.float32)
-    names = list(weights)
-    weight_map: dict[str, str] = {}
-    for shard in range(num_shards):
-        file = f"diffusion_pytorch_model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
-        keys = names[shard * len(names) // num_shards : (shard + 1) * len(names) // num_shards]
-        save_file({key: weights[key] for key in keys}, directory / file)
-        weight_map |= dict.fromkeys(keys, file)
-    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
-    (directory / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def write_clip(

@@ -119,7 +119,7 @@ def test_an_interrupted_batch_goes_on_with_the_job_that_it_was_in(start, tmp_pat
         patch.setattr(progress, "StageProgress", Interrupting)
         code, result, _ = start(*jobs)
     assert code == 130
-    assert result["error"] == "interrupted in the job of line 2; the same command goes on with it"
+    assert result["error"] == "interrupted in the job of line 2; the same command continues it"
     assert sorted(p.suffix for p in (tmp_path / "out").iterdir() if p.name[0] != ".") == [".json", ".mp4"]
     code, result, _ = start()
     assert (code, states(result)) == (0, ["skipped", "done", "done"])

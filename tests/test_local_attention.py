@@ -84,7 +84,7 @@ def test_every_token_asks_once(case):
     grid, window = CASES[case]
     plan = tile_plan(grid, window, CPU)
     torch.testing.assert_close(plan.queries.sort().values, torch.arange(grid[0] * grid[1] * grid[2]))
-    torch.testing.assert_close(plan.queries[plan.places], torch.arange(len(plan.queries)))
+    torch.testing.assert_close(plan.queries[plan.positions], torch.arange(len(plan.queries)))
 
 
 def test_tiles_alike_share_a_mask_and_the_plan_is_kept():
@@ -132,7 +132,7 @@ def test_the_blocks_listed_hold_all_that_is_near_and_whole_ones_nothing_else(cas
     plan = block_plan(grid, window, CPU)
     tokens = grid[0] * grid[1] * grid[2]
     assert len(plan.order) % BLOCK == 0
-    torch.testing.assert_close(plan.order[plan.places], torch.arange(tokens))
+    torch.testing.assert_close(plan.order[plan.positions], torch.arange(tokens))
     seen = torch.zeros(len(plan.order), len(plan.order), dtype=torch.bool)
     seen[:tokens, :tokens] = near(grid, window)[plan.order[:tokens]][:, plan.order[:tokens]]
     seen[tokens:, tokens:] = True

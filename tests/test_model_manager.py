@@ -142,12 +142,12 @@ def test_an_unsupported_dtype_is_refused_with_the_known_ones(tiny_checkpoint):
 
 
 def test_missing_files_are_named_with_the_download_command(checkpoint, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors.*download_model\.py"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors.*fastvmt download"):
         load(tmp_path / "nothing.safetensors")
     with pytest.raises(FileNotFoundError, match=r"missing\.safetensors.*does not exist"):
         load([shards(checkpoint)[0], tmp_path / "missing.safetensors"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty holds no weight files.*download_model\.py"):
+    with pytest.raises(FileNotFoundError, match=r"empty holds no weight files.*fastvmt download"):
         load(tmp_path / "empty")
     shards(checkpoint)[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 1 shards of .*00002-of-00002\.safetensors"):

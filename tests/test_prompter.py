@@ -10,7 +10,7 @@ from tokenizer_writer import write_tokenizer
 
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.prompters import WanPrompter, clean_prompt
-from diffsynth.prompters.tokenizer import WanTokenizer
+from diffsynth.prompters.tokenizer import WanTokenizer, load_tokenizer
 
 SIZES = {"dim": 16, "dim_attn": 16, "dim_ffn": 32, "num_heads": 2, "num_layers": 2}
 DOG, CAT = "A dog runs on the grass.", "A black cat jumps"
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def prompter(folder):
-    return WanPrompter.from_folder(folder, text_len=64)
+    return WanPrompter(load_tokenizer(folder), text_len=64)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_results_go_with_clear_and_with_their_encoder(prompter, encoder):
 
 
 def test_the_prompts_used_longest_ago_are_forgotten_first(folder, encoder):
-    prompter = WanPrompter(WanPrompter.from_folder(folder).tokenizer, text_len=64, cache_size=2)
+    prompter = WanPrompter(load_tokenizer(folder), text_len=64, cache_size=2)
     prompter.encode_prompt([DOG, CAT], encoder)
     prompter.encode_prompt(DOG, encoder)
     prompter.encode_prompt("A bear", encoder)
@@ -151,7 +151,7 @@ def test_the_prompts_used_longest_ago_are_forgotten_first(folder, encoder):
 
 
 def test_more_prompts_than_are_remembered_are_all_encoded(folder, encoder):
-    prompter = WanPrompter(WanPrompter.from_folder(folder).tokenizer, text_len=64, cache_size=1)
+    prompter = WanPrompter(load_tokenizer(folder), text_len=64, cache_size=1)
     together = prompter.encode_prompt([DOG, CAT, "", DOG], encoder)
     for prompt, rows in zip([DOG, CAT, "", DOG], together, strict=True):
         assert torch.equal(prompter.encode_prompt(prompt, encoder)[0], rows)

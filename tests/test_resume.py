@@ -355,7 +355,7 @@ def test_a_full_disk_costs_one_warning_and_not_the_run(pipe, tmp_path, monkeypat
     assert torch.equal(run(pipe, checkpoint_dir=tmp_path, checkpoint_every=1), whole)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert "the run goes on, but" in warnings[0]
+    assert "the run continues, but" in warnings[0]
     assert "inputs.safetensors is not saved: [Errno 28] No space left" in warnings[0]
 
 
@@ -402,7 +402,7 @@ def test_a_signal_stops_the_run_at_once_and_the_next_call_goes_on(pipe, clip, tm
 
     hook = pipe.dit.blocks[0].register_forward_hook(stop)
     with pytest.raises(
-        RunInterrupted, match=rf"stopped by {number.name}; finished steps are in .* goes on"
+        RunInterrupted, match=rf"stopped by {number.name}; finished steps are in .* continues"
     ) as e:
         run(pipe, **options, checkpoint_dir=tmp_path)
     hook.remove()

@@ -142,9 +142,7 @@ def test_the_tokenizer_of_a_checkpoint_is_found(written, tmp_path, place):
 
 
 def test_a_checkpoint_without_a_tokenizer_is_named_with_the_remedy(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"google/umt5-xxl.*download_model\.py --model 1\.3b"
-    ) as caught:
+    with pytest.raises(FileNotFoundError, match=r"google/umt5-xxl.*fastvmt download 1\.3b") as caught:
         find_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
 

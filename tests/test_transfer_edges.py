@@ -66,7 +66,7 @@ def test_a_part_of_the_reference_is_used_recorded_and_repeated(transfer, tmp_pat
     assert used == {"ref_fps": 5.0, "start": 0.5, "end": 1.5, "fit": "pad"}
     assert (record.reference["frames"], record.video["frames"], record.video["fps"]) == (5, 5, 5.0)
     assert main(["transfer", "--from", tmp_path / "a.mp4.json", "-o", tmp_path / "b.mp4"]) == 0
-    assert "every frame is as recorded" in capsys.readouterr().out
+    assert "every frame is bit-identical to the recorded one" in capsys.readouterr().out
     assert transfer(tmp_path / "c.mp4", *part[:6]) == 0  # cropped instead
     assert read_record(tmp_path / "c.mp4").video["frames_sha256"] != record.video["frames_sha256"]
 

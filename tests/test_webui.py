@@ -16,6 +16,7 @@ from diffsynth.jobs.publish import publish
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
+from diffsynth.webui.app import CLIP_FOLDERS
 from diffsynth.webui.gallery import compared, find_run, past_runs, poster
 from diffsynth.webui.previews import fit_colours, latent_frames
 from diffsynth.webui.queue import (
@@ -28,7 +29,6 @@ from diffsynth.webui.queue import (
     QueueFullError,
     RunProgress,
 )
-from diffsynth.webui.references import starting_clips
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard, is_local, read_auth
 from diffsynth.webui.session import make_video, open_session, show_motion
@@ -358,7 +358,7 @@ def test_past_runs_are_neither_links_nor_foreign_files(session, clip, tmp_path):
 
 
 def test_there_are_clips_to_begin_with():
-    clips = starting_clips()
+    clips = [path for folder in CLIP_FOLDERS for path in sorted(folder.glob("*.mp4"))]
     assert {"bounce", "circle", "zigzag"} <= {path.stem for path in clips}
     assert len(VideoData(clips[0])) >= 17
 

@@ -381,7 +381,7 @@ def test_models_are_named_one_by_one(tiny_checkpoint, tmp_path, capsys):
     assert record.video["frames_sha256"] == sha256_of_frames([Image.fromarray(f) for f in whole])
     assert {mine[name].resolve().name for name in ("text_encoder", "vae")} <= record.model["files"].keys()
     assert main(["transfer", "--from", out, "-o", tmp_path / "again.mp4"]) == 0
-    assert "every frame is as recorded" in capsys.readouterr().out
+    assert "every frame is bit-identical to the recorded one" in capsys.readouterr().out
     assert main(["transfer", *asked, "--vae", mine["dit"], "-o", tmp_path / "b.mp4", "--device", "cpu"]) == 1
     assert ".index.json holds no wan_video_vae" in capsys.readouterr().err
     with pytest.raises(

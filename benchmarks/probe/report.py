@@ -4,13 +4,14 @@ Axes of the arrays: blocks, readings (heads by number, then the head averages by
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffsynth.evaluation.figures import heat_maps
+from diffsynth.evaluation.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ ARRAYS = ("correlation", "slope", "partial_correlation", "partial_slope")
 KINDS = ("partial", "whole")
 # Noise levels at which guidance acts.
 GUIDED_SIGMAS = (0.5, 0.95)
+_WIDEST = 24  # inches of a figure
 JSON_NAME, TABLE_NAME, IMAGE_NAME = "probe.json", "probe.md", "probe.png"
 
 # All noise levels, one of them, or those from a lowest to a highest.
@@ -277,3 +279,39 @@ def _rank(row: ProbeRow) -> tuple[float, float]:
 
 def _name(reading: int | str) -> str:
     return reading if isinstance(reading, str) else f"head {reading}"
+
+
+def heat_maps(
+    values: np.ndarray, titles: Sequence[str], rows: Sequence[str], columns: Sequence[str], headline: str
+) -> "Figure":
+    """Draw tables of correlations as colours with their numbers; the highest of all has a frame.
+
+    Args:
+        values: [panels, rows, columns] in [-1, 1]; 1 is red, 0 white, -1 blue.
+        titles: one for each panel.
+        rows: names of the rows.
+        columns: names of the columns.
+        headline: above all panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    width, height = 1 + 0.66 * len(columns), 0.8 + 0.25 * len(rows)
+    beside = max(1, min(len(values), int(_WIDEST // width)))
+    below = -(-len(values) // beside)
+    figure = new_figure(beside * width, 0.4 + below * height)
+    figure.suptitle(headline)
+    best = np.unravel_index(values.argmax(), values.shape)
+    for index, (table, title) in enumerate(zip(values, titles, strict=True)):
+        axes = figure.add_subplot(below, beside, index + 1, title=title)
+        axes.imshow(table, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns, fontsize=8)
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        for row, column in np.ndindex(*table.shape):
+            value = table[row, column]
+            ink = "white" if abs(value) > 0.6 else "black"
+            frame = {"fill": False, "edgecolor": ink} if (index, row, column) == best else None
+            axes.text(
+                column, row, f"{value:.2f}", color=ink, fontsize=8, ha="center", va="center", bbox=frame
+            )
+    return figure

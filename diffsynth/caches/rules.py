@@ -71,7 +71,7 @@ def make_rule(cache: CacheOptions | CacheMaker, prompt: str, steps: range, num_s
     """Return a new rule for one prompt.
 
     Args:
-        cache: options, or an object that makes rules of its own kind.
+        cache: options, or an object that makes another kind of rules.
         prompt: "positive" or "negative".
         steps: indices of the run's steps in which the DiT runs with this prompt.
         num_steps: steps of the run.
@@ -93,6 +93,7 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
     Where all ask, the result is bit-identical to `dit.run_blocks(state)`.
 
     Args:
+        dit, state: the DiT, and the inputs of its blocks for B samples.
         caches: one for each sample, all of the same class.
     """
     first = caches[0].probe_blocks

@@ -74,7 +74,7 @@ def run(options: Namespace, console: Console) -> int:
                 results.append(next(made))
             except KeyboardInterrupt as stop:
                 where = "several jobs" if spread else f"the job of line {job.line}"
-                raise KeyboardInterrupt(f"interrupted in {where}; the same command goes on with it") from stop
+                raise KeyboardInterrupt(f"interrupted in {where}; the same command continues it") from stop
             if results[-1].pop("disk", False):
                 later = len(jobs) - len(results)
                 console.problem(f"the disk takes nothing more: {later} jobs are left for the next start")

@@ -85,7 +85,14 @@ def examine(models_dir: Path, device: str = "auto") -> tuple[dict[str, dict[str,
     facts: dict[str, dict[str, Any]] = {"versions": versions}
     if installed_version("torch") is not None:
         facts |= _device(device)
-    facts["ffmpeg"] = _ffmpeg(problems)
+    try:
+        facts["ffmpeg"] = {"version": check_ffmpeg()}
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        facts["ffmpeg"]["program"] = get_ffmpeg_exe()
+    except FfmpegError as error:
+        problems.append(str(error))
+        facts["ffmpeg"] = {"program": "missing"}
     facts["models"] = _models(models_dir, problems)
     return facts, problems
 
@@ -118,17 +125,6 @@ def _device(name: str) -> dict[str, dict[str, Any]]:
     return {"device": described, "attention_kernels": kernels}
 
 
-def _ffmpeg(problems: list[str]) -> dict[str, Any]:
-    try:
-        told = check_ffmpeg()
-    except FfmpegError as error:
-        problems.append(str(error))
-        return {"program": "missing"}
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    return {"program": get_ffmpeg_exe(), "version": told}
-
-
 def _models(models_dir: Path, problems: list[str]) -> dict[str, str]:
     models = {}
     try:
@@ -143,7 +139,7 @@ def _models(models_dir: Path, problems: list[str]) -> dict[str, str]:
             models[name] = f"not there; fetch it with: fastvmt download {name}"
         elif missing:
             faults = "; ".join(missing)
-            models[name] = f"incomplete in {folder}: {faults}; go on with: fastvmt download {name}"
+            models[name] = f"incomplete in {folder}: {faults}; continue with: fastvmt download {name}"
         else:
             models[name] = f"complete in {folder}"
     folder = next(p for p in (models_dir.absolute(), *models_dir.absolute().parents) if p.exists())

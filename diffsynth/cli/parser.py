@@ -82,7 +82,7 @@ the first lines of jobs.csv:
   ref.mp4,a red fox,3
 
 Keys are the options of `fastvmt transfer`; options given here hold for all jobs that do not name them.
-References are relative to the jobs file, outputs are inside the output folder. Started again, it goes on
+References are relative to the jobs file, outputs are inside the output folder. Started again, it continues
 where it stopped.""",
     "decode": """
   fastvmt decode .fox.mp4.run/latents-0123456789ab-001.safetensors -o fox.mp4 --model 14b""",
@@ -190,7 +190,9 @@ def build_parser() -> Parser:
     _add_compare(command("compare", "Put videos beside each other, with labels."))
     _add_evaluate(command("evaluate", "Measure how well a video follows a reference's motion."))
     _add_plan(command("plan", "Predict memory and cost of a run, and the settings that fit into a card."))
-    _add_download(command("download", "Fetch published weights; goes on where an earlier download stopped."))
+    _add_download(
+        command("download", "Fetch published weights, continuing where an earlier download stopped.")
+    )
     doctor = command("doctor", "Check this installation: versions, device, memory, ffmpeg, models.")
     add_models_dir(doctor)
     text = "run the self-test there: cpu, cuda, cuda:1, mps, ... (some 20 s)"
@@ -223,10 +225,7 @@ def _add_transfer(parser: Parser) -> None:
     parser.add_argument("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
     parser.add_argument("--force", action="store_true", help="with --from: although something changed")
     parser.add_argument("--gpus", type=reader(Whole(1)), metavar="N", help="spread the run over N processes")
-    wait, text = (
-        reader(Number(above=0)),
-        "seconds after which a process without answer ends the run (600)",
-    )
+    wait, text = reader(Number(above=0)), "seconds after which a process without answer ends the run (600)"
     parser.add_argument("--rank-timeout", type=wait, default=600, metavar="S", help=text)
     _add_run(parser)
 

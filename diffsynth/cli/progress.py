@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm import tqdm  # type: ignore[import-untyped]  # its stubs are a separate package
 
 from diffsynth.cli.arguments import flag
 from diffsynth.cli.console import Console

@@ -174,7 +174,7 @@ def _check_unchanged(
     if found and not force:
         raise UsageError(f"the run cannot be repeated: {'; '.join(found)} (--force to run it all the same)")
     for text in found:
-        console.problem(f"{text}; going on, since --force is given")
+        console.problem(f"{text}; continuing because of --force")
 
 
 def _compared(recorded: RunRecord | None, record: RunRecord, console: Console) -> dict[str, bool]:
@@ -183,7 +183,7 @@ def _compared(recorded: RunRecord | None, record: RunRecord, console: Console) -
         return {}
     same = recorded.video["frames_sha256"] == record.video["frames_sha256"]
     if same:
-        console.say("every frame is as recorded, to the bit")
+        console.say("every frame is bit-identical to the recorded one")
         return {"same_frames": True}
     then, now = ({**r.versions, **{f"device {k}": r.device[k] for k in r.device}} for r in (recorded, record))
     changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]

@@ -70,17 +70,10 @@ MODEL_OF_DIT_DIM = {1536: "Wan2.1-T2V-1.3B", 5120: "Wan2.1-T2V-14B"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeaCacheModel:
-    """TeaCache's published numbers for one model.
+    """TeaCache4Wan2.1's numbers for one model, the set fitted with e0 as the input (use_ret_steps)."""
 
-    Attributes:
-        coefficients: polynomial in the relative change of e0, fourth power first.
-        thresholds: the range that the authors advise, from careful to fast.
-        source: origin of the numbers.
-    """
-
-    coefficients: tuple[float, float, float, float, float]
-    thresholds: tuple[float, float]
-    source: str = "TeaCache4Wan2.1, the set fitted with e0 as the input (use_ret_steps)"
+    coefficients: tuple[float, float, float, float, float]  # of the relative change of e0, fourth power first
+    thresholds: tuple[float, float]  # the range that the authors advise, from careful to fast
 
 
 @cache
@@ -95,12 +88,14 @@ def tea_cache_models() -> dict[str, TeaCacheModel]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MagCacheModel:
-    """MagCache's published numbers of one model: ratios of 50 steps, threshold, most steps skipped."""
+    """MagCache4Wan2.1's numbers for one model: ratios of 50 steps, threshold, most steps skipped.
+
+    They were measured with sdpa attention; UniPC, shift 5, guidance 5 by default.
+    """
 
     ratios: MagRatios
     threshold: float
     max_skip: int
-    source: str = "MagCache4Wan2.1, measured with sdpa attention; UniPC, shift 5, guidance 5 by default"
 
 
 @cache

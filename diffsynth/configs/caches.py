@@ -123,6 +123,7 @@ def choose_cache(
 
     Args:
         name: a key of `CACHES`.
+        dit_dim: width of the DiT.
         threshold: replaces the published one.
         declared_ratios: MagCache's ratios from the checkpoint, which replace the published ones.
         model_id: model whose coefficients TeaCache takes; by default the one of this width.

@@ -7,21 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-# Options with which the published text-to-video checkpoints are run unless the caller says otherwise.
-PUBLISHED_DEFAULTS: Mapping[str, object] = MappingProxyType(
-    {
-        "height": 480,
-        "width": 832,
-        "num_frames": 81,
-        "fps": 15.0,
-        "negative_prompt": (
-            "oversaturated, overexposed, static, blurred details, subtitles, painting, still picture, grey, "
-            "worst quality, low quality, JPEG artifacts, ugly, deformed, extra fingers, badly drawn hands, "
-            "badly drawn face, fused fingers, motionless, cluttered background, three legs, "
-            "crowd in the background, walking backwards"
-        ),
-    }
-)
 # The model that comes with the package: beside it in a clone, inside it when installed from a wheel.
 EMBEDDED = "Wan2.1-T2V-nano"
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -66,18 +51,19 @@ class PublishedCheckpoint:
         return 4 * self.num_parameters // num_shards
 
 
-def _published() -> dict[str, PublishedCheckpoint]:
-    table = json.loads(Path(__file__).with_name("published.json").read_text())
-    found = {}
-    for key, row in table["checkpoints"].items():
-        dit = {**table["dit_of_all"], **row["dit_kwargs"]}
-        dit["patch_size"] = tuple(dit["patch_size"])
-        files = {**row["files"], **table["files_of_all"]}
-        found[key] = PublishedCheckpoint(**{**row, "files": files, "dit_kwargs": dit})
-    return found
+_TABLE = json.loads(Path(__file__).with_name("published.json").read_text())
+# Options with which the published text-to-video checkpoints are run unless the caller says otherwise.
+PUBLISHED_DEFAULTS: Mapping[str, Any] = MappingProxyType(_TABLE["defaults_of_all"])
 
 
-PUBLISHED: Mapping[str, PublishedCheckpoint] = MappingProxyType(_published())
+def _published(row: Mapping[str, Any]) -> PublishedCheckpoint:
+    dit = {**_TABLE["dit_of_all"], **row["dit_kwargs"]}
+    dit["patch_size"] = tuple(dit["patch_size"])
+    files = {**row["files"], **_TABLE["files_of_all"]}
+    return PublishedCheckpoint(**{**row, "files": files, "dit_kwargs": dit})
+
+
+PUBLISHED = MappingProxyType({key: _published(row) for key, row in _TABLE["checkpoints"].items()})
 
 
 def published_key(name: str | Path) -> str | None:
@@ -101,7 +87,13 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
         FileNotFoundError: the folder does not exist; the message says how to fetch it.
     """
     if str(name).lower() in ("nano", EMBEDDED.lower()):
-        return _embedded_folder()
+        candidates = [parent / EMBEDDED for parent in _EMBEDDED_IN]
+        if (found := next((folder for folder in candidates if folder.is_dir()), None)) is not None:
+            return found
+        searched = " nor ".join(map(str, candidates))
+        raise FileNotFoundError(
+            f"the embedded model is missing: neither {searched} is there; install the package again"
+        )
     key, here = published_key(name), Path(root) / Path(name).name
     folders = [Path(name), here] if key is None else [Path(name), here, Path(root) / PUBLISHED[key].folder]
     for folder in folders:
@@ -115,14 +107,3 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
         raise FileNotFoundError(f"{here} does not exist; fetch a Wan checkpoint with: {fetch}")
     names = ", ".join(["nano", *PUBLISHED])
     raise FileNotFoundError(f"{name} is neither a checkpoint folder nor one of the names {names}")
-
-
-def _embedded_folder() -> Path:
-    candidates = [parent / EMBEDDED for parent in _EMBEDDED_IN]
-    found = next((folder for folder in candidates if folder.is_dir()), None)
-    if found is None:
-        raise FileNotFoundError(
-            f"the embedded model is missing: neither {' nor '.join(map(str, candidates))} is there; "
-            "install the package again"
-        )
-    return found

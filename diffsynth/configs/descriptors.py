@@ -56,11 +56,6 @@ DESCRIPTORS: dict[str, Descriptor] = {
 }
 
 
-def modes() -> tuple[str, ...]:
-    """Return the names of all modes, the one without transfer last."""
-    return (*DESCRIPTORS, NO_TRANSFER)
-
-
 def flow_modes() -> tuple[str, ...]:
     """Return the modes whose motion can be drawn as a flow."""
     return tuple(mode for mode, descriptor in DESCRIPTORS.items() if descriptor.has_flow)

@@ -26,6 +26,7 @@ class Kind(Protocol):
 
     def read(self, text: str) -> Any:
         """Parse a value; ValueError if the text is not an allowed value."""
+        return self.check(text)
 
     def check(self, value: Any) -> Any:
         """Return an allowed value, converted to the type of the kind.
@@ -89,7 +90,7 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Text(Kind):
     """Text of at most `longest` characters."""
 
     longest: int = 1000
@@ -98,9 +99,6 @@ class Text:
     def __str__(self) -> str:
         return f"text of at most {self.longest} characters"
 
-    def read(self, text: str) -> str:
-        return self.check(text)
-
     def check(self, value: Any) -> str:
         if not isinstance(value, str) or len(value) > self.longest:
             raise ValueError
@@ -108,7 +106,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Kind):
     """One of some known names, or of the keys of a registry, also of those that join it later."""
 
     known: Collection[str]
@@ -116,9 +114,6 @@ class Choice:
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.known)}"
-
-    def read(self, text: str) -> str:
-        return self.check(text)
 
     def check(self, value: Any) -> str:
         if not isinstance(value, str) or value not in self.known:

@@ -287,7 +287,9 @@ class FileOptions(CheckedOptions):
         OrNone(Number(above=0), "the reference's, else the model's"), "frames a second", default=None
     )
     quality: float = option(Number(least=0, most=10), "0 (small file) to 10 (best)", default=8.0)
-    lossless: bool = option(Switch(), "keep every pixel to the bit; for .mkv, .avi and .webm", default=False)
+    lossless: bool = option(
+        Switch(), "keep every pixel bit-identical; for .mkv, .avi and .webm", default=False
+    )
     keep_audio: bool = option(Switch(), "keep the sound of the reference", default=False)
 
 

@@ -46,8 +46,8 @@ class ReferenceFacts:
     """Facts about a reference video that decide options of a run.
 
     Attributes:
-        height: height of the frames in pixels.
-        width: width of the frames in pixels.
+        num_frames: number of the frames.
+        height, width: size of the frames in pixels.
         fps: frames a second; None if unknown.
     """
 
@@ -62,7 +62,7 @@ class ModelFacts:
     """Facts about a model that decide options.
 
     Attributes:
-        dim: width of the DiT, which has num_layers blocks of num_heads heads.
+        dim, num_layers, num_heads: width of the DiT, its blocks, and the heads of each.
         pixels_per_token: rows and columns of pixels in a token.
         pixels_per_latent: rows, and columns, of pixels in a latent.
         frames_per_latent: frames in a latent frame after the first.
@@ -231,20 +231,13 @@ def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: Referenc
         raise ValueError(f"num_frames is {asked}, but input_video has {available} frames")
     else:
         length = asked
-    level = logging.WARNING if asked is None else logging.INFO
-    if length < available and reference.fps:
-        logger.log(
-            level,
-            "the reference has %d frames: the first %d are used, %.3g of its %.3g seconds; "
-            "reading it at %.3g frames a second (ref_fps) covers all",
-            available,
-            length,
-            length / reference.fps,
-            available / reference.fps,
-            math.floor(100 * length / available * reference.fps) / 100,
-        )
-    elif length < available:
-        logger.log(level, "the reference has %d frames: the first %d are used", available, length)
+    if length < available:
+        message = f"the reference has {available} frames: the first {length} are used"
+        if rate := reference.fps:
+            slower = math.floor(100 * length / available * rate) / 100
+            message += f", {length / rate:.3g} of its {available / rate:.3g} seconds; "
+            message += f"reading it at {slower:.3g} frames a second (ref_fps) covers all"
+        logger.log(logging.WARNING if asked is None else logging.INFO, message)
     return length
 
 

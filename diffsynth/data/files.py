@@ -39,6 +39,7 @@ def written_whole(path: Path, place: Callable[[Path, Path], object] = os.replace
     A kill, a crash or a full disk leaves either the old or the new content; an error leaves no trace.
 
     Args:
+        path: the file.
         place: called with (the hidden path, `path`) once the content is on the disk.
     """
     with unfinished(path) as temporary:
@@ -56,6 +57,7 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
     Those that killed processes left for the same path are removed first: nobody holds their locks any more.
 
     Args:
+        path: what will be replaced.
         folder: make a folder instead of a file.
     """
     # What is unfinished itself, as save_video's target below publish, belongs to the same path.

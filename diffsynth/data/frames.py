@@ -48,6 +48,7 @@ def fit_frame(image: Image.Image, height: int, width: int, fit: str = "crop") ->
 
     Args:
         image: mode RGB or L, which is kept.
+        height, width: the size in pixels.
         fit: "crop" the side that is too long, "pad" with black, or "stretch".
 
     Raises:
@@ -85,13 +86,8 @@ def warn_of_cropping(source: tuple[int, int], target: tuple[int, int]) -> None:
     lost = {"width": 1 - (right - left) / source[0], "height": 1 - (bottom - top) / source[1]}
     side = max(lost, key=lambda name: lost[name])
     if lost[side] > 0.1:
-        logger.warning(
-            "%dx%d -> %dx%d cuts off %.0f %% of the %s; fit pad or stretch keeps it",
-            *source,
-            *target,
-            100 * lost[side],
-            side,
-        )
+        message = "%dx%d -> %dx%d cuts off %.0f %% of the %s; fit pad or stretch keeps it"
+        logger.warning(message, *source, *target, 100 * lost[side], side)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -123,6 +119,7 @@ def read_picture(picture: Picture, name: str) -> Image.Image:
     """Return a picture, upright and RGB.
 
     Args:
+        picture: a file, an image or a uint8 array [H, W, 3].
         name: name of the argument, for errors.
 
     Raises:
@@ -176,19 +173,13 @@ def _rgb_frame(frame: Image.Image | np.ndarray, name: str) -> Image.Image:
 
 def list_images(folder: Path) -> list[Path]:
     """Return the image files in a folder by suffix, without hidden ones, in natural order (2 before 10)."""
-    return sorted(
-        (
-            path
-            for path in folder.iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-        ),
-        key=_natural_key,
-    )
 
+    def natural(path: Path) -> tuple[list[str | int], str]:
+        parts = re.split(r"([0-9]+)", path.name.lower())
+        return [int(part) if index % 2 else part for index, part in enumerate(parts)], path.name
 
-def _natural_key(path: Path) -> tuple[list[str | int], str]:
-    parts = re.split(r"([0-9]+)", path.name.lower())
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], path.name
+    found = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted((path for path in found if not path.name.startswith(".")), key=natural)
 
 
 def write_pngs(frames: Iterator[Image.Image], folder: Path, digits: int) -> None:

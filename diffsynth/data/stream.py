@@ -26,7 +26,8 @@ _TO_SDR = (
 _HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 _OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
 _NO_TIME = -(2**63)  # of a packet whose time ffmpeg does not know
-_NTSC = (24, 30, 48, 60, 120)  # frames a second that are often slowed by 1000/1001
+# Rates that are often slowed by 1000/1001, by how ffmpeg rounds them.
+_NTSC = {f"{rate * 1000 / 1001:.2f}": Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +100,8 @@ def probe_video(path: Path) -> Stream:
     size, shape_notes = _upright_size(log, line)
     if 0 in size:
         raise ValueError(f"video file {path} says no size of its frames: it is damaged or no video")
-    duration = _duration(log)
+    duration = re.search(r"Duration: (\d+):(\d+):(\d+\.?\d*)", log)
+    hours, minutes, seconds = map(float, duration.groups() if duration else (0, 0, 0))
     return Stream(
         times=times,
         end=end,
@@ -111,7 +113,7 @@ def probe_video(path: Path) -> Stream:
         filters=filters,
         notes=(*shape_notes, *notes),
         error=errors[0] if errors else None,
-        promised=round(duration * told) if told else len(times),
+        promised=round((3600 * hours + 60 * minutes + seconds) * told) if told else len(times),
     )
 
 
@@ -133,20 +135,7 @@ def _told_rate(line: str) -> Fraction | None:
     match = re.search(r" (\d+\.?\d*)(k?) fps", line)
     if match is None or float(match[1]) == 0:
         return None
-    if match[2]:
-        return Fraction(match[1]) * 1000
-    for whole in _NTSC:
-        if match[1] == f"{whole * 1000 / 1001:.2f}":
-            return Fraction(whole * 1000, 1001)
-    return Fraction(match[1])
-
-
-def _duration(log: str) -> float:
-    match = re.search(r"Duration: (\d+):(\d+):(\d+\.?\d*)", log)
-    if match is None:
-        return 0.0
-    hours, minutes, seconds = (float(part) for part in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
+    return Fraction(match[1]) * 1000 if match[2] else _NTSC.get(match[1], Fraction(match[1]))
 
 
 def _upright_size(log: str, line: str) -> tuple[tuple[int, int], tuple[str, ...]]:

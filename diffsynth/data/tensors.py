@@ -55,6 +55,7 @@ def finite(values: Tensor, maker: str) -> Tensor:
     """Return values that a model made.
 
     Args:
+        values: a floating tensor of any shape.
         maker: the model and its dtype, for the message.
 
     Raises:

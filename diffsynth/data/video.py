@@ -52,13 +52,8 @@ class VideoFile:
     ) -> None:
         stream = probe_video(path)
         if stream.error is not None:
-            logger.warning(
-                "%s is damaged: %d frames decode, its header promises about %d (%s)",
-                path,
-                len(stream.times),
-                stream.promised,
-                stream.error,
-            )
+            message = "%s is damaged: %d frames decode, its header promises about %d (%s)"
+            logger.warning(message, path, len(stream.times), stream.promised, stream.error)
         stop = stream.end if end is None else min(end, stream.end)
         inside = np.flatnonzero((stream.times >= start - TICK) & (stream.times < stop - TICK))
         if len(inside) == 0:

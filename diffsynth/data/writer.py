@@ -48,7 +48,7 @@ def save_video(
     audio_start: float = 0.0,
     save_path: str | PathLike | None = None,
 ) -> Path:
-    """Encode frames as a video, at exactly their size, and return the path.
+    """Encode frames as a video, at exactly their size.
 
     The suffix decides the codec: H.264 for .mp4, .m4v, .mov, .mkv and .avi, VP9 for .webm, or a .gif. Colours
     are converted by ITU-R BT.709, and the file has its tags; players assume BT.709 for untagged video too.
@@ -70,6 +70,9 @@ def save_video(
         audio_start: second of that sound at which the frames begin.
         save_path: DiffSynth-Studio's name for path.
 
+    Returns:
+        The path.
+
     Raises:
         ValueError, TypeError: an argument or a frame is not allowed (see `rgb_frames`).
         RuntimeError: ffmpeg failed, or the file does not hold the frames.
@@ -83,7 +86,9 @@ def save_video(
     target = asked.resolve()
     fps = DEFAULT_FPS if fps is None else fps
     encoding = _encoding(target, fps, quality, lossless)
-    params = _checked_params(ffmpeg_params)
+    params = [] if ffmpeg_params is None else ffmpeg_params
+    if isinstance(params, str) or not all(isinstance(word, str) for word in params):
+        raise TypeError(f"ffmpeg_params must be a list of strings as ['-preset', 'slow'], got {params!r}")
     images = rgb_frames(frames)
     first = next(images)
     if (first.width % 2 or first.height % 2) and encoding["pixelformat"] == "yuv420p":
@@ -104,19 +109,23 @@ def save_video(
             raise RuntimeError(f"{asked}: ffmpeg could not write the video: {words}") from error
         found = (len(written.times), *written.size)
         if found != (num_frames, *first.size):
-            raise RuntimeError(
-                "{} was not written: the encoded video has {} frames of {}x{}, asked were {} of {}x{}".format(
-                    asked, *found, num_frames, *first.size
-                )
-            )
+            message = "{} was not written: the encoded video has {} frames of {}x{}, asked were {} of {}x{}"
+            raise RuntimeError(message.format(asked, *found, num_frames, *first.size))
     return asked
 
 
 def save_frames(frames: Iterable[Image.Image | np.ndarray] | np.ndarray, folder: str | PathLike) -> Path:
-    """Write frames to a folder (made if missing) as 00000.png, 00001.png, ... and return the folder.
+    """Write frames to a folder as 00000.png, 00001.png, ...
 
-    The frames, as for `save_video`, appear together at the end, so that an error leaves none behind. Nothing
-    is overwritten, and other files in the folder stay.
+    They appear together at the end, so that an error leaves none behind. Nothing is overwritten, and other
+    files in the folder stay.
+
+    Args:
+        frames: as for `save_video`.
+        folder: made if missing.
+
+    Returns:
+        The folder.
 
     Raises:
         FileExistsError: the folder holds images, or is a file.
@@ -182,14 +191,6 @@ def _add_sound(encoding: dict[str, Any], target: Path, source: Path, start: floa
     cut = f"atrim=start={float(start)}:duration={duration},asetpts=PTS-STARTPTS,apad=whole_dur={duration}"
     encoding.update(audio_path=file_url(source), audio_codec=codec)
     encoding["output_params"] += ["-af", cut]
-
-
-def _checked_params(params: Sequence[str] | None) -> list[str]:
-    if params is None:
-        return []
-    if isinstance(params, str) or not all(isinstance(word, str) for word in params):
-        raise TypeError(f"ffmpeg_params must be a list of strings as ['-preset', 'slow'], got {params!r}")
-    return list(params)
 
 
 def _encode(

@@ -28,7 +28,7 @@ class SpreadAMF:
 
     Attributes:
         whole: the descriptor of one process.
-        local_features: as `SequenceParallel.local_features`.
+        local_features: as `SequenceParallel.local_features`; group: of the ranks.
     """
 
     whole: DenseAMF

@@ -1,4 +1,4 @@
-"""Figures with axes: losses of a run, heat maps of a probe. Drawn by matplotlib, which is imported on use."""
+"""Figures with axes: the losses of a run. Drawn by matplotlib, which is imported on use."""
 
 import base64
 import io
@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, RED, GREEN = "#3c64be", "#cd3c32", "#288c46"
-_WIDEST = 24  # inches
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -76,39 +73,3 @@ def loss_sketch(losses: tuple[float, ...]) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="svg", transparent=True)
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def heat_maps(
-    values: np.ndarray, titles: Sequence[str], rows: Sequence[str], columns: Sequence[str], headline: str
-) -> "Figure":
-    """Draw tables of correlations as colours with their numbers; the highest of all has a frame.
-
-    Args:
-        values: [panels, rows, columns] in [-1, 1]; 1 is red, 0 white, -1 blue.
-        titles: one for each panel.
-        rows: names of the rows.
-        columns: names of the columns.
-        headline: above all panels.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    width, height = 1 + 0.66 * len(columns), 0.8 + 0.25 * len(rows)
-    beside = max(1, min(len(values), int(_WIDEST // width)))
-    below = -(-len(values) // beside)
-    figure = new_figure(beside * width, 0.4 + below * height)
-    figure.suptitle(headline)
-    best = np.unravel_index(values.argmax(), values.shape)
-    for index, (table, title) in enumerate(zip(values, titles, strict=True)):
-        axes = figure.add_subplot(below, beside, index + 1, title=title)
-        axes.imshow(table, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(columns)), columns, fontsize=8)
-        axes.set_yticks(range(len(rows)), rows, fontsize=8)
-        for row, column in np.ndindex(*table.shape):
-            value = table[row, column]
-            ink = "white" if abs(value) > 0.6 else "black"
-            frame = {"fill": False, "edgecolor": ink} if (index, row, column) == best else None
-            axes.text(
-                column, row, f"{value:.2f}", color=ink, fontsize=8, ha="center", va="center", bbox=frame
-            )
-    return figure

@@ -226,9 +226,8 @@ def save_flow_video(
 
 def _beside(frames: Video, flow: np.ndarray) -> Iterator[Image.Image]:
     panels: list[Image.Image] = []
-    sure = [texture(frame, *flow.shape[1:3]) for frame in _frames_of_steps(frames, len(flow))]
     for index, left in enumerate(flow_video(frames, flow)):
-        panels = panels or colour_panels(flow, left.size, sure=sure)
+        panels = panels or colour_panels(flow, left.size, sure=_textures(frames, flow))
         both = Image.new("RGB", (2 * left.width, left.height))
         both.paste(left, (0, 0))
         both.paste(panels[_step_of_frame(index, len(flow))], (left.width, 0))
@@ -299,15 +298,15 @@ def flow_sheet(frames: Video, flow: Tensor | np.ndarray, *, sf: int = 4) -> Imag
     size = (round(video[0].width * SHEET_HEIGHT / video[0].height), SHEET_HEIGHT)
     drawn = list(flow_video(video, steps, height=SHEET_HEIGHT))
     above = [drawn[min(4 * step, len(video) - 1)].resize(size) for step in range(len(steps))]
-    sure = [texture(frame, *steps.shape[1:3]) for frame in _frames_of_steps(video, len(steps))]
-    below = [panel.resize(size) for panel in colour_panels(steps, sure=sure)]
+    below = [panel.resize(size) for panel in colour_panels(steps, sure=_textures(video, steps))]
     return picture_grid([above, below], [[f"frame {4 * s + 1} to {4 * s + 5}" for s in range(len(steps))]])
 
 
-def _frames_of_steps(frames: Video, num_steps: int) -> list[Image.Image]:
-    """Return the frame at which the latent frame ends that each step starts from."""
+def _textures(frames: Video, flow: np.ndarray) -> list[np.ndarray]:
+    """Return the texture of the frame at which the latent frame ends that each step starts from."""
     video = list(rgb_frames(frames))
-    return [video[min(FRAMES_PER_LATENT * step, len(video) - 1)] for step in range(num_steps)]
+    starts = (video[min(FRAMES_PER_LATENT * step, len(video) - 1)] for step in range(len(flow)))
+    return [texture(frame, *flow.shape[1:3]) for frame in starts]
 
 
 def _step_of_frame(index: int, num_steps: int, frames_per_latent: int = FRAMES_PER_LATENT) -> int:

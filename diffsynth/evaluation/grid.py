@@ -103,24 +103,18 @@ def video_grid(
     if columns is None:
         columns = len(videos) if len(videos) <= _MOST_IN_A_ROW else math.ceil(math.sqrt(len(videos)))
     columns = min(checked_int("columns", columns), len(videos))
-    steps = [_frames_per_step(frames, fps) for frames in videos.values()]
+    rates = [frames.fps if isinstance(frames, VideoData) else None for frames in videos.values()]
+    steps = [rate / fps if fps and rate else 1.0 for rate in rates]
     counts = [math.ceil(len(v) / step - 1e-6) for v, step in zip(videos.values(), steps, strict=True)]
     names = list(videos)
     labels = [names[first : first + columns] for first in range(0, len(names), columns)]
     sheets = []
     for t in range(max(counts) if until == "longest" else min(counts)):
-        cells = [
-            _cell(frames, int(t * step + 1e-6), height)
-            for frames, step in zip(videos.values(), steps, strict=True)
-        ]
+        now = zip(videos.values(), steps, strict=True)
+        cells = [_cell(frames, int(t * step + 1e-6), height) for frames, step in now]
         rows = [cells[first : first + columns] for first in range(0, len(cells), columns)]
         sheets.append(picture_grid(rows, labels))
     return sheets
-
-
-def _frames_per_step(frames: Video, fps: float | None) -> float:
-    own = frames.fps if isinstance(frames, VideoData) else None
-    return own / fps if fps and own else 1.0
 
 
 def _cell(frames: Video, index: int, height: int) -> Image.Image:

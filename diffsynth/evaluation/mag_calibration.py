@@ -58,6 +58,8 @@ def calibrate_magcache(
     One prompt is enough, as published; the mean over several is steadier.
 
     Args:
+        pipe: the pipeline.
+        prompts, negative_prompt: texts as for the call.
         call: other arguments of the pipeline's call, num_inference_steps, seed and input_video among them;
             the ratios are those of runs like this.
 

@@ -9,11 +9,10 @@ import numpy as np
 from PIL import Image
 
 from diffsynth.data import VideoData, save_video
+from diffsynth.data.writer import DEFAULT_FPS
 
 if TYPE_CHECKING:
     import IPython.display
-
-USUAL_FPS = 15.0
 
 
 def display(
@@ -41,7 +40,7 @@ def display(
     attributes = "controls loop autoplay muted"
     if isinstance(video, str | Path):
         return Video(str(video), embed=True, width=width, html_attributes=attributes)
-    rate = fps or getattr(video, "fps", None) or USUAL_FPS
+    rate = fps or getattr(video, "fps", None) or DEFAULT_FPS
     with tempfile.TemporaryDirectory() as folder:
         path = save_video(video, Path(folder, "video.mp4"), fps=rate, quality=8)
         return Video(

@@ -1,6 +1,6 @@
 """The self-test: what the embedded model computes on a device, stage by stage, against stored numbers.
 
-Every stage has inputs of its own, drawn on the CPU, so that a fault shows in the stage that has it. The
+Every stage has separate inputs, drawn on the CPU, so that a fault shows in the stage that has it. The
 stored numbers are those of `write_reference`: float32 on a CPU.
 """
 

@@ -7,9 +7,7 @@ comparable.
 
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,19 +126,11 @@ def _embed_frames(clip: Clip, frames: Video) -> torch.Tensor:
     model = clip.model
     config: Any = model.config  # transformers types its parts as dicts, too
     size = config.vision_config.image_size
-    images = rgb_frames(frames)
-    embedded = []
+    pixels = torch.stack([_pixels(image, size) for image in rgb_frames(frames)])
     with torch.no_grad():
-        for batch in _batches(images):
-            pixels = torch.stack([_pixels(image, size) for image in batch]).to(model.device)
-            pooled = model.vision_model(pixel_values=pixels).pooler_output
-            embedded.append(model.visual_projection(pooled))
+        batches = (model.vision_model(pixel_values=part.to(model.device)) for part in pixels.split(_BATCH))
+        embedded = [model.visual_projection(batch.pooler_output) for batch in batches]
     return torch.nn.functional.normalize(torch.cat(embedded), dim=-1)
-
-
-def _batches(images: Iterator[Image.Image]) -> Iterator[list[Image.Image]]:
-    while batch := list(islice(images, _BATCH)):
-        yield batch
 
 
 def _pixels(image: Image.Image, size: int) -> torch.Tensor:
@@ -167,7 +157,5 @@ def _embed_text(clip: Clip, prompt: str) -> torch.Tensor:
         logger.warning("CLIP reads %d tokens; the last %d of the prompt do not count", limit, length - limit)
     tokens = clip.tokenizer(prompt, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
     with torch.no_grad():
-        pooled = model.text_model(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).pooler_output
-        return torch.nn.functional.normalize(model.text_projection(pooled)[0], dim=-1)
+        read = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return torch.nn.functional.normalize(model.text_projection(read.pooler_output)[0], dim=-1)

@@ -112,9 +112,9 @@ def _track_lk(video: np.ndarray, grid: int) -> Tracklets:
     except ImportError as error:
         raise ImportError('tracking by "lk" needs OpenCV: pip install "fastvmt[eval]"') from error
     height, width = video.shape[1:3]
-    places = _grid_points(height, width, grid)
-    seen = np.ones(len(places), bool)
-    points, visible = [places], [seen]
+    positions = _grid_points(height, width, grid)
+    seen = np.ones(len(positions), bool)
+    points, visible = [positions], [seen]
     # The coarsest picture must still hold a window on either side of a point.
     levels = int(np.clip(np.log2(min(height, width) / (2 * _WINDOW)), 0, _MOST_LEVELS))
     tracker = cv2.SparsePyrLKOpticalFlow.create(
@@ -122,15 +122,17 @@ def _track_lk(video: np.ndarray, grid: int) -> Tracklets:
     )
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
     for a, b in pairwise(grey):
-        start = np.ascontiguousarray(places[:, None, ::-1]) - 0.5  # OpenCV: (column, row), first centre at 0
+        start = (
+            np.ascontiguousarray(positions[:, None, ::-1]) - 0.5
+        )  # OpenCV: (column, row), first centre at 0
         end, found, _ = tracker.calc(a, b, start, np.empty_like(start))
         back, returned, _ = tracker.calc(b, a, end, np.empty_like(start))
         moved = end[:, 0, ::-1] + 0.5
         seen = seen & (found[:, 0] == 1) & (returned[:, 0] == 1)
         seen &= np.linalg.norm(back - start, axis=-1)[:, 0] < _LEAST_RETURN
         seen &= ((moved >= 0) & (moved < (height, width))).all(-1)
-        places = np.where(seen[:, None], moved, places)
-        points.append(places)
+        positions = np.where(seen[:, None], moved, positions)
+        points.append(positions)
         visible.append(seen)
     return Tracklets(points=np.stack(points, 1).astype(np.float32), visible=np.stack(visible, 1))
 
@@ -179,8 +181,8 @@ def _load_cotracker(checkpoint: str | PathLike | None, device: torch.device) -> 
 def _track_cotracker(model: torch.nn.Module, video: np.ndarray, grid: int) -> Tracklets:
     device = next(model.parameters()).device
     points = _grid_points(video.shape[1], video.shape[2], grid)
-    places = torch.from_numpy(points[:, ::-1] - 0.5)  # CoTracker: (frame, column, row), first centre at 0
-    queries = torch.cat([torch.zeros(len(places), 1), places], dim=-1)
+    positions = torch.from_numpy(points[:, ::-1] - 0.5)  # CoTracker: (frame, column, row), first centre at 0
+    queries = torch.cat([torch.zeros(len(positions), 1), positions], dim=-1)
     clip = torch.from_numpy(video).permute(0, 3, 1, 2).float()  # 0 to 255
     with torch.no_grad():
         tracks, visible = model(clip[None].to(device), queries=queries[None].to(device))

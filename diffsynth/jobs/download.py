@@ -1,7 +1,7 @@
 """Fetch a published checkpoint from ModelScope or Hugging Face, and tell whether a folder holds all of it.
 
-Only files that inference needs and that are not yet complete are fetched; both hubs go on where an earlier
-download stopped. Completeness is judged without a network, by sizes and by what the files say of themselves.
+Only files that inference needs and that are not yet complete are fetched; both hubs continue where an
+earlier download stopped. Completeness is judged without a network, by the sizes and contents of files.
 """
 
 import json
@@ -9,9 +9,8 @@ import logging
 import shlex
 import shutil
 import zipfile
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from diffsynth.configs.checkpoints import PublishedCheckpoint
 
@@ -20,6 +19,11 @@ logger = logging.getLogger(__name__)
 SOURCES = ("modelscope", "huggingface")
 
 _SITES = {"modelscope": "modelscope.cn", "huggingface": "huggingface.co"}
+# The package of a hub, the module of its errors, and the argument that names files.
+_HUBS = {
+    "modelscope": ("modelscope", "modelscope.hub.errors", "allow_file_pattern"),
+    "huggingface": ("huggingface_hub", "huggingface_hub.errors", "allow_patterns"),
+}
 _MAX_SAFETENSORS_HEADER = 100_000_000
 """Bytes; the format allows no longer header, so a larger number means that the file is something else."""
 
@@ -45,6 +49,7 @@ def download(
     A complete folder is left alone, and an unfinished download is resumed.
 
     Args:
+        checkpoint: what to fetch; output_dir: the folder of all models.
         source: "modelscope" or "huggingface".
 
     Raises:
@@ -121,40 +126,21 @@ def _require_disk_space(folder: Path, checkpoint: PublishedCheckpoint, paths: li
 
 
 def _fetch(checkpoint: PublishedCheckpoint, folder: Path, paths: list[str], source: str) -> None:
-    snapshot_download, errors = _modelscope() if source == "modelscope" else _huggingface()
     # allow_file_pattern: the one name that every ModelScope version knows.
-    patterns = {"allow_file_pattern" if source == "modelscope" else "allow_patterns": paths}
-    failures: tuple[type[BaseException], ...] = (OSError, *_error_classes(errors))
+    package, errors, patterns = _HUBS[source]
     try:
-        snapshot_download(checkpoint.model_id, local_dir=str(folder), **patterns)
-    except failures as error:
+        hub, kinds = import_module(package), vars(import_module(errors)).values()
+    except ImportError as error:
+        raise DownloadError(f"{package} is not installed: pip install {package}") from error
+    # The errors of a hub have no base class in common in all of its versions.
+    own = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
+    failures: list[type[BaseException]] = [OSError, *own]
+    try:
+        hub.snapshot_download(checkpoint.model_id, local_dir=str(folder), **{patterns: paths})
+    except tuple(failures) as error:
         first_line = str(error).strip().split("\n")[0]
         reason = f"{type(error).__name__}: {first_line}"
         raise DownloadError(_explain(checkpoint, folder, source, reason)) from error
-
-
-def _modelscope() -> tuple[Callable[..., str], ModuleType]:
-    try:
-        from modelscope import snapshot_download
-        from modelscope.hub import errors
-    except ImportError as error:
-        raise DownloadError("ModelScope is not installed: pip install modelscope") from error
-    return snapshot_download, errors
-
-
-def _huggingface() -> tuple[Callable[..., str], ModuleType]:
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        raise DownloadError("The Hugging Face hub is not installed: pip install huggingface_hub") from error
-    return snapshot_download, errors
-
-
-def _error_classes(errors: ModuleType) -> tuple[type[Exception], ...]:
-    """Return all exceptions of a hub's errors module: they share no base class in all its versions."""
-    return tuple(
-        value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)
-    )
 
 
 def _explain(checkpoint: PublishedCheckpoint, folder: Path, source: str, reason: str) -> str:
@@ -162,7 +148,7 @@ def _explain(checkpoint: PublishedCheckpoint, folder: Path, source: str, reason:
     return (
         f"Could not fetch {checkpoint.name} ({checkpoint.model_id} at {_SITES[source]}) "
         f"into {folder}: {reason}\n"
-        "What has arrived is kept, the same command goes on from there. Or fetch it by hand:\n"
+        "What has arrived is kept, and the same command continues from there. Or fetch it by hand:\n"
         f"  modelscope download --model {checkpoint.model_id} --local_dir {target}\n"
         f"  hf download {checkpoint.model_id} --local-dir {target}"
     )

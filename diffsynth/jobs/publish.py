@@ -47,8 +47,12 @@ def check_free(path: Path, overwrite: bool) -> None:
         return
     if path.exists() or path.is_symlink():
         raise UsageError(f"output {path} exists; give another name, or --overwrite")
-    if record_path(path).exists() and not _is_record(record_path(path)):
-        raise UsageError(f"{record_path(path)} exists and is no record of a run; give another name")
+    if record_path(path).exists():
+        try:
+            read_record(record_path(path))
+        except ValueError as error:
+            text = f"{record_path(path)} exists and is no record of a run; give another name"
+            raise UsageError(text) from error
 
 
 def check_place(path: Path) -> None:
@@ -162,11 +166,3 @@ def _numbered(path: Path) -> Iterator[Path]:
     yield path
     for number in itertools.count(2):
         yield path.with_name(f"{path.stem}-{number}{path.suffix}")
-
-
-def _is_record(path: Path) -> bool:
-    try:
-        read_record(path)
-    except ValueError:
-        return False
-    return True

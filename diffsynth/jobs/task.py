@@ -119,16 +119,8 @@ def open_reference(
     """
     file, folder = (None, path) if path.is_dir() else (path, None)
     used = used or ReferenceOptions()
-    return VideoData(
-        video_file=file,
-        image_folder=folder,
-        height=height,
-        width=width,
-        fps=used.ref_fps,
-        start=used.start,
-        end=used.end,
-        fit=used.fit,
-    )
+    part: dict[str, Any] = {"fps": used.ref_fps, "start": used.start, "end": used.end, "fit": used.fit}
+    return VideoData(file, folder, height, width, **part)
 
 
 def use_reference(

@@ -169,7 +169,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
 
     Args:
         q: [B, S, N, D] (batch, tokens, heads, head width).
-        k: [B, L, N, D], as v.
+        k, v: [B, L, N, D].
+        backend: name of a kernel, which takes precedence over `use_attention`.
 
     Returns:
         [B, S, N, D].

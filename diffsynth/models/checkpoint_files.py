@@ -9,7 +9,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffsynth.models.gguf_files import read_gguf, unpack_gguf
+from diffsynth.models.gguf_files import WIDE_KINDS, read_gguf, unpack_gguf
 from diffsynth.models.packed_linear import PackedWeight
 
 DOWNLOAD_HINT = "published checkpoints are fetched with: fastvmt download 1.3b"
@@ -102,21 +102,13 @@ def _scaled(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         for key, tensor in tensors.items()
         if key not in scales.values() and not key.endswith(_OF_KERNELS)
     }
-    for key, tensor in found.items():
-        if key in scales:
-            _check_format(tensors, key)
-            found[key] = _with_scale(key, tensor, tensors[scales[key]])
+    for key in scales.keys() & found.keys():
+        if (note := tensors.get(f"{key.removesuffix('.weight')}.comfy_quant")) is not None:
+            stored = json.loads(bytes(note.read().tolist())).get("format", "")
+            if not stored.startswith("float8"):
+                raise CheckpointError(f"{note.file}: {key} is stored as {stored}; only float8 is supported")
+        found[key] = _with_scale(key, found[key], tensors[scales[key]])
     return found
-
-
-def _check_format(tensors: Mapping[str, StoredTensor], key: str) -> None:
-    """Raise CheckpointError if a weight says that it is stored in another way than float8 with a scale."""
-    note = tensors.get(f"{key.removesuffix('.weight')}.comfy_quant")
-    if note is None:
-        return
-    told = json.loads(bytes(note.read().tolist())).get("format", "")
-    if not told.startswith("float8"):
-        raise CheckpointError(f"{note.file}: {key} is stored as {told}; of these only float8 is supported")
 
 
 def _with_scale(key: str, tensor: StoredTensor, scale: StoredTensor) -> StoredTensor:
@@ -162,11 +154,8 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
         stored = handle.get_slice(name)
         read = partial(handle.get_tensor, name)
         shape, dtype = torch.Size(stored.get_shape()), _FLOAT8.get(stored.get_dtype())
-        if dtype is None or len(shape) != 2:
-            found[name] = StoredTensor(file, shape, read)
-        else:
-            packed = partial(_unscaled, read, dtype)
-            found[name] = StoredTensor(file, shape, read, packed)
+        packed = None if dtype is None or len(shape) != 2 else partial(_unscaled, read, dtype)
+        found[name] = StoredTensor(file, shape, read, packed)
     return found
 
 
@@ -182,16 +171,12 @@ def _open_gguf(file: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(str(error)) from error
     found = {}
     for name, (data, kind, shape) in tensors.items():
-        read = partial(_numbers_of_gguf, data, kind, shape)
+        read = partial(unpack_gguf, data, kind, shape)
         packed = None
-        if kind not in ("F32", "F16", "BF16") and len(shape) == 2:
+        if kind not in WIDE_KINDS and len(shape) == 2:
             packed = partial(PackedWeight, data.view(torch.int8), torch.ones(len(data), 0), kind)
         found[name] = StoredTensor(file, shape, read, packed)
     return found
-
-
-def _numbers_of_gguf(data: Tensor, kind: str, shape: torch.Size) -> Tensor:
-    return unpack_gguf(data, kind).reshape(shape)
 
 
 def _open_pickle(file: Path) -> dict[str, StoredTensor]:
@@ -207,20 +192,12 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
     except _DAMAGE as error:
         raise CheckpointError(f"{file} is truncated or not a torch file ({error}); fetch it again") from error
     while isinstance(content, dict) and (
-        wrapper := next((w for w in _WRAPPERS if _is_dict(content, w)), None)
+        inner := next((content[w] for w in _WRAPPERS if isinstance(content.get(w), dict)), None)
     ):
-        content = content[wrapper]
+        content = inner
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} does not hold a state dict (names and tensors)")
-    return {str(name): StoredTensor(file, t.shape, partial(_itself, t)) for name, t in content.items()}
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _is_dict(content: dict, name: str) -> bool:
-    return isinstance(content.get(name), dict)
+    return {str(name): StoredTensor(file, t.shape, t.detach) for name, t in content.items()}
 
 
 def files_of(entry: str | Path | Sequence[str | Path]) -> list[list[Path]]:

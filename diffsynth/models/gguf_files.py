@@ -6,9 +6,8 @@ of weights, in a row of a matrix, has its own scale d, and in some kinds a minim
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ _T5_BLOCK = {
     "ffn_up": "layer.1.DenseReluDense.wi_1",
     "ffn_down": "layer.1.DenseReluDense.wo",
 }
+WIDE_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of tensors with more axes than GGUF has
 
 
@@ -48,34 +48,29 @@ def read_gguf(file: Path) -> dict[str, tuple[Tensor, str, torch.Size]]:
     found = {}
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name
-        if kind not in ("F32", "F16", "BF16", *UNPACK):
-            known = ", ".join(("F32", "F16", "BF16", *UNPACK))
+        if kind not in (*WIDE_KINDS, *UNPACK):
+            known = ", ".join((*WIDE_KINDS, *UNPACK))
             raise ValueError(f"{file}: {tensor.name} is of kind {kind}; supported are {known}")
-        shape = _original_shape(reader, tensor.name) or [int(side) for side in reversed(tensor.shape)]
-        data = torch.from_numpy(tensor.data).view(torch.uint8)
-        found[_transformers_name(tensor.name)] = data.reshape(shape[0], -1), kind, torch.Size(shape)
+        original = reader.fields.get(_ORIGINAL_SHAPE + tensor.name)
+        shape = [int(side) for side in reversed(tensor.shape)]
+        if original is not None:
+            shape = [int(original.parts[part][0]) for part in original.data]
+        name, block = tensor.name, re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", tensor.name)
+        if block and block[2] in _T5_BLOCK:
+            name = f"encoder.block.{block[1]}.{_T5_BLOCK[block[2]]}.weight"
+        data = torch.from_numpy(tensor.data).view(torch.uint8).reshape(shape[0], -1)
+        found[_T5_TOP.get(name, name)] = data, kind, torch.Size(shape)
     return found
 
 
-def _original_shape(reader: Any, name: str) -> list[int] | None:
-    field = reader.fields.get(_ORIGINAL_SHAPE + name)
-    return None if field is None else [int(field.parts[part][0]) for part in field.data]
-
-
-def _transformers_name(name: str) -> str:
-    block = re.fullmatch(r"enc\.blk\.(\d+)\.(\w+)\.weight", name)
-    if block is None or block[2] not in _T5_BLOCK:
-        return _T5_TOP.get(name, name)
-    return f"encoder.block.{block[1]}.{_T5_BLOCK[block[2]]}.weight"
-
-
-def unpack_gguf(data: Tensor, kind: str) -> Tensor:
-    """Return the numbers of a tensor, float32 [rows, columns], from its bytes [rows, n] uint8."""
-    if kind in ("F32", "F16", "BF16"):
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
-        return data.contiguous().view(dtype).float()
-    size, unpack = UNPACK[kind]
-    return unpack(data.reshape(-1, size)).reshape(len(data), -1)
+def unpack_gguf(data: Tensor, kind: str, shape: Sequence[int] | None = None) -> Tensor:
+    """Return the numbers of a tensor, float32, from its bytes [rows, n] uint8; [rows, columns] by default."""
+    if kind in WIDE_KINDS:
+        numbers = data.contiguous().view(WIDE_KINDS[kind]).float()
+    else:
+        size, unpack = UNPACK[kind]
+        numbers = unpack(data.reshape(-1, size))
+    return numbers.reshape(shape or (len(data), -1))
 
 
 def _halves(blocks: Tensor, start: int) -> Tensor:

@@ -45,7 +45,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
     Masks and indices are made once per grid and window. A window over the whole grid gives `attention`.
 
     Args:
-        q: [B, S, N, D], as k, v and the result.
+        q, k, v: [B, S, N, D], as the result.
         grid: (F, H, W) in tokens.
         window: (frames, rows, columns) that a token sees to each side.
 
@@ -61,7 +61,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
         )
     if all(reach >= side - 1 for reach, side in zip(window, grid, strict=True)):
         return attention(q, k, v)
-    if _flex_serves(q):
+    fits = q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_LEAST_WIDTH
+    if q.is_cuda and fits and _has_triton():
         return attend_in_blocks(q, k, v, block_plan(grid, window, q.device), _compiled_flex())
     plan = tile_plan(grid, window, q.device)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -82,12 +83,12 @@ class TileGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TilePlan:
-    """All tiles; queries, keys: their tokens, group after group; places [S]: of each token in queries."""
+    """All tiles; queries, keys: their tokens, group after group; positions [S]: of each token in queries."""
 
     groups: tuple[TileGroup, ...]
     queries: Tensor
     keys: Tensor
-    places: Tensor
+    positions: Tensor
 
 
 @lru_cache(maxsize=8)
@@ -113,7 +114,7 @@ def tile_plan(grid: Grid, window: Window, device: torch.device) -> TilePlan:
         )
     queries = torch.cat([group.queries.flatten() for group in groups])
     keys = torch.cat([group.keys.flatten() for group in groups])
-    return TilePlan(groups=tuple(groups), queries=queries, keys=keys, places=queries.argsort())
+    return TilePlan(groups=tuple(groups), queries=queries, keys=keys, positions=queries.argsort())
 
 
 def _spans(side: int, reach: int, least: int) -> list[tuple[slice, slice]]:
@@ -154,16 +155,16 @@ def attend_in_tiles(q: Tensor, k: Tensor, v: Tensor, plan: TilePlan) -> Tensor:
         )
         out = F.scaled_dot_product_attention(q_heads, k_heads, v_heads, attn_mask=group.mask)
         seen.append(rearrange(out, "(t b) n m d -> (t m) b n d", b=len(q)))
-    return torch.cat(seen).index_select(0, plan.places).transpose(0, 1)
+    return torch.cat(seen).index_select(0, plan.positions).transpose(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockPlan:
-    """order [S'], long: the tokens in blocks, filled up with token 0; places [S]: where each token is in it;
-    mask: the blocks to compute, and which tokens see which in them."""
+    """order [S'], long: the tokens in blocks, filled up with token 0; positions [S]: each token's index
+    in it; mask: the blocks to compute, and which tokens see which in them."""
 
     order: Tensor
-    places: Tensor
+    positions: Tensor
     mask: "BlockMask"
 
 
@@ -178,7 +179,7 @@ def block_plan(grid: Grid, window: Window, device: torch.device) -> BlockPlan:
     from torch.nn.attention.flex_attention import BlockMask
 
     order = _snake(grid)
-    places, missing = order.argsort(), -len(order) % BLOCK
+    positions, missing = order.argsort(), -len(order) % BLOCK
     at = torch.stack(torch.unravel_index(order, grid))
     # What fills up the last block lies out of every window but its own.
     at = F.pad(at, (0, missing), value=-sum(grid) - sum(window)).to(device, torch.int32)
@@ -199,7 +200,7 @@ def block_plan(grid: Grid, window: Window, device: torch.device) -> BlockPlan:
     mask = BlockMask.from_kv_blocks(
         *_block_list(partial), *_block_list(whole), BLOCK_SIZE=BLOCK, mask_mod=near
     )
-    return BlockPlan(order=F.pad(order, (0, missing)).to(device), places=places.to(device), mask=mask)
+    return BlockPlan(order=F.pad(order, (0, missing)).to(device), positions=positions.to(device), mask=mask)
 
 
 def _snake(grid: Grid) -> Tensor:
@@ -225,16 +226,12 @@ def _block_list(wanted: Tensor) -> tuple[Tensor, Tensor]:
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kernel: Kernel) -> Tensor:
     """Local attention by a kernel called as `flex_attention` is: [B, S, N, D] -> [B, S, N, D]."""
     in_order = (x.index_select(1, plan.order).transpose(1, 2) for x in (q, k, v))
-    return kernel(*in_order, block_mask=plan.mask).transpose(1, 2).index_select(1, plan.places)
+    return kernel(*in_order, block_mask=plan.mask).transpose(1, 2).index_select(1, plan.positions)
 
 
 @lru_cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _flex_serves(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_LEAST_WIDTH and _has_triton()
 
 
 @lru_cache

@@ -94,7 +94,7 @@ class Scaling:
 
     Attributes:
         source: where it says so, for messages.
-        alpha: None if nothing is said.
+        alpha: None if the file states none.
         rank: None for each layer's own.
         alphas, ranks: of the layers whose names match a pattern, as PEFT matches them.
         by_root: rs-LoRA, alpha / sqrt(rank).
@@ -107,30 +107,26 @@ class Scaling:
     ranks: Mapping[str, float] = field(default_factory=dict)
     by_root: bool = False
 
-    def of(self, name: str, own_rank: int | None, alpha: float | None) -> float:
-        """Return the scale of a layer.
+    def of(self, name: str, parts: Mapping[str, StoredTensor]) -> float:
+        """Return the factor on the factors of a layer, by its name in the file; 1 where nothing states it.
 
-        Args:
-            name: of the layer, in the file.
-            own_rank: the inner size of its factors; None if it has none.
-            alpha: of its own tensor `alpha`, which takes precedence.
+        Full tensors of LoKr have no rank, and then no scale either. A tensor `alpha` takes precedence.
 
         Raises:
             CheckpointError: its factors have another rank than the file declares.
         """
-        if alpha is not None:
-            return 1.0 if own_rank is None else alpha / self._divisor(own_rank)
-        alpha = _matching(self.alphas, name, self.alpha)
-        if alpha is None:
+        factor = next((p for p in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if p in parts), None)
+        rank: float | None = None if factor is None else parts[factor].shape[0]
+        if "alpha" in parts:
+            alpha: float | None = parts["alpha"].read().item()
+        elif (alpha := _matching(self.alphas, name, self.alpha)) is not None:
+            declared = _matching(self.ranks, name, self.rank)
+            if rank is not None and declared not in (None, rank):
+                raise CheckpointError(f"{self.source} declares rank {declared:g} for {name}; it has {rank}")
+            rank = declared if rank is None else rank
+        if alpha is None or rank is None:
             return 1.0
-        rank = _matching(self.ranks, name, self.rank)
-        if own_rank is not None and rank not in (None, own_rank):
-            raise CheckpointError(f"{self.source} declares rank {rank:g} for {name}; it has {own_rank}")
-        rank = own_rank if rank is None else rank
-        return 1.0 if rank is None else alpha / self._divisor(rank)
-
-    def _divisor(self, rank: float) -> float:
-        return math.sqrt(rank) if self.by_root else rank
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
 
 
 def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
@@ -183,7 +179,7 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
         _check_sizes(lora, layer, parts, modules[layer])
     scaling = _scaling(path, flags.get(_RSLORA_FLAG, False))
     layers = {
-        layer: LayerParts(stored=parts, scale=_scale(scaling, names[layer], parts))
+        layer: LayerParts(stored=parts, scale=scaling.of(names[layer], parts))
         for layer, parts in stored.items()
     }
     matched = len(tensors) - len(unknown)
@@ -213,25 +209,23 @@ def _without_prefix(name: str) -> str:
 def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Return the official path of a module that a LoRA file names in its own way; None if there is none."""
     name = _without_prefix(name)
-    for prefix in _FLAT_PREFIXES:
+    for prefix in _FLAT_PREFIXES:  # kohya has underscores for dots, in the names of either layout
         if name.startswith(prefix):
             flat = name.removeprefix(prefix)
-            return next((path for path in modules if flat in _flat_names(path)), None)
+            layouts = ((path, (path, diffusers_module(path) or "")) for path in modules)
+            return next(
+                (path for path, names in layouts if flat in [n.replace(".", "_") for n in names]), None
+            )
     return next((path for path in (name, official_module(name)) if path in modules), None)
-
-
-def _flat_names(path: str) -> set[str]:
-    """Return a module's path with underscores for dots, as kohya has it, of both layouts."""
-    return {name.replace(".", "_") for name in (path, diffusers_module(path)) if name}
 
 
 def _refuse_unknown_part(lora: str, key: str, modules: Mapping[str, nn.Module]) -> None:
     """Raise CheckpointError if a key that is not understood belongs to a layer that is there."""
-    places = [match.start() for match in re.finditer(r"\.", key)]
-    for place in reversed(places):
-        if layer := _resolve(key[:place], modules):
+    dots = [match.start() for match in re.finditer(r"\.", key)]
+    for dot in reversed(dots):
+        if layer := _resolve(key[:dot], modules):
             raise CheckpointError(
-                f"{lora} holds {key[place + 1 :]!r} for {layer}: this kind of LoRA is not supported, and "
+                f"{lora} holds {key[dot + 1 :]!r} for {layer}: this kind of LoRA is not supported, and "
                 "without that part it would be another one"
             )
 
@@ -251,14 +245,12 @@ def _check_sizes(lora: str, layer: str, parts: Mapping[str, StoredTensor], modul
     modulation = getattr(module, "modulation", None)
     if "diff_m" in parts and (modulation is None or parts["diff_m"].shape.numel() != modulation.numel()):
         raise CheckpointError(f"{lora} does not fit the modulation of {layer}; it is for another model")
-    if (shape := _weight_shape(module)) is not None and not _fits(parts, shape):
-        sizes = ", ".join(f"{part} {tuple(stored.shape)}" for part, stored in parts.items())
-        raise CheckpointError(f"{lora} does not fit {layer}, {tuple(shape)}: {sizes}; it is of another model")
-
-
-def _weight_shape(module: nn.Module) -> torch.Size | None:
     weight = getattr(module, "weight", None)
-    return None if weight is None else weight.shape
+    if weight is not None and not _fits(parts, weight.shape):
+        sizes = ", ".join(f"{part} {tuple(stored.shape)}" for part, stored in parts.items())
+        raise CheckpointError(
+            f"{lora} does not fit {layer}, {tuple(weight.shape)}: {sizes}; it is of another model"
+        )
 
 
 def _fits(parts: Mapping[str, StoredTensor], shape: torch.Size) -> bool:
@@ -277,13 +269,6 @@ def _fits(parts: Mapping[str, StoredTensor], shape: torch.Size) -> bool:
     if "magnitude" in parts:
         fits &= parts["magnitude"].shape.numel() == out or tuple(parts["magnitude"].shape) == (1, columns)
     return fits
-
-
-def _scale(scaling: Scaling, name: str, parts: Mapping[str, StoredTensor]) -> float:
-    """Return the factor on a layer's factors. Full tensors of LoKr have no rank, and then no scale either."""
-    factor = next((p for p in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if p in parts), None)
-    rank = None if factor is None else parts[factor].shape[0]
-    return scaling.of(name, rank, parts["alpha"].read().item() if "alpha" in parts else None)
 
 
 def _matching(patterns: Mapping[str, float], name: str, default: float | None) -> float | None:

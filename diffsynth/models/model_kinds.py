@@ -43,7 +43,8 @@ class ModelKind:
     """One kind of model.
 
     Attributes:
-        official_mark: a tensor name that only this kind has; diffusers_mark: the same in the other layout.
+        name, factory: its name, and the class of its models.
+        official_tensor: a tensor that only this kind has, by name; diffusers_tensor: in the other layout.
         beside: function of the arguments -> how the names begin that files of this kind may hold and the
             model does not take.
         to_official: function of the tensors under diffusers names -> under official ones. A name that is not
@@ -53,8 +54,8 @@ class ModelKind:
 
     name: str
     factory: Callable[..., nn.Module]
-    official_mark: str
-    diffusers_mark: str
+    official_tensor: str
+    diffusers_tensor: str
     to_official: Callable[[Tensors], Tensors]
     arguments: Callable[[Shapes, Declared], dict]
     beside: Callable[[dict], tuple[str, ...]] = lambda _: ()
@@ -88,16 +89,16 @@ KINDS = (
     ModelKind(
         name="wan_video_dit",
         factory=WanModel,
-        official_mark="blocks.0.self_attn.q.weight",
-        diffusers_mark="condition_embedder.time_proj.weight",
+        official_tensor="blocks.0.self_attn.q.weight",
+        diffusers_tensor="condition_embedder.time_proj.weight",
         to_official=_renamed(official_key),
         arguments=_dit_arguments,
     ),
     ModelKind(
         name="wan_video_text_encoder",
         factory=WanTextEncoder,
-        official_mark="blocks.0.pos_embedding.embedding.weight",
-        diffusers_mark="encoder.block.0.layer.0.SelfAttention.q.weight",
+        official_tensor="blocks.0.pos_embedding.embedding.weight",
+        diffusers_tensor="encoder.block.0.layer.0.SelfAttention.q.weight",
         to_official=_renamed(transformers_to_official_key),
         arguments=lambda shapes, _: text_encoder_config_from_shapes(shapes),
         # The tokenizer, and the half of UMT5 that writes text.
@@ -105,19 +106,19 @@ KINDS = (
     ),
     _vae_kind(
         factory=WanVideoVAE22,
-        official_mark="decoder.upsamples.0.upsamples.0.residual.2.weight",
-        diffusers_mark="encoder.down_blocks.0.resnets.0.conv1.weight",
+        official_tensor="decoder.upsamples.0.upsamples.0.residual.2.weight",
+        diffusers_tensor="encoder.down_blocks.0.resnets.0.conv1.weight",
     ),
     _vae_kind(
         factory=WanVideoVAE,
-        official_mark="decoder.upsamples.0.residual.2.weight",
-        diffusers_mark="decoder.mid_block.resnets.0.conv1.weight",
+        official_tensor="decoder.upsamples.0.residual.2.weight",
+        diffusers_tensor="decoder.mid_block.resnets.0.conv1.weight",
     ),
     ModelKind(
         name="wan_video_image_encoder",
         factory=WanImageEncoder,
-        official_mark="transformer.0.attn.to_qkv.weight",
-        diffusers_mark="vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        official_tensor="transformer.0.attn.to_qkv.weight",
+        diffusers_tensor="vision_model.encoder.layers.0.self_attn.q_proj.weight",
         to_official=transformers_to_official,
         arguments=image_encoder_config_from_shapes,
         beside=lambda arguments: unused_names(arguments["num_layers"]),
@@ -146,23 +147,19 @@ def foreign_family(names: Iterable[str]) -> str | None:
 
 def kind_of(tensors: Mapping[str, StoredTensor]) -> ModelKind | None:
     """Return the kind of model that has tensors of these names; None for none."""
-    return next((k for k in KINDS if k.official_mark in tensors or k.diffusers_mark in tensors), None)
-
-
-def _mark_of(kind: ModelKind, tensors: Mapping[str, StoredTensor]) -> str:
-    return kind.official_mark if kind.official_mark in tensors else kind.diffusers_mark
+    return next((k for k in KINDS if k.official_tensor in tensors or k.diffusers_tensor in tensors), None)
 
 
 def split(tensors: Mapping[str, StoredTensor]) -> list[dict[str, StoredTensor]]:
     """Return the models that a file holds, each without what stands before all of its names.
 
-    A prefix, "model.diffusion_model." or "first_stage_model.", is told by the mark of a kind behind it.
+    A prefix, "model.diffusion_model." or "first_stage_model.", is told by such a tensor's name behind it.
     What belongs to no model is left with the first.
     """
-    marks = [mark for kind in KINDS for mark in (kind.official_mark, kind.diffusers_mark)]
+    names = [name for kind in KINDS for name in (kind.official_tensor, kind.diffusers_tensor)]
     prefixes = {
-        key[: -len(mark)]: None for mark in marks for key in tensors if key.endswith(mark)
-        if key == mark or key[-len(mark) - 1] == "."
+        key[: -len(name)]: None for name in names for key in tensors if key.endswith(name)
+        if key == name or key[-len(name) - 1] == "."
     }  # fmt: skip
     if not prefixes:
         return [dict(tensors)]
@@ -187,8 +184,6 @@ def recognise(
     """
     hint = "; give all shards in one list, or the folder" if "-of-" in source else ""
     kind = kind_of(tensors)
-    if kind is not None and len(tensors[_mark_of(kind, tensors)].shape) == 4:
-        raise CheckpointError(f"{source} is not a Wan2.1 VAE: it is a VAE for images")
     if kind is None:
         is_not = f"{source} is not a Wan2.1 DiT, text encoder or VAE"
         if any(_LORA.search(name) for name in tensors):
@@ -198,7 +193,10 @@ def recognise(
         raise CheckpointError(
             f"{is_not}: {len(tensors)} tensors, among them {', '.join(sorted(tensors)[:3]) or 'none'}{hint}"
         )
-    if kind.official_mark not in tensors:
+    is_official = kind.official_tensor in tensors
+    if len(tensors[kind.official_tensor if is_official else kind.diffusers_tensor].shape) == 4:
+        raise CheckpointError(f"{source} is not a Wan2.1 VAE: it is a VAE for images")
+    if not is_official:
         tensors = kind.to_official(tensors)
     try:
         arguments = kind.arguments(_shapes(tensors), declared)

@@ -36,14 +36,23 @@ from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear, block_li
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *PACKED_DTYPES)
+# What a config.json may declare; no model needs more heads or text tokens.
+DECLARED: dict[str, Kind] = {
+    **dict.fromkeys(
+        ("num_heads", "num_attention_heads", "attention_head_dim", "text_len"), Whole(1, 100_000)
+    ),
+    "eps": Number(above=0, most=0.01),
+}
 Entry = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model, the name of its kind, and the tensors and files it was loaded from.
+    """A loaded model.
 
     Attributes:
+        name: name of its kind; model: the model.
+        tensors, files: what it was loaded from.
         pieces: the bytes of a sentencepiece tokenizer, if the text encoder's file holds one.
     """
 
@@ -134,8 +143,11 @@ class ModelManager:
                 if name in loaded:
                     logger.warning("%s is a second %s in the folder; left out", source, name)
                     continue
-                model = _build(kind, arguments, tensors, source)
-                model = _placed(model, dtypes.get(name, dtype), torch.device(device or self.device))
+                model, stored = _build(kind, arguments, tensors, source), dtypes.get(name, dtype)
+                if stored in PACKED_DTYPES:
+                    pack_block_linears(model, stored)
+                    stored = torch.bfloat16
+                model = model.to(device=torch.device(device or self.device), dtype=stored)
                 loaded[name] = LoadedModel(name, model, tensors, files, held.get(PIECES))
                 same = [c.name for c in PUBLISHED.values() if c.dit_kwargs.items() <= arguments.items()]
                 logger.info("%s: %s from %s", name, " or ".join(same) or "unpublished size", source)
@@ -172,14 +184,11 @@ class ModelManager:
             file_path: a file of the model's weights, to choose among several models.
             require_model_path: return the tuple (model, list of its files).
         """
-        found = [
-            entry for entry in self.loaded
-            if entry.name == name and (file_path is None or Path(file_path) in entry.files)
-        ]  # fmt: skip
-        if not found:
-            logger.warning("no model %r is loaded", name)
-            return None
-        return (found[-1].model, found[-1].files) if require_model_path else found[-1].model
+        for entry in reversed(self.loaded):
+            if entry.name == name and (file_path is None or Path(file_path) in entry.files):
+                return (entry.model, entry.files) if require_model_path else entry.model
+        logger.warning("no model %r is loaded", name)
+        return None
 
     def to(self, device: str | torch.device) -> None:
         """Move all loaded models."""
@@ -199,7 +208,7 @@ class ModelManager:
         Of two experts, it changes the one that its name says ("high_noise", "low_noise"), else both.
 
         Args:
-            path: path of the file; DiffSynth's name of the argument, file_path, works too.
+            path, file_path: path of the file; the second is DiffSynth's name of the argument.
             lora_alpha: factor on the weight changes in the file.
             expert: "high" or "low" for a file whose name does not say it.
 
@@ -261,15 +270,8 @@ class ModelManager:
         return found
 
 
-# Largest number of heads or text tokens that a config.json may declare; no model needs more.
-MOST_DECLARED = 100_000
-
-
 def check_dtype(dtype: torch.dtype, allowed: Sequence[torch.dtype] = DTYPES) -> torch.dtype:
-    """Return `dtype` if it is allowed.
-    Raises:
-        ValueError: it is not one of the allowed ones, which the message names.
-    """
+    """Return `dtype`; ValueError that names the allowed ones if it is another."""
     if dtype not in allowed:
         raise ValueError(f"torch_dtype must be one of {', '.join(map(str, allowed))}; got {dtype!r}")
     return dtype
@@ -286,17 +288,11 @@ def _declared(folder: Path) -> dict:
         raise CheckpointError(f"{config} is not valid JSON ({error})") from error
     if not isinstance(declared, dict):
         raise CheckpointError(f"{config} does not hold a JSON object")
-    whole = ("num_heads", "num_attention_heads", "attention_head_dim", "text_len")
-    kinds: dict[str, Kind] = {
-        **dict.fromkeys(whole, Whole(1, MOST_DECLARED)),
-        "eps": Number(above=0, most=0.01),
-    }
-    for name, kind in kinds.items():
-        if name in declared:
-            try:
-                check_value(name, kind, declared[name])
-            except ValueError as error:
-                raise CheckpointError(f"{config}: {error}") from error
+    try:
+        for name in declared.keys() & DECLARED.keys():
+            check_value(name, DECLARED[name], declared[name])
+    except ValueError as error:
+        raise CheckpointError(f"{config}: {error}") from error
     return declared
 
 
@@ -319,11 +315,3 @@ def _build(kind: ModelKind, arguments: dict, tensors: Mapping[str, StoredTensor]
         assert unpacked is not None  # by the definition of `packed` above
         setattr(parent, name, PackedLinear(unpacked(), getattr(parent, name)))
     return model.eval().requires_grad_(False)
-
-
-def _placed(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Convert and move a model, one tensor at a time."""
-    if dtype in PACKED_DTYPES:
-        pack_block_linears(model, dtype)
-        dtype = torch.bfloat16
-    return model.to(device=device, dtype=dtype)

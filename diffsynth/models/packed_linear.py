@@ -4,7 +4,7 @@ Weights alone are packed, never what flows between layers: a rounded activation 
 output row has its own scale. float8: a power of two, so that scaling loses nothing and small weights do not
 fall below the range of float8. int8: the row's largest weight is 127, the scale a bfloat16 number, so that no
 dtype of the model rounds it. Both keep their bytes as int8, which `module.to(dtype)` leaves alone. Weights
-that a file stores in float8 with scales of its own, or in a kind of GGUF, are kept as the file has them.
+that a file stores in float8 with its own scales, or in a kind of GGUF, are kept as the file has them.
 """
 
 from collections.abc import Callable, Iterator

@@ -304,10 +304,12 @@ class WanModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return normed, rotated q and k of one block's self-attention, each [B, F, H, W, N, d].
 
-        Only the blocks before `block` and its q and k are computed. Inputs are as in `forward`;
-        checkpoint_blocks and offload_inputs as in `run_blocks`.
+        Only the blocks before `block` and its q and k are computed.
 
         Args:
+            x, timestep, context, clip_feature, y: as in `forward`.
+            block: index of the block whose q and k are returned.
+            checkpoint_blocks, offload_inputs: as in `run_blocks`.
             attention_window: (frames, rows, columns) in tokens that self-attention sees to each side; None:
                 all.
 

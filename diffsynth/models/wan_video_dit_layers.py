@@ -80,11 +80,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def modulation_of(own: Tensor, time: Tensor) -> list[Tensor]:
-    """Add a layer's modulation [1, n, D] to the timestep's -> n tensors [B, T, 1, D].
-
-    Args:
-        time: [B, n, D] for one timestep a sample (T = 1), or [B, T, n, D].
-    """
+    """Add a layer's modulation [1, n, D] to the timestep's [B, n, D] or [B, T, n, D] -> n of [B, T, 1, D]."""
     return [part.reshape(len(part), -1, 1, part.shape[-1]) for part in (own.to(time.dtype) + time).unbind(-2)]
 
 
@@ -93,7 +89,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         x: tokens [B, S, D].
-        shift: [B, T, 1, D], each entry for S / T tokens in a row; likewise scale.
+        shift, scale: [B, T, 1, D], each entry for S / T tokens in a row.
     """
     if shift.shape[1] == 1:  # without views, whose strides compiled code would take for another input
         return torch.addcmul(shift[:, 0], x, 1 + scale[:, 0])

@@ -162,7 +162,9 @@ class WanTextEncoder(nn.Module):
     @staticmethod
     def official_key(key: str) -> str:
         """Return the official name of a tensor, by its path in this module."""
-        return _official(key.removeprefix("encoder."))
+        official = transformers_to_official_key(f"encoder.{key.removeprefix('encoder.')}")
+        assert official is not None, key
+        return official
 
     def state_dict(  # type: ignore[override]  # the base also has a deprecated positional form
         self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
@@ -170,7 +172,7 @@ class WanTextEncoder(nn.Module):
         """Return the weights under their official names; arguments are those of `torch.nn.Module`."""
         destination = {} if destination is None else destination
         state = self.encoder.state_dict(keep_vars=keep_vars)
-        destination.update({prefix + _official(key): value for key, value in state.items()})
+        destination.update({prefix + self.official_key(key): value for key, value in state.items()})
         return destination
 
     def load_state_dict(
@@ -197,15 +199,8 @@ class WanTextEncoder(nn.Module):
             problems.append(f"unexpected: {', '.join(unexpected)}")
         if problems:
             raise RuntimeError(f"these are not the weights of this WanTextEncoder: {'; '.join(problems)}")
-        stack_keys = {_official(key): key for key in self.encoder.state_dict()}
+        stack_keys = {self.official_key(key): key for key in self.encoder.state_dict()}
         found = {stack_keys[key]: value for key, value in state_dict.items() if key in own}
         self.encoder.load_state_dict(found, strict=False, assign=assign)
         self.num_loads += 1
         return LoadResult(missing, unexpected)
-
-
-def _official(stack_key: str) -> str:
-    """The official name of a tensor of the bare encoder stack."""
-    official = transformers_to_official_key(f"encoder.{stack_key}")
-    assert official is not None, stack_key
-    return official

@@ -1,7 +1,7 @@
 """The Wan2.1 causal 3D VAE, under the official state-dict keys: videos to latents and back.
 
 Axes: B batch, T pixel frames, H/W pixel rows/columns, z latent channels, F latent frames, h/w latent
-rows/columns. The first frame is a latent frame of its own; then `temporal_factor` frames make one. Both ways
+rows/columns. The first frame is a latent frame alone; then `temporal_factor` frames make one. Both ways
 run chunk by chunk, one latent frame each, with a cache of what causal layers need of the past: exact, and
 with a peak of memory that does not grow with the length of the video.
 Precision: the dtype of the weights; latents, their normalisation, results and blending are float32.
@@ -48,6 +48,8 @@ class WanVideoVAE(nn.Module):
         ValueError: arguments do not fit together.
     """
 
+    published: tuple[tuple[float, ...], tuple[float, ...]] = (PUBLISHED_MEAN, PUBLISHED_STD)
+
     def __init__(
         self,
         dim: int = 96,
@@ -75,8 +77,8 @@ class WanVideoVAE(nn.Module):
         self.spatial_factor = 2 ** len(temperal_downsample) * (PATCH if residual else 1)
         self.temporal_factor = 2 ** sum(map(bool, temperal_downsample))
         mean, std = (0.0,) * z_dim, (1.0,) * z_dim
-        if z_dim == len(PUBLISHED_MEAN):
-            mean, std = PUBLISHED_MEAN, PUBLISHED_STD
+        if z_dim == len(self.published[0]):
+            mean, std = self.published
         # Plain numbers, so that no change of the weights' dtype rounds them and no checkpoint needs them.
         self.latents_mean = tuple(mean if latents_mean is None else latents_mean)
         self.latents_std = tuple(std if latents_std is None else latents_std)
@@ -125,17 +127,18 @@ class WanVideoVAE(nn.Module):
             ValueError: a wrong shape, or a tiling that leaves gaps.
         """
         self._check_video(video)
-        batch, _, num_frames, *size = video.shape
+        batch, _, num_frames, height, width = video.shape
         center, inverse_std = self._statistics()
-        grid = self._grid([n // self.spatial_factor for n in size], tiled, tile_size, tile_stride)
-        if grid is None:
+        shape = height // self.spatial_factor, width // self.spatial_factor
+        grid = TileGrid(shape=shape, size=tile_size, stride=tile_stride) if tiled else None
+        if grid is None or len(grid.tiles()) == 1:
             return (self.encode_moments(video)[0] - center) * inverse_std
 
         def encode_tile(tile: Tile) -> Iterator[Tensor]:
             yield (self.encode_moments(video[tile.area(self.spatial_factor)])[0] - center) * inverse_std
 
         num_latents = -(-(num_frames - 1) // self.temporal_factor) + 1
-        latents = torch.zeros(batch, self.z_dim, num_latents, *grid.shape, device=self.device)
+        latents = torch.zeros(batch, self.z_dim, num_latents, *shape, device=self.device)
         return blend(grid, latents, 1, encode_tile)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,23 +165,23 @@ class WanVideoVAE(nn.Module):
         Args:
             latents: normalised, [B, z, F, h, w].
             num_frames: return only so many of the first frames, and compute no more than they need.
-            tiled: as in `encode`, with tile_size and tile_stride.
+            tiled, tile_size, tile_stride: as in `encode`.
 
         Raises:
             ValueError: a wrong shape, num_frames out of range, or a tiling that leaves gaps.
         """
         self._check_latents(latents)
-        batch, _, num_latents, *size = latents.shape
+        batch, _, num_latents, *shape = latents.shape
         available = self.temporal_factor * (num_latents - 1) + 1
         num_frames = available if num_frames is None else num_frames
         if not 1 <= num_frames <= available:
             raise ValueError(f"num_frames must be 1 to {available} for these latents; got {num_frames}")
-        grid = self._grid(size, tiled, tile_size, tile_stride)
-        if grid is None:
+        grid = TileGrid(shape=(shape[0], shape[1]), size=tile_size, stride=tile_stride) if tiled else None
+        if grid is None or len(grid.tiles()) == 1:
             chunks = (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames))
             return _join(chunks, num_frames)
-        height, width = (n * self.spatial_factor for n in size)
-        video = torch.zeros(batch, IMAGE_CHANNELS, num_frames, height, width, device=self.device)
+        size = (n * self.spatial_factor for n in shape)
+        video = torch.zeros(batch, IMAGE_CHANNELS, num_frames, *size, device=self.device)
 
         def decode_tile(tile: Tile) -> Iterator[Tensor]:
             return self._pixel_chunks(latents[tile.area()], num_frames)
@@ -214,15 +217,6 @@ class WanVideoVAE(nn.Module):
         rows = table((self.latents_mean, self.latents_std), self.device, torch.float32)
         mean, std = rows[..., None, None, None]
         return mean, 1 / std
-
-    def _grid(
-        self, shape: Sequence[int], tiled: bool, tile_size: tuple[int, int], tile_stride: tuple[int, int]
-    ) -> TileGrid | None:
-        """The tiles of a latent picture [h, w]; None where one tile holds it all."""
-        if not tiled:
-            return None
-        grid = TileGrid(shape=(shape[0], shape[1]), size=tile_size, stride=tile_stride)
-        return grid if len(grid.tiles()) > 1 else None
 
     def _check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != IMAGE_CHANNELS or video.shape[2] == 0:

@@ -4,7 +4,7 @@ It runs as `wan_video_vae` does, on the same blocks: pixels are first folded two
 level has a shortcut without weights, and the decoder is wider than the encoder.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 from diffsynth.models.wan_video_vae import WanVideoVAE
 
@@ -28,27 +28,10 @@ PUBLISHED_STD = (
 class WanVideoVAE22(WanVideoVAE):
     """Video VAE: [B, 3, T, H, W] in [-1, 1] <-> normalised latents [B, z, F, H / 16, W / 16].
 
-    Calls are those of `WanVideoVAE`, arguments too, but for the published statistics, which are these for 48
-    channels.
-
-    Args:
-        dec_dim: channels of the decoder at full resolution.
+    Calls and all arguments are those of `WanVideoVAE`; the published statistics are for 48 channels.
     """
 
-    def __init__(
-        self,
-        dim: int = 160,
-        dec_dim: int = 256,
-        z_dim: int = 48,
-        dim_mult: Sequence[int] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
-        temperal_downsample: Sequence[bool] = (False, True, True),
-        latents_mean: Sequence[float] | None = None,
-        latents_std: Sequence[float] | None = None,
-    ) -> None:
-        if z_dim == len(PUBLISHED_MEAN):
-            latents_mean = PUBLISHED_MEAN if latents_mean is None else latents_mean
-            latents_std = PUBLISHED_STD if latents_std is None else latents_std
-        super().__init__(
-            dim, z_dim, dim_mult, num_res_blocks, temperal_downsample, latents_mean, latents_std, dec_dim
-        )
+    published = PUBLISHED_MEAN, PUBLISHED_STD
+
+    def __init__(self, dim: int = 160, dec_dim: int = 256, z_dim: int = 48, **others: Any) -> None:
+        super().__init__(dim, z_dim, dec_dim=dec_dim, **others)

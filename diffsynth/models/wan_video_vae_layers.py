@@ -168,8 +168,7 @@ def average_down(x: Tensor, channels: int, time: int, space: int) -> Tensor:
 def duplicate_up(x: Tensor, channels: int, time: int, space: int, first: bool) -> Tensor:
     """Grow x [B, C, t, h, w] by whole factors: repeated channels become the values of a cell.
 
-    Args:
-        first: this is the first chunk, whose frame stays one.
+    With `first`, it is the first chunk, whose frame stays one.
     """
     x = x.repeat_interleave(channels * time * space**2 // x.shape[1], dim=1)
     x = rearrange(

@@ -57,12 +57,6 @@ class TileGrid:
         rows, cols = (spans(*axis) for axis in zip(self.shape, self.size, self.stride, strict=True))
         return [Tile(row, col) for row in rows for col in cols]
 
-    def weight(self, tile: Tile, unit: int, device: torch.device) -> Tensor:
-        """Blending weight, float32 [rows * unit, columns * unit]: the lower of those along the two axes."""
-        axes = zip((tile.rows, tile.cols), self.shape, self.size, self.stride, strict=True)
-        rows, cols = (ramp(span, length, size - stride, unit, device) for span, length, size, stride in axes)
-        return torch.minimum(rows[:, None], cols[None, :])
-
 
 def spans(length: int, size: int, stride: int) -> list[Span]:
     """Tiles along one axis, up to the first that reaches the end, which is cut short there."""
@@ -76,7 +70,9 @@ def ramp(span: Span, length: int, border: int, unit: int, device: torch.device |
     Where the two ramps of a tile overlap, that of the far side holds, as in the released FastVMT code.
 
     Args:
+        span: first position, and the one after the last; length: positions of the whole axis.
         border: latent positions of overlap.
+        unit, device: results for each position, and where they are made.
     """
     start, stop = span
     weight = torch.ones((stop - start) * unit, device=device)
@@ -92,13 +88,16 @@ def blend(grid: TileGrid, out: Tensor, unit: int, run: Callable[[Tile], Iterable
     """Fill `out` with the weighted mean of all tiles and return it; only one chunk is alive at a time.
 
     Args:
+        grid: the tiles; unit: rows and columns of `out` for each position of the grid.
         out: float32 zeros [B, C, T, rows * unit, columns * unit].
         run: returns a tile's result as consecutive chunks [B, C, t, rows * unit, columns * unit].
     """
     total = out.new_zeros(out.shape[3:])
     for tile in grid.tiles():
         area = tile.area(unit)
-        weight = grid.weight(tile, unit, out.device)
+        axes = zip((tile.rows, tile.cols), grid.shape, grid.size, grid.stride, strict=True)
+        rows, cols = (ramp(span, length, size - step, unit, out.device) for span, length, size, step in axes)
+        weight = torch.minimum(rows[:, None], cols)
         total[area] += weight
         start = 0
         for chunk in run(tile):

@@ -89,7 +89,7 @@ class TileAMF(DenseAMF):
 
 
 class ReleasedTileAMF(DenseAMF):
-    """Tile flow as the released code has it: each side looks into windows of its own."""
+    """Tile flow as the released code has it: each side looks into its own windows."""
 
     def describe(self, features: Features, *_: object) -> MotionFlow:
         g = self.guidance

@@ -77,13 +77,14 @@ def expected_positions(q: Tensor, k: Tensor, pairs: Pairs, tau: float, chunk: in
     """Return the mean (row, column) over all of frame j: q [F, m, d], k [F, H, W, d] -> [P, m, 2].
 
     Args:
+        q, k, pairs, tau: as in `dense_flow`, q flattened.
         chunk: pairs at a time, at most.
     """
     check_value("chunk", Whole(1), chunk)
-    places, scale = token_positions(k.shape[1], k.shape[2], k), tau * k.shape[-1] ** -0.5
+    positions, scale = token_positions(k.shape[1], k.shape[2], k), tau * k.shape[-1] ** -0.5
     keys = k.flatten(1, 2)
     found = [
-        attend(q[i].expand(count, -1, -1), keys[j : j + count], places, scale)
+        attend(q[i].expand(count, -1, -1), keys[j : j + count], positions, scale)
         for i, j, count in _runs(pairs, chunk)
     ]
     return torch.cat(found) if found else q.new_zeros(0, q.shape[1], 2)
@@ -95,6 +96,8 @@ def expected_in_windows(
     """Return the mean of `values` over what groups see: q [F, T, m, d], k [F, H, W, d] -> [P, T, m, 2].
 
     Args:
+        q, k: reduced features.
+        pairs, tau: the pairs (i, j), and the factor on the logits.
         values: [L, 2], of the keys seen, in order.
         seen: [P, T, L] long: for pair (i, j), the tokens of frame j that each group of frame i sees; they may
             repeat.
@@ -140,6 +143,7 @@ def attention_motion_flow(
     """Return the dense flow [P, H, W, 2], (drow, dcol) in tokens, of features [F, H, W(, n), d].
 
     Args:
+        q, k: queries and keys of one block.
         sf: span of the pairs i <= j < i + sf, in order of i, then j.
         pairs: a list of (i, j) instead, in its order.
         tau: factor on the logits.

@@ -2,7 +2,7 @@
 
 Axes: F latent frames, H/W token rows/columns, n heads, d head width. Flow code knows no heads: it takes
 q . k / sqrt(width) of whatever features come out of here. Paper section 3 says "averaged over heads", which
-has two readings, and the released code has a third of its own.
+has two readings, and the released code has a third.
 """
 
 import torch

@@ -35,7 +35,7 @@ class OptimizationRecord:
     """Record of an inner loop.
 
     Attributes:
-        losses: of each fresh gradient; likewise parts, and evaluated_at, its inner step.
+        losses, parts, evaluated_at: loss, its parts and the inner step of each fresh gradient.
         lrs: of each inner step taken.
     """
 
@@ -55,12 +55,6 @@ class NonFiniteGuidanceError(RuntimeError):
     def __init__(self, message: str, latents: Tensor) -> None:
         super().__init__(message)
         self.latents = latents
-
-
-def learning_rate(step: int, guidance: MotionGuidance) -> float:
-    """Return the learning rate of an inner step (0-based)."""
-    first, end = guidance.lr
-    return first - (first - end) * step / guidance.inner_steps
 
 
 def _adamw(moved: Tensor, guidance: MotionGuidance) -> Move:
@@ -104,6 +98,8 @@ def optimize_latents(
     A float32 copy is moved: in bfloat16 most steps would round to nothing.
 
     Args:
+        latents, objective: where to start, and what to descend.
+        guidance: the numbers of the loop.
         stop: asked before each inner step; True ends the loop.
         memory: gradients of the guided steps before; the objective is not called for those that it repeats.
 
@@ -117,6 +113,7 @@ def optimize_latents(
     good = latents
     evaluations: list[tuple[float, dict[str, float]]] = []
     evaluated_at, lrs = [], []
+    first, end = guidance.lr
     for step in range(guidance.inner_steps):
         if stop is not None and stop():
             break
@@ -131,7 +128,8 @@ def optimize_latents(
             if memory is not None:
                 memory.keep(step, evaluation.gradient)
             evaluated_at.append(step)
-        lrs.append(learning_rate(step, guidance) * reuse.rate(step))
+        rate = first - (first - end) * step / guidance.inner_steps
+        lrs.append(rate * reuse.rate(step))
         move(reuse.current(step), lrs[-1])
     return moved.to(latents.dtype), OptimizationRecord(
         losses=tuple(loss for loss, _ in evaluations),

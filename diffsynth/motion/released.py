@@ -52,10 +52,12 @@ def released_tile_flow(
             (in_window - token_positions(*tile, q)).flatten(1, 2),
         ]
     )
+    frame = table(tuple(j for _, j in between), k.device)
+    channel_means = k.mean(-1).flatten(1)[frame][:, None].expand(-1, seen.shape[1], -1).gather(2, seen)
     return MotionFlow(
         flow=flow[table(pair_order(pairs, within + between), flow.device)],
         pairs=pairs,
-        window_loss=mean_change(_channel_means(k, between, seen), between),
+        window_loss=mean_change(channel_means, between),
     )
 
 
@@ -71,9 +73,3 @@ def _released_windows(
     row = (centre[..., :1] + offsets).clamp(half, rows - 1 - half).long()
     col = (centre[..., 1:] + offsets).clamp(half, cols - 1 - half).long()
     return (row[..., :, None] * cols + col[..., None, :]).flatten(2)
-
-
-def _channel_means(k: Tensor, pairs: Pairs, seen: Tensor) -> Tensor:
-    """Mean over channels of each key in each tile's window: k [F, H, W, d], seen [P, T, L] -> [P, T, L]."""
-    frame = table(tuple(j for _, j in pairs), k.device)
-    return k.mean(-1).flatten(1)[frame][:, None].expand(-1, seen.shape[1], -1).gather(2, seen)

@@ -7,6 +7,7 @@ Cost of a pair: T*S*d + S*l^2*d products, against S^2*d dense. Axes as in `flow`
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ def tile_motion_flow(
     """Return the tile flow of features q, k [F, H, W, d] or [F, H, W, n, d].
 
     Args:
+        q, k: queries and keys of one block.
         sf: span of the pairs i <= j < i + sf.
         window: l, side of the search window in tokens, cut to the grid's sides.
         tile: (rows, columns) in tokens; the last ones may be partial.
@@ -76,10 +78,13 @@ def tile_motion_flow(
     elif isinstance(windows, TileFlow):  # found here, so nothing has to be read back from the device
         windows = windows.windows
     else:
-        _check_windows(windows, (len(between), _count(grid, tile), 2), grid, sides)
-    flow = torch.cat(
-        [dense_flow(q, k, within, tau, chunk), _flow_in_windows(q, k, between, windows, tile, sides, tau)]
-    )
+        num_tiles = prod(-(-side // step) for side, step in zip(grid, tile, strict=True))
+        _check_windows(windows, (len(between), num_tiles, 2), grid, sides)
+    seen = window_tokens(windows, sides, grid)
+    in_window = expected_in_windows(to_tiles(q, tile), k, between, token_positions(*sides, q), seen, tau)
+    expected = from_tiles(in_window + windows[:, :, None], tile, grid)
+    in_windows = expected - token_positions(*grid, q).unflatten(0, grid)
+    flow = torch.cat([dense_flow(q, k, within, tau, chunk), in_windows])
     return TileFlow(
         flow=flow[table(pair_order(pairs, within + between), flow.device)],
         pairs=pairs,
@@ -88,20 +93,14 @@ def tile_motion_flow(
     )
 
 
-def tile_centres(grid: tuple[int, int], tile: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of the tiles' centre tokens; that of a partial tile stays inside the grid."""
-    rows, cols = (
-        torch.arange(0, side, step, device=device).add(step // 2).clamp(max=side - 1)
-        for side, step in zip(grid, tile, strict=True)
-    )
-    return rows, cols
-
-
 def centre_positions(
     q: Tensor, k: Tensor, pairs: Pairs, tile: tuple[int, int], tau: float, chunk: int
 ) -> Tensor:
     """Expected position in frame j of each tile's centre query: reduced q, k [F, H, W, d] -> [P, T, 2]."""
-    rows, cols = tile_centres((q.shape[1], q.shape[2]), tile, q.device)
+    rows, cols = (  # the centre of a partial tile stays inside the grid
+        torch.arange(0, side, step, device=q.device).add(step // 2).clamp(max=side - 1)
+        for side, step in zip(q.shape[1:3], tile, strict=True)
+    )
     return expected_positions(q[:, rows][:, :, cols].flatten(1, 2), k, pairs, tau, chunk)
 
 
@@ -130,17 +129,6 @@ def from_tiles(x: Tensor, tile: tuple[int, int], grid: tuple[int, int]) -> Tenso
     return x.flatten(3, 4).flatten(1, 2)[:, :rows, :cols]
 
 
-def _flow_in_windows(
-    q: Tensor, k: Tensor, pairs: Pairs, windows: Tensor, tile: tuple[int, int], sides: tuple[int, int],
-    tau: float,
-) -> Tensor:  # fmt: skip
-    grid = q.shape[1], q.shape[2]
-    seen = window_tokens(windows, sides, grid)
-    in_window = expected_in_windows(to_tiles(q, tile), k, pairs, token_positions(*sides, q), seen, tau)
-    expected = from_tiles(in_window + windows[:, :, None], tile, grid)
-    return expected - token_positions(*grid, q).unflatten(0, grid)
-
-
 def window_tokens(windows: Tensor, sides: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """Return the tokens of each window, row by row: windows [P, T, 2] -> [P, T, L] long."""
     rows = windows[..., :1] + torch.arange(sides[0], device=windows.device)
@@ -152,10 +140,6 @@ def pair_order(wanted: Pairs, given: Pairs) -> tuple[int, ...]:
     """Return the index of each wanted pair in a list of pairs."""
     place = {pair: index for index, pair in enumerate(given)}
     return tuple(place[pair] for pair in wanted)
-
-
-def _count(grid: tuple[int, int], tile: tuple[int, int]) -> int:
-    return -(-grid[0] // tile[0]) * -(-grid[1] // tile[1])
 
 
 def _check_windows(

@@ -30,10 +30,12 @@ WIDE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Components:
-    """The models and the prompter of a pipeline; `residency` brings models to the compute device.
+    """The models and the prompter of a pipeline.
 
     Attributes:
-        dit: the DiT, or the high-noise expert of two.
+        dit, low_noise_dit: the DiT, or the high-noise expert of two and the other one.
+        text_encoder, vae, prompter: the other models of every pipeline, and what encodes prompts.
+        residency: brings models to the compute device.
         image_encoder: of the models that read pictures through CLIP.
 
     Raises:
@@ -128,7 +130,9 @@ def load_checkpoint(
     """Load the models of a checkpoint folder, or of a name as for `from_pretrained`, and LoRAs.
 
     Args:
+        path: the folder or name.
         torch_dtype: dtype of all models but the VAE.
+        vae_dtype: dtype of the VAE.
         loras: LoRA file -> strength.
         parts: weights of "dit", "text_encoder", "vae", "low_noise_dit" and "image_encoder" that are loaded
             instead of the folder's.

@@ -74,8 +74,10 @@ def decode_saved(
     A warning is logged if the VAE has other weights or another dtype than that of the run.
 
     Args:
+        path: a file of final latents.
         vae_or_pipe: a `WanVideoVAE`, or a pipeline whose VAE is used.
         tiled: decode in spatial tiles of tile_size and tile_stride, (rows, columns) in latent units.
+        tile_size, tile_stride: (rows, columns) in latent units.
         output_type: "pil", "np" or "pt", as in the pipeline's call.
 
     Raises:

@@ -18,10 +18,9 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory, NonFiniteGuidanceError, guided_step
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.state import PromptEmbeddings, RunInputs
-from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler
+from diffsynth.schedulers import FlowMatchScheduler
 from diffsynth.vram_management import synchronize
 
-Scheduler = FlowMatchScheduler | UniPCScheduler
 Velocity = Callable[[int, Tensor, Tensor], Tensor]  # (step, latents [1, C, F, h, w], timestep) -> v
 # (step, latents, timestep) -> the guided latents that the step begins with, and the optimiser's losses.
 Guide = Callable[[int, Tensor, Tensor], tuple[Tensor, tuple[float, ...]]]
@@ -60,7 +59,7 @@ class RunEvent:
 
 def denoise(
     latents: Tensor,
-    scheduler: Scheduler,
+    scheduler: FlowMatchScheduler,
     velocity: Velocity,
     guide: Guide | None = None,
     *,
@@ -129,6 +128,8 @@ def dit_velocity(
     """Call the DiT once, for latents x [B, C, F, h, w] at one timestep.
 
     Args:
+        dit, x, timestep: the DiT, latents, and a number or tensor on the scale of 0 to 1000.
+        context: text embeddings [B, L, text_dim].
         caches: one for each of the B samples, whose blocks may then be skipped.
         condition: from the pictures of the run.
     """
@@ -152,7 +153,10 @@ def cfg_velocity(
     DiT (options.batch_cfg) does not change the decisions of the rules.
 
     Args:
+        dit, prompt: the DiT and the embeddings of both prompts.
+        options: those of the run.
         rules: prompt ("positive", "negative") -> rule of the step cache; empty without a cache.
+        condition: from the pictures of the run.
     """
     positive, negative = prompt.positive, prompt.negative
     guided = options.cfg_steps if negative is not None else range(0)
@@ -182,7 +186,7 @@ def motion_guide(
     prompt: PromptEmbeddings,
     inputs: RunInputs,
     guidance: MotionGuidance,
-    scheduler: Scheduler,
+    scheduler: FlowMatchScheduler,
     start: Tensor,
     cost: RunCost,
     *,
@@ -192,7 +196,9 @@ def motion_guide(
     """Return the guide that moves latents towards the motion of the reference.
 
     Args:
+        dit, prompt: the DiT and the text embeddings.
         inputs: inputs of the run, which must have a reference.
+        guidance, scheduler: the numbers of guidance, and the schedule of the run.
         start: the run's first latents [1, C, F, h, w].
         cost: gets the seconds, losses and gradient evaluations of each guided step.
         memory: gradients of earlier guided steps, if later ones may repeat them.

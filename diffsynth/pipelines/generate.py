@@ -32,11 +32,12 @@ Observer = Callable[[RunEvent], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GeneratedVideo:
-    """A video with its prompts, options and cost.
+    """A video, and how it was made.
 
     Attributes:
         frames: frames of the type that options.output_type names.
         latents: final latents [1, C, F, h, w] of the frames, on the CPU.
+        prompt, negative_prompt, cost: its texts, and what it took.
         options: the options in force at the end; a lack of memory may have changed some.
     """
 

@@ -14,13 +14,13 @@ from diffsynth.data.tensors import finite
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory
 from diffsynth.pipelines.components import Components
-from diffsynth.pipelines.denoise import RunEvent, Scheduler, cfg_velocity, denoise, motion_guide
+from diffsynth.pipelines.denoise import RunEvent, cfg_velocity, denoise, motion_guide
 from diffsynth.pipelines.experts import expert_at
 from diffsynth.planning.ladder import Ladder, memory_problem, settings_of, with_settings
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost, measured
 from diffsynth.runs.state import RunInputs, StepState, joined, part
-from diffsynth.schedulers import run_scheduler
+from diffsynth.schedulers import FlowMatchScheduler, run_scheduler
 
 # Called with each event of the loop; latents that it returns for a sampling event replace the run's.
 StepConsumer = Callable[[RunEvent], Tensor | None]
@@ -43,12 +43,12 @@ def sample(
     """Denoise the latents of one prompt, from noise or the noised reference, and add up its cost.
 
     The weights of an expert go after its last step. If memory runs out, denoising continues after the last
-    finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises. A sampling event is
-    `interrupted` if stop() became True during the step, whose guidance may have been cut short.
+    finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises.
 
     Args:
-        index: index (0-based) of the prompt.
-        saved: saves finished steps, and what it holds is continued.
+        models, inputs, options, ladder: those of the run.
+        index: index (0-based) of the prompt; cost: gets its time, block calls and losses.
+        on_step, progress, stop, saved: as in `generate`.
 
     Returns:
         Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
@@ -111,7 +111,7 @@ def sample(
 
 def begin_denoising(
     dit: WanModel,
-    scheduler: Scheduler,
+    scheduler: FlowMatchScheduler,
     phase: range,
     index: int,
     inputs: RunInputs,
@@ -123,8 +123,12 @@ def begin_denoising(
     """Set up the denoising of one prompt by a DiT, from its start or from its last finished step.
 
     Args:
+        dit: the DiT.
         scheduler: new, with the timesteps of the run.
         phase: steps of the run that this DiT denoises; step caches and gradient memory are its own.
+        index, inputs: the prompt by its index (0-based), and the inputs of the run.
+        options, cost, stop: as in `sample`, the options with this expert's cfg_scale.
+        finished: the last finished step; None to begin.
 
     Returns:
         The first latents [1, C, F, h, w], the generator of steps, and by name the parts that keep state from

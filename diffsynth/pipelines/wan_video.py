@@ -43,7 +43,7 @@ from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
 from diffsynth.runs.cost import RunCost, latency_file
-from diffsynth.schedulers import FlowMatchScheduler, UniPCScheduler, make_scheduler
+from diffsynth.schedulers import FlowMatchScheduler, make_scheduler
 from diffsynth.vram_management import Residency, choose_device, choose_dtype
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class WanVideoPipeline:
         """Return a pipeline over the models of a manager.
 
         Args:
+            model_manager: what has loaded the models.
             torch_dtype: dtype of all models but the VAE; by default as loaded.
             device: by default the manager's.
             tokenizer_path: folder of the tokenizer; by default the text encoder's.
@@ -129,6 +130,7 @@ class WanVideoPipeline:
             path: a folder in the official or diffusers layout, "1.3b", "14b", or "nano", the embedded model.
             torch_dtype: by default as `choose_dtype` says; float8_e4m3fn and int8 store in 8 bits.
             device: "auto", "cpu", "cuda", "cuda:1", ...
+            vae_dtype: dtype of the VAE.
             loras: LoRA file -> strength; the files are merged into the DiT.
             parts: dit, text_encoder, vae, ...: weights that are loaded instead of the checkpoint's.
 
@@ -171,7 +173,7 @@ class WanVideoPipeline:
         return self.dit.dtype
 
     @property
-    def scheduler(self) -> FlowMatchScheduler | UniPCScheduler:
+    def scheduler(self) -> FlowMatchScheduler:
         """A new scheduler with the defaults of the checkpoint."""
         return make_scheduler(self.defaults["sampler"], self.defaults["sigma_shift"])
 
@@ -191,6 +193,7 @@ class WanVideoPipeline:
 
         Args:
             module: pipe.dit or, of two experts, pipe.models.low_noise_dit.
+            path: path of the file.
             alpha: strength of the LoRA.
 
         Raises:
@@ -276,17 +279,20 @@ class WanVideoPipeline:
 
     # fmt: off
     @overload
-    def __call__(self, prompt: str, negative_prompt: Any = ..., input_video: Any = ..., *,
+    def __call__(self, prompt: str, negative_prompt: str | None = ..., input_video: Video | None = ..., *,
                  output_type: Literal["pil"] = ..., **more: Any) -> list[Image.Image]: ...
     @overload
-    def __call__(self, prompt: str, negative_prompt: Any = ..., input_video: Any = ..., *,
+    def __call__(self, prompt: str, negative_prompt: str | None = ..., input_video: Video | None = ..., *,
                  output_type: Literal["np"], **more: Any) -> np.ndarray: ...
     @overload
-    def __call__(self, prompt: str, negative_prompt: Any = ..., input_video: Any = ..., *,
-                 output_type: str, **more: Any) -> Tensor: ...
+    def __call__(self, prompt: str, negative_prompt: str | None = ..., input_video: Video | None = ..., *,
+                 output_type: Literal["pt", "latent"], **more: Any) -> Tensor: ...
     @overload
-    def __call__(self, prompt: list[str] | tuple[str, ...], negative_prompt: Any = ...,
-                 input_video: Any = ..., **more: Any) -> list[Any]: ...
+    def __call__(self, prompt: str, negative_prompt: str | None = ..., input_video: Video | None = ..., *,
+                 output_type: str, **more: Any) -> Frames: ...
+    @overload
+    def __call__(self, prompt: list[str] | tuple[str, ...], negative_prompt: str | Sequence[str] | None = ...,
+                 input_video: Video | None = ..., **more: Any) -> list[Any]: ...
     # fmt: on
 
     def __call__(
@@ -335,10 +341,10 @@ class WanVideoPipeline:
             progress_bar_cmd: wraps the denoising steps, as tqdm does.
             callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); may return new ones.
             observer: called with a `RunEvent` when a stage begins and after each of its steps.
-            test_latency: append what each video cost, a JSON line, to latency_dir/latency.jsonl.
-            checkpoint_dir: folder in which the run is saved every checkpoint_every steps or
-                checkpoint_minutes, when it is stopped or fails, and before decoding. The same call continues
-                it with the same results. SIGINT and SIGTERM raise `RunInterrupted`, a KeyboardInterrupt.
+            test_latency, latency_dir: append what each video cost, a JSON line, to latency_dir/latency.jsonl.
+            checkpoint_dir: folder in which the run is saved regularly, when it stops or fails, and before
+                decoding. The same call continues it with the same results. Signals raise `RunInterrupted`.
+            checkpoint_every, checkpoint_minutes: steps, and minutes, from save to save; what comes first.
             resume: continue an unfinished run; False discards it.
             options: stated by `RunOptions` and `Shorthands`, listed in docs/api.md; by default the preset's,
                 else the checkpoint's (`defaults`), the reference's, the published method's.
@@ -387,9 +393,7 @@ class WanVideoPipeline:
     def _on_step(self, callback: Callback | None, observer: Observer, event: RunEvent) -> Tensor | None:
         """Tell callback and observer of a step; return the latents that replace the run's, if any."""
         replaced, latents, timestep = None, event.latents, event.timestep
-        if callback is not None and event.stage == "sampling":
-            assert latents is not None
-            assert timestep is not None
+        if callback and latents is not None and timestep is not None and event.stage == "sampling":
             returned = callback(self, event.step - 1, timestep, {"latents": latents})
             replaced = None if returned is None else replaced_latents(returned, latents)
         observer(event if replaced is None else replace(event, latents=replaced))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffsynth.data.tensors import chunks_to_uint8
 from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background, largest_patches
 
 Alignment = tuple[float, float, float]  # pixels to the right, pixels down, scale about the picture's middle
@@ -39,9 +40,9 @@ def align(pixels: Tensor, picture: Tensor) -> Alignment | None:
     Returns:
         (right, down, scale) for `shift`; None if one of the two objects is not found with confidence.
     """
-    video = _bytes(pixels[0].permute(1, 2, 3, 0))
+    video = chunks_to_uint8([pixels], pixels.shape[2])
     mover = _spot(distance_from_background(video)[:1]) or _spot(_from_median(video)[:1])
-    still = _bytes(picture.permute(0, 2, 3, 1))
+    still = chunks_to_uint8([picture[:, :, None]], 1)
     turned = still.swapaxes(1, 2)
     shown = _spot(distance_from_background(still)) or _spot(_from_ends(still))
     shown = shown or _spot(_from_ends(turned).swapaxes(1, 2))
@@ -75,10 +76,6 @@ def shift(pixels: Tensor, alignment: Alignment) -> Tensor:
     *moved, rest = functional.grid_sample(ground, grid, padding_mode="border", align_corners=False)
     inside = (grid[0].abs() <= 1).all(-1)
     return torch.where(inside, torch.stack(moved), rest).transpose(0, 1)[None].contiguous()
-
-
-def _bytes(frames: Tensor) -> np.ndarray:
-    return ((frames + 1) * 127.5).round().clamp(0, 255).byte().numpy()
 
 
 def _from_median(video: np.ndarray) -> np.ndarray:

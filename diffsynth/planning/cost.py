@@ -56,6 +56,8 @@ def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str 
     steps count: an upper bound.
 
     Args:
+        dit, latents: sizes of the DiT and of the latents.
+        options: resolved options of the run.
         checkpoint: what the guidance pass keeps; the options' own by default ("auto" counts as "none").
     """
     num_steps, motion, guided = options.num_inference_steps, options.motion, options.cfg_steps
@@ -164,6 +166,7 @@ def guidance_cost(
     for each gradient, and no backward.
 
     Args:
+        motion, num_layers, num_steps: the guidance, the blocks of the DiT, the steps of the run.
         gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.
         share: cost of a guided pass through the blocks that are run, of a full one (see `guided_share`).
         computes_again: whether activations are computed again in the backward, one more forward a gradient.

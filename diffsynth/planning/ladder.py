@@ -89,9 +89,8 @@ class Ladder:
         assert self._residency is not None, "a run has a whole pipeline"
         sizes = ModelSizes.of(self._residency.models)
         if vram_gb is not None:
-            if device_memory(
-                self._device
-            ):  # others may use the device, too, and a card has less than its name
+            if device_memory(self._device):
+                # Others may use the device, too, and a card has less than its name says.
                 weights = [t for model in self._residency.models.values() for t in tensors_of(model)]
                 held = sum(t.nbytes for t in weights if t.device.type == self._device.type)
                 vram_gb = min(vram_gb, (available_memory(self._device) + held) / GB)
@@ -138,14 +137,12 @@ class Ladder:
         """
         gc.collect()
         torch.cuda.empty_cache()
-        now = self._settings(options)
+        now, dit = self._settings(options), self._residency and self._residency.models["dit"]
         below = following(
             stage,
             now,
             accelerator=self._residency is not None and self._device.type != "cpu",
-            num_blocks=0
-            if self._residency is None
-            else len(cast(WanModel, self._residency.models["dit"]).blocks),
+            num_blocks=0 if dit is None else len(cast(WanModel, dit).blocks),
             picture=(options.height // self._vae.spatial_factor, options.width // self._vae.spatial_factor),
         )
         words, settings = next(below, ("", None))
@@ -187,11 +184,9 @@ class Ladder:
         The test uses the device's total memory, not the free part, so that the decision, and with it
         rounding, is always the same on one machine.
         """
+        if self._spread is not None and self._spread.mesh.prompts is not None:
+            return True  # one on each half of the ranks
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
-        if (
-            self._spread is not None and self._spread.mesh.prompts is not None
-        ):  # one on each half of the ranks
-            return True
         taken = sizes.dit.weights.total + sampling_pass_bytes(sizes.dit, latents, options, batch=2)
         return taken < FILL_BY_BOTH * device_memory(self._device)
 

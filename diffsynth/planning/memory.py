@@ -133,16 +133,16 @@ def flow_bytes(dit: DiTSize, grid: Shape, motion: MotionGuidance) -> int:
         width = head_dim * (1 if isinstance(motion.heads, str) else len(motion.heads))
     one = frames * area * width * FLOAT  # q or k without heads
     pairs = len(frame_pairs(frames, motion.sf))
-    places, kept = 0, pairs * area * width * FLOAT
+    indices, kept = 0, pairs * area * width * FLOAT
     at_hand = 3 * min(motion.chunk, frames) * area * width * FLOAT
     if motion.mode == "effi_AMF":
         seen = min(motion.window, rows) * min(motion.window, cols)
         tiles = -(-rows // motion.tile[0]) * -(-cols // motion.tile[1])
         windows = (pairs - frames) * tiles * seen
-        places, kept = windows * INDEX, windows * prod(motion.tile) * FLOAT
+        indices, kept = windows * INDEX, windows * prod(motion.tile) * FLOAT
         at_hand = 2 * min(GATHERED_BYTES, tiles * seen * width * FLOAT)
     gradients = frames * area * dit.dim * (2 * FLOAT + (w if w < FLOAT else 0))
-    return 2 * one + places + max(kept + at_hand, gradients)
+    return 2 * one + indices + max(kept + at_hand, gradients)
 
 
 def sampling_pass_bytes(dit: DiTSize, latents: Shape, options: RunOptions, batch: int) -> int:
@@ -164,14 +164,13 @@ def text_encoder_bytes(encoder: TextEncoderSize, text_len: int) -> int:
     return 2 * FLOAT * encoder.num_heads * text_len**2
 
 
-def decode_bytes(
-    vae: VAESize, latents: Shape, tile: tuple[int, int] | None, num_frames: int, whole_video: bool = False
-) -> int:
+def decode_bytes(vae: VAESize, latents: Shape, tile: tuple[int, int] | None, num_frames: int) -> int:
     """Return the peak of decoding: one chunk, the past that causal layers keep, and the video if it is tiled.
 
     Args:
+        vae, latents: sizes of the VAE and of the latents.
         tile: rows and columns in latent positions, None for untiled.
-        whole_video: the video is kept untiled, too.
+        num_frames: frames of the video.
     """
     _, rows, cols = latents
     height, width = tile_side = _tile_side(latents, tile)
@@ -189,7 +188,7 @@ def decode_bytes(
             area, channels = 4 * area, channels // 2 if vae.patch == 1 else channels
     past += area * channels
     video = 0
-    if whole_video or tile_side != (rows, cols):
+    if tile_side != (rows, cols):
         video = IMAGE_CHANNELS * num_frames * rows * cols * vae.spatial_factor**2 * FLOAT
     return video + _chunk_bytes(vae, past, largest)
 

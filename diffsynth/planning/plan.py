@@ -78,7 +78,7 @@ class RunPlan:
     @property
     def tight(self) -> bool:
         """Whether the budget leaves no room for gaps between tensors."""
-        return self.budget is not None and self.budget < _whole(self.peak)
+        return self.budget is not None and self.budget < RESERVED + int((1 + GAPS) * self.peak)
 
     def minutes(self) -> dict[str, float]:
         """Return the predicted minutes by card, of those in cards.json, weights loaded and copies hidden."""
@@ -171,10 +171,7 @@ def plan_run(
     ladder = rungs(_frugal(options), keeping(options.motion), sizes.dit.num_layers)
     settings = next((rung for rung in ladder if peak(rung) <= usable), None)
     if settings is None and budget is not None and peak(_frugal(options)) <= budget - RESERVED:
-        settings, usable = (
-            _frugal(options),
-            budget - RESERVED,
-        )  # without room for gaps, better than not at all
+        settings, usable = _frugal(options), budget - RESERVED  # no room for gaps: better than not at all
     if settings is None:
         assert budget is not None, "without a budget, all settings fit"
         raise _not_enough(sizes, options, budget, with_reference)
@@ -213,11 +210,6 @@ def _frugal(options: RunOptions) -> Settings:
         resident_blocks=0,
         stream_text_encoder=True,
     )
-
-
-def _whole(tensors: int) -> int:
-    """Bytes of a device that hold so many of tensors."""
-    return RESERVED + int((1 + GAPS) * tensors)
 
 
 def _not_enough(

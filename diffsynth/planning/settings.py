@@ -30,7 +30,8 @@ class Settings:
     Attributes:
         checkpoint: what guidance keeps for its gradients, one of KEEPING.
         batch_cfg: both prompts in one call of the DiT.
-        tiled: the VAE works in tiles of tile_size and tile_stride, (rows, columns) in latent units.
+        tiled: the VAE works in tiles.
+        tile_size, tile_stride: of these tiles, (rows, columns) in latent units.
         offload: each model is on the device in its own stages only.
         resident_blocks: blocks of the DiT that stay on the device while the others stream; None: all of them,
             without streaming.

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.resolve import ModelFacts
@@ -18,6 +18,7 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.models.wan_video_vae_layers import ResidualBlock
+from diffsynth.vram_management.streaming import tensors_of
 
 # umt5-xxl, the text encoder of every published checkpoint; the defaults of `WanTextEncoder`.
 UMT5_XXL: Mapping[str, int] = {
@@ -48,9 +49,12 @@ class WeightBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiTSize:
-    """The arguments of `WanModel` that cost anything, the dtype it computes in, and its weights.
+    """The arguments of `WanModel` that cost anything, and its weights.
 
     Attributes:
+        dim, ffn_dim, num_heads, num_layers, in_dim, out_dim, text_dim, freq_dim, text_len, patch_size: as
+            those arguments.
+        dtype, weights: what it computes in, and the bytes of its weights.
         block_parameters: numbers in a block's weights.
         widened: bytes of the widest matrix when unpacked from eight bits; 0 for other weights.
         context_len: tokens of the text and of the pictures that it attends to.
@@ -109,9 +113,11 @@ class TextEncoderSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAESize:
-    """Layout and dtype of the VAE, and its weights. Fields as the arguments of `WanVideoVAE`.
+    """Layout of the VAE, and its weights.
 
     Attributes:
+        z_dim, num_res_blocks, temporal: as the arguments of `WanVideoVAE`; spatial_factor: as its attribute.
+        dtype, weights: what it computes in, and the bytes of its weights.
         widths, decoder_widths: channels of the encoder's and the decoder's levels, in their order.
         patch: side of the square of pixels that is folded into channels; above 1 with Wan2.2's wiring.
     """
@@ -158,13 +164,13 @@ class VAESize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSizes:
-    """The sizes of a pipeline's models, of one DiT of two, and a name for them."""
+    """A name, and the sizes of a pipeline's models, of one DiT of two; bytes of the image encoder."""
 
     name: str
     dit: DiTSize
     text_encoder: TextEncoderSize
     vae: VAESize
-    image_encoder: int = 0  # bytes of its weights
+    image_encoder: int = 0
 
     @classmethod
     def of(cls, models: Mapping[str, nn.Module]) -> "ModelSizes":
@@ -240,17 +246,12 @@ def published_sizes(
     )
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; packed weights are buffers."""
-    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
-
-
 def _parameters(module: nn.Module) -> int:
-    return sum(t.numel() for t in _tensors(module))
+    return sum(t.numel() for t in tensors_of(module))  # packed weights are buffers
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in _tensors(module))
+    return sum(t.nbytes for t in tensors_of(module))
 
 
 def _bytes_of(model: nn.Module, blocks: nn.ModuleList) -> WeightBytes:

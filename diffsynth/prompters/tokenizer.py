@@ -14,7 +14,7 @@ END_PIECE = "</s>"
 JSON_FILE, PIECE_FILE = "tokenizer.json", "spiece.model"
 _DOWNLOAD = "fastvmt download 1.3b"
 # Where checkpoints keep the tokenizer, seen from the folder of the text encoder's weights.
-_PLACES = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")
+_FOLDERS = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")
 # Top-level fields of a sentencepiece model: pieces, trainer, normaliser. The last one is written last.
 _MODEL_FIELDS = {1, 2, 3}
 
@@ -60,9 +60,10 @@ def load_tokenizer(folder: str | Path) -> WanTokenizer:
         FileNotFoundError: the folder holds neither.
         ValueError: a file is damaged or of another kind; the message names it.
     """
-    for name, read in {JSON_FILE: _from_json, PIECE_FILE: _from_pieces}.items():
-        if (file := Path(folder, name)).is_file():
-            return read(file)
+    if (file := Path(folder, JSON_FILE)).is_file():
+        return _from_json(file)
+    if (file := Path(folder, PIECE_FILE)).is_file():
+        return tokenizer_from_pieces(file.read_bytes(), file)
     raise FileNotFoundError(
         f"tokenizer folder {folder} holds neither {JSON_FILE} nor {PIECE_FILE}; fetch them by: {_DOWNLOAD}"
     )
@@ -74,12 +75,12 @@ def find_tokenizer(weights_folder: str | Path) -> Path:
     Raises:
         FileNotFoundError: there is none; the message names the folders that were searched.
     """
-    places = [Path(weights_folder) / place for place in _PLACES]
-    for place in places:
-        if any((place / name).is_file() for name in (JSON_FILE, PIECE_FILE)):
-            return place
+    folders = [Path(weights_folder) / folder for folder in _FOLDERS]
+    for folder in folders:
+        if any((folder / name).is_file() for name in (JSON_FILE, PIECE_FILE)):
+            return folder
     raise FileNotFoundError(
-        f"no {JSON_FILE} or {PIECE_FILE} in any of {', '.join(map(str, places))}; fetch them by: {_DOWNLOAD}"
+        f"no {JSON_FILE} or {PIECE_FILE} in any of {', '.join(map(str, folders))}; fetch them by: {_DOWNLOAD}"
     )
 
 
@@ -112,10 +113,6 @@ def _make_special_tokens_unmatchable(content: dict) -> None:
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
     content["model"]["vocab"] = [[f" {word}" if word in special else word, score] for word, score in vocab]
     content["post_processor"] = content["truncation"] = content["padding"] = None
-
-
-def _from_pieces(file: Path) -> WanTokenizer:
-    return tokenizer_from_pieces(file.read_bytes(), file)
 
 
 def tokenizer_from_pieces(model: bytes, file: Path) -> WanTokenizer:

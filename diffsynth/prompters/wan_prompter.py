@@ -9,14 +9,13 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from diffsynth.prompters.tokenizer import WanTokenizer, cut, load_tokenizer
+from diffsynth.prompters.tokenizer import WanTokenizer, cut
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +74,6 @@ class WanPrompter:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         self.tokenizer, self.text_len, self.cache_size = tokenizer, text_len, cache_size
         self._results: WeakKeyDictionary[TextEncoder, OrderedDict[_Key, Tensor]] = WeakKeyDictionary()
-
-    @classmethod
-    def from_folder(cls, folder: str | Path, text_len: int = 512) -> "WanPrompter":
-        """Return a prompter over the tokenizer in a folder; errors are those of `load_tokenizer`."""
-        return cls(load_tokenizer(folder), text_len)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | Sequence[str], text_encoder: TextEncoder) -> Tensor:

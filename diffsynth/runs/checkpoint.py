@@ -203,7 +203,7 @@ class SavedRun:
             save_state(path, state, facts)
         except (OSError, ValueError) as error:
             if not self._warned:
-                logger.warning("the run goes on, but %s is not saved: %s", path, error)
+                logger.warning("the run continues, but %s is not saved: %s", path, error)
             self._warned = True
             return False
         return True
@@ -225,9 +225,11 @@ def open_run(
     Args:
         folder: the checkpoint_dir; None yields None, for a run that is not saved.
         saving: how often the run is saved, and whether an unfinished one is continued.
+        residency: the models, whose weights are part of the run's identity.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W]; None without one.
         pictures: those that the video begins and ends with.
+        options: resolved options.
         interrupt: called when a signal stops the run.
 
     Raises:

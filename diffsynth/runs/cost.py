@@ -23,8 +23,10 @@ class RunCost:
     """Cost of one denoising run; `seed`, `time_guidance` and `time_gen` are named as in the released code.
 
     Attributes:
+        seed, mode, num_inference_steps: those of the run.
         time_guidance: seconds of each guided step's guidance.
         time_gen: seconds of the whole denoising, guidance included.
+        gradient_evaluations, dit_block_calls: counts over the run.
         peak_memory: bytes allocated on an accelerator, or the process's largest resident size on a CPU.
         losses: losses of the fresh gradients of each guided step.
         stage_seconds: seconds of the stages before and after denoising, by name.

@@ -29,6 +29,7 @@ def run_identity(
     """Return everything that decides the result, as short texts: arguments, the reference's frames, weights.
 
     Args:
+        models: the models by name.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W]; None without one.
         pictures: the first one, then the last, of those that are given.

@@ -55,6 +55,7 @@ class RunRecord:
     """The record of a video and the run that made it.
 
     Attributes:
+        prompt, negative_prompt, preset: as asked for.
         options: fields of `RunOptions` in force at the end, seed and motion among them.
         reference: path, sha256, frames, fps and the fields of `ReferenceOptions`; None without one.
         pictures: path and sha256 of input_image and end_image, of those that there were.
@@ -141,10 +142,15 @@ def make_record(
     """Return the record of a run.
 
     Args:
+        frames: the video's.
+        prompt, negative_prompt, preset: as the run had them.
         options: the options in force at the end.
+        cost: measured cost of the run.
         models: models of the pipeline, by name.
+        device: where it ran.
         reference: description from `describe_reference`; None without a reference.
         model: description from `describe_model`.
+        file: how the video is written.
         job: hash of a batch job; None for other runs.
         pictures: description from `describe_pictures`.
     """
@@ -228,7 +234,11 @@ def fingerprints(models: Mapping[str, nn.Module]) -> dict[str, str]:
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Return kind, name and CPU threads, which with the versions decide how numbers are rounded."""
     named = getattr(getattr(torch, device.type, None), "get_device_name", lambda _: device.type)  # not of mps
-    name = _cpu_name() if device.type == "cpu" else named(device)
+    name = named(device)
+    if device.type == "cpu":
+        facts = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*: (.*)$", facts.read_text(), re.M) if facts.is_file() else None
+        name = found[1] if found else platform.processor() or platform.machine()
     return {"type": device.type, "name": name, "threads": torch.get_num_threads()}
 
 
@@ -241,6 +251,7 @@ def differences(
     """Return a message for each difference between a record and the present reference, model and pictures.
 
     Args:
+        record: the record.
         reference: present description from `describe_reference`; None without a reference.
         model: present description from `describe_model`; its weights are compared if it names them.
         pictures: present description from `describe_pictures`.
@@ -357,12 +368,6 @@ def metadata_comment(path: Path) -> str:
     match = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", metadata.decode(errors="replace"), re.M | re.I)
     # ffmpeg puts a backslash before characters that mean something in its own format.
     return "" if match is None else re.sub(r"\\(.)", r"\1", match[1])
-
-
-def _cpu_name() -> str:
-    facts = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", facts.read_text(), re.M) if facts.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:

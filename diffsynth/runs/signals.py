@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM while a run is being saved: an exception that says that the run can go on later."""
+"""SIGINT and SIGTERM while a run is being saved: an exception that says that the run can be continued."""
 
 import signal
 import threading
@@ -23,7 +23,7 @@ class RunInterrupted(KeyboardInterrupt):
     def __init__(self, number: int, folder: Path) -> None:
         super().__init__(
             f"stopped by {signal.Signals(number).name}; finished steps are in {folder}: "
-            "the same call with this checkpoint_dir goes on from there"
+            "the same call with this checkpoint_dir continues from there"
         )
         self.signal, self.folder = number, folder
 
@@ -36,6 +36,7 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
     leaves seconds.
 
     Args:
+        folder: the checkpoint_dir, for the message.
         interrupt: called first, so that the run also stops where its caller swallows exceptions.
     """
     received: list[int] = []

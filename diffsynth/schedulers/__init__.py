@@ -8,7 +8,7 @@ from diffsynth.schedulers.unipc import UniPCScheduler
 __all__ = ["FlowMatchScheduler", "RenoiseScheduler", "UniPCScheduler", "make_scheduler", "run_scheduler"]
 
 
-def make_scheduler(name: str, shift: float = 5.0, seed: int = 0) -> FlowMatchScheduler | UniPCScheduler:
+def make_scheduler(name: str, shift: float = 5.0, seed: int = 0) -> FlowMatchScheduler:
     """Return a new scheduler with its own shift.
 
     Args:
@@ -23,7 +23,7 @@ def make_scheduler(name: str, shift: float = 5.0, seed: int = 0) -> FlowMatchSch
     return scheduler(shift, seed) if scheduler is RenoiseScheduler else scheduler(shift)
 
 
-def run_scheduler(options: RunOptions) -> FlowMatchScheduler | UniPCScheduler:
+def run_scheduler(options: RunOptions) -> FlowMatchScheduler:
     """Return a new scheduler with the timesteps of a run."""
     scheduler = make_scheduler(options.sampler, options.sigma_shift, options.seed)
     if options.sigmas is None:

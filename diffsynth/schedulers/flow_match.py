@@ -6,12 +6,13 @@ samples move in float32 and come back in their own type.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffsynth.configs.fields import Number, Whole, check_value
 from diffsynth.configs.guidance import shifted_level
 
 
@@ -33,12 +34,9 @@ def flow_match_sigmas(
     Raises:
         ValueError: steps below 1 or not whole, strength outside (0, 1], shift not above 0.
     """
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; it must be a whole number >= 1")
-    if not 0.0 < denoising_strength <= 1.0:
-        raise ValueError(f"denoising_strength is {denoising_strength!r}; it must be above 0 and at most 1")
-    if not 0.0 < shift < math.inf:
-        raise ValueError(f"shift is {shift!r}; it must be a finite number above 0")
+    check_value("num_inference_steps", Whole(1), num_inference_steps)
+    check_value("denoising_strength", Number(above=0, most=1), denoising_strength)
+    check_value("shift", Number(above=0), shift)
     start = sigma_min + denoising_strength * (sigma_max - sigma_min)
     points = num_inference_steps if endpoint else num_inference_steps + 1
     u = torch.linspace(start, sigma_min, points, dtype=torch.float64)[:num_inference_steps]
@@ -84,7 +82,7 @@ class FlowMatchScheduler:
 
     Args:
         shift: how far the levels are pushed towards noise, > 0, for calls that do not give their own.
-        sigma_min, sigma_max: range of the levels before the shift.
+        sigma_min: lowest level before the shift; sigma_max: the highest.
         extra_one_step: place one more level at sigma_min and drop it, so that the last step starts above
             sigma_min; otherwise the last level is sigma_min itself.
         num_train_timesteps: the timestep that stands for sigma = 1.
@@ -136,7 +134,7 @@ class FlowMatchScheduler:
         """Return what the next step needs of those before: nothing, as each Euler step stands alone."""
         return {}
 
-    def restore(self, state: Mapping[str, object]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state`, after set_timesteps; ValueError if it is that of another scheduler."""
         if state:
             raise ValueError(f"this scheduler keeps nothing; got a state of {', '.join(sorted(state))}")

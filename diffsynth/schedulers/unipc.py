@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsynth.schedulers.flow_match import flow_match_sigmas, mix_noise, nearest_step, require_same_shape
+from diffsynth.schedulers.flow_match import FlowMatchScheduler, mix_noise, nearest_step, require_same_shape
 
 _U_MAX = 0.999
 """The highest sigma before the shift, as in Wan2.1; a sigma of 1 would make lambda infinite."""
@@ -31,27 +31,12 @@ class _Prediction:
     sigma: float
     x0: Tensor
 
-    @property
-    def log_snr(self) -> float:
-        return _log_snr(self.sigma)
 
+class UniPCScheduler(FlowMatchScheduler):
+    """Flow-matching schedule with UniPC steps, used like its base but in order, one run at a time.
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Past:
-    """State that the next step needs, in float32; only `returned` has the caller's dtype.
-
-    sample: the corrected start of the last step. returned: the result that it gave to the caller.
-    last, before: the prediction of the last step and of the one before it.
-    """
-
-    sample: Tensor
-    returned: Tensor
-    last: _Prediction
-    before: _Prediction | None
-
-
-class UniPCScheduler:
-    """Flow-matching schedule with UniPC steps, used like FlowMatchScheduler but in order, one run at a time.
+    Before the shift the levels fall evenly from 0.999 * denoising_strength, so that every strength starts one
+    thousandth below where its base does.
 
     Args:
         shift: how far sigmas are pushed towards noise, > 0; the default of `set_timesteps`.
@@ -62,46 +47,26 @@ class UniPCScheduler:
     """
 
     def __init__(self, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
-        self.shift = shift
-        self.num_train_timesteps = num_train_timesteps
-        self.sigmas = torch.empty(0)
-        self.timesteps = torch.empty(0)
+        super().__init__(shift, sigma_max=_U_MAX, num_train_timesteps=num_train_timesteps)
         self._exact_sigmas: list[float] = []
         self._next = 0
-        self._past: _Past | None = None
-
-    def set_timesteps(
-        self, num_inference_steps: int, denoising_strength: float = 1.0, shift: float | None = None
-    ) -> None:
-        """Set sigmas and timesteps for a new run and drop the old state. `shift` applies to this call only.
-
-        Before the shift the levels fall evenly from 0.999 * denoising_strength, so that every strength
-        starts one thousandth below where FlowMatchScheduler does.
-
-        Raises:
-            ValueError: see flow_match_sigmas.
-        """
-        shift = self.shift if shift is None else shift
-        sigmas = flow_match_sigmas(num_inference_steps, denoising_strength, shift, sigma_max=_U_MAX)
-        self.set_sigmas(sigmas.tolist())
+        # The corrected start of the last step, "sample", what the caller got of it, "returned", both float32
+        # but for the dtype of the latter, and the predictions of the last step and of the one before it.
+        self._past: dict[str, Any] = {}
 
     def set_sigmas(self, sigmas: Sequence[float]) -> None:
         """Set sigmas, which fall from below 1 to above 0, for a new run and drop the old state."""
         levels = torch.tensor(sigmas, dtype=torch.float64)
         self.sigmas, self._exact_sigmas = levels.float(), [*sigmas, 0.0]
         self.timesteps = (levels * self.num_train_timesteps).trunc().float()
-        self._next = 0
-        self._past = None
+        self._next, self._past = 0, {}
 
     def state(self) -> dict[str, object]:
         """Return the state that the next step needs, as tensors and plain numbers by name."""
-        past = self._past
-        if past is None:
-            return {"next": self._next}
-        kept = {"next": self._next, "sample": past.sample, "returned": past.returned}
-        for name, prediction in (("last", past.last), ("before", past.before)):
-            if prediction is not None:
-                kept |= {f"{name}.sigma": prediction.sigma, f"{name}.x0": prediction.x0}
+        kept: dict[str, object] = {"next": self._next}
+        for name, value in self._past.items():
+            is_call = isinstance(value, _Prediction)
+            kept |= {f"{name}.sigma": value.sigma, f"{name}.x0": value.x0} if is_call else {name: value}
         return kept
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -113,19 +78,11 @@ class UniPCScheduler:
         step = state.get("next")
         if not isinstance(step, int) or not 0 <= step <= len(self.timesteps):
             raise ValueError(f"the state is of step {step!r}; this run has {len(self.timesteps)} steps")
-        predictions = {
-            name: _Prediction(sigma=state[f"{name}.sigma"], x0=state[f"{name}.x0"])
-            for name in ("last", "before")
-            if f"{name}.x0" in state
-        }
-        self._next, self._past = step, None
-        if predictions:
-            self._past = _Past(
-                sample=state["sample"],
-                returned=state["returned"],
-                last=predictions["last"],
-                before=predictions.get("before"),
-            )
+        self._next = step
+        self._past = {name: state[name] for name in ("sample", "returned") if name in state}
+        for name in ("last", "before"):
+            if f"{name}.x0" in state:
+                self._past[name] = _Prediction(sigma=state[f"{name}.sigma"], x0=state[f"{name}.x0"])
 
     def add_noise(self, x: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
         """Return clean samples `x` noised to the level of the nearest timestep, in the type of `x`."""
@@ -147,14 +104,14 @@ class UniPCScheduler:
         sigma, next_sigma = self._exact_sigmas[index : index + 2]
         moved = sample.float()
         now = _Prediction(sigma=sigma, x0=moved - sigma * model_output.to(sample.device, torch.float32))
-        before = None
-        if self._past is not None:
-            added = moved - self._past.returned.float()
-            before = self._past.last
-            moved = _correct(self._past.sample, now, before, self._past.before) + added
+        past, before = self._past, self._past.get("last")
+        if before is not None:
+            added = moved - past["returned"].float()
+            moved = _correct(past["sample"], now, before, past.get("before")) + added
         result = _predict(moved, now, before, next_sigma).to(sample.dtype)
         # A copy, so that a caller who changes the result in place is noticed too.
-        self._past = _Past(sample=moved, returned=result.detach().clone(), last=now, before=before)
+        self._past = {"sample": moved, "returned": result.detach().clone(), "last": now}
+        self._past |= {} if before is None else {"before": before}
         self._next = index + 1
         return result
 
@@ -184,12 +141,12 @@ def _predict(sample: Tensor, last: _Prediction, before: _Prediction | None, sigm
     if sigma == 0.0:
         # The last step has order 1, because lambda is infinite at 0: it returns the prediction itself.
         return last.x0
-    h = _log_snr(sigma) - last.log_snr
+    h = _log_snr(sigma) - _log_snr(last.sigma)
     phi = math.expm1(-h)
     moved = _base(sample, last, sigma, phi)
     if before is None:
         return moved
-    r = (before.log_snr - last.log_snr) / h
+    r = (_log_snr(before.sigma) - _log_snr(last.sigma)) / h
     return moved - (1.0 - sigma) * phi * (0.5 / r) * (before.x0 - last.x0)
 
 
@@ -198,13 +155,13 @@ def _correct(sample: Tensor, now: _Prediction, last: _Prediction, before: _Predi
 
     Order 2 solves rho_before + rho_now = b1, r * rho_before + rho_now = b2 (arXiv 2302.04867, section 3).
     """
-    h = now.log_snr - last.log_snr
+    h = _log_snr(now.sigma) - _log_snr(last.sigma)
     phi = math.expm1(-h)
     moved = _base(sample, last, now.sigma, phi)
     scale = (1.0 - now.sigma) * phi
     if before is None:
         return moved - scale * 0.5 * (now.x0 - last.x0)
-    r = (before.log_snr - last.log_snr) / h
+    r = (_log_snr(before.sigma) - _log_snr(last.sigma)) / h
     g1 = phi / -h - 1.0
     g2 = g1 / -h - 0.5
     b1, b2 = g1 / phi, 2.0 * g2 / phi

@@ -33,7 +33,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PassBlock:
     """A block in a pass; `first_slot` is the slot of block 0 in it, and those after it alternate."""
 
     block: int
@@ -61,7 +61,7 @@ class BlockStream:
         self._home: list[list[Tensor]] = []
         self._slots: list[Slot] = []
         self._hooks: list[RemovableHandle] = []
-        self._active: Place | None = None
+        self._active: PassBlock | None = None
         self._going_back = False
         self._first_slot = 0  # of the running pass
         self._next_first_slot = 0
@@ -113,32 +113,32 @@ class BlockStream:
         self._going_back = False
         if index == 0:
             self._first_slot = self._next_first_slot
-        here = Place(index, self._first_slot)
+        here = PassBlock(index, self._first_slot)
         self._enter(here)
         if not last and index < len(self._blocks) - 1:
-            self._fetch(Place(index + 1, self._first_slot))
+            self._fetch(PassBlock(index + 1, self._first_slot))
         elif not torch.is_grad_enabled():
             # The next pass begins with block 0: into the slot that is free.
             self._next_first_slot = 1 - here.slot
-            self._fetch(Place(0, self._next_first_slot))
+            self._fetch(PassBlock(0, self._next_first_slot))
 
     def _after(self, index: int, *outputs: Tensor) -> None:
-        here = Place(index, self._first_slot)
+        here = PassBlock(index, self._first_slot)
         for tensor in outputs:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 # Called when the gradient of the output is there: the block's backward is next.
                 tensor.register_hook(lambda _gradient: self._go_back_to(here))
 
     @torch.no_grad()
-    def _go_back_to(self, here: Place) -> None:
+    def _go_back_to(self, here: PassBlock) -> None:
         self._going_back = True
         self._enter(here)
         if here.block > 0:
-            self._fetch(Place(here.block - 1, here.first_slot))
+            self._fetch(PassBlock(here.block - 1, here.first_slot))
         else:
             self._next_first_slot = here.first_slot
 
-    def _enter(self, here: Place) -> None:
+    def _enter(self, here: PassBlock) -> None:
         """Have the block's parameters be its slot's tensors, with its weights in them."""
         if self._active == here and self._slots[here.slot].block == here.block:
             return
@@ -146,8 +146,8 @@ class BlockStream:
         self._fetch(here)
         slot = self._slots[here.slot]
         self._copies.wait(slot.copied)
-        for tensor, place in zip(self._tensors[here.block], slot.tensors, strict=True):
-            tensor.data = place
+        for tensor, room in zip(self._tensors[here.block], slot.tensors, strict=True):
+            tensor.data = room
         self._active = here
 
     def _leave(self) -> None:
@@ -161,12 +161,12 @@ class BlockStream:
         self._active = None
 
     @torch.no_grad()
-    def _fetch(self, place: Place) -> None:
+    def _fetch(self, coming: PassBlock) -> None:
         """Begin to copy a block's weights into its slot, unless they are there."""
-        slot = self._slots[place.slot]
-        if slot.block != place.block:
-            slot.copied = self._copies.start(slot.tensors, self._home[place.block], slot.used)
-            slot.block = place.block
+        slot = self._slots[coming.slot]
+        if slot.block != coming.block:
+            slot.copied = self._copies.start(slot.tensors, self._home[coming.block], slot.used)
+            slot.block = coming.block
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

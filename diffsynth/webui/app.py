@@ -17,7 +17,6 @@ from diffsynth.configs.resolve import unknown_words
 from diffsynth.webui import panel
 from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
-from diffsynth.webui.references import starting_clips
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard
 from diffsynth.webui.session import Session, check_budget, make_video, show_motion
@@ -25,6 +24,9 @@ from diffsynth.webui.uploads import keep_picture, keep_upload
 
 logger = logging.getLogger(__name__)
 
+# Reference clips to choose from: those of the clone, which are inside an installed package.
+_PACKAGE = Path(__file__).resolve().parent.parent
+CLIP_FOLDERS = (_PACKAGE / "embedded" / "data", _PACKAGE.parent / "examples" / "data")
 LOOKS_PER_SECOND = 4
 VISITORS = 40  # pages that are served at a time; their runs wait in one queue
 # The options that the page has, in its order.
@@ -61,7 +63,8 @@ class Page:
 
     def __init__(self, session: Session, queue: JobQueue) -> None:
         self.session, self.queue = session, queue
-        self.clips = {path.stem: self._shown(path) for path in starting_clips()}
+        clips = sorted(path for folder in CLIP_FOLDERS for path in folder.glob("*.mp4"))
+        self.clips = {path.stem: self._shown(path) for path in clips}
         self._gradio = import_gradio()
 
     def pick(self, name: str | None) -> str | None:

@@ -62,7 +62,7 @@ def failure_text(error: BaseException) -> str:
     if is_out_of_memory(error):
         return (
             "Memory ran out. Choose a smaller size, fewer frames or the preset fast; "
-            f"the page goes on working. ({text.splitlines()[0][:200]})"
+            f"the page keeps working. ({text.splitlines()[0][:200]})"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full: the video could not be written. ({error.strerror})"
@@ -74,6 +74,7 @@ def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> st
     """Return the panel of an unfinished job.
 
     Args:
+        progress, state: of the job.
         ahead: number of jobs before it.
         seconds: duration of the job so far.
     """

@@ -30,8 +30,9 @@ class RunProgress:
     """Progress of a run.
 
     Attributes:
-        step: number of finished denoising steps, of `steps`.
-        guided: number of finished guided steps, of `guided_steps`.
+        stage: what the run does now.
+        step, steps: finished denoising steps, and all of them.
+        guided, guided_steps: finished guided steps, and all of them.
         losses: motion loss after each guided step.
         preview: animated WebP of the result.
     """

@@ -116,23 +116,17 @@ class Guard:
         if any(route in path for route in _REFUSED):
             return "this route is disabled on this server"
         host = headers.get(b"host", "")
-        if not self._is_own(host):
+        name = urlsplit(f"//{host}").hostname or ""
+        # A server on all addresses is reached by any address; an unknown name may be DNS rebinding.
+        if name not in self._names and not (self._any_address and _is_address(name)):
             return f"this page is not served as {host[:100]!r}; --allow-host names further hosts"
         origin = headers.get(b"origin")
         changes = scope["type"] == "websocket" or scope["method"] not in ("GET", "HEAD")
         if changes and origin is not None:
             theirs = urlsplit(origin)
-            same = theirs.netloc.lower() == host.lower() or theirs.hostname in self._allowed
-            if not same:
+            if theirs.netloc.lower() != host.lower() and theirs.hostname not in self._allowed:
                 return "requests from other sites are refused"
         return None
-
-    def _is_own(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname or ""
-        if name in self._names:
-            return True
-        # A server on all addresses is reached by any address; an unknown name may be DNS rebinding.
-        return self._any_address and _is_address(name)
 
     def _names_uploads_only(self, body: bytes) -> bool:
         """Return whether all files that a request names are in the folders of uploads and of shown files."""
@@ -140,14 +134,11 @@ class Guard:
             content = json.loads(body or b"null")
         except (ValueError, RecursionError):
             return True  # not a call of the page's functions
-        return all(self._is_held(path) for path in _paths(content))
-
-    def _is_held(self, path: str) -> bool:
         try:
-            real = Path(path).resolve()
+            real = [Path(path).resolve() for path in _paths(content)]
         except (OSError, ValueError, RuntimeError):
             return False
-        return any(real.is_relative_to(folder) for folder in self._folders)
+        return all(any(path.is_relative_to(folder) for folder in self._folders) for path in real)
 
 
 def make_room(folder: Path, most: int) -> None:

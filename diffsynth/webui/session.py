@@ -31,11 +31,13 @@ class Session:
     """A loaded model and the folders of its videos.
 
     Attributes:
+        pipe, previews: the pipeline, and what draws previews of its runs.
         folder: folder of the checkpoint.
         loaded: options of loading, for the record.
         model: description of the model, for the record.
         output_dir: folder of videos and records, with the references of runs in references/.
         cache: folder of files that the page shows and can make again.
+        limits: limits of uploads.
         max_minutes: minutes that a run may take; None for no limit.
         pace: operations a second of this machine; None without such a limit.
     """
@@ -72,8 +74,10 @@ def open_session(
     Args:
         model: name of the model; None for the default.
         models_dir: folder of the published models.
+        loaded: options of loading.
         output_dir: folder of videos and records; made if it is missing.
         cache: folder of files that the page shows.
+        limits: limits of uploads.
         max_minutes: minutes that a run may take; a short run measures how fast this machine is.
 
     Raises:
@@ -113,6 +117,7 @@ def check_budget(session: Session, request: Mapping[str, Any], reference: Path |
     """Raise ValueError if a request would take more minutes than a run may.
 
     Args:
+        session: the model and the limit.
         request: from `checked_request`.
         reference: path of the reference video; None without one.
     """
@@ -171,6 +176,7 @@ def show_motion(session: Session, request: Mapping[str, Any], reference: Path, j
     """Draw the flow that a request would transfer as a video in the cache, and return its path.
 
     Args:
+        session: the model and the folders.
         request: options from `checked_request`.
         reference: path of the reference video.
         job: the job, which receives progress.

@@ -72,6 +72,7 @@ def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLim
         path: path of the upload.
         folder: folder in which uploads arrive.
         kept_in: folder of the copies; made if it is missing.
+        limits: what an upload may have.
 
     Returns:
         The path of the copy.
