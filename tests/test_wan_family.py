@@ -171,6 +171,32 @@ def test_a_text_model_takes_no_picture(tiny_checkpoint):
         pipe("a cat", input_image=PICTURE, **SMALL)
 
 
+def test_bad_pictures_are_told_before_any_model_runs(checkpoint, tmp_path, monkeypatch):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint("tiny-ti2v"), device="cpu")
+    animated = tmp_path / "two.gif"
+    Image.new("L", (40, 40)).save(animated, save_all=True, append_images=[Image.new("L", (40, 40), 200)])
+    with monkeypatch.context() as patch:
+        for model in pipe.residency.models.values():
+            patch.setattr(model, "forward", None)
+        with pytest.raises(ValueError, match=r"input_image must have 8 pixels a side .*; got 1x1"):
+            pipe("a cat", input_image=Image.new("RGB", (1, 1)), **SMALL)
+        with pytest.raises(ValueError, match=r"input_image must have .* in all; got 20000x20000"):
+            pipe("a cat", input_image=Image.new("1", (20000, 20000)), **SMALL)
+        for picture in (animated, Image.open(animated)):
+            with pytest.raises(ValueError, match="input_image must be one picture; it is animated, 2 frames"):
+                pipe("a cat", input_image=picture, **SMALL)
+    # What is transparent is black, as in videos.
+    clear, black = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGB", (40, 40))
+    assert torch.equal(pipe("a cat", input_image=clear, **SMALL), pipe("a cat", input_image=black, **SMALL))
+
+
+def test_experts_and_vaes_of_other_models_are_refused(checkpoint):
+    folder = checkpoint("tiny-a14b")
+    parts = {"vae": next(checkpoint("tiny-ti2v").glob("*VAE*"))}
+    with pytest.raises(ValueError, match="which are not those of a VAE with 48 channels"):
+        WanVideoPipeline.from_pretrained(folder, device="cpu", **parts)
+
+
 def test_equal_experts_give_the_bits_of_one(checkpoint, tmp_path):
     pair = tmp_path / "pair"
     shutil.copytree(checkpoint("tiny-a14b"), pair)

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 EXIF_ORIENTATION = 0x0112
 EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 # PIL refuses pictures of more than 179 million pixels as decompression bombs.
+MOST_PICTURE = 178_956_970
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -123,10 +124,20 @@ def read_picture(picture: Picture, name: str) -> Image.Image:
         name: name of the argument, for errors.
 
     Raises:
-        TypeError, ValueError: it is not a picture, or the file is not readable.
+        TypeError, ValueError: it is not a picture, it is animated, too small or too large, or the file is not
+            readable.
     """
     if isinstance(picture, str | Path):
-        return load_image(Path(picture))
+        load_image(Path(picture))  # fails with the file's name
+        with Image.open(picture) as opened:
+            return read_picture(opened, name)
+    if isinstance(picture, Image.Image):
+        if (count := getattr(picture, "n_frames", 1)) > 1:
+            raise ValueError(f"{name} must be one picture; it is animated, {count} frames")
+        if min(picture.size) < 8 or picture.width * picture.height > MOST_PICTURE:
+            size = f"{picture.width}x{picture.height}"
+            raise ValueError(f"{name} must have 8 pixels a side to {MOST_PICTURE} in all; got {size}")
+        picture = to_rgb(ImageOps.exif_transpose(picture))
     return next(rgb_frames([picture], name))
 
 
