@@ -341,7 +341,7 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
         ({"-o": "out.ogv"}, "output out.ogv must end in one of .mp4, .m4v, .mov, .mkv, .avi"),
         ({"-o": "there.mp4/out.mp4"}, "output folder there.mp4 cannot be made: there.mp4 is a file"),
         ({"--prompt": " "}, "--prompt is empty: what shall the video show?"),
-        ({"--model": "wan2.2-TI2V-5B"}, "fetch a Wan checkpoint with: hf download Wan-AI/wan2.2-TI2V-5B"),
+        ({"--model": "wan2.2-TI2V-5B"}, "fetch it with: fastvmt download wan2.2-ti2v-5b"),
         ({"--model": "1.3B"}, "models/Wan2.1-T2V-1.3B does not exist; fetch it with: fastvmt download 1.3b"),
         ({"--model": "Wan-AI/Wan2.1-T2V-14B"}, "fetch it with: fastvmt download 14b"),
         ({"-o": "folder.mp4"}, "output folder.mp4 is a folder; give the name of a video file"),
@@ -746,7 +746,7 @@ def test_decode_makes_the_video_of_latents_that_a_stopped_run_left(
         (["fastvmt", "tra"], ["transfer"]),
         (["fastvmt", "transfer", "--samp"], ["--sampler"]),
         (["fastvmt", "transfer", "--sampler", ""], ["euler", "unipc", "renoise"]),
-        (["fastvmt", "download", ""], ["1.3b", "14b", "all"]),
+        (["fastvmt", "download", ""], [*PUBLISHED, "all"]),
     ],
 )
 def test_bash_completes_commands_options_and_choices(words, expected, capsys, tmp_path):

@@ -258,7 +258,7 @@ def test_on_a_cpu_offloaded_inputs_stay_the_tensors_they_are():
 def test_what_guidance_keeps_is_chosen_by_the_memory_there_is(monkeypatch, device, kept):
     sizes = published_sizes("1.3b")
     run = RunOptions(motion=MotionGuidance())
-    residency = SimpleNamespace(models={}, device=torch.device(device))
+    residency = SimpleNamespace(models={"dit": SimpleNamespace()}, device=torch.device(device))
     monkeypatch.setattr(ladder.ModelSizes, "of", lambda _models: sizes)
     chosen = []
     for gigabytes in (100, 20, 3):

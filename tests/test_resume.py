@@ -483,7 +483,8 @@ def test_saved_latents_decode_to_the_runs_frames_by_pipeline_or_vae(pipe, clip, 
 def test_latents_are_saved_before_a_decode_that_fails(pipe, tmp_path, monkeypatch):
     frames = run(pipe, output_type="np")
     with monkeypatch.context() as patch:
-        patch.setattr(pipe.vae, "decode", None)
+        for name in ("decode", "decode_chunks"):
+            patch.setattr(pipe.vae, name, None)
         with pytest.raises(TypeError):
             run(pipe, output_type="np", checkpoint_dir=tmp_path)
     (path,) = tmp_path.glob("latents-*")
