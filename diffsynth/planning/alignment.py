@@ -55,7 +55,7 @@ def align(pixels: Tensor, picture: Tensor) -> Alignment | None:
     down = shown.row - height / 2 - scale * (mover.row - height / 2)
     if scale == 1 and max(abs(right), abs(down)) < _SAME_PLACE:
         return (0.0, 0.0, 1.0)
-    return (round(right, 1), round(down, 1), round(scale, 2))
+    return (round(float(right), 1), round(float(down), 1), round(float(scale), 2))
 
 
 def shift(pixels: Tensor, alignment: Alignment) -> Tensor:
