@@ -11,9 +11,9 @@ from diffsynth.version import __version__
 if TYPE_CHECKING:
     from diffsynth.data import VideoData, save_frames, save_video
     from diffsynth.evaluation.notebook import display
+    from diffsynth.jobs.decode import decode_saved
     from diffsynth.models.model_manager import ModelManager
     from diffsynth.motion import MotionGuidance
-    from diffsynth.pipelines.decode import decode_saved
     from diffsynth.pipelines.wan_video import WanVideoPipeline
     from diffsynth.planning.ladder import MemoryRanOutError
     from diffsynth.runs.checkpoint import clear_checkpoints
@@ -33,7 +33,7 @@ _HOMES = {
     "VideoData": "diffsynth.data",
     "WanVideoPipeline": "diffsynth.pipelines.wan_video",
     "clear_checkpoints": "diffsynth.runs.checkpoint",
-    "decode_saved": "diffsynth.pipelines.decode",
+    "decode_saved": "diffsynth.jobs.decode",
     "display": "diffsynth.evaluation.notebook",
     "save_frames": "diffsynth.data",
     "save_video": "diffsynth.data",

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from diffsynth.configs.checkpoints import PUBLISHED, PublishedCheckpoint
 from diffsynth.jobs import download as download_module
-from diffsynth.jobs.download import DownloadError, download, missing_files
+from diffsynth.jobs.download import DownloadError, download, expected_bytes, missing_files
 from diffsynth.models.wan_video_dit import WanModel
 
 TINY = PublishedCheckpoint(
@@ -252,7 +252,7 @@ def test_the_published_folders_hold_what_inference_loads():
     assert len(set(large.files) - shared) == 7
     header_bytes = small.files["diffusion_pytorch_model.safetensors"] - 4 * small.num_parameters
     assert 825 * 50 < header_bytes < 825 * 200
-    total = sum(large.expected_bytes(path) for path in large.files)
+    total = sum(expected_bytes(large, path) for path in large.files)
     assert total == pytest.approx(69.0e9, rel=0.01)
 
 
@@ -305,7 +305,7 @@ def test_the_folders_of_the_family_hold_their_own_parts():
     assert [key for key, files in names.items() if "Wan2.1_VAE.pth" not in files] == ["wan2.2-ti2v-5b"]
     assert [key for key, files in names.items() if "config.json" not in files] == list(names)[5:7]
     sizes = {
-        key: sum(checkpoint.expected_bytes(path) for path in checkpoint.files) / 1e9
+        key: sum(expected_bytes(checkpoint, path) for path in checkpoint.files) / 1e9
         for key, checkpoint in PUBLISHED.items()
     }
     # DiTs in float32, 11.4 GB of text encoder, VAE, CLIP.

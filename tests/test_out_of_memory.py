@@ -15,8 +15,8 @@ import torch
 from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.caches import CacheOptions
 from diffsynth.configs.options import RunOptions
+from diffsynth.jobs.decode import decode_saved
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.decode import decode_saved
 from diffsynth.pipelines.denoise import STAGES
 from diffsynth.planning import ladder, settings
 from diffsynth.planning.ladder import HELP, Ladder, MemoryRanOutError, is_out_of_memory

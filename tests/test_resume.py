@@ -12,8 +12,8 @@ import torch
 from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.caches import CacheOptions
+from diffsynth.jobs.decode import decode_saved
 from diffsynth.motion import MotionGuidance
-from diffsynth.pipelines.decode import decode_saved
 from diffsynth.runs import state as run_state
 from diffsynth.runs.checkpoint import INPUTS, STEP, clear_checkpoints, run_lock
 from diffsynth.runs.identity import weights_fingerprint

@@ -13,13 +13,13 @@ from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, TILING, FileOptions, RunOptions
 from diffsynth.data import save_video
 from diffsynth.data.files import sha256_of_file
+from diffsynth.jobs.decode import decode_saved
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model
 from diffsynth.jobs.publish import check_free, check_place, write_output
 from diffsynth.models.checkpoint_files import CheckpointError, files_of
 from diffsynth.models.model_manager import ModelManager
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.decode import decode_saved
 from diffsynth.runs.latents import read_latents
 from diffsynth.runs.record import metadata_comment
 from diffsynth.vram_management import choose_device

@@ -37,19 +37,6 @@ class PublishedCheckpoint:
     about_bytes: Mapping[str, int] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def expected_bytes(self, path: str) -> int:
-        """Return the size in bytes of one of `files`; a shard of unknown size is an even share of the DiT."""
-        size = self.files[path]
-        if size is not None:
-            return size
-        if not path.endswith(".safetensors"):
-            return self.about_bytes.get(path, 0)
-        folder = Path(path).parent
-        num_shards = sum(
-            Path(name).match("*.safetensors") for name in self.files if Path(name).parent == folder
-        )
-        return 4 * self.num_parameters // num_shards
-
 
 _TABLE = json.loads(Path(__file__).with_name("published.json").read_text())
 # Options with which the published text-to-video checkpoints are run unless the caller says otherwise.

@@ -115,7 +115,7 @@ def _safetensors_fault(path: Path, size: int) -> str | None:
 def _require_disk_space(folder: Path, checkpoint: PublishedCheckpoint, paths: list[str]) -> None:
     # Both hubs keep unfinished files in a folder with a leading dot; that space is already paid for.
     unfinished = sum(file.stat().st_size for file in folder.glob(".*/**/*") if file.is_file())
-    needed = sum(checkpoint.expected_bytes(path) for path in paths) - unfinished
+    needed = sum(expected_bytes(checkpoint, path) for path in paths) - unfinished
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -152,3 +152,15 @@ def _explain(checkpoint: PublishedCheckpoint, folder: Path, source: str, reason:
         f"  modelscope download --model {checkpoint.model_id} --local_dir {target}\n"
         f"  hf download {checkpoint.model_id} --local-dir {target}"
     )
+
+
+def expected_bytes(checkpoint: PublishedCheckpoint, path: str) -> int:
+    """Return the bytes of a checkpoint's file; a shard of unknown size is an even share of the DiT."""
+    size = checkpoint.files[path]
+    if size is not None:
+        return size
+    if not path.endswith(".safetensors"):
+        return checkpoint.about_bytes.get(path, 0)
+    folder = Path(path).parent
+    shards = [n for n in checkpoint.files if n.endswith(".safetensors") and Path(n).parent == folder]
+    return 4 * checkpoint.num_parameters // len(shards)
