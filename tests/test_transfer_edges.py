@@ -357,6 +357,14 @@ def test_latents_are_on_the_disk_while_they_are_decoded(name, code, tiny_checkpo
     decode = ["decode", str(kept), "-o", str(tmp_path / "decoded.mkv"), "--lossless"]
     assert main([*decode, "--model", str(tiny_checkpoint), "--device", "cpu"]) == 0
     capsys.readouterr()
+    killed = kept.read_bytes()
+    assert main([*command, "--seed", "2"]) == 0  # another request keeps them under another name
+    (other,) = tmp_path.glob("out-latents-*.safetensors")
+    assert other.read_bytes() == killed
+    assert f"fastvmt decode {other} -o OUT.mp4" in capsys.readouterr().err
+    for file in (other, output, record_path(output)):
+        file.unlink()
+    kept.write_bytes(killed)
     assert main(command) == 0
     assert f"an earlier run was killed before its video was there; {line}" in capsys.readouterr().err
     assert not kept.exists()

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -38,7 +39,7 @@ from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import Observer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
-from diffsynth.runs.latents import decode_line, keep_latents, latents_facts, latents_until_done
+from diffsynth.runs.latents import decode_line, keep_latents, latents_facts, latents_until_done, read_latents
 from diffsynth.runs.record import (
     RunRecord,
     describe_pictures,
@@ -279,11 +280,16 @@ def run_task(
             last[:] = [event.latents]
         elif event.stage == "decode" and last and not task.saving:  # whose folder has them
             with suppress(OSError, ValueError):  # the run is worth more than this copy
-                save_state(kept, {"latents": last[0]}, latents_facts(pipe.vae, task.size, task.file.fps))
+                facts = latents_facts(pipe.vae, task.size, task.file.fps) | {"job": task.job}
+                save_state(kept, {"latents": last[0]}, facts)
         observer(event)
 
     if kept.exists():
+        with suppress(ValueError):  # cut short by the kill
+            if read_latents(kept)[1].get("job") != task.job:  # this request will not make that video again
+                kept = kept.rename(kept.with_name(f"{place.stem}-latents-{uuid.uuid4().hex[:8]}.safetensors"))
         logger.warning("an earlier run was killed before its video was there; %s", decode_line(kept))
+        kept = place.with_name(f".{place.name}.latents.safetensors")
     with latents_until_done(kept):
         with attention_kernel(loaded):
             (made,) = pipe.run(
