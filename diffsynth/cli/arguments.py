@@ -84,6 +84,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_options(parser, FileOptions, "the file")
 
 
+def pictures_of(options: argparse.Namespace) -> dict[str, Path]:
+    """Return the paths of the pictures that were named, by argument of the call."""
+    return {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
+
+
 def add_call_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the pipeline's call."""
     add_options(parser, Shorthands, "how it is made")

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diffsynth.cli.arguments import pictures_of
 from diffsynth.cli.console import DONE, FAILED, Console
 from diffsynth.cli.job_files import JobLine, read_jobs
 from diffsynth.cli.progress import run_watched, saving_arguments
-from diffsynth.configs.options import PICTURES
 from diffsynth.data.files import FileInUseError, locked
 from diffsynth.jobs.errors import RunFailedError, UsageError, disk_is_at_fault
 from diffsynth.jobs.models import choose_model, load_options, load_pipeline
@@ -55,11 +55,10 @@ def run(options: Namespace, console: Console) -> int:
     folder: Path = options.output_dir
     if options.checkpoint_dir is not None:
         raise UsageError("--checkpoint-dir is for one video; --resume has a folder for each")
-    shared = {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
     spread = options.workers is not None or options.ray is not None
     if spread and getattr(options, "resume", None) is None:
         options.resume = True  # a job continues when its worker dies
-    jobs = read_jobs(options.jobs, folder, task_options(vars(options)), shared)
+    jobs = read_jobs(options.jobs, folder, task_options(vars(options)), pictures_of(options))
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_batch(folder):

@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from diffsynth.cli.arguments import flag
+from diffsynth.cli.arguments import flag, pictures_of
 from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.configs.fields import fields_of
-from diffsynth.configs.options import PICTURES, FileOptions, ReferenceOptions
+from diffsynth.configs.options import FileOptions, ReferenceOptions
 from diffsynth.data import save_video
 from diffsynth.evaluation.followed import beside_reference, follow_text, looped
 from diffsynth.jobs.errors import UsageError
@@ -68,7 +68,7 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
     else:
         check_place(options.output)
     recorded, told = None, list[str]()
-    pictures = {name: path for name in PICTURES if (path := getattr(options, name)) is not None}
+    pictures = pictures_of(options)
     if options.record is None:
         loaded = load_options(vars(options))
         folder = choose_model(options.model, options.models_dir, told.append, loaded)
@@ -112,8 +112,8 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
 
         with spread_run(pipe, task.call, task.saving) as (call, saving), attention_kernel(loaded):
             if rank:
-                pictures = {name: picture["path"] for name, picture in task.pictures.items()}
-                pipe.run(**call, **saving, **pictures, input_video=task.video, progress_bar_cmd=iter)
+                shown: dict[str, Any] = {name: picture["path"] for name, picture in task.pictures.items()}
+                pipe.run(**call, **saving, **shown, input_video=task.video, progress_bar_cmd=iter)
                 return DONE
             task = replace(task, call=call, saving=saving)
             made = run_watched(pipe, task, model, loaded, console)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from diffsynth.configs.caches import CACHES, CacheOptions
-from diffsynth.configs.fields import Choice, Number
+from diffsynth.configs.fields import Choice, Kind, Number
 from diffsynth.configs.guidance import MotionGuidance
 
 ALIGNMENTS = ("object", "none")
@@ -18,16 +18,13 @@ class CacheMaker(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class CacheKind:
+class CacheKind(Kind):
     """A step cache: a name, `CacheOptions` or an object with `make`; a name alone on the command line."""
 
     metavar: str = "NAME"
 
     def __str__(self) -> str:
         return f"one of {', '.join(CACHES)}, CacheOptions or an object with make(prompt, steps, num_steps)"
-
-    def read(self, text: str) -> str:
-        return Choice(CACHES).check(text)
 
     def check(self, value: Any) -> Any:
         if value is None or isinstance(value, CacheOptions) or hasattr(value, "make"):

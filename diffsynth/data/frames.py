@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from numbers import Real
 from pathlib import Path
@@ -105,15 +106,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(black, image).convert("RGB")
 
 
-def load_image(path: Path) -> Image.Image:
-    """Read one image, upright (EXIF orientation applied) and RGB; ValueError names an unreadable file."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image file; ValueError names a file that is not readable here or while it is decoded."""
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except FileNotFoundError:
         raise
     except UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read one image, upright (EXIF orientation applied) and RGB; ValueError names an unreadable file."""
+    with _opened(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def read_picture(picture: Picture, name: str) -> Image.Image:
@@ -128,8 +136,7 @@ def read_picture(picture: Picture, name: str) -> Image.Image:
             readable.
     """
     if isinstance(picture, str | Path):
-        load_image(Path(picture))  # fails with the file's name
-        with Image.open(picture) as opened:
+        with _opened(Path(picture)) as opened:
             return read_picture(opened, name)
     if isinstance(picture, Image.Image):
         if (count := getattr(picture, "n_frames", 1)) > 1:

@@ -24,12 +24,13 @@ _PLAIN = 16.0
 def one_object(frames: Video) -> Track | None:
     """Return the track of a video's one object before a background of one colour; None for other videos."""
     video = video_array(frames)
-    track = track_object(video)
     far = distance_from_background(video) > LEAST_DISTANCE
-    rest = ~(far | track.masks)
-    plain = rest.any() and video.mean(-1)[rest].std() <= _PLAIN
+    # Before anything is tracked, which takes minutes in a real clip.
+    if far.all() or far.mean() > _LARGEST + _REST or video.mean(-1)[~far].std() > _PLAIN:
+        return None
+    track = track_object(video)
     alone = track.masks.mean() <= _LARGEST and (far & ~track.masks).mean() <= _REST
-    return track if plain and alone and track.found.all() else None
+    return track if alone and track.found.all() else None
 
 
 def path_agreement(path: np.ndarray, reference: np.ndarray) -> tuple[float, float]:

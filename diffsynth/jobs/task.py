@@ -284,12 +284,11 @@ def run_task(
                 save_state(kept, {"latents": last[0]}, facts)
         observer(event)
 
-    if kept.exists():
+    if (left := kept).exists():
         with suppress(ValueError):  # cut short by the kill
             if read_latents(kept)[1].get("job") != task.job:  # this request will not make that video again
-                kept = kept.rename(kept.with_name(f"{place.stem}-latents-{uuid.uuid4().hex[:8]}.safetensors"))
-        logger.warning("an earlier run was killed before its video was there; %s", decode_line(kept))
-        kept = place.with_name(f".{place.name}.latents.safetensors")
+                left = kept.rename(kept.with_name(f"{place.stem}-latents-{uuid.uuid4().hex[:8]}.safetensors"))
+        logger.warning("an earlier run was killed before its video was there; %s", decode_line(left))
     with latents_until_done(kept):
         with attention_kernel(loaded):
             (made,) = pipe.run(

@@ -41,7 +41,7 @@ def align(pixels: Tensor, picture: Tensor) -> Alignment | None:
         (right, down, scale) for `shift`; None if one of the two objects is not found with confidence.
     """
     video = chunks_to_uint8([pixels], pixels.shape[2])
-    mover = _spot(distance_from_background(video)[:1]) or _spot(_from_median(video)[:1])
+    mover = _spot(distance_from_background(video, slice(1))) or _spot(_from_median(video))
     still = chunks_to_uint8([picture[:, :, None]], 1)
     turned = still.swapaxes(1, 2)
     shown = _spot(distance_from_background(still)) or _spot(_from_ends(still))
@@ -79,8 +79,8 @@ def shift(pixels: Tensor, alignment: Alignment) -> Tensor:
 
 
 def _from_median(video: np.ndarray) -> np.ndarray:
-    """Return how far each pixel is from its median over time, the background where the camera rests."""
-    difference = video.astype(np.float32) - np.median(video, axis=0).astype(np.float32)
+    """Return how far the first frame is from the median over time, the background where the camera rests."""
+    difference = video[:1].astype(np.float32) - np.median(video, axis=0).astype(np.float32)
     return np.sqrt(np.square(difference).sum(-1))
 
 

@@ -15,16 +15,17 @@ _CANDIDATES = 12
 _SPARSE = 2  # rows and columns between the pixels that are looked at for it
 
 
-def distance_from_background(video: np.ndarray) -> np.ndarray:
+def distance_from_background(video: np.ndarray, frames: slice = slice(None)) -> np.ndarray:
     """Return how far each pixel is from the background's colour at its nearest brightness.
 
     Args:
         video: uint8 [T, H, W, 3].
+        frames: those to measure; the background is that of the whole video.
 
     Returns:
-        float32 [T, H, W], distance in RGB from 0 to 441.
+        float32 [frames, H, W], distance in RGB from 0 to 441.
     """
-    return _distance_to_shades(video.astype(np.float32), _background_colour(video))
+    return _distance_to_shades(video[frames].astype(np.float32), _background_colour(video))
 
 
 def _distance_to_shades(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
@@ -48,28 +49,26 @@ def _background_colour(video: np.ndarray) -> np.ndarray:
 
 def largest_patches(masks: np.ndarray) -> np.ndarray:
     """Keep the largest connected patch (also across corners) of each mask: bool [T, H, W] -> the same."""
-    labels = _patch_labels(masks)
-    areas = np.bincount(labels[masks], minlength=masks.size)
     out = np.zeros_like(masks)
-    for t, (label, mask) in enumerate(zip(labels, masks, strict=True)):
+    for kept, mask in zip(out, masks, strict=True):
         if mask.any():
-            own = label[mask]
-            out[t] = mask & (label == own[areas[own].argmax()])
+            labels = _patch_labels(mask)
+            own = labels[mask]
+            kept[:] = labels == own[np.bincount(own)[own].argmax()]
     return out
 
 
-def _patch_labels(masks: np.ndarray) -> np.ndarray:
-    """Label the pixels of a patch by the index of one of them, and others by -1: int [T, H, W]."""
-    labels = np.where(masks, np.arange(masks.size).reshape(masks.shape), -1)
+def _patch_labels(mask: np.ndarray) -> np.ndarray:
+    """Label the pixels of a patch by the index of one of them, and others by -1: int [H, W]."""
+    labels = np.where(mask, np.arange(mask.size).reshape(mask.shape), -1)
     while True:
         spread = labels.copy()
-        for axis in (1, 2):
-            line = np.moveaxis(spread, axis, 0)
+        for line in (spread, spread.T):
             larger = np.maximum(line[:-1], line[1:])
             np.maximum(line[:-1], larger, out=line[:-1])
             np.maximum(line[1:], larger, out=line[1:])
         # A label is a place in the same patch: taking that place's label makes the way there short.
-        spread = np.where(masks, spread.ravel()[spread], -1)
+        spread = np.where(mask, spread.ravel()[spread], -1)
         if (spread == labels).all():
             return labels
         labels = spread

@@ -33,10 +33,12 @@ def reference_pixels(
     Returns:
         Frames [1, 3, T, H, W] in [-1, 1]; None without a reference.
     """
-    if video is None or run.motion is None:
-        pixels = None if video is None else video_to_tensor(video, run.num_frames, run.height, run.width)
-        return pixels, replace(run, align="none")
+    unmoved = replace(run, align="none")
+    if video is None:
+        return None, unmoved
     pixels = video_to_tensor(video, run.num_frames, run.height, run.width)
+    if run.motion is None:
+        return pixels, unmoved
     warn_of_reference(pixels)
     found = run.align
     if found == "object":
@@ -47,7 +49,7 @@ def reference_pixels(
                 "out; where they are apart, align=(right, down, scale) lays one onto the other"
             )
     if found in (None, "none", (0.0, 0.0, 1.0)):
-        return pixels, replace(run, align="none")
+        return pixels, unmoved
     right, down, scale = found
     logger.info(
         "the reference is moved %g pixels right and %g down and scaled by %g, onto the picture's object; "

@@ -5,7 +5,6 @@ kernels is real; kernels are chosen as PyTorch chooses them on a card of compute
 """
 
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,10 +14,9 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from memory_meter import forget_tables
+from memory_meter import MemoryMeter, forget_tables
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -33,11 +31,11 @@ DOUBLE = (torch.float64, torch.complex128)
 READS_SIZE = ("nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
 
 
-class Trace(TorchDispatchMode):
+class Trace(MemoryMeter):
     """Counts what an accelerator would be asked for inside this context.
 
     Attributes:
-        live, peak: bytes of tensors on it now, and at most.
+        live, peak: bytes of tensors on it now, and at most, as in `MemoryMeter`.
         flops: operations of products, convolutions and attention.
         waits: place -> how often the CPU waited there for the device: numbers that were read, and copies that
             were not asked to run beside the program.
@@ -48,15 +46,15 @@ class Trace(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = self.math_attention = 0
+        self.flops = self.math_attention = 0
         self.waits: Counter[str] = Counter()
         self.doubles: Counter[str] = Counter()
         self.devices: set[str] = set()
-        self._known: set[int] = set()
 
     def restart(self) -> None:
         """Begin to count anew; tensors that are alive stay counted."""
-        self.peak, self.flops, self.math_attention = self.live, 0, 0
+        super().restart()
+        self.flops = self.math_attention = 0
         self.waits.clear()
         self.doubles.clear()
         self.devices.clear()
@@ -68,19 +66,6 @@ class Trace(TorchDispatchMode):
     def room(self, size: int) -> None:
         """Count work space that a kernel takes and hands back."""
         self.peak = max(self.peak, self.live + size)
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -107,7 +92,7 @@ class Trace(TorchDispatchMode):
                 if out.dtype in DOUBLE:
                     self.doubles[f"{name} {place()}"] += 1
                 if out.untyped_storage()._cdata not in given:
-                    self._add(out)
+                    self.add(out)
         if operation in flop_registry:
             self.flops += flop_registry[operation](*args, **kwargs, out_val=result)
         if name == "_scaled_dot_product_flash_attention_backward":
