@@ -1,35 +1,43 @@
-"""Draw cost against path error from rows that `benchmarks.quality` wrote, of several runs in one picture.
+"""Draw cost against path error from tables of docs/quality.md, those that have both columns and intervals.
 
-python -m docs.make_pareto docs/quality_cost.png results/quality/rows.jsonl results/eight_steps/rows.jsonl
+python -m docs.make_pareto docs/quality_cost.png
 """
 
-import argparse
+import re
+import sys
 from pathlib import Path
 
-from benchmarks.quality.pairs import read_rows
-from benchmarks.quality.report import cost_figure, summarise
+from benchmarks.quality.scatter import pareto_figure
+from benchmarks.quality.statistics import Interval
+
+COLUMNS = "path error px", "FFE"
+LEFT_OUT = {"AMF"}  # which is effi_AMF at this size
+LABELS = "denoising with its guidance, in full forwards of the DiT", "path error, px"
+
+
+def points_of(text: str) -> dict[str, tuple[float, Interval]]:
+    """Return (FFE, path error) of each row by its first cell."""
+    points, head = {}, list[str]()
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not set(COLUMNS) <= set(head):
+            head = cells
+        elif len(cells) != len(head):
+            head = []
+        else:
+            error, cost = (cells[head.index(column)] for column in COLUMNS)
+            if interval := re.fullmatch(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", error):
+                value, low, high = map(float, interval.groups())
+                name = cells[0].replace(" in each of", ",")
+                name = f"8 steps: {name}" if head[0].startswith("8 steps") else name
+                if cost and name not in LEFT_OUT:
+                    points[name] = float(cost), Interval(value=value, low=low, high=high)
+    return points
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("rows", type=Path, nargs="+")
-    parser.add_argument("--pairs", type=int, help="take the first pairs alone")
-    parser.add_argument("--without", default="", help="methods to leave out, with commas between them")
-    args = parser.parse_args()
-    left_out = {name.strip() for name in args.without.split(",")}
-    rows = [
-        row
-        for path in args.rows
-        for row in read_rows(path)
-        if row.method not in left_out and (args.pairs is None or row.pair < args.pairs)
-    ]
-    figure = cost_figure(summarise(rows))
-    if figure is None:
-        parser.error("no row has both a path error and a count of forwards")
-    figure.savefig(args.picture)
+    text = (Path(__file__).parent / "quality.md").read_text()
+    pareto_figure(points_of(text), *LABELS).savefig(sys.argv[1])
 
 
 if __name__ == "__main__":

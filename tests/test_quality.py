@@ -258,7 +258,8 @@ def test_one_pair_has_no_interval_in_table_and_json():
 
 def test_the_figure_of_cost_has_the_methods_whose_cost_is_known():
     both = [row("AMF", 0, 0, 4.0, forward_equivalents=206.0), row("floor", 0, 0, 9.0)]
-    assert [text.get_text() for text in cost_figure(summarise(both)).axes[0].texts] == ["AMF"]
+    legend = cost_figure(summarise(both)).legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["beaten by none", "1  AMF"]
     assert cost_figure(summarise(both[1:])) is None
 
 

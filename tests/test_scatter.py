@@ -12,16 +12,19 @@ def test_the_front_is_what_nothing_beats():
     assert pareto_front(points) == {"cheap", "good", "best"}
 
 
-def test_points_on_the_front_are_red_and_others_blue():
+def test_points_on_the_front_are_red_and_others_blue_and_a_legend_names_them():
     pytest.importorskip("matplotlib")
     points = {
         "a": (10.0, Interval(value=4.0, low=3.0, high=5.5)),
         "b": (20.0, Interval(value=8.0, low=float("nan"), high=float("nan"))),
     }
-    (axes,) = pareto_figure(points, "FFE", "px").axes
+    figure = pareto_figure(points, "FFE", "px")
+    (axes,) = figure.axes
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named == ["beaten by none", "1  a", "2  b"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("FFE", "px")
-    assert [text.get_text() for text in axes.texts] == ["a", "b"]
-    drawn = {bars.get_label(): bars.lines for bars in axes.containers}
+    assert [text.get_text() for text in axes.texts] == ["1", "2"]
+    drawn = {bars.get_label()[3:]: bars.lines for bars in axes.containers}
     for name, colour in (("a", RED), ("b", BLUE)):
         marker, _caps, intervals = drawn[name]
         assert (*marker.get_xdata(), *marker.get_ydata()) == (points[name][0], points[name][1].value)

@@ -21,7 +21,7 @@ ARRAYS = ("correlation", "slope", "partial_correlation", "partial_slope")
 KINDS = ("partial", "whole")
 # Noise levels at which guidance acts.
 GUIDED_SIGMAS = (0.5, 0.95)
-_WIDEST = 24  # inches of a figure
+_WIDEST = 11.5  # inches of a figure: on a page 900 pixels wide its numbers can still be read
 JSON_NAME, TABLE_NAME, IMAGE_NAME = "probe.json", "probe.md", "probe.png"
 
 # All noise levels, one of them, or those from a lowest to a highest.
