@@ -110,6 +110,18 @@ def page(server, browser):
     return browser
 
 
+def test_an_example_fills_reference_and_prompt_and_empty_boxes_are_hidden(server, browser):
+    browser.get(server[0])
+    click(browser, "#examples tbody tr:nth-child(2)")
+    find(browser, "#reference video")
+    until(browser, lambda b: b.find_element("css selector", "#prompt textarea").get_property("value"))
+    boxes = [browser.find_element("css selector", name) for name in ("#result", "#motion", "#files")]
+    assert [box.is_displayed() for box in boxes] == [False] * 3
+    for name in ("#prompt", "#go"):
+        place = browser.find_element("css selector", name).rect
+        assert place["y"] + place["height"] < 800
+
+
 def test_the_motion_of_an_uploaded_reference_is_shown(page):
     click(page, "#look")
     panel_says(page, "where it moves")

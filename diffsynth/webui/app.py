@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ _UNSET = {"seed": -1} | dict.fromkeys(
 )
 _NUMBERS = {"Steps": "num_inference_steps", "Height": "height", "Width": "width", "Frames": "num_frames"}
 _PRESETS = "exact: the full method; balanced and fast: less computation, a little less likeness"
+# Prompts to try: of shapes for a model that knows few words.
+_SHAPES = (
+    "a blue star on a yellow background", "a red square on a white background",
+    "a yellow triangle on a blue background", "a green circle on a black background",
+)  # fmt: skip
+_SCENES = (
+    "a red fox leaps through fresh snow", "a paper boat on a stormy sea", "an astronaut on a beach at sunset",
+    "a hot-air balloon over lavender fields",
+)  # fmt: skip
 _MODES = "effi_AMF: FastVMT; AMF: the same over whole frames; FlowMotion: no backward pass; No_transfer: text"
 
 
@@ -64,12 +74,8 @@ class Page:
     def __init__(self, session: Session, queue: JobQueue) -> None:
         self.session, self.queue = session, queue
         clips = sorted(path for folder in CLIP_FOLDERS for path in folder.glob("*.mp4"))
-        self.clips = {path.stem: self._shown(path) for path in clips}
+        self.clips = [self._shown(path) for path in clips]
         self._gradio = import_gradio()
-
-    def pick(self, name: str | None) -> str | None:
-        """Return the path of a shipped reference."""
-        return str(self.clips[name]) if name in self.clips else None
 
     def generate(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of a run until it ends: panel, id of the job, videos, files, gallery."""
@@ -193,17 +199,15 @@ def build(page: Page) -> Any:
         job_id = gr.State(None)
         with gr.Row():
             with gr.Column(scale=2):
-                hint = "a blue star on a yellow background" if defaults.words else "a red fox in fresh snow"
-                prompt = gr.Textbox(label="Prompt", lines=2, placeholder=hint, elem_id="prompt")
+                prompts = _SHAPES if defaults.words else _SCENES
+                prompt = gr.Textbox(label="Prompt", lines=2, placeholder=prompts[0], elem_id="prompt")
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go")
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
                 reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
-                with gr.Row():
-                    clip = gr.Dropdown(
-                        list(page.clips), value=None, label="... or a shipped clip", elem_id="clip"
-                    )
-                    look = gr.Button("Show the motion", elem_id="look")
+                look = gr.Button("Show the motion", elem_id="look")
+                tries = [[str(path), text] for path, text in zip(page.clips, cycle(prompts), strict=False)]
+                gr.Examples(tries, [reference, prompt], label="Try one of these", elem_id="examples")
                 picture = gr.Image(
                     label="Picture that the video begins with",
                     type="filepath",
@@ -226,15 +230,14 @@ def build(page: Page) -> Any:
                 plays = {"interactive": False, "loop": True, "autoplay": True}
                 both = gr.Video(label="Reference | result", show_label=False, **plays)
                 with gr.Row():
-                    result = gr.Video(label="Result", elem_id="result", **plays)
-                    motion = gr.Video(label="Motion", elem_id="motion", **plays)
+                    result = gr.Video(label="Result", elem_id="result", height=280, **plays)
+                    motion = gr.Video(label="Motion", elem_id="motion", height=280, **plays)
                 files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
         past = gr.Gallery(
             page.gallery, label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
         )
         asked = [prompt, negative, preset, mode, seed, strength, numbers[0], scale, *numbers[1:], *part]
         shown = [both, result, files]
-        clip.input(page.pick, clip, reference, api_name=False)
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
         made = [status, job_id, *shown, past]
         go.click(page.generate, [reference, *asked, picture], made, api_name="generate", **many)

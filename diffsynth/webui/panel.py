@@ -23,6 +23,7 @@ _LONGEST = 600  # characters of an error
 IDLE = '<div class="fv-idle">The result appears here: the motion of the reference, what a prompt says.</div>'
 # Gradio's variables give the colours, so that dark pages work.
 CSS = """
+.block:has(> [aria-label="Empty value"]) { display: none; }
 .fv-message { padding: .7em 1em; border-radius: 8px; background: var(--background-fill-secondary); }
 .fv-done { border-left: 4px solid #2a9d5c; }
 .fv-error { border-left: 4px solid #c0392b; }
