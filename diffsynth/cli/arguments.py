@@ -52,15 +52,9 @@ def add_options(
     only: Collection[str] | None = None,
     but: Collection[str] = NOT_OFFERED,
 ) -> None:
-    """Add the options of a dataclass as a group. Those that are not named are absent from the namespace.
+    """Add the options of a dataclass as a group; those that are not given are absent from the namespace.
 
-    Args:
-        parser: to add them to.
-        owner: a dataclass whose fields are options.
-        title: of the group.
-        prefix: of the names on the command line.
-        only: the names that are offered; None for all but those of `but`.
-        but: the names that are not offered.
+    Offered are the names of `only` (None: all) that are not in `but`, on the command line with the prefix.
     """
     group = parser.add_argument_group(title)
     for name, (stated, default) in options_of(owner).items():

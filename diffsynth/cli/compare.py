@@ -36,9 +36,8 @@ def run(options: Namespace, console: Console) -> int:
     frames = video_grid(videos, columns=options.columns, height=options.height, until=options.until)
     save = partial(save_video, frames, fps=fps, quality=8)
     path = write_output(frames, options.output, save, options.overwrite)
-    facts = {"output": str(path), "labels": labels, "frames": len(frames), "fps": fps}
     console.say(f"{path}: {len(frames)} frames, {' | '.join(labels)}")
-    console.result(facts)
+    console.result({"output": str(path), "labels": labels, "frames": len(frames), "fps": fps})
     return DONE
 
 

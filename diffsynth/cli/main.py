@@ -15,19 +15,9 @@ from diffsynth.jobs.early import check_early
 from diffsynth.jobs.errors import UsageError
 
 # Loaded on use: most of them need torch.
-COMMANDS = {
-    "transfer": "diffsynth.cli.transfer",
-    "inspect": "diffsynth.cli.inspect_motion",
-    "compare": "diffsynth.cli.compare",
-    "evaluate": "diffsynth.cli.evaluate",
-    "plan": "diffsynth.cli.plan",
-    "download": "diffsynth.cli.download",
-    "doctor": "diffsynth.cli.doctor",
-    "batch": "diffsynth.cli.batch",
-    "decode": "diffsynth.cli.decode",
-    "ui": "diffsynth.webui.command",
-    "completion": "diffsynth.cli.completion",
-}
+_ALIKE = ("transfer", "compare", "evaluate", "plan", "download", "doctor", "batch", "decode", "completion")
+COMMANDS = {name: f"diffsynth.cli.{name}" for name in _ALIKE}
+COMMANDS |= {"inspect": "diffsynth.cli.inspect_motion", "ui": "diffsynth.webui.command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
