@@ -65,10 +65,8 @@ def add_options(
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of one video: prompts, the pipeline's call, motion, the file."""
     group = parser.add_argument_group("what is shown")
-    for name, text in (
-        ("--prompt", "what the video should show"),
-        ("--negative-prompt", "what it should not show; the model's by default"),
-    ):
+    texts = ("what the video should show", "what it should not show; the model's by default")
+    for name, text in zip(("--prompt", "--negative-prompt"), texts, strict=True):
         group.add_argument(name, metavar="TEXT", default=argparse.SUPPRESS, help=text)
     for name, picture, text in zip(("--image", "--end-image"), PICTURES, ("begins", "ends"), strict=True):
         text = f"picture that the video {text} with, for a model that takes one"

@@ -19,11 +19,7 @@ from diffsynth.jobs.task import open_reference
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Write the video that shows them all.
-
-    Raises:
-        UsageError: there are too few videos, or labels or output do not fit.
-    """
+    """Write the video that shows them all; UsageError for too few, or labels or an output that do not fit."""
     if len(options.videos) < 2:
         raise UsageError("give two or more videos to compare")
     labels = labels_of(options.videos, options.labels)
@@ -42,11 +38,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def labels_of(videos: Sequence[Path], asked: Sequence[str] | None) -> list[str]:
-    """Return a label for each video: those asked for, else names, with a number where two are alike.
-
-    Raises:
-        UsageError: the labels asked for are too few, too many or not different.
-    """
+    """Return a label for each video: those asked for (UsageError if they do not fit), else unlike names."""
     if asked is not None:
         if len(asked) != len(videos) or len(set(asked)) != len(asked):
             raise UsageError(f"--labels must be {len(videos)} different texts; got {', '.join(asked)}")

@@ -21,10 +21,7 @@ COMMANDS |= {"inspect": "diffsynth.cli.inspect_motion", "ui": "diffsynth.webui.c
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fastvmt`.
-
-    Args:
-        arguments: of the command line; None for those of the process.
+    """Run `fastvmt` with arguments, or those of the process.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 bad arguments, 130 interrupted.

@@ -173,19 +173,19 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fastvmt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shared = _shared_options()
+    shared = Parser(add_help=False)
+    group = shared.add_argument_group("what is printed")
+    group.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    group.add_argument("-v", "--verbose", action="store_true", help="tell the choices that are made")
+    group.add_argument("--debug", action="store_true", help="show where an error comes from")
 
     def command(name: str, text: str) -> Parser:
         # The long lists of options are told below, by group.
         usage = f"fastvmt {name} {_USAGES[name]} [options]" if name in _USAGES else None
         common = _COMMON if name in ("transfer", "batch", "plan") else ()
-        told: dict[str, Any] = {
-            "help": text,
-            "description": text,
-            "usage": usage,
-            "examples": _EXAMPLES[name],
-        }
-        return commands.add_parser(name, parents=[shared], common=common, **told)
+        told: dict[str, Any] = {"help": text, "description": text, "usage": usage, "common": common}
+        return commands.add_parser(name, parents=[shared], examples=_EXAMPLES[name], **told)
 
     _add_transfer(command("transfer", "Make a video that moves as a reference does and shows a prompt."))
     _add_inspect(command("inspect", "Show the motion that a reference would transfer; generates nothing."))
@@ -205,16 +205,6 @@ def build_parser() -> Parser:
     completion = command("completion", "Print a script for the shell's tab completion.")
     completion.add_argument("shell", choices=SHELLS)
     return parser
-
-
-def _shared_options() -> Parser:
-    shared = Parser(add_help=False)
-    group = shared.add_argument_group("what is printed")
-    group.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
-    group.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    group.add_argument("-v", "--verbose", action="store_true", help="tell the choices that are made")
-    group.add_argument("--debug", action="store_true", help="show where an error comes from")
-    return shared
 
 
 def _add_transfer(parser: Parser) -> None:
