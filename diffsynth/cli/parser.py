@@ -29,7 +29,6 @@ from diffsynth.version import __version__
 
 TRACKERS = ("auto", "lk", "cotracker")
 ENDS = ("shortest", "longest")
-SHELLS = ("bash", "zsh", "fish")
 _REFERENCE = "a video file, or a folder of images"
 _OVERWRITE = "replace OUT if it exists"
 
@@ -203,7 +202,7 @@ def build_parser() -> Parser:
     _add_decode(command("decode", "Make the video of final latents that a run left."))
     _add_ui(command("ui", "Serve a web page that does all this, on this machine alone by default."))
     completion = command("completion", "Print a script for the shell's tab completion.")
-    completion.add_argument("shell", choices=SHELLS)
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser
 
 

@@ -144,11 +144,7 @@ def overlay_flow(frame: Image.Image, flow: Tensor | np.ndarray, largest: float |
 
 
 def flow_video(
-    frames: Video,
-    flow: Tensor | np.ndarray,
-    *,
-    height: int | None = None,
-    largest: float | None = None,
+    frames: Video, flow: Tensor | np.ndarray, *, height: int | None = None, largest: float | None = None
 ) -> Iterator[Image.Image]:
     """Draw on each frame the colours and arrows of its step, and the wheel.
 

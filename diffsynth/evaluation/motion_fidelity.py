@@ -45,9 +45,7 @@ def motion_fidelity(
         generated: the video to measure.
         reference: the video whose motion it follows; its size may differ.
         tracker: the method of `track_points`.
-        grid: as for `track_points`.
-        checkpoint: as for `track_points`.
-        device: as for `track_points`.
+        grid, checkpoint, device: as for `track_points`.
 
     Raises:
         What `track_points` and `tracklet_fidelity` raise.
