@@ -16,7 +16,6 @@ from diffsynth.configs.descriptors import DESCRIPTORS, Descriptor
 from diffsynth.configs.fields import OrNone, options_of
 from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, SavingOptions, Shorthands
 from diffsynth.configs.resolve import motion_for
-from diffsynth.evaluation.mag_calibration import calibrate_magcache
 from diffsynth.jobs.convert import convert_checkpoint
 from diffsynth.models.attention import use_attention
 from diffsynth.pipelines.denoise import RunEvent
@@ -42,7 +41,7 @@ SECTIONS: dict[str, list[object]] = {
     "Results of a run": [GeneratedVideo, RunEvent, RunCost, RunPlan, RunRecord, read_record],
     "Registries": [Descriptor, Cache],
     "diffsynth.evaluation": [getattr(evaluation, name) for name in evaluation.__all__],
-    "Elsewhere": [use_attention, convert_checkpoint, calibrate_magcache],
+    "Elsewhere": [use_attention, convert_checkpoint],
 }
 REGISTRIES: Mapping[type, Mapping[str, Descriptor | Cache]] = {Descriptor: DESCRIPTORS, Cache: CACHES}
 SPECIAL = ("__call__", "__getitem__")  # methods that are part of a class's interface, if they have docstrings

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.compare_motion import compare_motion
 from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth.cli.main import main
 from diffsynth.data import VideoData, save_video
 from diffsynth.evaluation import (
-    compare_motion,
     draw_arrows,
     draw_trajectories,
     flow_sheet,

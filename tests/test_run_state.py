@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.mag_calibration import _Series
 from diffsynth.caches.rules import Probe, make_rule
 from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.caches import CacheOptions
-from diffsynth.evaluation.mag_calibration import _Series
 from diffsynth.motion import GradientMemory, MotionGuidance
 from diffsynth.runs import state as run_state
 from diffsynth.runs.identity import identity_differences

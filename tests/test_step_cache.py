@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from benchmarks.mag_calibration import calibrate_magcache
 from diffsynth import WanVideoPipeline
 from diffsynth.caches.first_block_cache import FirstBlockCache
 from diffsynth.caches.mag_cache import MagCache
@@ -15,7 +16,6 @@ from diffsynth.configs.caches import CACHES, Cache, CacheOptions, choose_cache
 from diffsynth.configs.defaults import RunDefaults
 from diffsynth.configs.options import RunOptions
 from diffsynth.configs.resolve import ModelFacts, resolve
-from diffsynth.evaluation.mag_calibration import calibrate_magcache
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
 from diffsynth.pipelines.denoise import cfg_velocity, denoise, motion_guide

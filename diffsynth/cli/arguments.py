@@ -52,15 +52,9 @@ def add_options(
     only: Collection[str] | None = None,
     but: Collection[str] = NOT_OFFERED,
 ) -> None:
-    """Add the options of a dataclass as a group. Those that are not named are absent from the namespace.
+    """Add the options of a dataclass as a group; those that are not given are absent from the namespace.
 
-    Args:
-        parser: to add them to.
-        owner: a dataclass whose fields are options.
-        title: of the group.
-        prefix: of the names on the command line.
-        only: the names that are offered; None for all but those of `but`.
-        but: the names that are not offered.
+    Offered are the names of `only` (None: all) that are not in `but`, on the command line with the prefix.
     """
     group = parser.add_argument_group(title)
     for name, (stated, default) in options_of(owner).items():
@@ -71,10 +65,8 @@ def add_options(
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of one video: prompts, the pipeline's call, motion, the file."""
     group = parser.add_argument_group("what is shown")
-    for name, text in (
-        ("--prompt", "what the video should show"),
-        ("--negative-prompt", "what it should not show; the model's by default"),
-    ):
+    texts = ("what the video should show", "what it should not show; the model's by default")
+    for name, text in zip(("--prompt", "--negative-prompt"), texts, strict=True):
         group.add_argument(name, metavar="TEXT", default=argparse.SUPPRESS, help=text)
     for name, picture, text in zip(("--image", "--end-image"), PICTURES, ("begins", "ends"), strict=True):
         text = f"picture that the video {text} with, for a model that takes one"

@@ -42,10 +42,7 @@ _ERRORS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)
 def run(options: Namespace, console: Console) -> int:
     """Do the jobs that are not done; one that fails does not stop the others.
 
-    A full or broken disk ends the batch: it would compute and lose every job.
-
-    Returns:
-        The exit code, 1 if a job failed.
+    A full or broken disk ends the batch: it would compute and lose every job. The code is 1 if one failed.
 
     Raises:
         UsageError: the jobs file or an option is wrong.
@@ -134,11 +131,7 @@ class _Batch:
         return task
 
     def make(self, job: JobLine) -> dict[str, Any]:
-        """Do one job, unless it is done, and return the facts for the summary.
-
-        Raises:
-            RunFailedError: the model cannot be loaded.
-        """
+        """Do one job, unless it is done, and return its facts; RunFailedError if no model can be loaded."""
         task = self.tasks.get(job.line) or self.prepare(job)
         if isinstance(task, dict):
             return task

@@ -19,11 +19,7 @@ from diffsynth.jobs.task import open_reference
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Write the video that shows them all.
-
-    Raises:
-        UsageError: there are too few videos, or labels or output do not fit.
-    """
+    """Write the video that shows them all; UsageError for too few, or labels or an output that do not fit."""
     if len(options.videos) < 2:
         raise UsageError("give two or more videos to compare")
     labels = labels_of(options.videos, options.labels)
@@ -36,18 +32,13 @@ def run(options: Namespace, console: Console) -> int:
     frames = video_grid(videos, columns=options.columns, height=options.height, until=options.until)
     save = partial(save_video, frames, fps=fps, quality=8)
     path = write_output(frames, options.output, save, options.overwrite)
-    facts = {"output": str(path), "labels": labels, "frames": len(frames), "fps": fps}
     console.say(f"{path}: {len(frames)} frames, {' | '.join(labels)}")
-    console.result(facts)
+    console.result({"output": str(path), "labels": labels, "frames": len(frames), "fps": fps})
     return DONE
 
 
 def labels_of(videos: Sequence[Path], asked: Sequence[str] | None) -> list[str]:
-    """Return a label for each video: those asked for, else names, with a number where two are alike.
-
-    Raises:
-        UsageError: the labels asked for are too few, too many or not different.
-    """
+    """Return a label for each video: those asked for (UsageError if they do not fit), else unlike names."""
     if asked is not None:
         if len(asked) != len(videos) or len(set(asked)) != len(asked):
             raise UsageError(f"--labels must be {len(videos)} different texts; got {', '.join(asked)}")

@@ -9,11 +9,7 @@ from diffsynth.cli.parser import Parser, build_parser
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Print the script for a shell.
-
-    Raises:
-        ImportError: shtab is not installed; the message names the extra that has it.
-    """
+    """Print the script for a shell; ImportError that names the extra with shtab if that is missing."""
     try:
         import shtab
     except ImportError as error:

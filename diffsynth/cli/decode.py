@@ -54,14 +54,8 @@ def run(options: Namespace, console: Console) -> int:
     console.note("decode")
     frames: Any = decode_saved(options.latents, vae, **tiling)  # PIL images by default
     console.note("write")
-    save = partial(
-        save_video,
-        frames,
-        fps=fps,
-        quality=file.quality,
-        lossless=file.lossless,
-        ffmpeg_params=["-metadata", f"comment={comment}"],
-    )
+    kind: dict[str, Any] = {"fps": fps, "quality": file.quality, "lossless": file.lossless}
+    save = partial(save_video, frames, ffmpeg_params=["-metadata", f"comment={comment}"], **kind)
     path = write_output(frames, options.output, save, options.overwrite)
     size = f"{frames[0].width}x{frames[0].height}"
     console.say(f"{path}: {len(frames)} frames of {size} at {fps:g} frames a second")

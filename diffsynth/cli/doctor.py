@@ -83,7 +83,7 @@ def examine(models_dir: Path, device: str = "auto") -> tuple[dict[str, dict[str,
     for name, purpose in EXTRA.items():
         versions[name] = installed_version(name) or f"not installed; needed for {purpose}"
     facts: dict[str, dict[str, Any]] = {"versions": versions}
-    if installed_version("torch") is not None:
+    if versions["torch"] != "missing":
         facts |= _device(device)
     try:
         facts["ffmpeg"] = {"version": check_ffmpeg()}
@@ -118,10 +118,8 @@ def _device(name: str) -> dict[str, dict[str, Any]]:
         described["memory"] = f"{device_memory(device) / GIB:.1f} GiB"
         described["free memory of the CPU"] = f"{available_memory(torch.device('cpu')) / GIB:.1f} GiB"
     dtype = choose_dtype(device)
-    kernels = {
-        name: backend.refusal(device.type, dtype, 128, needs_grad=False) or "usable"
-        for name, backend in BACKENDS.items()
-    }
+    refusals = {name: b.refusal(device.type, dtype, 128, needs_grad=False) for name, b in BACKENDS.items()}
+    kernels = {name: refusal or "usable" for name, refusal in refusals.items()}
     return {"device": described, "attention_kernels": kernels}
 
 

@@ -15,9 +15,8 @@ def run(options: Namespace, console: Console) -> int:
         folder = options.models_dir / checkpoint.folder
         missing = missing_files(folder, checkpoint)
         if missing:
-            console.note(f"{checkpoint.name}: {len(missing)} files from {options.source} into {folder}")
-        for line in missing:
-            console.note(f"  {line}")
+            heading = f"{checkpoint.name}: {len(missing)} files from {options.source} into {folder}"
+            console.note("\n  ".join([heading, *missing]))
         folders[name] = str(download(checkpoint, options.models_dir, options.source))
         console.say(f"{checkpoint.name}: complete in {folder}")
     console.result({"models": folders})

@@ -15,17 +15,7 @@ from diffsynth.jobs.task import open_reference
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Print the measures."""
-    values = measure(options)
-    for name, value in values.items():
-        number = f"{value:.4f}" if isinstance(value, float) else str(value)
-        console.say(f"{name.replace('_', ' '):<42}{number:>8}")
-    console.result(values)
-    return DONE
-
-
-def measure(options: Namespace) -> dict[str, float | int]:
-    """Return the measures by name.
+    """Print the measures.
 
     The reference is brought to the generated video's size, as the pipeline does, and the longer video is cut
     to the length of the shorter.
@@ -43,7 +33,7 @@ def measure(options: Namespace) -> dict[str, float | int]:
     tracking: dict[str, Any] = {name: getattr(options, name) for name in ("grid", "checkpoint", "device")}
     own, other = (track_points(video, method=options.tracker, **tracking) for video in (frames, others))
     backwards = Tracklets(points=other.points[:, ::-1], visible=other.visible[:, ::-1])
-    values = {
+    values: dict[str, float | int] = {
         "frames_compared": count,
         "motion_fidelity_at_same_place": paired_fidelity(own, other),
         "motion_fidelity": tracklet_fidelity(own, other),
@@ -54,4 +44,8 @@ def measure(options: Namespace) -> dict[str, float | int]:
         values["temporal_consistency_clip"] = temporal_consistency_clip(frames, clip=clip)
     if options.prompt is not None:
         values["text_similarity_clip"] = text_similarity(frames, options.prompt, clip=clip)
-    return values
+    for name, value in values.items():
+        number = f"{value:.4f}" if isinstance(value, float) else str(value)
+        console.say(f"{name.replace('_', ' '):<42}{number:>8}")
+    console.result(values)
+    return DONE

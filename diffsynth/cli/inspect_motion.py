@@ -59,11 +59,9 @@ def run(options: Namespace, console: Console) -> int:
         f"displacement {facts['mean_displacement']:.2f} pixels a frame in the mean, "
         f"{facts['largest_displacement']:.2f} at most; {facts['share_moving']:.0%} of the tokens move"
     )
-    track = one_object(video)
-    if track is not None:
-        console.say(
-            f"the object {path_words(track.centroids, fps)}, of {video.shape()[1]}x{video.shape()[0]}"
-        )
+    if track := one_object(video):
+        height, width = video.shape()
+        console.say(f"the object {path_words(track.centroids, fps)}, of {width}x{height}")
     files = {"files": [str(path), str(sheet)], "pairs": pairs, "token_grid": [rows, cols]}
     console.result({**files, **facts})
     return DONE

@@ -41,13 +41,7 @@ class JobLine:
 def read_jobs(
     path: Path, output_dir: Path, shared: Mapping[str, Any], pictures: Mapping[str, Path] | None = None
 ) -> list[JobLine]:
-    """Read the jobs of a file.
-
-    Args:
-        path: a .jsonl or .csv file.
-        output_dir: of the videos.
-        shared: options that hold where a job does not name them.
-        pictures: likewise.
+    """Read the jobs of a .jsonl or .csv file; shared options and pictures hold where a job names none.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -15,26 +15,13 @@ from diffsynth.jobs.early import check_early
 from diffsynth.jobs.errors import UsageError
 
 # Loaded on use: most of them need torch.
-COMMANDS = {
-    "transfer": "diffsynth.cli.transfer",
-    "inspect": "diffsynth.cli.inspect_motion",
-    "compare": "diffsynth.cli.compare",
-    "evaluate": "diffsynth.cli.evaluate",
-    "plan": "diffsynth.cli.plan",
-    "download": "diffsynth.cli.download",
-    "doctor": "diffsynth.cli.doctor",
-    "batch": "diffsynth.cli.batch",
-    "decode": "diffsynth.cli.decode",
-    "ui": "diffsynth.webui.command",
-    "completion": "diffsynth.cli.completion",
-}
+_ALIKE = ("transfer", "compare", "evaluate", "plan", "download", "doctor", "batch", "decode", "completion")
+COMMANDS = {name: f"diffsynth.cli.{name}" for name in _ALIKE}
+COMMANDS |= {"inspect": "diffsynth.cli.inspect_motion", "ui": "diffsynth.webui.command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fastvmt`.
-
-    Args:
-        arguments: of the command line; None for those of the process.
+    """Run `fastvmt` with arguments, or those of the process.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 bad arguments, 130 interrupted.

@@ -29,7 +29,6 @@ from diffsynth.version import __version__
 
 TRACKERS = ("auto", "lk", "cotracker")
 ENDS = ("shortest", "longest")
-SHELLS = ("bash", "zsh", "fish")
 _REFERENCE = "a video file, or a folder of images"
 _OVERWRITE = "replace OUT if it exists"
 
@@ -130,10 +129,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, examples: str = "", common: Collection[str] = (), **options: Any) -> None:
-        options.setdefault("formatter_class", _HELP)
-        epilog = f"examples:{examples}" if examples else None
         options.setdefault("add_help", not common)
-        super().__init__(allow_abbrev=False, epilog=epilog, **options)
+        epilog = f"examples:{examples}" if examples else None
+        super().__init__(allow_abbrev=False, formatter_class=_HELP, epilog=epilog, **options)
         self._common = common
         if common:
             text = "the options most used; with a word, those of a group: motion, run, model, ..."
@@ -174,16 +172,19 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fastvmt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shared = _shared_options()
+    shared = Parser(add_help=False)
+    group = shared.add_argument_group("what is printed")
+    group.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    group.add_argument("-v", "--verbose", action="store_true", help="tell the choices that are made")
+    group.add_argument("--debug", action="store_true", help="show where an error comes from")
 
     def command(name: str, text: str) -> Parser:
         # The long lists of options are told below, by group.
         usage = f"fastvmt {name} {_USAGES[name]} [options]" if name in _USAGES else None
-        examples = _EXAMPLES.get(name, "")
         common = _COMMON if name in ("transfer", "batch", "plan") else ()
-        return commands.add_parser(
-            name, help=text, description=text, parents=[shared], examples=examples, usage=usage, common=common
-        )
+        told: dict[str, Any] = {"help": text, "description": text, "usage": usage, "common": common}
+        return commands.add_parser(name, parents=[shared], examples=_EXAMPLES[name], **told)
 
     _add_transfer(command("transfer", "Make a video that moves as a reference does and shows a prompt."))
     _add_inspect(command("inspect", "Show the motion that a reference would transfer; generates nothing."))
@@ -201,109 +202,90 @@ def build_parser() -> Parser:
     _add_decode(command("decode", "Make the video of final latents that a run left."))
     _add_ui(command("ui", "Serve a web page that does all this, on this machine alone by default."))
     completion = command("completion", "Print a script for the shell's tab completion.")
-    completion.add_argument("shell", choices=SHELLS)
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     return parser
 
 
-def _shared_options() -> Parser:
-    shared = Parser(add_help=False)
-    group = shared.add_argument_group("what is printed")
-    group.add_argument("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
-    group.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    group.add_argument("-v", "--verbose", action="store_true", help="tell the choices that are made")
-    group.add_argument("--debug", action="store_true", help="show where an error comes from")
-    return shared
-
-
 def _add_transfer(parser: Parser) -> None:
-    parser.add_argument("reference", nargs="?", type=Path, metavar="REF", help=_REFERENCE)
+    add = parser.add_argument
+    add("reference", nargs="?", type=Path, metavar="REF", help=_REFERENCE)
     text = "video file; a free name in the current folder, of reference, mode and seed, by default"
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help=text)
-    parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    add("-o", "--output", type=Path, metavar="OUT", help=text)
+    add("--overwrite", action="store_true", help=_OVERWRITE)
     text = "also write OUT-beside.gif: reference and result, with the objects' paths where each has but one"
-    parser.add_argument("--gif", action="store_true", help=text)
-    parser.add_argument("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
-    parser.add_argument("--force", action="store_true", help="with --from: although something changed")
-    parser.add_argument("--gpus", type=reader(Whole(1)), metavar="N", help="spread the run over N processes")
+    add("--gif", action="store_true", help=text)
+    add("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
+    add("--force", action="store_true", help="with --from: although something changed")
+    add("--gpus", type=reader(Whole(1)), metavar="N", help="spread the run over N processes")
     wait, text = reader(Number(above=0)), "seconds after which a process without answer ends the run (600)"
-    parser.add_argument("--rank-timeout", type=wait, default=600, metavar="S", help=text)
+    add("--rank-timeout", type=wait, default=600, metavar="S", help=text)
     _add_run(parser)
 
 
 def _add_inspect(parser: Parser) -> None:
-    parser.add_argument("reference", type=Path, metavar="REF", help=f"{_REFERENCE}, or a run's record")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the result (REF-motion)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in DIR")
-    parser.add_argument(
-        "--mode", choices=flow_modes(), default=DEFAULT_MODE, help=f"of the flow ({DEFAULT_MODE})"
-    )
-    parser.add_argument("--sigma", type=number, default=0.7, metavar="X", help="noise level, in (0, 1] (0.7)")
+    add = parser.add_argument
+    add("reference", type=Path, metavar="REF", help=f"{_REFERENCE}, or a run's record")
+    add("-o", "--output", type=Path, metavar="DIR", help="folder for the result (REF-motion)")
+    add("--overwrite", action="store_true", help="replace what is in DIR")
+    add("--mode", choices=flow_modes(), default=DEFAULT_MODE, help=f"of the flow ({DEFAULT_MODE})")
+    add("--sigma", type=number, default=0.7, metavar="X", help="noise level, in (0, 1] (0.7)")
     add_options(parser, RunOptions, "the size; as for transfer", only=("height", "width"))
     add_options(parser, ReferenceOptions, "what is used of the reference")
     add_model_options(parser)
 
 
 def _add_compare(parser: Parser) -> None:
-    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="two or more, in this order")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="video file")
-    parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one for each video; file names")
-    parser.add_argument("--height", type=whole, default=256, metavar="N", help="of each video, pixels (256)")
-    parser.add_argument("--columns", type=whole, metavar="N", help="in a row; up to three, else a square")
-    parser.add_argument("--until", choices=ENDS, default=ENDS[0], help=f"which video ends it ({ENDS[0]})")
-    parser.add_argument("--paths", action="store_true", help="draw the way of each video's largest object")
-    parser.add_argument("--fps", type=number, metavar="X", help="frames a second; the first video's")
-    parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
+    add = parser.add_argument
+    add("videos", nargs="+", type=Path, metavar="VIDEO", help="two or more, in this order")
+    add("-o", "--output", type=Path, required=True, metavar="OUT", help="video file")
+    add("--labels", nargs="+", metavar="TEXT", help="one for each video; file names")
+    add("--height", type=whole, default=256, metavar="N", help="of each video, pixels (256)")
+    add("--columns", type=whole, metavar="N", help="in a row; up to three, else a square")
+    add("--until", choices=ENDS, default=ENDS[0], help=f"which video ends it ({ENDS[0]})")
+    add("--paths", action="store_true", help="draw the way of each video's largest object")
+    add("--fps", type=number, metavar="X", help="frames a second; the first video's")
+    add("--overwrite", action="store_true", help=_OVERWRITE)
 
 
 def _add_evaluate(parser: Parser) -> None:
-    parser.add_argument("generated", type=Path, metavar="OUT", help="the video to measure")
-    parser.add_argument("reference", type=Path, metavar="REF", help="the video whose motion it follows")
-    parser.add_argument("--prompt", help="what the video should show; measured with a CLIP")
-    parser.add_argument("--clip", type=Path, metavar="DIR", help="folder of a CLIP")
-    parser.add_argument("--tracker", choices=TRACKERS, default="auto", help="auto: cotracker if it is there")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="CoTracker's weights")
-    parser.add_argument("--grid", type=whole, default=40, metavar="N", help="points in a row and column (40)")
-    parser.add_argument("--device", default="auto", help="where CLIP and CoTracker run (auto)")
+    add = parser.add_argument
+    add("generated", type=Path, metavar="OUT", help="the video to measure")
+    add("reference", type=Path, metavar="REF", help="the video whose motion it follows")
+    add("--prompt", help="what the video should show; measured with a CLIP")
+    add("--clip", type=Path, metavar="DIR", help="folder of a CLIP")
+    add("--tracker", choices=TRACKERS, default="auto", help="auto: cotracker if it is there")
+    add("--checkpoint", type=Path, metavar="FILE", help="CoTracker's weights")
+    add("--grid", type=whole, default=40, metavar="N", help="points in a row and column (40)")
+    add("--device", default="auto", help="where CLIP and CoTracker run (auto)")
     add_options(parser, ReferenceOptions, "what is used of the reference; as for transfer")
 
 
 def _add_ui(parser: Parser) -> None:
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen (127.0.0.1: this machine alone)")
-    port = reader(Whole(0, 65535))
-    parser.add_argument("--port", type=port, default=7860, metavar="N", help="0: a free one (7860)")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these; also FASTVMT_AUTH")
-    parser.add_argument("--auth-file", type=Path, metavar="FILE", help="ask for what its first line says")
-    parser.add_argument(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="another name of the page, as of a proxy",
-    )
-    parser.add_argument(
-        "-o", "--output-dir", default="videos", metavar="DIR", help="folder of the videos (videos)"
-    )
-    parser.add_argument("--max-upload", type=number, default=200, metavar="MB", help="of a reference (200)")
-    parser.add_argument("--max-frames", type=whole, default=2000, metavar="N", help="of a reference (2000)")
-    parser.add_argument("--max-minutes", type=number, metavar="N", help="that a run may take (no limit)")
-    parser.add_argument("--max-waiting", type=whole, default=32, metavar="N", help="runs in the queue (32)")
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="where to listen (127.0.0.1: this machine alone)")
+    add("--port", type=reader(Whole(0, 65535)), default=7860, metavar="N", help="0: a free one (7860)")
+    add("--auth", metavar="USER:PASSWORD", help="ask for these; also FASTVMT_AUTH")
+    add("--auth-file", type=Path, metavar="FILE", help="ask for what its first line says")
+    more = "another name of the page, as of a proxy"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=more)
+    add("-o", "--output-dir", default="videos", metavar="DIR", help="folder of the videos (videos)")
+    add("--max-upload", type=number, default=200, metavar="MB", help="of a reference (200)")
+    add("--max-frames", type=whole, default=2000, metavar="N", help="of a reference (2000)")
+    add("--max-minutes", type=number, metavar="N", help="that a run may take (no limit)")
+    add("--max-waiting", type=whole, default=32, metavar="N", help="runs in the queue (32)")
     add_model_options(parser)
 
 
 def _add_plan(parser: Parser) -> None:
-    parser.add_argument(
-        "--model", help="a name to download, which needs no weights here; else as for transfer"
-    )
+    add = parser.add_argument
+    add("--model", help="a name to download, which needs no weights here; else as for transfer")
     add_models_dir(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
-    parser.add_argument(
-        "--gpus", type=reader(Whole(1)), metavar="N", help="predict the run over N of them, too"
-    )
+    add("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
+    add("--gpus", type=reader(Whole(1)), metavar="N", help="predict the run over N of them, too")
     speed, text = reader(Number(above=0)), "TFLOP/s that one computes, with --gpus (400)"
-    parser.add_argument("--tflops", type=speed, default=400, metavar="X", help=text)
-    text = "GB/s that one sends, with --gpus (200)"
-    parser.add_argument("--gb-per-s", type=speed, default=200, metavar="X", help=text)
-    parser.add_argument("--vram", type=number, metavar="GB", help="memory of the device; no limit")
+    add("--tflops", type=speed, default=400, metavar="X", help=text)
+    add("--gb-per-s", type=speed, default=200, metavar="X", help="GB/s that one sends, with --gpus (200)")
+    add("--vram", type=number, metavar="GB", help="memory of the device; no limit")
     add_call_options(parser)
 
 
@@ -316,22 +298,23 @@ def _add_download(parser: Parser) -> None:
 
 
 def _add_batch(parser: Parser) -> None:
-    parser.add_argument("jobs", type=Path, metavar="JOBS", help="a .jsonl or .csv file, a job a line")
-    parser.add_argument("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs made in another way")
+    add = parser.add_argument
+    add("jobs", type=Path, metavar="JOBS", help="a .jsonl or .csv file, a job a line")
+    add("-o", "--output-dir", type=Path, required=True, metavar="DIR", help="made if missing")
+    add("--overwrite", action="store_true", help="replace outputs made in another way")
     workers = "processes that each load the model; with --ray actors, one a GPU or CPU by default"
-    parser.add_argument("--workers", type=reader(Whole(1)), metavar="N", help=workers)
+    add("--workers", type=reader(Whole(1)), metavar="N", help=workers)
     text = "work on Ray: a cluster's address, or this machine"
-    parser.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help=text)
+    add("--ray", nargs="?", const="local", metavar="ADDRESS", help=text)
     _add_run(parser)
 
 
 def _add_decode(parser: Parser) -> None:
-    text = "latents-*.safetensors of a run's folder"
-    parser.add_argument("latents", type=Path, metavar="LATENTS", help=text)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="video file")
-    parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE)
-    parser.add_argument("--model", help="as for transfer; its VAE must be that of the run")
+    add = parser.add_argument
+    add("latents", type=Path, metavar="LATENTS", help="latents-*.safetensors of a run's folder")
+    add("-o", "--output", type=Path, required=True, metavar="OUT", help="video file")
+    add("--overwrite", action="store_true", help=_OVERWRITE)
+    add("--model", help="as for transfer; its VAE must be that of the run")
     add_models_dir(parser)
     add_options(parser, LoadOptions, "where it runs", only=("device", "vae_dtype"))
     add_options(parser, RunOptions, "how it is decoded", only=TILING)

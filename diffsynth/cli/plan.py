@@ -24,9 +24,8 @@ def run(options: Namespace, console: Console) -> int:
     call = {name: value for name, value in asked.items() if name in call_options()}
     run_options = resolve_plan(call, defaults, sizes.facts())
     try:
-        plan = plan_run(
-            sizes, run_options, vram_gb=options.vram, with_reference=run_options.motion is not None
-        )
+        guided = run_options.motion is not None
+        plan = plan_run(sizes, run_options, vram_gb=options.vram, with_reference=guided)
     except NotEnoughMemoryError as error:
         raise RunFailedError(str(error)) from error
     console.say(str(plan))

@@ -4,8 +4,8 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,8 @@ INTERRUPTED_TEXT = "interrupted; no video was written"
 def saving_arguments(options: Namespace, output: Path | None) -> dict[str, Any]:
     """Return a run's saving arguments from the options of `add_saving_options`; empty if nothing is saved.
 
-    Args:
-        options: parsed options of the command line.
-        output: path of the video, which decides the default folder; None if it has no name yet.
-
-    Raises:
-        UsageError: the folder is unknown, or saving options are given although nothing is saved.
+    The video's path decides the default folder. UsageError: the folder is unknown, or saving options are
+    given although nothing is saved.
     """
     details = {name: value for name, value in vars(options).items() if name in options_of(SavingOptions)}
     resume, folder = details.pop("resume", None), options.checkpoint_dir
@@ -59,12 +55,20 @@ def run_watched(
         What `run_task` raises.
     """
     progress = StageProgress(console)
+
+    def stop(_signal: int, _frame: object) -> None:
+        if progress.stopping:
+            raise KeyboardInterrupt(INTERRUPTED_TEXT)
+        progress.stopping = True
+        pipe.interrupt()
+        console.problem("stopping after this step; Ctrl-C again stops at once")
+
     try:
-        with stopping_on_interrupt(pipe, progress, console, at_once=bool(task.saving)):
+        with closing(progress), handling([] if task.saving else [signal.SIGINT], stop):
             made = run_task(pipe, task, model, loaded, progress)
-    except RunInterrupted as stop:
-        again = f"finished steps are in {stop.folder}; run the same command again to continue"
-        raise KeyboardInterrupt(f"stopped; {again}") from stop
+    except RunInterrupted as stopped:
+        again = f"finished steps are in {stopped.folder}; run the same command again to continue"
+        raise KeyboardInterrupt(f"stopped; {again}") from stopped
     except FileNotFoundError as error:
         raise RunFailedError(str(error)) from error  # usage errors are found before a run
     except (ValueError, RuntimeError, OSError) as error:
@@ -129,30 +133,3 @@ class StageProgress:
             left = (now - begun) / max(step - first, 1) * (steps - step)
             done = f"{step / steps:4.0%}, step {step}/{steps}: {now - begun:.0f} s"
             self._console.note(f"{done}, {left:.0f} s left; {self._doing}")
-
-
-@contextmanager
-def stopping_on_interrupt(
-    pipe: WanVideoPipeline, progress: StageProgress, console: Console, *, at_once: bool
-) -> Iterator[None]:
-    """Return a context in which the first Ctrl-C asks the pipeline to stop, and the second stops at once.
-
-    Args:
-        pipe: the pipeline that runs.
-        progress: observer of the run; ends the run once its `stopping` is set.
-        console: console on which the user is told.
-        at_once: leave the signal to the saved run, which stops at once.
-    """
-
-    def stop(_signal: int, _frame: object) -> None:
-        if progress.stopping:
-            raise KeyboardInterrupt(INTERRUPTED_TEXT)
-        progress.stopping = True
-        pipe.interrupt()
-        console.problem("stopping after this step; Ctrl-C again stops at once")
-
-    try:
-        with handling([] if at_once else [signal.SIGINT], stop):
-            yield
-    finally:
-        progress.close()

@@ -3,7 +3,6 @@
 from diffsynth.evaluation.drawing import draw_trajectories
 from diffsynth.evaluation.figures import loss_curves
 from diffsynth.evaluation.flow_images import (
-    compare_motion,
     draw_arrows,
     flow_sheet,
     flow_to_image,
@@ -20,7 +19,7 @@ from diffsynth.evaluation.trackers import track_points
 from diffsynth.evaluation.tracking import track_object
 
 __all__ = [
-    "compare_motion", "draw_arrows", "draw_trajectories", "flow_sheet", "flow_to_image", "flow_video",
+    "draw_arrows", "draw_trajectories", "flow_sheet", "flow_to_image", "flow_video",
     "flow_wheel", "loss_curves", "motion_fidelity", "overlay_flow", "paired_fidelity", "reference_flow",
     "save_flow_video", "side_by_side", "temporal_consistency_clip", "text_similarity", "track_object",
     "track_points", "video_grid",

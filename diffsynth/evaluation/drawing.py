@@ -51,7 +51,7 @@ def over(frame: Image.Image, *layers: Image.Image) -> Image.Image:
 
 def draw_arrow(draw: ImageDraw.ImageDraw, start: Point, end: Point, colour: Colour, width: float) -> None:
     """Draw an arrow with its tip at `end`; one shorter than its own width is a dot at `start`."""
-    (x, y), (dx, dy) = start, (end[0] - start[0], end[1] - start[1])
+    dx, dy = end[0] - start[0], end[1] - start[1]
     length = math.hypot(dx, dy)
     if length < width:
         _dot(draw, start, width / 2, colour)
@@ -61,7 +61,7 @@ def draw_arrow(draw: ImageDraw.ImageDraw, start: Point, end: Point, colour: Colo
     neck = (end[0] - head * along[0], end[1] - head * along[1])
     half = max(head * 0.5, width / 2)
     corners = [(neck[0] + side * half * across[0], neck[1] + side * half * across[1]) for side in (-1, 1)]
-    draw.line([(x, y), neck], colour, max(1, round(width)))
+    draw.line([start, neck], colour, max(1, round(width)))
     draw.polygon([end, *corners], colour)
 
 

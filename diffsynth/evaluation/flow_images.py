@@ -4,7 +4,8 @@ Flow is (rows, columns) in tokens: where a token of one latent frame is found in
 frames has F - 1 steps; a frame shows the step from its own latent frame to the next one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from diffsynth.evaluation.drawing import (
     over,
 )
 from diffsynth.evaluation.followed import one_object
-from diffsynth.evaluation.grid import picture_grid, video_grid
+from diffsynth.evaluation.grid import picture_grid
 
 FRAMES_PER_LATENT = 4
 PIXELS_PER_TOKEN = 16
@@ -72,12 +73,7 @@ def flow_wheel(size: int = WHEEL_SIZE) -> Image.Image:
 def neighbour_flow(amf: Tensor | np.ndarray, sf: int = 4) -> np.ndarray:
     """Return the steps from each latent frame to the next: [P, H, W, 2] -> [F - 1, H, W, 2].
 
-    Args:
-        amf: flow over the pairs i <= j < i + sf of F latent frames, as `reference_flow` returns it.
-        sf: the span of the pairs.
-
-    Raises:
-        ValueError: P does not fit sf, or there is only one latent frame.
+    The pairs i <= j < i + sf are those of `reference_flow`. ValueError: P does not fit sf, or F is 1.
     """
     amf = _checked(amf, 4)
     num_frames, counts = 1, [1]
@@ -91,15 +87,10 @@ def neighbour_flow(amf: Tensor | np.ndarray, sf: int = 4) -> np.ndarray:
 
 
 def displacements(amf: Tensor | np.ndarray, sf: int = 4) -> dict[str, float]:
-    """Return how far tokens move: the mean and the largest displacement, and the share of tokens that move.
+    """Return how far tokens move by a flow that `reference_flow` returned, over pairs i <= j < i + sf.
 
-    Args:
-        amf: flow over the pairs i <= j < i + sf of latent frames, as `reference_flow` returns it.
-        sf: the span of the pairs.
-
-    Returns:
-        mean_displacement and largest_displacement in pixels a frame; share_moving, from 0 to 1, of the tokens
-        that move by at least a quarter of a token from one latent frame to the next.
+    mean_displacement and largest_displacement are in pixels a frame; share_moving, from 0 to 1, is of the
+    tokens that move by at least a quarter of a token from one latent frame to the next.
     """
     tokens = np.linalg.norm(neighbour_flow(amf, sf), axis=-1)
     pixels = tokens * PIXELS_PER_TOKEN / FRAMES_PER_LATENT
@@ -153,12 +144,7 @@ def overlay_flow(frame: Image.Image, flow: Tensor | np.ndarray, largest: float |
 
 
 def flow_video(
-    frames: Video,
-    flow: Tensor | np.ndarray,
-    *,
-    height: int | None = None,
-    largest: float | None = None,
-    frames_per_latent: int = FRAMES_PER_LATENT,
+    frames: Video, flow: Tensor | np.ndarray, *, height: int | None = None, largest: float | None = None
 ) -> Iterator[Image.Image]:
     """Draw on each frame the colours and arrows of its step, and the wheel.
 
@@ -167,37 +153,28 @@ def flow_video(
         flow: [F - 1, H, W, 2] in tokens.
         height: of the pictures, in pixels; by default that of the frames, with small ones enlarged.
         largest: as for `flow_to_image`, for all frames.
-        frames_per_latent: frames that make one latent frame, apart from the first.
 
     Raises:
         ValueError: at the call, as `flow_to_image`.
     """
     flow = _checked(flow, 4)
     largest = full_length(flow) if largest is None else largest
-    return _flow_video(frames, flow, height, largest, frames_per_latent)
+    return _flow_video(frames, flow, height, largest)
 
 
-def _flow_video(
-    frames: Video, flow: np.ndarray, height: int | None, largest: float, frames_per_latent: int
-) -> Iterator[Image.Image]:
+def _flow_video(frames: Video, flow: np.ndarray, height: int | None, largest: float) -> Iterator[Image.Image]:
     video = list(rgb_frames(frames))
     track = one_object(video) if len(video) > 1 else None
-    paths = None if track is None else draw_trajectories(video, [track.centroids])
-    shown, layers = -1, list[Image.Image]()
-    for index, frame in enumerate(video):
-        size = legible_size(frame.size)
-        if height is not None:
-            size = (round(frame.width * height / frame.height), height)
-        step = _step_of_frame(index, len(flow), frames_per_latent)
-        if step != shown:
-            sure = texture(frame, *flow.shape[1:3])
-            layers = [
-                _colour_layer(flow[step], largest, size, sure),
-                _arrow_layer(flow[step], size, sure=sure),
-            ]
-            shown = step
-        under = frame if paths is None else paths[index]
-        yield _with_wheel(over(fit_frame(under, size[1], size[0]), *layers))
+    under = video if track is None else draw_trajectories(video, [track.centroids])
+    size = legible_size(video[0].size)
+    if height is not None:
+        size = (round(video[0].width * height / video[0].height), height)
+    for step, group in groupby(range(len(video)), lambda index: _step_of_frame(index, len(flow))):
+        indices = list(group)
+        sure = texture(video[indices[0]], *flow.shape[1:3])
+        layers = (_colour_layer(flow[step], largest, size, sure), _arrow_layer(flow[step], size, sure=sure))
+        for index in indices:
+            yield _with_wheel(over(fit_frame(under[index], size[1], size[0]), *layers))
 
 
 def save_flow_video(
@@ -228,10 +205,8 @@ def _beside(frames: Video, flow: np.ndarray) -> Iterator[Image.Image]:
     panels: list[Image.Image] = []
     for index, left in enumerate(flow_video(frames, flow)):
         panels = panels or colour_panels(flow, left.size, sure=_textures(frames, flow))
-        both = Image.new("RGB", (2 * left.width, left.height))
-        both.paste(left, (0, 0))
-        both.paste(panels[_step_of_frame(index, len(flow))], (left.width, 0))
-        yield both
+        both = (left, panels[_step_of_frame(index, len(flow))])
+        yield Image.fromarray(np.hstack([np.asarray(picture) for picture in both]))
 
 
 def colour_panels(
@@ -240,46 +215,21 @@ def colour_panels(
     largest: float | None = None,
     sure: Sequence[np.ndarray] | None = None,
 ) -> list[Image.Image]:
-    """Draw the colours of each step of a flow with arrows on white, and the wheel.
+    """Draw the colours of each step of a flow [F - 1, H, W, 2] with arrows on white, and the wheel.
 
-    Args:
-        flow: [F - 1, H, W, 2] in tokens.
-        size: (width, height) in pixels.
-        largest: as for `flow_to_image`, for all steps.
-        sure: how sure each token of each step is, each [H, W] from 0 to 1; others fade to white.
+    size is (width, height) in pixels, `largest` as for `flow_to_image` for all steps. Tokens fade to white
+    where `sure`, [H, W] from 0 to 1 for each step, is low.
     """
     height, width = flow.shape[1:3]
     size = legible_size((width * PIXELS_PER_TOKEN, height * PIXELS_PER_TOKEN)) if size is None else size
     largest = full_length(flow) if largest is None else largest
     panels = []
     for index, step in enumerate(flow):
-        known = np.ones(step.shape[:2]) if sure is None else sure[index]
+        known = 1.0 if sure is None else sure[index]
         faded = _colours(step, _strength(step, largest) * known)
         colours = faded.resize(size, Image.Resampling.NEAREST)
         panels.append(_with_wheel(over(colours, _arrow_layer(step, size, _DARK, None, known))))
     return panels
-
-
-def compare_motion(
-    videos: Mapping[str, Video], flows: Mapping[str, Tensor | np.ndarray], *, sf: int = 4, height: int = 256
-) -> list[Image.Image]:
-    """Show videos beside each other, each with the arrows and colours of its own flow, all at one scale.
-
-    Args:
-        videos: the videos by name.
-        flows: for each name [P, H, W, 2], as `reference_flow` returns it.
-        sf: the span of the pairs.
-        height: of each video, in pixels.
-
-    Raises:
-        ValueError: the names differ, or as `neighbour_flow`.
-    """
-    if videos.keys() != flows.keys() or not videos:
-        raise ValueError(f"videos and flows must have the same names; got {list(videos)} and {list(flows)}")
-    steps = {name: neighbour_flow(flow, sf) for name, flow in flows.items()}
-    largest = max(full_length(flow) for flow in steps.values())
-    drawn = {name: list(flow_video(videos[name], flow, largest=largest)) for name, flow in steps.items()}
-    return video_grid(drawn, columns=len(drawn), height=height)
 
 
 def flow_sheet(frames: Video, flow: Tensor | np.ndarray, *, sf: int = 4) -> Image.Image:
@@ -309,12 +259,9 @@ def _textures(frames: Video, flow: np.ndarray) -> list[np.ndarray]:
     return [texture(frame, *flow.shape[1:3]) for frame in starts]
 
 
-def _step_of_frame(index: int, num_steps: int, frames_per_latent: int = FRAMES_PER_LATENT) -> int:
-    """Return which step a frame shows; frames of the last latent frame show the last step, too.
-
-    The first frame is a latent frame alone, then frames_per_latent make one.
-    """
-    return min(-(-index // frames_per_latent), num_steps - 1)
+def _step_of_frame(index: int, num_steps: int) -> int:
+    """Return which step a frame shows; the first frame is a latent frame alone, and the last has no step."""
+    return min(-(-index // FRAMES_PER_LATENT), num_steps - 1)
 
 
 def _checked(flow: Tensor | np.ndarray, ndim: int) -> np.ndarray:
@@ -340,7 +287,7 @@ def _colours(flow: np.ndarray, saturation: np.ndarray) -> Image.Image:
 
 
 def _colour_layer(
-    flow: np.ndarray, largest: float | None, size: tuple[int, int], sure: np.ndarray | None = None
+    flow: np.ndarray, largest: float | None, size: tuple[int, int], sure: np.ndarray | float = 1.0
 ) -> Image.Image:
     """Full colours whose opacity is the length of the flow, interpolated between tokens, times `sure`."""
     sides = [Image.fromarray(np.ascontiguousarray(flow[..., axis])) for axis in (0, 1)]
@@ -348,9 +295,8 @@ def _colour_layer(
     largest = float(np.linalg.norm(flow, axis=-1).max()) if largest is None else largest
     strength = _strength(smooth, largest)
     layer = _colours(smooth, np.ones_like(strength)).convert("RGBA")
-    if sure is not None:
-        known = Image.fromarray(sure.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
-        strength = strength * np.asarray(known)
+    known = Image.fromarray(np.full(flow.shape[:2], sure, np.float32)).resize(size, Image.Resampling.BILINEAR)
+    strength = strength * np.asarray(known)
     layer.putalpha(Image.fromarray((strength * _COVER * 255).round().astype(np.uint8)))
     return layer
 
@@ -360,21 +306,20 @@ def _arrow_layer(
     size: tuple[int, int],
     colour: Colour = _WHITE,
     rim: Colour | None = _DARK,
-    sure: np.ndarray | None = None,
+    sure: np.ndarray | float = 1.0,
 ) -> Image.Image:
     """Arrows from the middles of tokens that are sure, fainter where less; a rim keeps them legible."""
     height, width = flow.shape[:2]
     token = np.array([size[1] / height, size[0] / width])
     every = max(1, round(_SPACING / token.min()))
     thick = max(1.5, token.min() * every / 16)
-    known = np.ones(flow.shape[:2]) if sure is None else sure
+    known = np.broadcast_to(sure, flow.shape[:2])
     moves = flow * (np.linalg.norm(flow, axis=-1, keepdims=True) >= LEAST_ARROW)
     layer = fine_layer(size)
     draw = ImageDraw.Draw(layer)
     for shade, line in ((rim, thick + 2), (colour, thick)):
-        for row, col in np.ndindex(height, width):
-            drawn = row % every == every // 2 and col % every == every // 2
-            if shade is not None and drawn and known[row, col] > _LEAST_SURE:
+        for row, col in product(range(every // 2, height, every), range(every // 2, width, every)):
+            if shade is not None and known[row, col] > _LEAST_SURE:
                 ink = (*shade[:3], round(shade[3] * float(known[row, col])))
                 start = (np.array([row, col]) + 0.5) * token * FINER
                 end = start + moves[row, col] * token * FINER

@@ -62,11 +62,9 @@ def fitted(reference: Video, frames: Video) -> list[Image.Image]:
 
 
 def beside_reference(videos: Mapping[str, Video], height: int = 256) -> list[Image.Image]:
-    """Show videos of one size beside each other, with the path of the object where each has but one.
+    """Show videos of one size in a row, `height` pixels high, with the object's path if each has but one.
 
-    Args:
-        videos: the videos by name, the reference first; its path is drawn into the others as well.
-        height: of each video, in pixels.
+    The reference is the first; its path is drawn into the others as well.
     """
     tracks = {name: one_object(frames) for name, frames in videos.items()}
     paths = [track.centroids for track in tracks.values() if track is not None]

@@ -22,15 +22,10 @@ def picture_grid(
 ) -> Image.Image:
     """Lay out pictures of any sizes in rows and columns, each in the middle of its column.
 
-    Args:
-        rows: the pictures; the first row is the longest.
-        labels: for the first row, or for several, a text above each of its pictures. Long ones are cut.
-        captions: for the first row, or for several, a text above the whole row.
-
-    Returns:
-        The sheet; its sides are even, so that any player shows it.
+    The first row is the longest. It, or several rows, may have labels, a text above each picture, and
+    captions, one above the row; long texts are cut. The sides of the sheet are even, as players want them.
     """
-    widths = [max(row[column].width for row in rows if column < len(row)) for column in range(len(rows[0]))]
+    widths = [max(picture.width for picture in column if picture) for column in zip_longest(*rows)]
     lefts = list(accumulate((width + GAP for width in widths), initial=0))
     heights = [max(picture.height for picture in row) for row in rows]
     width = lefts[-1] - GAP

@@ -45,9 +45,7 @@ def motion_fidelity(
         generated: the video to measure.
         reference: the video whose motion it follows; its size may differ.
         tracker: the method of `track_points`.
-        grid: as for `track_points`.
-        checkpoint: as for `track_points`.
-        device: as for `track_points`.
+        grid, checkpoint, device: as for `track_points`.
 
     Raises:
         What `track_points` and `tracklet_fidelity` raise.
@@ -64,12 +62,8 @@ def tracklet_fidelity(generated: Tracklets, reference: Tracklets, *, least_step:
 
     Where the published formula says nothing: two rests agree (1), rest and motion neither agree nor disagree
     (0). corr is the mean over the steps in which both points are seen at either end; it is divided by half of
-    all steps if those are fewer. Tracklets seen in less than half of their steps are left out.
-
-    Args:
-        generated: tracklets of the video to measure.
-        reference: tracklets of the reference.
-        least_step: shorter steps, in pixels, are rest.
+    all steps if those are fewer. Tracklets seen in less than half of their steps are left out. Steps shorter
+    than least_step, in pixels, are rest.
 
     Raises:
         ValueError: the frame counts differ or are below 2, least_step is negative, or no tracklet of a video

@@ -34,15 +34,12 @@ def display(
     try:
         from IPython.display import Video
     except ImportError as error:
-        raise ImportError(
-            "display shows videos in notebooks and needs IPython: pip install ipython"
-        ) from error
-    attributes = "controls loop autoplay muted"
+        text = "display shows videos in notebooks and needs IPython: pip install ipython"
+        raise ImportError(text) from error
+    how = {"embed": True, "width": width, "html_attributes": "controls loop autoplay muted"}
     if isinstance(video, str | Path):
-        return Video(str(video), embed=True, width=width, html_attributes=attributes)
+        return Video(str(video), **how)
     rate = fps or getattr(video, "fps", None) or DEFAULT_FPS
     with tempfile.TemporaryDirectory() as folder:
         path = save_video(video, Path(folder, "video.mp4"), fps=rate, quality=8)
-        return Video(
-            data=path.read_bytes(), embed=True, mimetype="video/mp4", width=width, html_attributes=attributes
-        )
+        return Video(data=path.read_bytes(), mimetype="video/mp4", **how)

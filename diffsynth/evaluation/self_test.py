@@ -1,7 +1,7 @@
 """The self-test: what the embedded model computes on a device, stage by stage, against stored numbers.
 
 Every stage has separate inputs, drawn on the CPU, so that a fault shows in the stage that has it. The
-stored numbers are those of `write_reference`: float32 on a CPU.
+stored numbers are those of benchmarks/self_test_numbers.py: float32 on a CPU.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffsynth.configs.guidance import MotionGuidance
@@ -247,14 +247,3 @@ def _measure(models: Components, dtype: str, stage: str, stored: Outputs) -> Sta
     except FAULTS as error:
         return result._replace(skipped=stage == "compile", reason=str(error).partition("\n")[0])
     return result._replace(error=torch.stack(errors).max().item())
-
-
-def write_reference() -> None:
-    """Store the numbers of this CPU, after a change that is meant to change what the model computes."""
-    models = load_models(torch.device("cpu"), "float32")
-    results: dict[str, torch.Tensor] = {}
-    others = {"streaming", "compile", *(_ATTENTION + name for name in BACKENDS)} - {f"{_ATTENTION}sdpa"}
-    for stage in STAGES.keys() - others:
-        samples = run_stage(models, STAGES[stage][0])
-        results |= {f"{stage}/{name}": value.float() for name, value in samples.items()}
-    save_file(results, REFERENCE)

@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("models/clip-vit-base-patch32")
 FOLDER_VARIABLE = "DIFFSYNTH_CLIP"
+# One of each group must be there.
+_FILES = (
+    ("config.json",),
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+    ("tokenizer.json", "vocab.json"),
+)
 _BATCH = 16  # frames that are embedded at once
 
 
@@ -56,7 +62,13 @@ def load_clip(folder: str | PathLike | None = None, *, device: str | torch.devic
         ValueError: its weights are not a whole CLIP.
     """
     folder = Path(folder or os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
-    _check_files(folder)
+    for names in _FILES:
+        if not any((folder / name).is_file() for name in names):
+            raise FileNotFoundError(
+                f"there is no CLIP in {folder}: {' or '.join(names)} is missing. Fetch one with "
+                f'"hf download openai/clip-vit-base-patch32 --local-dir {folder}" (1.8 GB), or name the '
+                f"folder of another by the argument clip or the variable {FOLDER_VARIABLE}"
+            )
     device = choose_device(device)
     from transformers import AutoTokenizer, CLIPModel
 
@@ -68,21 +80,6 @@ def load_clip(folder: str | PathLike | None = None, *, device: str | torch.devic
         raise ValueError(f"{folder} is no CLIP: it lacks {sorted(report['missing_keys'])[0]} and others")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return Clip(model=model.eval().to(device, torch.float32), tokenizer=tokenizer)
-
-
-def _check_files(folder: Path) -> None:
-    groups = (
-        ("config.json",),
-        ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
-        ("tokenizer.json", "vocab.json"),
-    )
-    for names in groups:
-        if not any((folder / name).is_file() for name in names):
-            raise FileNotFoundError(
-                f"there is no CLIP in {folder}: {' or '.join(names)} is missing. Fetch one with "
-                f'"hf download openai/clip-vit-base-patch32 --local-dir {folder}" (1.8 GB), or name the '
-                f"folder of another by the argument clip or the variable {FOLDER_VARIABLE}"
-            )
 
 
 def text_similarity(frames: Video, prompt: str, *, clip: Clip | str | PathLike | None = None) -> float:
@@ -123,9 +120,8 @@ def temporal_consistency_clip(frames: Video, *, clip: Clip | str | PathLike | No
 
 def _embed_frames(clip: Clip, frames: Video) -> torch.Tensor:
     """Return unit embeddings, float32 [T, D]."""
-    model = clip.model
-    config: Any = model.config  # transformers types its parts as dicts, too
-    size = config.vision_config.image_size
+    model: Any = clip.model  # transformers types the parts of its config as dicts, too
+    size = model.config.vision_config.image_size
     pixels = torch.stack([_pixels(image, size) for image in rgb_frames(frames)])
     with torch.no_grad():
         batches = (model.vision_model(pixel_values=part.to(model.device)) for part in pixels.split(_BATCH))
@@ -134,10 +130,7 @@ def _embed_frames(clip: Clip, frames: Video) -> torch.Tensor:
 
 
 def _pixels(image: Image.Image, size: int) -> torch.Tensor:
-    """Return the middle square, normalised, of an image whose shorter side was made `size` (bicubic).
-
-    This is how CLIP was trained.
-    """
+    """Return the middle square of an image whose shorter side was made `size`, normalised as in training."""
     scale = size / min(image.size)
     width, height = (max(size, int(scale * side)) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -149,9 +142,8 @@ def _pixels(image: Image.Image, size: int) -> torch.Tensor:
 
 def _embed_text(clip: Clip, prompt: str) -> torch.Tensor:
     """Return the unit embedding, float32 [D]."""
-    model = clip.model
-    config: Any = model.config
-    limit = config.text_config.max_position_embeddings
+    model: Any = clip.model
+    limit = model.config.text_config.max_position_embeddings
     length = len(clip.tokenizer(prompt, verbose=False)["input_ids"])
     if length > limit:
         logger.warning("CLIP reads %d tokens; the last %d of the prompt do not count", limit, length - limit)

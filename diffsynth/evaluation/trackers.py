@@ -122,9 +122,8 @@ def _track_lk(video: np.ndarray, grid: int) -> Tracklets:
     )
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video]
     for a, b in pairwise(grey):
-        start = (
-            np.ascontiguousarray(positions[:, None, ::-1]) - 0.5
-        )  # OpenCV: (column, row), first centre at 0
+        # OpenCV: (column, row), first centre at 0.
+        start = np.ascontiguousarray(positions[:, None, ::-1]) - 0.5
         end, found, _ = tracker.calc(a, b, start, np.empty_like(start))
         back, returned, _ = tracker.calc(b, a, end, np.empty_like(start))
         moved = end[:, 0, ::-1] + 0.5

@@ -79,6 +79,5 @@ def _centroids(masks: np.ndarray, found: np.ndarray) -> np.ndarray:
     areas = masks.sum((1, 2))[found]
     rows = masks[found].sum(2) @ (np.arange(height) + 0.5) / areas
     cols = masks[found].sum(1) @ (np.arange(width) + 0.5) / areas
-    times = np.arange(num_frames)
-    filled = [np.interp(times, times[found], values) for values in (rows, cols)]
+    filled = [np.interp(np.arange(num_frames), np.flatnonzero(found), values) for values in (rows, cols)]
     return np.stack(filled, axis=-1).astype(np.float32)
