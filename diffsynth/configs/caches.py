@@ -48,7 +48,7 @@ def _mag_cache(dit_dim: int, declared: Ratios | None, _model_id: str) -> dict[st
     if known is None and declared is None:
         raise ValueError(
             f"no MagCache ratios are known for a DiT of width {dit_dim}: measure them with "
-            "benchmarks/mag_calibration.py and declare them in the checkpoint's config.json, or pass CacheOptions"
+            "benchmarks/mag_calibration.py and declare them in its config.json, or pass CacheOptions"
         )
     published = mag_cache_models()[known or "Wan2.1-T2V-1.3B"]
     ratios = published.ratios if declared is None else MagRatios.from_json(declared)
