@@ -36,7 +36,13 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["diffsynth", "diffsynth.*"]),
     package_data={
-        "diffsynth": ["py.typed", "configs/*.json", "evaluation/*.safetensors", "testing_data/*/*"]
+        "diffsynth": [
+            "py.typed",
+            "configs/*.json",
+            "evaluation/*.safetensors",
+            "testing_data/*/*",
+            "webui/*.css",
+        ]
     },
     cmdclass={"build_py": BuildWithNano},
     entry_points={"console_scripts": ["fastvmt = diffsynth.cli.main:main"]},

@@ -70,12 +70,6 @@ class StepCache:
 def make_rule(cache: CacheOptions | CacheMaker, prompt: str, steps: range, num_steps: int) -> StepCache:
     """Return a new rule for one prompt.
 
-    Args:
-        cache: options, or an object that makes another kind of rules.
-        prompt: "positive" or "negative".
-        steps: indices of the run's steps in which the DiT runs with this prompt.
-        num_steps: steps of the run.
-
     Raises:
         TypeError: the object's rules lack state() or restore(), so that a run could not be resumed.
     """

@@ -49,10 +49,6 @@ def run_watched(
     """Run a task like `run_task`, with progress on stderr.
 
     Ctrl-C stops a saved run at once, as in `runs.signals`, and an unsaved one after its current step.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed.
-        What `run_task` raises.
     """
     progress = StageProgress(console)
 

@@ -30,11 +30,7 @@ def frame_size(video: Video) -> tuple[int, int]:
 
 
 def video_to_tensor(video: Video, num_frames: int, height: int, width: int) -> Tensor:
-    """Return the first frames, fitted to a size as the video's `fit` says.
-
-    Returns:
-        [1, 3, T, H, W] in [-1, 1], float32 on the CPU.
-    """
+    """Return the first frames, fitted as the video says: [1, 3, T, H, W] in [-1, 1], float32 on the CPU."""
     out = torch.empty(1, 3, num_frames, height, width, dtype=torch.float32)
     frames = video if isinstance(video, VideoData) else rgb_frames(video, "input_video")
     fit = video.fit if isinstance(video, VideoData) else "crop"
@@ -52,11 +48,7 @@ def picture_to_tensor(picture: Image.Image, height: int | None = None, width: in
 
 
 def finite(values: Tensor, maker: str) -> Tensor:
-    """Return values that a model made.
-
-    Args:
-        values: a floating tensor of any shape.
-        maker: the model and its dtype, for the message.
+    """Return values that a model, named by `maker`, made.
 
     Raises:
         RuntimeError: a value is not finite; the message says what to try.

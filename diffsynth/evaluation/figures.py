@@ -14,11 +14,7 @@ BLUE, RED, GREEN = "#3c64be", "#cd3c32", "#288c46"
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure, width x height inches of 100 pixels, in no window and not known to pyplot.
-
-    Raises:
-        ImportError: matplotlib is not installed; the message names the extra that has it.
-    """
+    """Return an empty figure, width x height inches of 100 pixels, in no window and not known to pyplot."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -53,11 +49,7 @@ def loss_curves(losses: Sequence[Sequence[float]]) -> "Figure":
 
 @lru_cache(maxsize=8)
 def loss_sketch(losses: tuple[float, ...]) -> str:
-    """Draw a small curve of losses, one a guided step, without axes: an SVG as a data URL for an image.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw a small curve of losses, one a guided step, without axes: an SVG as a data URL for an image."""
     figure = new_figure(2.4, 0.72)
     figure.add_subplot(frame_on=False, xticks=[], yticks=[]).plot(losses, color=BLUE)
     file = io.BytesIO()

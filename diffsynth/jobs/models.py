@@ -20,10 +20,6 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 def load_options(asked: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> LoadOptions:
     """Return how a model is loaded.
 
-    Args:
-        asked: options by name, which take precedence; others are ignored.
-        recorded: options of a run that is repeated.
-
     Raises:
         ValueError: the record names an unknown option, or a value is not allowed.
     """

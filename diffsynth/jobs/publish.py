@@ -73,13 +73,7 @@ def check_place(path: Path) -> None:
 
 
 def check_space(path: Path, num_bytes: int, lossless: bool) -> None:
-    """Raise UsageError if the disk of an output has too little room for it.
-
-    Args:
-        path: path of the output.
-        num_bytes: bytes of its frames in memory.
-        lossless: whether the video is lossless.
-    """
+    """Raise UsageError if the disk of an output has too little room for it."""
     # At the best quality, H.264 compresses a noisy video to a tenth.
     needed = (num_bytes if lossless or is_png_folder(path) else num_bytes // 10) + 2**20
     free = shutil.disk_usage(_existing(path.parent)).free
@@ -102,17 +96,7 @@ def reserve_name(folder: Path, stem: str, suffix: str = ".mp4") -> Path:
 
 
 def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, overwrite: bool = False) -> Path:
-    """Write a video with its record as metadata, and the record beside it. The video is written atomically.
-
-    Args:
-        frames: frames of the video.
-        path: path of the video.
-        record: record of the run.
-        overwrite: replace an existing file; otherwise a number is added to a name taken meanwhile.
-
-    Returns:
-        The path at which the video was written.
-    """
+    """Write a video with its record as metadata, and the record beside it; return the path of the video."""
     final = write_output(frames, path, lambda file: save_with_metadata(frames, file, record), overwrite)
     write_record(record, final)
     return final
@@ -121,18 +105,9 @@ def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, ove
 def write_output(
     frames: Sequence[Image.Image], path: Path, write_video: Callable[[Path], object], overwrite: bool
 ) -> Path:
-    """Write frames to a folder of PNG files, or let `write_video` write a file that is then moved to `path`.
+    """Write PNG files into a folder, or a file by `write_video` that is moved to `path`; return its path.
 
-    After an error, no file remains.
-
-    Args:
-        frames: frames of the video.
-        path: path of the output.
-        write_video: called with the temporary path to write to.
-        overwrite: replace an existing file; otherwise a number is added to a name taken meanwhile.
-
-    Returns:
-        The path at which the output was written.
+    Unless it may overwrite, a number is added to a name taken meanwhile. After an error, no file remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_png_folder(path):

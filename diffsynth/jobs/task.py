@@ -110,14 +110,7 @@ class MadeVideo(NamedTuple):
 def open_reference(
     path: Path, used: ReferenceOptions | None = None, *, height: int | None = None, width: int | None = None
 ) -> VideoData:
-    """Open a reference video, a file or a folder of images.
-
-    Args:
-        path: of the file or folder.
-        used: what is used of it; None for all.
-        height: as for `VideoData`.
-        width: as for `VideoData`.
-    """
+    """Open a reference video, a file or a folder of images."""
     file, folder = (None, path) if path.is_dir() else (path, None)
     used = used or ReferenceOptions()
     part: dict[str, Any] = {"fps": used.ref_fps, "start": used.start, "end": used.end, "fit": used.fit}
@@ -201,11 +194,6 @@ def request_hash(options: Mapping[str, Any], task: VideoTask, model: Mapping[str
     """Return the hash that identifies a request: its options, reference, model files, LoRAs and dtypes.
 
     Where it runs does not count: it may be continued elsewhere, or with other settings for memory.
-
-    Args:
-        options: as they were asked for.
-        task: its reference and pictures.
-        model: description of the model.
     """
     facts = {
         "given": dict(options),
@@ -221,10 +209,6 @@ def request_hash(options: Mapping[str, Any], task: VideoTask, model: Mapping[str
 
 def was_made(task: VideoTask, model: Mapping[str, Any]) -> bool:
     """Return whether the output of a task is there, whole, and of the same request.
-
-    Args:
-        task: with its output and the hash of its request.
-        model: its description.
 
     Raises:
         UsageError: the output is of another request, and must not be replaced; the message says what differs.
@@ -255,13 +239,7 @@ def run_task(
 ) -> MadeVideo:
     """Make the video and its record.
 
-    Args:
-        pipe: the model.
-        task: what to make.
-        model: its description for the record.
-        loaded: how it was loaded.
-        observer: called at each stage and step; an error that it raises ends the task. Nothing is written
-            before the stage "write".
+    An error that the observer raises ends the task; nothing is written before the stage "write".
 
     Raises:
         RunFailedError: the video cannot be written; its `latents_path` is where its latents are kept.

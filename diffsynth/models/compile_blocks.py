@@ -27,10 +27,6 @@ def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
 
     Hooks on blocks run as before, outside of the compiled code, which may round differently.
 
-    Args:
-        dit: whose blocks are compiled.
-        backend: of torch.compile.
-
     Raises:
         ValueError: torch does not know the backend.
     """

@@ -125,14 +125,7 @@ def dit_velocity(
     caches: Sequence[StepCache] = (),
     condition: ImageCondition = NO_CONDITION,
 ) -> Tensor:
-    """Call the DiT once, for latents x [B, C, F, h, w] at one timestep.
-
-    Args:
-        dit, x, timestep: the DiT, latents, and a number or tensor on the scale of 0 to 1000.
-        context: text embeddings [B, L, text_dim].
-        caches: one for each of the B samples, whose blocks may then be skipped.
-        condition: from the pictures of the run.
-    """
+    """Call the DiT once, for latents x [B, C, F, h, w] at one timestep."""
     given = condition.of_dit(timestep.reshape(1), x.shape[0], x.shape[2])
     if not caches:
         return dit(x, context=context, **given)
@@ -151,12 +144,6 @@ def cfg_velocity(
 
     In steps outside of cfg_interval the positive prompt runs alone. Whether the prompts share a call of the
     DiT (options.batch_cfg) does not change the decisions of the rules.
-
-    Args:
-        dit, prompt: the DiT and the embeddings of both prompts.
-        options: those of the run.
-        rules: prompt ("positive", "negative") -> rule of the step cache; empty without a cache.
-        condition: from the pictures of the run.
     """
     positive, negative = prompt.positive, prompt.negative
     guided = options.cfg_steps if negative is not None else range(0)
@@ -193,17 +180,7 @@ def motion_guide(
     memory: GradientMemory | None,
     stop: Callable[[], bool],
 ) -> Guide:
-    """Return the guide that moves latents towards the motion of the reference.
-
-    Args:
-        dit, prompt: the DiT and the text embeddings.
-        inputs: inputs of the run, which must have a reference.
-        guidance, scheduler: the numbers of guidance, and the schedule of the run.
-        start: the run's first latents [1, C, F, h, w].
-        cost: gets the seconds, losses and gradient evaluations of each guided step.
-        memory: gradients of earlier guided steps, if later ones may repeat them.
-        stop: called in a guided step; the step ends early once it returns True.
-    """
+    """Return the guide that moves latents towards the motion of the reference, which `inputs` must have."""
 
     reference, null_context = inputs.reference, prompt.null
     if reference is None or null_context is None:

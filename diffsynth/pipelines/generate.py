@@ -162,11 +162,7 @@ def encode(
     ladder: Ladder,
     observer: Observer,
 ) -> tuple[RunInputs, RunOptions]:
-    """Encode the texts, the reference video and the pictures of a run, and draw its noise.
-
-    Returns:
-        The inputs of denoising, and the options in force afterwards.
-    """
+    """Encode texts, reference and pictures, and draw noise; return also the options in force afterwards."""
     texts = {"positive": [prompt for prompt, _ in prompts]}
     if options.cfg_scale != 1 or options.low_noise_cfg_scale not in (1, None):
         texts["negative"] = [negative_prompt for _, negative_prompt in prompts]

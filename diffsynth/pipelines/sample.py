@@ -45,11 +45,6 @@ def sample(
     The weights of an expert go after its last step. If memory runs out, denoising continues after the last
     finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises.
 
-    Args:
-        models, inputs, options, ladder: those of the run.
-        index: index (0-based) of the prompt; cost: gets its time, block calls and losses.
-        on_step, progress, stop, saved: as in `generate`.
-
     Returns:
         Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
     """
@@ -121,14 +116,6 @@ def begin_denoising(
     finished: StepState | None,
 ) -> tuple[Tensor, Generator[RunEvent, Tensor | None, None], dict[str, Any]]:
     """Set up the denoising of one prompt by a DiT, from its start or from its last finished step.
-
-    Args:
-        dit: the DiT.
-        scheduler: new, with the timesteps of the run.
-        phase: steps of the run that this DiT denoises; step caches and gradient memory are its own.
-        index, inputs: the prompt by its index (0-based), and the inputs of the run.
-        options, cost, stop: as in `sample`, the options with this expert's cfg_scale.
-        finished: the last finished step; None to begin.
 
     Returns:
         The first latents [1, C, F, h, w], the generator of steps, and by name the parts that keep state from

@@ -31,11 +31,7 @@ class Spot(NamedTuple):
 
 
 def align(pixels: Tensor, picture: Tensor) -> Alignment | None:
-    """Return the map that lays what moves in a reference onto the object of a picture.
-
-    Args:
-        pixels: the reference [1, 3, T, H, W] in [-1, 1].
-        picture: [1, 3, H, W], likewise.
+    """Return the map from what moves in a reference [1, 3, T, H, W] to the object of a picture [1, 3, H, W].
 
     Returns:
         (right, down, scale) for `shift`; None if one of the two objects is not found with confidence.
@@ -62,10 +58,6 @@ def shift(pixels: Tensor, alignment: Alignment) -> Tensor:
     """Return frames [1, 3, T, H, W], scaled about their middle and then moved.
 
     What comes in from outside is the edge of their median over time, so that nothing that moves is drawn out.
-
-    Args:
-        pixels: the frames.
-        alignment: pixels to the right, pixels down, and the scale.
     """
     right, down, scale = alignment
     height, width = pixels.shape[-2:]

@@ -127,11 +127,6 @@ class Ladder:
     def next(self, stage: str, options: RunOptions, problem: str) -> RunOptions:
         """Return the options of the next rung for a stage; this logs a warning and moves models if needed.
 
-        Args:
-            stage: stage in which memory ran out.
-            options: options of the failed attempt.
-            problem: message from `memory_problem`.
-
         Raises:
             MemoryRanOutError: no rung is left; the message states the memory and what helps.
         """

@@ -165,13 +165,7 @@ def text_encoder_bytes(encoder: TextEncoderSize, text_len: int) -> int:
 
 
 def decode_bytes(vae: VAESize, latents: Shape, tile: tuple[int, int] | None, num_frames: int) -> int:
-    """Return the peak of decoding: one chunk, the past that causal layers keep, and the video if it is tiled.
-
-    Args:
-        vae, latents: sizes of the VAE and of the latents.
-        tile: rows and columns in latent positions, None for untiled.
-        num_frames: frames of the video.
-    """
+    """Return the peak of decoding: a chunk, the past that causal layers keep, the video if it is tiled."""
     _, rows, cols = latents
     height, width = tile_side = _tile_side(latents, tile)
     area, now, channels = height * width, 1, vae.decoder_widths[0]

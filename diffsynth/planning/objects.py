@@ -16,15 +16,7 @@ _SPARSE = 2  # rows and columns between the pixels that are looked at for it
 
 
 def distance_from_background(video: np.ndarray, frames: slice = slice(None)) -> np.ndarray:
-    """Return how far each pixel is from the background's colour at its nearest brightness.
-
-    Args:
-        video: uint8 [T, H, W, 3].
-        frames: those to measure; the background is that of the whole video.
-
-    Returns:
-        float32 [frames, H, W], distance in RGB from 0 to 441.
-    """
+    """Return how far in RGB [t, H, W] frames of a video, uint8 [T, H, W, 3], are from its background."""
     return _distance_to_shades(video[frames].astype(np.float32), _background_colour(video))
 
 

@@ -23,16 +23,7 @@ CUT_JUMP = 1.8
 def reference_pixels(
     video: Video | None, pictures: Sequence[Image.Image], run: RunOptions
 ) -> tuple[Tensor | None, RunOptions]:
-    """Return the frames of a reference, and the options with the numbers of their alignment.
-
-    Args:
-        video: the reference; None without one.
-        pictures: those of the run, the one that it begins with first.
-        run: resolved options.
-
-    Returns:
-        Frames [1, 3, T, H, W] in [-1, 1]; None without a reference.
-    """
+    """Return a reference [1, 3, T, H, W] in [-1, 1], if there is one, and options with its alignment."""
     unmoved = replace(run, align="none")
     if video is None:
         return None, unmoved

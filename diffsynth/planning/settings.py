@@ -72,13 +72,7 @@ def keeping(motion: MotionGuidance | None) -> tuple[str, ...]:
 
 
 def rungs(frugal: Settings, kept: Sequence[str], num_blocks: int) -> Iterator[Settings]:
-    """Yield what guidance keeps and where weights are, from the fastest to the most frugal.
-
-    Args:
-        frugal: what the other settings are.
-        kept: what guidance may keep, in order.
-        num_blocks: blocks of the DiT.
-    """
+    """Yield what guidance keeps and where weights are, from the fastest to the most frugal."""
     for checkpoint in kept:
         whole = replace(frugal, checkpoint=checkpoint, resident_blocks=None)
         yield replace(whole, offload=False, stream_text_encoder=False)
@@ -90,15 +84,7 @@ def rungs(frugal: Settings, kept: Sequence[str], num_blocks: int) -> Iterator[Se
 def following(
     stage: str, now: Settings, *, accelerator: bool, num_blocks: int, picture: tuple[int, int]
 ) -> Iterator[tuple[str, Settings]]:
-    """Yield the rungs after the present one that need less in a stage, each with what it changes in words.
-
-    Args:
-        stage: "encode text", "encode video", "guidance", "sampling" or "decode".
-        now: the settings with which memory ran out.
-        accelerator: weights can rest elsewhere than where they compute.
-        num_blocks: blocks of the DiT.
-        picture: rows and columns of the latents.
-    """
+    """Yield the rungs after `now` that need less in a stage, each with what it changes in words."""
     if accelerator and not now.offload:
         yield "each model is on the device during its own stage only", replace(now, offload=True)
     if stage == "sampling" and now.batch_cfg:

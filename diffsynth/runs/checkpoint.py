@@ -222,16 +222,6 @@ def open_run(
 ) -> Iterator[SavedRun | None]:
     """Yield the saved run of a folder; on exit, also after an error, save its last finished step.
 
-    Args:
-        folder: the checkpoint_dir; None yields None, for a run that is not saved.
-        saving: how often the run is saved, and whether an unfinished one is continued.
-        residency: the models, whose weights are part of the run's identity.
-        prompts: (prompt, negative prompt) of each video.
-        pixels: the reference [1, 3, T, H, W]; None without one.
-        pictures: those that the video begins and ends with.
-        options: resolved options.
-        interrupt: called when a signal stops the run.
-
     Raises:
         ValueError: another run uses the folder, or the folder holds an unfinished run that differs.
         RunInterrupted: SIGINT or SIGTERM arrived.

@@ -26,15 +26,7 @@ def run_identity(
     pictures: Sequence[Image.Image],
     options: RunOptions,
 ) -> dict[str, str]:
-    """Return everything that decides the result, as short texts: arguments, the reference's frames, weights.
-
-    Args:
-        models: the models by name.
-        prompts: (prompt, negative prompt) of each video.
-        pixels: the reference [1, 3, T, H, W]; None without one.
-        pictures: the first one, then the last, of those that are given.
-        options: resolved options; output_type and those of memory are not part of the identity.
-    """
+    """Return what decides the result, as short texts: arguments, frames of the reference, weights."""
     positive, negative = ([pair[i] for pair in prompts] for i in (0, 1))
     identity = {"prompt": _short(positive), "negative_prompt": _short(negative)}
     for item in fields(options):

@@ -24,14 +24,7 @@ KIND = "final latents"
 def latents_facts(
     vae: WanVideoVAE, size: tuple[int, int, int], fps: float | None, cost: RunCost | None = None
 ) -> dict[str, Any]:
-    """Return the facts that are saved with final latents.
-
-    Args:
-        vae: the VAE that decodes them.
-        size: number, height and width of their frames.
-        fps: frames a second of the video; None if unknown.
-        cost: of the run; None while it is unknown.
-    """
+    """Return the facts that are saved with final latents."""
     facts = {"kind": KIND, **dict(zip(("num_frames", "height", "width"), size, strict=True))}
     costs = {} if cost is None else cost.state()
     return {**facts, "fps": fps, "vae": weights_fingerprint(vae), "cost": costs}
@@ -60,14 +53,9 @@ def latents_until_done(path: Path) -> Iterator[None]:
 def keep_latents(
     latents: Tensor, facts: Mapping[str, object], folders: Iterable[Path], stem: str, error: BaseException
 ) -> None:
-    """Save final latents that are no video yet, in the first folder that takes them.
+    """Save final latents that are no video yet, in the first folder that takes them, else the system's.
 
-    Args:
-        latents: [1, C, F, h, w].
-        facts: see `latents_facts`.
-        folders: those to try, before the system's folder for temporary files.
-        stem: how the file's name begins.
-        error: why there is no video; its `latents_path` becomes the file, or None where none takes it.
+    The file becomes the `latents_path` of the error that prevented the video; None where none takes it.
     """
     kept = None
     for folder in (*folders, Path(tempfile.gettempdir())):

@@ -139,21 +139,7 @@ def make_record(
     job: str | None = None,
     pictures: Mapping[str, Any] | None = None,
 ) -> RunRecord:
-    """Return the record of a run.
-
-    Args:
-        frames: the video's.
-        prompt, negative_prompt, preset: as the run had them.
-        options: the options in force at the end.
-        cost: measured cost of the run.
-        models: models of the pipeline, by name.
-        device: where it ran.
-        reference: description from `describe_reference`; None without a reference.
-        model: description from `describe_model`.
-        file: how the video is written.
-        job: hash of a batch job; None for other runs.
-        pictures: description from `describe_pictures`.
-    """
+    """Return the record of a run."""
     sizes = ModelSizes.of(models)
     latents = sizes.latent_shape(options.height, options.width, options.num_frames)
     count = run_cost(sizes.dit, latents, options)
@@ -248,14 +234,7 @@ def differences(
     model: Mapping[str, Any],
     pictures: Mapping[str, Any],
 ) -> list[str]:
-    """Return a message for each difference between a record and the present reference, model and pictures.
-
-    Args:
-        record: the record.
-        reference: present description from `describe_reference`; None without a reference.
-        model: present description from `describe_model`; its weights are compared if it names them.
-        pictures: present description from `describe_pictures`.
-    """
+    """Return a message for each difference between a record and the present reference, model and pictures."""
     then_and_now = [(record.pictures.get(name, {}), pictures.get(name, {})) for name in PICTURES]
     found = [
         f"{name} is not the recorded one"

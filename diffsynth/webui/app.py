@@ -54,11 +54,7 @@ _MODES = "effi_AMF: FastVMT; AMF: the same over whole frames; FlowMotion: no bac
 
 
 def import_gradio() -> Any:
-    """Return gradio, set to send nothing to other hosts.
-
-    Raises:
-        ImportError: gradio is not installed; the message has the command that installs it.
-    """
+    """Return gradio, set to send nothing to other hosts; an ImportError has the command that installs it."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
@@ -285,15 +281,7 @@ def make_app(
     host: str = "127.0.0.1",
     allowed_hosts: Sequence[str] = (),
 ) -> Guard:
-    """Return the server's application.
-
-    Args:
-        page: its handlers.
-        auth: user and password to ask for; None to ask for none.
-        root_path: of the page behind a proxy.
-        host: address that the server listens at.
-        allowed_hosts: further names under which the page is reached.
-    """
+    """Return the server's application."""
     gr = import_gradio()
     from fastapi import FastAPI
 

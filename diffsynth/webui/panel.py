@@ -4,6 +4,7 @@ import base64
 import errno
 import logging
 from html import escape
+from pathlib import Path
 
 from diffsynth.evaluation.figures import loss_sketch
 from diffsynth.jobs.task import run_seconds
@@ -21,28 +22,7 @@ _CLEAR = (ValueError, TypeError, FileNotFoundError, MemoryRanOutError, QueueFull
 _LONGEST = 600  # characters of an error
 
 IDLE = '<div class="fv-idle">The result appears here: the motion of the reference, what a prompt says.</div>'
-# Gradio's variables give the colours, so that dark pages work.
-CSS = """
-.block:has(> [aria-label="Empty value"]) { display: none; }
-.fv-message { padding: .7em 1em; border-radius: 8px; background: var(--background-fill-secondary); }
-.fv-done { border-left: 4px solid #2a9d5c; }
-.fv-error { border-left: 4px solid #c0392b; }
-.fv-idle { padding: 1.2em; opacity: .75; }
-.fv-stages { display: flex; flex-wrap: wrap; gap: .5em 1.2em; }
-.fv-stages { list-style: none; padding: 0; margin: 0 0 .5em; }
-.fv-stages li { opacity: .45; }
-.fv-stages .done { opacity: .8; }
-.fv-stages .now { opacity: 1; font-weight: 600; }
-.fv-bar { height: 8px; border-radius: 4px; background: var(--background-fill-secondary); overflow: hidden; }
-.fv-bar i { display: block; height: 100%; background: var(--color-accent); transition: width .3s; }
-.fv-line { margin: .4em 0; }
-.fv-pictures { display: flex; flex-wrap: wrap; gap: 1em; }
-.fv-pictures figure { margin: 0; }
-.fv-preview { image-rendering: pixelated; border-radius: 6px; max-width: 320px; }
-.fv-curve { width: 240px; }
-.fv-result { display: flex; flex-direction: column; gap: .2em; }
-.fv-result { padding: .7em 1em; border-left: 4px solid #2a9d5c; }
-"""
+CSS = Path(__file__).with_name("page.css").read_text()
 
 
 def message(text: str, kind: str = "note") -> str:
@@ -72,13 +52,7 @@ def failure_text(error: BaseException) -> str:
 
 
 def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> str:
-    """Return the panel of an unfinished job.
-
-    Args:
-        progress, state: of the job.
-        ahead: number of jobs before it.
-        seconds: duration of the job so far.
-    """
+    """Return the panel of an unfinished job."""
     if state == WAITING:
         others = "1 run comes" if ahead == 1 else f"{ahead} runs come"
         return message(f"Waiting: {others} first." if ahead else "Waiting for the model.")

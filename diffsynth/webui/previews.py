@@ -37,11 +37,7 @@ class Previews:
 
 @torch.no_grad()
 def fit_colours(pipe: WanVideoPipeline) -> Tensor:
-    """Fit the linear map from latent channels to colours to the pipeline's VAE.
-
-    Returns:
-        [C + 1, 3], a map to colours in [-1, 1]; the last row is the constant.
-    """
+    """Return the map [C + 1, 3] of a VAE's channels to colours in [-1, 1]; the last row is the constant."""
     rows, colours = [], []
     for seed in _SEEDS:
         clouds = torch.rand(1, 3, *_CLOUDS, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -59,15 +55,7 @@ def fit_colours(pipe: WanVideoPipeline) -> Tensor:
 
 
 def latent_frames(latents: Tensor, colours: Tensor) -> list[Image.Image]:
-    """Return small pictures of latents.
-
-    Args:
-        latents: [1, C, F, h, w].
-        colours: map from `fit_colours`, [C + 1, 3].
-
-    Returns:
-        F pictures of w x h pixels.
-    """
+    """Return F pictures of w x h pixels of latents [1, C, F, h, w], by a map from `fit_colours`."""
     channels = latents[0].detach().float().cpu()
     pixels = torch.einsum("cfhw,cd->fhwd", channels, colours[:-1]) + colours[-1]
     bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).nan_to_num().round().to(torch.uint8)

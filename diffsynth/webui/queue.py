@@ -90,11 +90,7 @@ class QueuedJob:
         return CancelledError() if self.future.cancelled() else self.future.exception()
 
     def result(self, timeout: float | None = None) -> Any:
-        """Wait for the work, and return its result or raise its error.
-
-        Raises:
-            TimeoutError: the work is not done after `timeout` seconds.
-        """
+        """Wait for the work at most `timeout` seconds, and return its result or raise its error."""
         return self.future.result(timeout)
 
     def report(self, **changes: Any) -> None:

@@ -23,14 +23,7 @@ PAGE_BOUNDS: Mapping[str, Kind] = {
 
 
 def checked_request(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the checked options of a visitor's request.
-
-    Args:
-        asked: options of the call and of the reference by name; None leaves an option unset.
-
-    Raises:
-        ValueError: an option is not allowed, or the prompt is empty; the message names it.
-    """
+    """Return the checked options of a visitor's request; a ValueError names what is not allowed."""
     stated = {**call_options(), **options_of(ReferenceOptions)}
     request: dict[str, Any] = {"mode": DEFAULT_MODE}
     for name, value in asked.items():

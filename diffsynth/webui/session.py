@@ -71,17 +71,7 @@ def open_session(
 ) -> Session:
     """Load a model by its name, as `fastvmt transfer --model` does; loading may raise further errors.
 
-    Args:
-        model: name of the model; None for the default.
-        models_dir: folder of the published models.
-        loaded: options of loading.
-        output_dir: folder of videos and records; made if it is missing.
-        cache: folder of files that the page shows.
-        limits: limits of uploads.
-        max_minutes: minutes that a run may take; a short run measures how fast this machine is.
-
-    Raises:
-        OSError: the output folder cannot be written to.
+    With max_minutes, a short run measures how fast this machine is.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "references").mkdir(exist_ok=True)
@@ -114,13 +104,7 @@ def _operations(pipe: WanVideoPipeline, run: RunOptions) -> float:
 
 
 def check_budget(session: Session, request: Mapping[str, Any], reference: Path | None) -> None:
-    """Raise ValueError if a request would take more minutes than a run may.
-
-    Args:
-        session: the model and the limit.
-        request: from `checked_request`.
-        reference: path of the reference video; None without one.
-    """
+    """Raise ValueError if a request would take more minutes than a run may."""
     if session.max_minutes is None or session.pace is None:
         return
     minutes = _operations(session.pipe, _resolved(session, request, reference)) / session.pace / 60
@@ -149,19 +133,7 @@ def make_video(
     job: QueuedJob,
     pictures: Mapping[str, Path] | None = None,
 ) -> PastRun:
-    """Make the video and write it with its record; nothing is written if the job is cancelled or fails.
-
-    Args:
-        session: the model and the folders.
-        request: from `checked_request`.
-        reference: path of the reference video; None without one.
-        job: to report to.
-        pictures: path of input_image, if there is one.
-
-    Raises:
-        ValueError: the reference is missing.
-        What `run_task` raises.
-    """
+    """Make the video and write it with its record; nothing is written if the job is cancelled or fails."""
     if reference is None and request["mode"] != NO_TRANSFER:
         raise ValueError("upload a reference video, or choose the mode without transfer")
     session.output_dir.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
@@ -173,14 +145,7 @@ def make_video(
 
 
 def show_motion(session: Session, request: Mapping[str, Any], reference: Path, job: QueuedJob) -> Path:
-    """Draw the flow that a request would transfer as a video in the cache, and return its path.
-
-    Args:
-        session: the model and the folders.
-        request: options from `checked_request`.
-        reference: path of the reference video.
-        job: the job, which receives progress.
-    """
+    """Draw the flow that a request would transfer as a video in the cache, and return its path."""
     mode = request["mode"] if request["mode"] in flow_modes() else DEFAULT_MODE
     used = fields_of(ReferenceOptions, request)
     run = _resolved(session, request, reference, mode=mode)

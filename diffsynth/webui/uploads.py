@@ -66,16 +66,7 @@ class UploadLimits:
 
 
 def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLimits) -> Path:
-    """Check an upload and copy it under a safe name made of its name and hash; equal files are stored once.
-
-    Args:
-        path: path of the upload.
-        folder: folder in which uploads arrive.
-        kept_in: folder of the copies; made if it is missing.
-        limits: what an upload may have.
-
-    Returns:
-        The path of the copy.
+    """Return the copy of a checked upload, under a safe name made of its name and hash.
 
     Raises:
         ValueError: the file is outside of `folder`, a link, too large, too long or no video. The message is
