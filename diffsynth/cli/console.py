@@ -11,12 +11,7 @@ DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Console:
-    """The output of a command.
-
-    Attributes:
-        json: stdout holds one JSON object and nothing else.
-        quiet: there is no progress and there are no notes.
-    """
+    """The output of a command."""
 
     json: bool = False
     quiet: bool = False

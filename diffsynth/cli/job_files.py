@@ -21,15 +21,7 @@ SHORT = {option.short: name for name, (option, _) in call_options().items() if o
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobLine:
-    """One video of a batch.
-
-    Attributes:
-        line: its number in the jobs file.
-        options: its options, among them those of the batch.
-        reference: path of the reference video; None without one.
-        pictures: paths of input_image and end_image, of those that there are.
-        output: path of its video, inside the output folder; None for a name made of reference and job hash.
-    """
+    """One video of a batch."""
 
     line: int
     options: Mapping[str, Any]

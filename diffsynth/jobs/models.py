@@ -18,11 +18,7 @@ from diffsynth.pipelines.wan_video import WanVideoPipeline
 
 
 def load_options(asked: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> LoadOptions:
-    """Return how a model is loaded.
-
-    Raises:
-        ValueError: the record names an unknown option, or a value is not allowed.
-    """
+    """Return how a model is loaded."""
     known = {item.name for item in fields(LoadOptions)}
     before = {} if recorded is None else recorded
     if unknown := sorted(before.keys() - known):

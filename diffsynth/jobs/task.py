@@ -120,12 +120,7 @@ def open_reference(
 def use_reference(
     path: Path | None, used: ReferenceOptions
 ) -> tuple[VideoData | None, dict[str, Any] | None]:
-    """Return a reference, opened, and its description for the record; both are None without one.
-
-    Raises:
-        FileNotFoundError: there is no such reference.
-        FfmpegError: ffmpeg does not run.
-    """
+    """Return a reference, opened, and its description for the record; both are None without one."""
     if path is None or path.is_dir():  # reading a video file shows it, too
         check_ffmpeg()
     if path is None:

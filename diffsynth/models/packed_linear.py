@@ -47,11 +47,7 @@ class PackedWeight:
 
 
 def pack(weight: Tensor, stored: torch.dtype = FP8) -> PackedWeight:
-    """Return a matrix [out, in] in eight bits, with bfloat16 scales.
-
-    Raises:
-        ValueError: a dtype that is not one of PACKED_DTYPES.
-    """
+    """Return a matrix [out, in] in eight bits, with bfloat16 scales."""
     if stored not in PACKED_DTYPES:
         raise ValueError(f"stored must be one of {', '.join(map(str, PACKED_DTYPES))}; got {stored}")
     weight = weight.float()

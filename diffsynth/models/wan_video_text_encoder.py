@@ -57,11 +57,7 @@ def transformers_to_official_key(key: str) -> str | None:
 
 
 def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return the arguments of `WanTextEncoder` that official names and shapes of tensors tell.
-
-    Raises:
-        ValueError: they are not those of a UMT5 encoder.
-    """
+    """Return the arguments of `WanTextEncoder` that official names and shapes of tensors tell."""
     names = ("token_embedding", *(f"blocks.0.{n}" for n in ("attn.q", "ffn.fc1", "pos_embedding.embedding")))
     needed = [f"{name}.weight" for name in names]
     if unusable := [key for key in needed if len(shapes.get(key, ())) != 2]:

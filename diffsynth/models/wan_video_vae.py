@@ -256,11 +256,7 @@ def _join(chunks: Iterator[Tensor], num_frames: int) -> Tensor:
 
 
 def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """Return the arguments of `WanVideoVAE` or `WanVideoVAE22` that official names and shapes tell.
-
-    Raises:
-        ValueError: they are not those of such a VAE.
-    """
+    """Return the arguments of `WanVideoVAE` or `WanVideoVAE22` that official names and shapes tell."""
     for key in ("encoder.conv1.weight", "conv2.weight"):
         if key not in shapes:
             raise ValueError(f"not a Wan VAE: there is no tensor {key}")

@@ -170,11 +170,7 @@ def load_checkpoint(
 
 
 def models_of(manager: ModelManager) -> dict[str, LoadedModel]:
-    """Return the loaded models of a pipeline by their names in `Components`.
-
-    Raises:
-        ValueError: one of the three that every pipeline has is missing, or the second expert of a pair.
-    """
+    """Return the loaded models of a pipeline by their names in `Components`."""
     names = dict.fromkeys([*REQUIRED, *(entry.name for entry in manager.loaded)])
     found = {name.removeprefix("wan_video_"): manager.find(name) for name in names}
     if expert_of(found["dit"].files[0]) == "high" and "low_noise_dit" not in found:
@@ -197,12 +193,7 @@ def tokenizer_of(text_encoder: LoadedModel, folder: str | Path | None = None) ->
 
 
 def reference_facts(video: Video | None) -> ReferenceFacts | None:
-    """Return number, size and rate of the frames of a reference video; None without one.
-
-    Raises:
-        TypeError: the video is not a VideoData, images or a uint8 array.
-        ValueError: the video has no frames.
-    """
+    """Return number, size and rate of the frames of a reference video; None without one."""
     if video is None:
         return None
     height, width = frame_size(video)

@@ -16,11 +16,7 @@ Frames = list[Image.Image] | np.ndarray | Tensor
 
 
 def decode_latents(models: Components, latents: Tensor, options: RunOptions) -> Frames:
-    """Decode clean latents [1, C, F, h, w] to a video of options.output_type.
-
-    Raises:
-        RuntimeError: a latent is not finite.
-    """
+    """Decode clean latents [1, C, F, h, w] to a video of options.output_type."""
     finite(latents, f"denoising (DiT in {models.dit.dtype})")
     if options.output_type == "latent":
         return latents

@@ -212,11 +212,7 @@ def encode(
 
 
 def draw_noise(models: Components, options: RunOptions) -> Tensor:
-    """Return float32 noise [1, C, F, h, w] from the seed, drawn on rand_device so that devices start alike.
-
-    Raises:
-        ValueError: rand_device has no random generator on this machine.
-    """
+    """Return float32 noise [1, C, F, h, w] from the seed, drawn on rand_device: devices start alike."""
     frames = -(-(options.num_frames - 1) // models.vae.temporal_factor) + 1
     rows, cols = (side // models.vae.spatial_factor for side in (options.height, options.width))
     shape = (1, models.vae.z_dim, frames, rows, cols)
@@ -228,11 +224,7 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
 def checked_callables(
     progress_bar_cmd: Progress | None, observer: Observer | None, callback_on_step_end: object
 ) -> tuple[Progress, Observer]:
-    """Return progress bar and observer; a None is replaced by a function that does nothing.
-
-    Raises:
-        TypeError: an argument is neither callable nor None; the message names it.
-    """
+    """Return progress bar and observer; a None is replaced by a function that does nothing."""
     called = {"progress_bar_cmd": progress_bar_cmd, "observer": observer}
     for name, call in {**called, "callback_on_step_end": callback_on_step_end}.items():
         if call is not None and not callable(call):

@@ -216,11 +216,7 @@ class ModelSizes:
 def published_sizes(
     name: str, torch_dtype: torch.dtype = torch.bfloat16, vae_dtype: torch.dtype = torch.float32
 ) -> ModelSizes:
-    """Return the sizes of a published checkpoint, a key of `PUBLISHED`; none of its files is needed.
-
-    Raises:
-        ValueError: another name.
-    """
+    """Return the sizes of a published checkpoint, a key of `PUBLISHED`; none of its files is needed."""
     if name not in PUBLISHED:
         raise ValueError(f"model must be one of {', '.join(PUBLISHED)}; got {name!r}")
     with torch.device("meta"):

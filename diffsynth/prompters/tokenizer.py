@@ -116,11 +116,7 @@ def _make_special_tokens_unmatchable(content: dict) -> None:
 
 
 def tokenizer_from_pieces(model: bytes, file: Path) -> WanTokenizer:
-    """Return the tokenizer of a serialised sentencepiece model that stands in a file.
-
-    Raises:
-        ValueError: it is damaged or another model, naming the file.
-    """
+    """Return the tokenizer of a serialised sentencepiece model that stands in a file."""
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor()

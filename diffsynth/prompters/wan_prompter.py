@@ -43,11 +43,7 @@ class TextEncoder(Protocol):
 
 
 def clean_prompt(text: str) -> str:
-    """Clean a prompt as the official code does: mend Unicode and HTML entities, join white space.
-
-    Raises:
-        TypeError: text is not a str.
-    """
+    """Clean a prompt as the official code does: mend Unicode and HTML entities, join white space."""
     if not isinstance(text, str):
         raise TypeError(f"prompt must be a str; got {text!r}")
     import ftfy

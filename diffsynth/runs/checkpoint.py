@@ -32,12 +32,7 @@ LATENTS = "latents-{key}-{number:03d}.safetensors"
 
 
 def prepare_folder(checkpoint_dir: str | Path) -> Path:
-    """Make the folder of a run and return it.
-
-    Raises:
-        TypeError: it is no path.
-        ValueError: the folder cannot be written to.
-    """
+    """Make the folder of a run and return it."""
     folder = checked_path("checkpoint_dir", checkpoint_dir).expanduser()
     trial = folder / f"{PARTIAL}trial"
     try:

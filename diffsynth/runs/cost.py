@@ -72,12 +72,7 @@ class RunCost:
 
 
 def latency_file(folder: str | Path | None) -> Path:
-    """Return the file of costs in latency_dir, which is made if it is missing.
-
-    Raises:
-        ValueError: there is no folder, or it cannot be written to.
-        TypeError: it is no path.
-    """
+    """Return the file of costs in latency_dir, which is made if it is missing."""
     if folder is None:
         raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
     path = checked_path("latency_dir", folder) / "latency.jsonl"

@@ -27,15 +27,7 @@ class JobCancelledError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProgress:
-    """Progress of a run.
-
-    Attributes:
-        stage: what the run does now.
-        step, steps: finished denoising steps, and all of them.
-        guided, guided_steps: finished guided steps, and all of them.
-        losses: motion loss after each guided step.
-        preview: animated WebP of the result.
-    """
+    """Progress of a run."""
 
     stage: str = "start"
     step: int = 0

@@ -28,19 +28,7 @@ from diffsynth.webui.uploads import UploadLimits
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """A loaded model and the folders of its videos.
-
-    Attributes:
-        pipe, previews: the pipeline, and what draws previews of its runs.
-        folder: folder of the checkpoint.
-        loaded: options of loading, for the record.
-        model: description of the model, for the record.
-        output_dir: folder of videos and records, with the references of runs in references/.
-        cache: folder of files that the page shows and can make again.
-        limits: limits of uploads.
-        max_minutes: minutes that a run may take; None for no limit.
-        pace: operations a second of this machine; None without such a limit.
-    """
+    """A loaded model and the folders of its videos."""
 
     pipe: WanVideoPipeline
     folder: Path
@@ -50,8 +38,8 @@ class Session:
     cache: Path
     limits: UploadLimits
     previews: Previews
-    max_minutes: float | None = None
-    pace: float | None = None
+    max_minutes: float | None = None  # that a run may take
+    pace: float | None = None  # operations a second of this machine
 
     @property
     def references(self) -> Path:

@@ -44,20 +44,14 @@ HASH_LENGTH = 12  # of a file's hash, in its name
 class UploadLimits:
     """Limits of an upload.
 
-    Attributes:
-        megabytes: size of the file in units of 2**20 bytes.
-        frames: number of frames.
-        pixels: number of pixels of a frame.
-        seconds: duration of reading the video once.
-
     Raises:
         ValueError: a limit is not a number above 0.
     """
 
-    megabytes: float = 200
+    megabytes: float = 200  # of 2**20 bytes
     frames: int = 2000
-    pixels: int = 4096 * 2304
-    seconds: float = 30
+    pixels: int = 4096 * 2304  # of a frame
+    seconds: float = 30  # that reading it once takes
 
     def __post_init__(self) -> None:
         for name in ("megabytes", "frames", "pixels", "seconds"):
