@@ -28,7 +28,7 @@ from diffsynth.webui.uploads import UploadLimits
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """A loaded model and the folders of its videos."""
+    """A loaded model and the folders of its videos; pace is in operations a second of this machine."""
 
     pipe: WanVideoPipeline
     folder: Path
@@ -38,8 +38,8 @@ class Session:
     cache: Path
     limits: UploadLimits
     previews: Previews
-    max_minutes: float | None = None  # that a run may take
-    pace: float | None = None  # operations a second of this machine
+    max_minutes: float | None = None
+    pace: float | None = None
 
     @property
     def references(self) -> Path:

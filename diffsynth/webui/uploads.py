@@ -49,7 +49,7 @@ class UploadLimits:
     """
 
     megabytes: float = 200  # of 2**20 bytes
-    frames: int = 2000
+    frames: int = 2000  # of the video
     pixels: int = 4096 * 2304  # of a frame
     seconds: float = 30  # that reading it once takes
 
