@@ -31,7 +31,7 @@ PATIENCE = 600  # seconds until a test that waits gives up
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """(address, folder of its videos) of a page with the nano model."""
+    """(address, folder of its videos, address for its owner) of a page with the nano model."""
     folder = tmp_path_factory.mktemp("page")
     options = ["--model", "nano", "--port", "0", "-o", folder / "videos", "--json"]
     command = [sys.executable, "-m", "diffsynth.cli.main", "ui", *map(str, options)]
@@ -39,7 +39,8 @@ def server(tmp_path_factory):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
-        yield json.loads(process.stdout.readline())["address"], folder / "videos"
+        told = json.loads(process.stdout.readline())
+        yield told["address"], folder / "videos", told["owner"]
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) in (0, 130)
 
@@ -98,7 +99,7 @@ def click(browser, selector):
 @pytest.fixture(scope="module")
 def page(server, browser):
     """The page with a reference uploaded and a prompt written."""
-    address, _folder = server
+    address = server[0]
     browser.get(address)
     clip = ROOT / "examples" / "data" / "circle.mp4"
     find(browser, "#reference input[type=file]").send_keys(str(clip))
@@ -157,6 +158,23 @@ def test_a_run_that_is_cancelled_writes_nothing(page, server):
     click(page, "#cancel")
     panel_says(page, "Cancelled; nothing was written")
     assert set(server[1].iterdir()) == before
+
+
+def test_who_runs_the_page_cancels_the_run_of_another(page, server):
+    visitor = page.current_window_handle
+    assert not page.find_elements("css selector", "#runs")
+    click(page, "#go")
+    panel_says(page, "guided [1-9]")
+    page.switch_to.new_window("tab")
+    page.get(server[2])
+    click(page, "#again")
+    click(page, "#runs input")
+    click(page, "#runs ul li")
+    click(page, "#end")
+    panel_says(page, "Stopping after this step")
+    page.close()
+    page.switch_to.window(visitor)
+    panel_says(page, "Cancelled; nothing was written")
 
 
 def test_a_past_run_is_shown_again(page):

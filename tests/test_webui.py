@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,36 @@ def test_the_prompt_and_its_button_come_first_and_defaults_are_told(session):
     labels = [c["props"].get("label") or c["props"].get("value") for c in build(page).config["components"]]
     assert labels.index("Prompt") < labels.index("Generate") < labels.index("Reference")
     assert f"Steps (0: {session.pipe.defaults['num_inference_steps']})" in labels
+
+
+def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, queue):
+    pytest.importorskip("gradio")
+    from diffsynth.webui.app import Page
+
+    run = make_video(session, checked_request(SMALL), clip, QueuedJob())
+    page = Page(session, queue, shared=False)
+
+    def enter(**params):
+        seen, gallery, is_owner, _ = page.enter(SimpleNamespace(query_params=params))
+        return seen, [name for _, name in gallery], is_owner
+
+    assert enter() == enter(owner="") == enter(owner="a guess") == ([], [], False)
+    seen, names, is_owner = enter(owner=page.owner_key)
+    assert (seen, is_owner) == (None, True)
+    assert run.video.name in names
+    assert "is not yours" in page.open_past(run.video.name, [])[0]
+    assert run.video.name in page.open_past(run.video.name, [run.video.name])[0]
+
+    gate = threading.Event()
+    job = queue.submit(lambda _: gate.wait(PATIENCE), "a cat")
+    assert page.all_runs(False)["choices"] == []
+    assert [(text.split(": ")[1], name) for text, name in page.all_runs(True)["choices"]] == [
+        ("a cat", job.id)
+    ]
+    gate.set()
+    shared = Page(session, queue)
+    assert shared.enter(SimpleNamespace(query_params={}))[0] is None
+    assert not shared.enter(SimpleNamespace(query_params={}))[2]
 
 
 def test_the_motion_of_a_reference_is_made_once(session, clip):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -65,10 +66,15 @@ def import_gradio() -> Any:
 
 
 class Page:
-    """Handlers of the page's buttons, for one session and one queue."""
+    """Handlers of the page's buttons, for one session and one queue.
 
-    def __init__(self, session: Session, queue: JobQueue) -> None:
-        self.session, self.queue = session, queue
+    `shared`: every visitor sees all past runs, not the own ones alone. Who opens the page with ?owner= and
+    the `owner_key` sees all runs and may cancel any.
+    """
+
+    def __init__(self, session: Session, queue: JobQueue, *, shared: bool = True) -> None:
+        self.session, self.queue, self.shared = session, queue, shared
+        self.owner_key = secrets.token_urlsafe(16)
         clips = sorted(path for folder in CLIP_FOLDERS for path in folder.glob("*.mp4"))
         self.clips = [self._shown(path) for path in clips]
         self._gradio = import_gradio()
@@ -76,8 +82,9 @@ class Page:
     def generate(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of a run until it ends: panel, id of the job, videos, files, gallery."""
 
+        *options, picture, seen = values
+
         def start() -> QueuedJob:
-            *options, picture = values
             request = self._request(options)
             reference = None
             if uploaded is not None and request["mode"] != NO_TRANSFER:
@@ -86,9 +93,15 @@ class Page:
             check_budget(self.session, request, reference)
             if ignored := unknown_words([request["prompt"]], self.session.pipe.defaults.words):
                 self._gradio.Warning(ignored)
-            return self.queue.submit(lambda job: make_video(self.session, request, reference, job, pictures))
+            return self.queue.submit(
+                lambda job: make_video(self.session, request, reference, job, pictures), request["prompt"]
+            )
 
-        yield from self._follow(start, self._show_run, num_shown=4)
+        def show(run: PastRun) -> tuple:
+            names = None if seen is None else [*seen, run.video.name]
+            return (*self._files_of(run), self.gallery(names), names)
+
+        yield from self._follow(start, show, num_shown=5)
 
     def inspect(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of reading a reference's motion: panel, id of the job, video of the motion."""
@@ -98,7 +111,9 @@ class Page:
                 raise ValueError("choose or upload a reference video first")
             # The prompt has no influence on a reference's motion, but it must not be empty.
             request, reference = self._request(("motion", *values[1:])), self._kept(uploaded)
-            return self.queue.submit(lambda job: show_motion(self.session, request, reference, job))
+            return self.queue.submit(
+                lambda job: show_motion(self.session, request, reference, job), "its motion"
+            )
 
         def show(path: Path) -> tuple[str, str]:
             return panel.message("Colours and arrows: where it moves, and how far.", "done"), str(path)
@@ -111,14 +126,30 @@ class Page:
             return panel.message("Stopping after this step.")
         return self._gradio.skip()
 
-    def gallery(self) -> list[tuple[str, str]]:
-        """Return posters and names of past runs."""
-        posters = ((self._poster(run), run.video.name) for run in past_runs(self.session.output_dir))
+    def enter(self, request: Any) -> tuple:
+        """Return which past runs a visitor may see (None: all), the gallery, and what the owner alone has."""
+        is_owner = secrets.compare_digest(request.query_params.get("owner", ""), self.owner_key)
+        seen: list[str] | None = None if is_owner or self.shared else []
+        return seen, self.gallery(seen), is_owner, self._gradio.update(visible=is_owner)
+
+    def all_runs(self, is_owner: bool) -> Any:
+        """Return the choice of runs that wait and run, for the owner."""
+        jobs = self.queue.unfinished() if is_owner else []
+        return self._gradio.update(
+            choices=[(f"{job.state}, {job.seconds:.0f} s: {job.title[:60]}", job.id) for job in jobs]
+        )
+
+    def gallery(self, seen: Sequence[str] | None) -> list[tuple[str, str]]:
+        """Return posters and names of past runs, of all of them if `seen` is None."""
+        runs = (run for run in past_runs(self.session.output_dir) if seen is None or run.video.name in seen)
+        posters = ((self._poster(run), run.video.name) for run in runs)
         return [(str(picture), name) for picture, name in posters if picture is not None]
 
-    def open_past(self, name: str) -> tuple:
-        """Return panel, videos and files of the past run of that name."""
+    def open_past(self, name: str, seen: Sequence[str] | None) -> tuple:
+        """Return panel, videos and files of the past run of that name, if the visitor may see it."""
         try:
+            if seen is not None and name not in seen:
+                raise ValueError("that run is not yours")
             return self._files_of(find_run(self.session.output_dir, name))
         except (ValueError, OSError) as error:
             return (panel.failed(error), *[self._gradio.skip()] * 3)
@@ -157,9 +188,6 @@ class Page:
         if error is not None:  # so that a program that calls this page sees no success
             raise self._gradio.Error(str(error) or type(error).__name__, print_exception=False)
 
-    def _show_run(self, run: PastRun) -> tuple:
-        return (*self._files_of(run), self.gallery())
-
     def _poster(self, run: PastRun) -> Path | None:
         try:
             return poster(run, self.session.cache)
@@ -192,7 +220,7 @@ def build(page: Page) -> Any:
     defaults = session.pipe.defaults
     with gr.Blocks(title="FastVMT", analytics_enabled=False, fill_width=True) as demo:
         gr.HTML(f"<h1>FastVMT</h1><p>A video's motion, a prompt's content. Model: {session.folder.name}</p>")
-        job_id = gr.State(None)
+        job_id, seen, is_owner = gr.State(None), gr.State([]), gr.State(value=False)
         with gr.Row():
             with gr.Column(scale=2):
                 prompts = _SHAPES if defaults.words else _SCENES
@@ -230,21 +258,34 @@ def build(page: Page) -> Any:
                     motion = gr.Video(label="Motion", elem_id="motion", height=280, **plays)
                 files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
         past = gr.Gallery(
-            page.gallery, label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
+            label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
         )
+        with gr.Row(visible=False, elem_id="owner") as owners:
+            run = gr.Dropdown([], label="Runs of all visitors", elem_id="runs")
+            again, end = gr.Button("Look again", elem_id="again"), gr.Button("Cancel that run", elem_id="end")
         asked = [prompt, negative, preset, mode, seed, strength, numbers[0], scale, *numbers[1:], *part]
         shown = [both, result, files]
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
-        made = [status, job_id, *shown, past]
-        go.click(page.generate, [reference, *asked, picture], made, api_name="generate", **many)
+        made = [status, job_id, *shown, past, seen]
+        go.click(page.generate, [reference, *asked, picture, seen], made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
 
-        def open_past(event: Any) -> tuple:
-            return page.open_past(event.value["caption"])
+        def open_past(names: list[str] | None, event: Any) -> tuple:
+            return page.open_past(event.value["caption"], names)
+
+        def enter(request: Any) -> tuple:
+            return page.enter(request)
 
         open_past.__annotations__["event"] = gr.SelectData  # by which gradio knows what to pass
-        past.select(open_past, None, [status, *shown], api_name=False)
+        enter.__annotations__["request"] = gr.Request
+        past.select(open_past, seen, [status, *shown], api_name=False)
+        demo.load(enter, None, [seen, past, is_owner, owners], api_name=False)
+        again.click(page.all_runs, is_owner, run, api_name=False, queue=False)
+        end.click(
+            lambda chosen, allowed: page.cancel(chosen if allowed else None),
+            [run, is_owner], status, api_name=False, queue=False,
+        )  # fmt: skip
     return demo.queue(max_size=4 * VISITORS)
 
 

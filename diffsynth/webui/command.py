@@ -49,10 +49,13 @@ def run(options: Namespace, console: Console) -> int:
             limits=limits,
             max_minutes=options.max_minutes,
         )
-        app = make_app(Page(session, queue), auth, host=options.host, allowed_hosts=options.allow_host)
+        page = Page(session, queue, shared=options.shared or is_local(options.host))
+        app = make_app(page, auth, host=options.host, allowed_hosts=options.allow_host)
         address = f"http://{options.host}:{listening.getsockname()[1]}"
         console.note(f"the page is at {address}; videos go to {output_dir}; Ctrl-C ends")
-        console.result({"address": address, "output_dir": str(output_dir)})
+        owner = f"{address}/?owner={page.owner_key}"
+        console.note(f"{owner} shows and cancels the runs of all visitors")
+        console.result({"address": address, "owner": owner, "output_dir": str(output_dir)})
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         try:
             server.run(sockets=[listening])

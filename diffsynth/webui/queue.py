@@ -42,12 +42,14 @@ class QueuedJob:
     """A piece of work in a queue.
 
     Attributes:
+        title: says whose work it is.
         id: random text that cannot be guessed, so that no visitor cancels the job of another.
         progress: progress of the run.
         future: future of the result.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, title: str = "") -> None:
+        self.title = title
         self.id = secrets.token_urlsafe(16)
         self.progress = RunProgress()
         self.future: Future = Future()
@@ -140,9 +142,9 @@ class JobQueue:
         self._unfinished: dict[str, QueuedJob] = {}
         self._lock = threading.Lock()
 
-    def submit(self, work: Callable[[QueuedJob], Any]) -> QueuedJob:
+    def submit(self, work: Callable[[QueuedJob], Any], title: str = "") -> QueuedJob:
         """Queue the work; QueueFullError if too many jobs wait already."""
-        job = QueuedJob()
+        job = QueuedJob(title)
         with self._lock:
             waiting = max(0, len(self._unfinished) - 1)
             if waiting >= self._most_waiting:
@@ -159,15 +161,19 @@ class JobQueue:
             job.cancel()
         return job is not None
 
+    def unfinished(self) -> list[QueuedJob]:
+        """Return the jobs that wait or run, in their order."""
+        with self._lock:
+            return list(self._unfinished.values())
+
     def ahead(self, job: QueuedJob) -> int:
         """Return how many unfinished jobs come before this one."""
-        with self._lock:
-            ids = list(self._unfinished)
-        return ids.index(job.id) if job.id in ids else 0
+        jobs = self.unfinished()
+        return jobs.index(job) if job in jobs else 0
 
     def close(self) -> None:
         """Cancel all jobs, and wait until the worker has stopped."""
-        for job in list(self._unfinished.values()):
+        for job in self.unfinished():
             job.cancel()
         self._worker.shutdown(cancel_futures=True)
 
