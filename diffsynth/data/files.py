@@ -83,11 +83,7 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def _lock(path: Path) -> int | None:
-    """Lock a file or folder until the handle that is returned is closed, or the process ends.
-
-    Returns:
-        The handle; None if another has the lock, or the system has no such locks.
-    """
+    """Lock a path until the handle that is returned is closed; None where another has it or none exist."""
     handle = None
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)

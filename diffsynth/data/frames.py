@@ -269,9 +269,6 @@ class ImageFolder:
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION) in EXIF_QUARTER_TURNS
-            return (image.height, image.width) if turned else image.size
-    except UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    with _opened(path) as image:
+        turned = image.getexif().get(EXIF_ORIENTATION) in EXIF_QUARTER_TURNS
+        return (image.height, image.width) if turned else image.size

@@ -88,47 +88,27 @@ def _bits(packed: Tensor, count: int) -> Tensor:
     return packed[..., None] >> torch.arange(count, device=packed.device, dtype=torch.uint8) & 1
 
 
-def _q8_0(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * blocks[:, 2:].view(torch.int8)
+def _five_bits(blocks: Tensor, start: int) -> Tensor:
+    """Return the numbers of blocks whose high bits, four bytes from `start` on, stand before the low ones."""
+    high = _bits(blocks[:, start : start + 4], 8).flatten(1)
+    return _nibbles(blocks[:, start + 4 :]).flatten(1) | high << 4
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * (_nibbles(blocks[:, 2:]).flatten(1).float() - 8)
-
-
-def _q4_1(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * _nibbles(blocks[:, 4:]).flatten(1) + _halves(blocks, 2)
-
-
-def _q5_0(blocks: Tensor) -> Tensor:
-    high = _bits(blocks[:, 2:6], 8).flatten(1)
-    return _halves(blocks, 0) * ((_nibbles(blocks[:, 6:]).flatten(1) | high << 4).float() - 16)
-
-
-def _q5_1(blocks: Tensor) -> Tensor:
-    high = _bits(blocks[:, 4:8], 8).flatten(1)
-    return _halves(blocks, 0) * (_nibbles(blocks[:, 8:]).flatten(1) | high << 4) + _halves(blocks, 2)
-
-
-def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eight scales and eight minima of six bits, from twelve bytes: [n, 12] -> two of [n, 8, 1]."""
-    low, middle, high = packed.split(4, dim=1)
-    scales = torch.cat([low & 63, high & 15 | low >> 6 << 4], dim=1)
-    minima = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4], dim=1)
-    return scales[..., None], minima[..., None]
+def _groups(blocks: Tensor, numbers: Tensor) -> Tensor:
+    """Return d scale n - m minimum, [n, 8, 32]: twelve bytes hold eight scales and minima of six bits."""
+    low, middle, high = blocks[:, 4:16].split(4, dim=1)
+    scales = torch.cat([low & 63, high & 15 | low >> 6 << 4], dim=1)[..., None]
+    minima = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4], dim=1)[..., None]
+    return _halves(blocks, 0)[..., None] * scales * numbers - _halves(blocks, 2)[..., None] * minima
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
-    numbers = _nibbles(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2)
-    return _halves(blocks, 0)[..., None] * scales * numbers - _halves(blocks, 2)[..., None] * minima
+    return _groups(blocks, _nibbles(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
-    high = _bits(blocks[:, 16:48], 8).mT
-    numbers = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2) | high << 4
-    return _halves(blocks, 0)[..., None] * scales * numbers - _halves(blocks, 2)[..., None] * minima
+    numbers = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2)
+    return _groups(blocks, numbers | _bits(blocks[:, 16:48], 8).mT << 4)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
@@ -141,11 +121,11 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 # Bytes of a block of each kind, and its numbers.
 UNPACK: Mapping[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "Q8_0": (34, _q8_0),
-    "Q4_0": (18, _q4_0),
-    "Q4_1": (20, _q4_1),
-    "Q5_0": (22, _q5_0),
-    "Q5_1": (24, _q5_1),
+    "Q8_0": (34, lambda blocks: _halves(blocks, 0) * blocks[:, 2:].view(torch.int8)),
+    "Q4_0": (18, lambda blocks: _halves(blocks, 0) * (_nibbles(blocks[:, 2:]).flatten(1).float() - 8)),
+    "Q4_1": (20, lambda blocks: _halves(blocks, 0) * _nibbles(blocks[:, 4:]).flatten(1) + _halves(blocks, 2)),
+    "Q5_0": (22, lambda blocks: _halves(blocks, 0) * (_five_bits(blocks, 2).float() - 16)),
+    "Q5_1": (24, lambda blocks: _halves(blocks, 0) * _five_bits(blocks, 4) + _halves(blocks, 2)),
     "Q4_K": (144, _q4_k),
     "Q5_K": (176, _q5_k),
     "Q6_K": (210, _q6_k),

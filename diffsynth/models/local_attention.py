@@ -127,8 +127,7 @@ def _spans(side: int, reach: int, least: int) -> list[tuple[slice, slice]]:
 
 
 def _box_mask(shapes: tuple[tuple[int, int, int], ...], window: Window) -> Tensor:
-    """Which keys of its box each query of a tile sees, [m, L]: one mask for tiles of one shape, on each axis
-    the number of queries, of keys, and the place of the queries in the keys."""
+    """Which keys each query sees, [m, L]; of each axis: queries, keys, place of the queries in the keys."""
     near_f, near_r, near_c = (
         ((torch.arange(count) + offset)[:, None] - torch.arange(num_keys)).abs() <= reach
         for (count, num_keys, offset), reach in zip(shapes, window, strict=True)
@@ -204,10 +203,7 @@ def block_plan(grid: Grid, window: Window, device: torch.device) -> BlockPlan:
 
 
 def _snake(grid: Grid) -> Tensor:
-    """All tokens by frame and band of rows, column by column, turning round at each end: [S] long.
-
-    Consecutive ones are neighbours, so that a run of BLOCK of them is compact wherever it begins.
-    """
+    """All tokens, [S] long, so that consecutive ones are neighbours: by frame, band of rows and column."""
     frames, rows, cols = grid
     bands = -(-rows // BAND_ROWS)
     frame, row, col = torch.unravel_index(torch.arange(frames * rows * cols), grid)

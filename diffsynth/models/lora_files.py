@@ -38,23 +38,21 @@ _ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
 _PREFIXES = ("base_model.model.", "pipe.dit.", "diffusion_model.", "transformer.", "dit.", "model.")
 _FLAT_PREFIXES = ("lora_unet_", "lycoris_")
 _RSLORA_FLAG, _DORA_FLAG = "use_rslora_flag", "use_dora_flag"  # of a whole file, by musubi-tuner
-_PART = re.compile(
-    r"(?P<module>.+?)\.(?:"
-    r"(?P<down>lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight|"
-    r"(?P<up>lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight|"
-    r"(?P<up_bias>lora_B|lora_up)(?:\.\w+)?\.bias|"
-    r"(?P<magnitude>lora_magnitude_vector(?:\.\w+)*|dora_scale|dora_layer\.weight)|"
-    r"(?P<hada_w1_a>hada_w1_a)|(?P<hada_w1_b>hada_w1_b)|(?P<hada_w2_a>hada_w2_a)|(?P<hada_w2_b>hada_w2_b)|"
-    r"(?P<lokr_w1>lokr_w1)|(?P<lokr_w1_a>lokr_w1_a)|(?P<lokr_w1_b>lokr_w1_b)|"
-    r"(?P<lokr_w2>lokr_w2)|(?P<lokr_w2_a>lokr_w2_a)|(?P<lokr_w2_b>lokr_w2_b)|"
-    r"(?P<alpha>alpha)|(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|(?P<diff_m>diff_m))"
-)
 # Parts that come together.
 _WHOLE = (
     {"down", "up"},
     {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     {"lokr_w1_a", "lokr_w1_b"},
     {"lokr_w2_a", "lokr_w2_b"},
+)
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?:"
+    r"(?P<down>lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight|"
+    r"(?P<up>lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight|"
+    r"(?P<up_bias>lora_B|lora_up)(?:\.\w+)?\.bias|"
+    r"(?P<magnitude>lora_magnitude_vector(?:\.\w+)*|dora_scale|dora_layer\.weight)|"
+    + "".join(rf"(?P<{name}>{name})|" for name in sorted({"lokr_w1", "lokr_w2"}.union(*_WHOLE[1:])))
+    + r"(?P<alpha>alpha)|(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|(?P<diff_m>diff_m))"
 )
 
 

@@ -74,11 +74,6 @@ def _shapes(tensors: Tensors) -> Shapes:
     return {key: tensor.shape for key, tensor in tensors.items()}
 
 
-def _dit_arguments(shapes: Shapes, declared: Declared) -> dict:
-    is_ti2v = declared.get("model_type") == "ti2v"
-    return dit_config_from_shapes(shapes, declared) | {"has_clean_first_frame": is_ti2v}
-
-
 def _vae_arguments(shapes: Shapes, declared: Declared) -> dict:
     statistics = {name: declared[name] for name in ("latents_mean", "latents_std") if name in declared}
     return vae_config_from_shapes(shapes) | statistics
@@ -92,7 +87,7 @@ KINDS = (
         official_tensor="blocks.0.self_attn.q.weight",
         diffusers_tensor="condition_embedder.time_proj.weight",
         to_official=_renamed(official_key),
-        arguments=_dit_arguments,
+        arguments=dit_config_from_shapes,
     ),
     ModelKind(
         name="wan_video_text_encoder",
@@ -166,11 +161,8 @@ def split(tensors: Mapping[str, StoredTensor]) -> list[dict[str, StoredTensor]]:
     models: dict[str, dict[str, StoredTensor]] = {prefix: {} for prefix in prefixes}
     longest_first = sorted(prefixes, key=len, reverse=True)
     for key, tensor in tensors.items():
-        prefix = next((prefix for prefix in longest_first if key.startswith(prefix)), None)
-        if prefix is None:
-            models[longest_first[-1]][key] = tensor
-        else:
-            models[prefix][key.removeprefix(prefix)] = tensor
+        prefix = next((prefix for prefix in longest_first if key.startswith(prefix)), longest_first[-1])
+        models[prefix][key.removeprefix(prefix)] = tensor
     return list(models.values())
 
 

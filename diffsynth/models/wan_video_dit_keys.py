@@ -109,6 +109,7 @@ def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapp
         "eps": declared.get("eps", 1e-6),
         "patch_size": tuple(patch_size),
         "has_image_input": bool(image),
+        "has_clean_first_frame": declared.get("model_type") == "ti2v",
         "text_len": declared.get("text_len", 512),
         **image,
     }

@@ -149,8 +149,7 @@ class WanTextEncoder(nn.Module):
         """
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be [B, L] with L at least 1; got shape {tuple(ids.shape)}")
-        if mask is None:
-            mask = torch.ones_like(ids)
+        mask = torch.ones_like(ids) if mask is None else mask
         if mask.shape != ids.shape:
             raise ValueError(f"mask must have the shape of ids, {tuple(ids.shape)}; got {tuple(mask.shape)}")
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import TILING, RunOptions
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
@@ -100,7 +101,7 @@ class Ladder:
             return with_settings(options, _changes(plan.settings, options))
         motion = options.motion
         if motion is not None and motion.checkpoint == "auto":
-            options = replace(options, motion=replace(motion, checkpoint=self._kept(sizes, options)))
+            options = replace(options, motion=replace(motion, checkpoint=self._kept(sizes, options, motion)))
         if options.batch_cfg is None:
             options = replace(options, batch_cfg=self._both_fit(sizes, options))
         if options.tiled is None:
@@ -162,23 +163,16 @@ class Ladder:
             stream_text_encoder="text_encoder" in streaming,
         )
 
-    def _kept(self, sizes: ModelSizes, options: RunOptions) -> str:
+    def _kept(self, sizes: ModelSizes, options: RunOptions, motion: MotionGuidance) -> str:
         """Return the first `checkpoint` setting that fits; not "offload" on a CPU, where it gains nothing."""
-        motion = options.motion
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
-        if motion is None:
-            return keeping(None)[-1]
         kept = keeping(motion)[: 2 if self._device.type == "cpu" else None]
         free = FILL * available_memory(self._device) * self._ranks  # each keeps its share
         fits = (name for name in kept if guided_pass_bytes(sizes.dit, latents, motion, name) <= free)
         return next(fits, kept[-1])
 
     def _both_fit(self, sizes: ModelSizes, options: RunOptions) -> bool:
-        """Return whether both prompts share a call of the DiT; False on a CPU, where it gains nothing.
-
-        The test uses the device's total memory, not the free part, so that the decision, and with it
-        rounding, is always the same on one machine.
-        """
+        """Return whether both prompts share a call: by total memory, so that one machine rounds alike."""
         if self._spread is not None and self._spread.mesh.prompts is not None:
             return True  # one on each half of the ranks
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)

@@ -212,11 +212,9 @@ def _tile_side(latents: Shape, tile: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _chunk_bytes(vae: VAESize, past: int, largest: int) -> int:
-    """past: positions and channels that layers remember, of two frames each. largest: elements of the largest
-    tensor of a chunk; a residual block holds its input, a convolution's result, and the norm's square and
-    result, these in float32, before it is rounded.
-    """
+    """Bytes of what layers remember, of NUM_PAST frames each, and of a chunk by its largest tensor."""
     size = vae.dtype.itemsize
+    # A residual block holds its input, a convolution's result, and the norm's square and result in float32.
     rounded = size if size < FLOAT else 0
     return NUM_PAST * past * size + largest * (2 * size + 2 * max(size, FLOAT) + rounded)
 

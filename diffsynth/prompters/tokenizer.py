@@ -101,16 +101,13 @@ def _from_json(file: Path) -> WanTokenizer:
 
 
 def _make_special_tokens_unmatchable(content: dict) -> None:
-    """Edit a tokenizer.json so that its special tokens are never found in text, as sentencepiece has it.
-
-    It is not enough to drop them from the added tokens: they also stand in the vocabulary, with the best
-    score of all. A piece with a blank never matches, since blanks have become U+2581 before.
-    """
+    """Edit a tokenizer.json so that its special tokens are never found in text, as sentencepiece has it."""
     vocab = content["model"]["vocab"]
     if vocab[END_ID][0] != END_PIECE:
         raise ValueError(f"id {END_ID} is {vocab[END_ID][0]!r}, not {END_PIECE!r}")
     special = {token["content"] for token in content["added_tokens"] if token["special"]}
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+    # They stand in the vocabulary, too. A piece with a blank never matches: blanks have become U+2581 before.
     content["model"]["vocab"] = [[f" {word}" if word in special else word, score] for word, score in vocab]
     content["post_processor"] = content["truncation"] = content["padding"] = None
 
