@@ -150,6 +150,15 @@ def test_a_video_is_made_shown_and_written_with_its_record(page, server):
     assert sizes == {file.stat().st_size for file in (path, path.with_suffix(".mp4.json"))}
 
 
+def test_the_time_of_the_next_run_is_told_before_the_click(page):
+    fill(page, "#steps input", "8")
+    click(page, "#prompt textarea")
+    find(page, "#expected")
+    until(
+        page, lambda b: re.search(r"takes about [0-9]+ s", b.find_element("css selector", "#expected").text)
+    )
+
+
 def test_a_run_that_is_cancelled_writes_nothing(page, server):
     before = set(server[1].iterdir())
     fill(page, "#steps input", "50")

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 from diffsynth.configs.options import LoadOptions
 from diffsynth.data import VideoData
 from diffsynth.jobs.publish import publish
+from diffsynth.jobs.task import run_seconds
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
@@ -32,7 +34,7 @@ from diffsynth.webui.queue import (
 )
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard, is_local, read_auth
-from diffsynth.webui.session import make_video, open_session, show_motion
+from diffsynth.webui.session import check_budget, expected_minutes, make_video, open_session, show_motion
 from diffsynth.webui.uploads import UploadLimits, keep_upload, safe_stem
 
 PATIENCE = 600  # seconds until a test that waits gives up
@@ -160,6 +162,20 @@ def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, q
     shared = Page(session, queue)
     assert shared.enter(SimpleNamespace(query_params={}))[0] is None
     assert not shared.enter(SimpleNamespace(query_params={}))[2]
+
+
+def test_the_time_of_a_run_follows_from_the_newest_one(session, clip, tmp_path):
+    lone = replace(session, output_dir=tmp_path)
+    assert expected_minutes(lone, checked_request(SMALL), clip) is None
+    run = make_video(lone, checked_request(SMALL), clip, QueuedJob())
+    same, longer = (
+        expected_minutes(lone, checked_request({**SMALL, "num_inference_steps": steps}), clip)
+        for steps in (2, 4)
+    )
+    assert 60 * same == pytest.approx(run_seconds(run.record))
+    assert 1.5 < longer / same < 2.5
+    with pytest.raises(ValueError, match="are the limit here"):
+        check_budget(replace(lone, max_minutes=same / 2), checked_request(SMALL), clip)
 
 
 def test_the_motion_of_a_reference_is_made_once(session, clip):

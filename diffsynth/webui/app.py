@@ -21,7 +21,7 @@ from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, post
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard
-from diffsynth.webui.session import Session, check_budget, make_video, show_motion
+from diffsynth.webui.session import Session, check_budget, expected_minutes, make_video, show_motion
 from diffsynth.webui.uploads import keep_picture, keep_upload
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,22 @@ class Page:
             return panel.message("Colours and arrows: where it moves, and how far.", "done"), str(path)
 
         yield from self._follow(start, show, num_shown=1)
+
+    def expected(self, uploaded: str | None, *values: Any) -> str:
+        """Return how long a run would take; empty if that is not known, or the run would be refused."""
+        try:
+            request = self._request(("a run", *values[1:]))
+            reference = None if uploaded is None or request["mode"] == NO_TRANSFER else self._kept(uploaded)
+            minutes = expected_minutes(self.session, request, reference)
+        except (ValueError, TypeError, OSError):
+            return ""
+        if minutes is None:
+            return "The first run tells how long others take."
+        return (
+            f"It takes about {60 * minutes:.0f} s."
+            if minutes < 2
+            else f"It takes about {minutes:.0f} minutes."
+        )
 
     def cancel(self, job_id: str | None) -> str | Any:
         """Ask the visitor's run to stop, and return the panel."""
@@ -228,6 +244,7 @@ def build(page: Page) -> Any:
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go")
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                expected = gr.HTML(elem_id="expected")
                 reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
                 look = gr.Button("Show the motion", elem_id="look")
                 tries = [[str(path), text] for path, text in zip(page.clips, cycle(prompts), strict=False)]
@@ -260,13 +277,15 @@ def build(page: Page) -> Any:
         past = gr.Gallery(
             label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
         )
-        with gr.Row(visible=False, elem_id="owner") as owners:
-            run = gr.Dropdown([], label="Runs of all visitors", elem_id="runs")
-            again, end = gr.Button("Look again", elem_id="again"), gr.Button("Cancel that run", elem_id="end")
+        owners = _owners_row(gr, page, is_owner, status)
         asked = [prompt, negative, preset, mode, seed, strength, numbers[0], scale, *numbers[1:], *part]
         shown = [both, result, files]
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
         made = [status, job_id, *shown, past, seen]
+        counted = [reference, preset, mode, *numbers, *part, past]
+        gr.on(
+            [field.change for field in counted], page.expected, [reference, *asked], expected, api_name=False
+        )
         go.click(page.generate, [reference, *asked, picture, seen], made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
@@ -281,12 +300,18 @@ def build(page: Page) -> Any:
         enter.__annotations__["request"] = gr.Request
         past.select(open_past, seen, [status, *shown], api_name=False)
         demo.load(enter, None, [seen, past, is_owner, owners], api_name=False)
-        again.click(page.all_runs, is_owner, run, api_name=False, queue=False)
-        end.click(
-            lambda chosen, allowed: page.cancel(chosen if allowed else None),
-            [run, is_owner], status, api_name=False, queue=False,
-        )  # fmt: skip
     return demo.queue(max_size=4 * VISITORS)
+
+
+def _owners_row(gr: Any, page: Page, is_owner: Any, status: Any) -> Any:
+    """Return the row by which who runs the page cancels any run."""
+    with gr.Row(visible=False) as row:
+        run = gr.Dropdown([], label="Runs of all visitors", elem_id="runs")
+        again, end = gr.Button("Look again", elem_id="again"), gr.Button("Cancel that run", elem_id="end")
+    hidden = {"api_name": False, "queue": False}
+    again.click(page.all_runs, is_owner, run, **hidden)
+    end.click(lambda job, is_owner: page.cancel(job if is_owner else None), [run, is_owner], status, **hidden)
+    return row
 
 
 def _more(gr: Any, defaults: RunDefaults) -> tuple[Any, Any, Any, list[Any], list[Any]]:

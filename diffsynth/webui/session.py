@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.evaluation.flow_images import save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
 from diffsynth.jobs.models import attention_kernel, choose_model, load_pipeline
-from diffsynth.jobs.task import make_task, open_reference, run_task
+from diffsynth.jobs.task import make_task, open_reference, run_seconds, run_task
 from diffsynth.pipelines.components import reference_facts
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.planning.cost import run_cost
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.runs.record import describe_model
-from diffsynth.webui.gallery import PastRun
+from diffsynth.webui.gallery import PastRun, past_runs
 from diffsynth.webui.previews import Previews
 from diffsynth.webui.queue import QueuedJob
 from diffsynth.webui.uploads import UploadLimits
@@ -93,14 +94,24 @@ def _operations(pipe: WanVideoPipeline, run: RunOptions) -> float:
 
 def check_budget(session: Session, request: Mapping[str, Any], reference: Path | None) -> None:
     """Raise ValueError if a request would take more minutes than a run may."""
-    if session.max_minutes is None or session.pace is None:
-        return
-    minutes = _operations(session.pipe, _resolved(session, request, reference)) / session.pace / 60
-    if minutes > session.max_minutes:
+    minutes = None if session.max_minutes is None else expected_minutes(session, request, reference)
+    if minutes is not None and session.max_minutes is not None and minutes > session.max_minutes:
         raise ValueError(
             f"this run would take about {minutes:.3g} minutes, and {session.max_minutes:g} are the limit "
             "here: ask for fewer frames, fewer steps or a smaller size"
         )
+
+
+def expected_minutes(session: Session, request: Mapping[str, Any], reference: Path | None) -> float | None:
+    """Return how long a run takes at the measured pace, else at that of the newest run; None without one."""
+    pace = session.pace
+    for run in past_runs(session.output_dir, 1) if pace is None else ():
+        if run.record.model["folder"] == session.model["folder"]:
+            with suppress(ValueError, TypeError):  # a record of other options
+                made = RunOptions.from_json(run.record.options)
+                pace = _operations(session.pipe, made) / run_seconds(run.record)
+    resolved = _resolved(session, request, reference)
+    return None if pace is None else _operations(session.pipe, resolved) / pace / 60
 
 
 def _resolved(
