@@ -204,7 +204,6 @@ def motion_guide(
         memory: gradients of earlier guided steps, if later ones may repeat them.
         stop: called in a guided step; the step ends early once it returns True.
     """
-
     reference, null_context = inputs.reference, prompt.null
     if reference is None or null_context is None:
         raise ValueError("motion guidance needs a reference and the empty prompt")
