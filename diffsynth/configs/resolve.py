@@ -225,12 +225,9 @@ def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: Referenc
     if reference is None:
         return defaults["num_frames"] if asked is None else asked
     available = reference.num_frames
-    if asked is None:
-        length = min(available, defaults.options.get("num_frames", available))
-    elif asked > available:
+    if asked is not None and asked > available:
         raise ValueError(f"num_frames is {asked}, but input_video has {available} frames")
-    else:
-        length = asked
+    length = min(available, defaults.options.get("num_frames", available)) if asked is None else asked
     if length < available:
         message = f"the reference has {available} frames: the first {length} are used"
         if rate := reference.fps:

@@ -261,8 +261,7 @@ class ImageFolder:
 
     def stream(self) -> Generator[Image.Image, None, None]:
         """Yield all frames in order, with one in memory at a time."""
-        for path in self._paths:
-            yield load_image(path)
+        return (load_image(path) for path in self._paths)
 
     def close(self) -> None:
         """Do nothing, since no file is open between frames."""

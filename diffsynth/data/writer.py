@@ -5,9 +5,10 @@ a broken file where a good one was.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from fractions import Fraction
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def save_video(
     encoding["output_params"] += params
     target.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(target) as temporary:
-        num_frames, problem = _encode(first, images, temporary, encoding)
+        num_frames, problem = _encode(chain([first], images), temporary, encoding)
         try:
             written = probe_video(temporary)
         except (ValueError, FileNotFoundError) as error:
@@ -193,24 +194,20 @@ def _add_sound(encoding: dict[str, Any], target: Path, source: Path, start: floa
     encoding["output_params"] += ["-af", cut]
 
 
-def _encode(
-    first: Image.Image, rest: Iterator[Image.Image], path: Path, encoding: dict[str, Any]
-) -> tuple[int, str]:
+def _encode(images: Iterable[Image.Image], path: Path, encoding: dict[str, Any]) -> tuple[int, str]:
     """Write the frames, and return their number and the errors of ffmpeg."""
     import imageio.v3 as iio
 
     num_frames = 0
-    image: Image.Image | None = first
     with reported() as (complaints, starting):
         # The name ends in the suffix that ffmpeg goes by; imageio knows only some of them.
         opened: Any = iio.imopen(path, "w", plugin="FFMPEG", extension=".mp4", legacy_mode=True)
         with opened as file, closing(file.legacy_get_writer(**encoding)) as writer:
-            while image is not None:
+            for image in images:
                 try:
                     with starting() if num_frames == 0 else nullcontext():
                         writer.append_data(np.asarray(image))
                 except OSError as error:  # ffmpeg has ended early
                     raise RuntimeError(f"ffmpeg could not write the video: {complaints()}") from error
                 num_frames += 1
-                image = next(rest, None)
         return num_frames, complaints()

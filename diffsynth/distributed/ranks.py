@@ -44,9 +44,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     config = LaunchConfig(
         1, 1, ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # a rank has reported what failed
+    # A rank has reported what failed.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     try:
         elastic_launch(config, sys.executable)("-m", "diffsynth", *arguments)

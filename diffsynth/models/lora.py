@@ -58,8 +58,7 @@ def weight_change(parts: LayerParts, weight: Tensor) -> Tensor:
     change = torch.zeros_like(weight)
     if "diff" in parts.stored:
         change = change + _read(parts, "diff").reshape(weight.shape)
-    factors = low_rank(parts)
-    if factors is not None:
+    if (factors := low_rank(parts)) is not None:
         down, up = factors
         change = change + (up @ down).reshape(weight.shape)
     if "lokr_w1" in parts.stored or "lokr_w1_a" in parts.stored:

@@ -188,10 +188,8 @@ class WanTextEncoder(nn.Module):
             for key, value in own.items()
             if key in state_dict and state_dict[key].shape != value.shape
         ]
-        if strict and missing:
-            problems.append(f"missing: {', '.join(missing)}")
-        if strict and unexpected:
-            problems.append(f"unexpected: {', '.join(unexpected)}")
+        names = {"missing": missing, "unexpected": unexpected} if strict else {}
+        problems += [f"{what}: {', '.join(keys)}" for what, keys in names.items() if keys]
         if problems:
             raise RuntimeError(f"these are not the weights of this WanTextEncoder: {'; '.join(problems)}")
         stack_keys = {self.official_key(key): key for key in self.encoder.state_dict()}

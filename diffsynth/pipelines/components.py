@@ -62,11 +62,8 @@ class Components:
         low = self.low_noise_dit
         if low is not None and (low.in_dim, low.dim, low.text_dim) != (dit.in_dim, dit.dim, dit.text_dim):
             raise ValueError("the low-noise and the high-noise expert are of two different models")
-        if self.dit.text_dim != self.text_encoder.dim:
-            raise ValueError(
-                f"the DiT takes text of width {self.dit.text_dim}, "
-                f"the text encoder gives {self.text_encoder.dim}"
-            )
+        if dit.text_dim != (width := self.text_encoder.dim):
+            raise ValueError(f"the DiT takes text of width {dit.text_dim}, the text encoder gives {width}")
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -159,8 +156,7 @@ def load_checkpoint(
         manager.load_models([folder], vae_dtype=vae_dtype, model_names=wanted)
     for name, file in parts.items():
         manager.load_models([file], vae_dtype=vae_dtype, model_names=[kinds[name]])
-    missing = set(REQUIRED) - {model.name for model in manager.loaded}
-    if missing:
+    if missing := set(REQUIRED) - {model.name for model in manager.loaded}:
         raise FileNotFoundError(
             f"{folder} lacks the weights of {', '.join(sorted(missing))}; {DOWNLOAD_HINT}"
         )

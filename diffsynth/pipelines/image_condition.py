@@ -60,9 +60,7 @@ def encode_pictures(
     clip_feature = None
     if models.dit.has_image_input and models.image_encoder is not None:
         with models.residency.using("image_encoder"):
-            tokens = [
-                models.image_encoder.encode_image(picture) for picture in map(picture_to_tensor, pictures)
-            ]
+            tokens = [models.image_encoder.encode_image(picture_to_tensor(picture)) for picture in pictures]
         clip_feature = torch.cat(tokens, dim=1).float()
     first, *last = (picture_to_tensor(picture, options.height, options.width) for picture in pictures)
     with models.residency.using("vae"):

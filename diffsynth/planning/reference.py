@@ -56,11 +56,6 @@ def changes(pixels: Tensor) -> Tensor:
     return grey.diff(dim=0).abs().mean((1, 2))
 
 
-def is_still(change: Tensor) -> bool:
-    """Return whether nothing moves, by what `changes` returned."""
-    return len(change) > 0 and float(change.max()) < STILL
-
-
 def find_cuts(change: Tensor) -> list[int]:
     """Return the indices (0-based) of the frames at which another shot begins, by what `changes` returned."""
     found = []
@@ -78,7 +73,7 @@ def warn_of_reference(pixels: Tensor) -> tuple[bool, list[int]]:
         Whether nothing moves, and the indices of the frames at which another shot begins.
     """
     change = changes(pixels)
-    still, cuts = is_still(change), find_cuts(change)
+    still, cuts = len(change) > 0 and float(change.max()) < STILL, find_cuts(change)
     if still:
         logger.warning("nothing moves in the reference: there is no motion to transfer")
     if cuts:
