@@ -181,16 +181,19 @@ def test_a_terminal_that_lacks_a_letter_loses_no_job(transfer, tmp_path, monkeyp
 
 
 def test_a_reference_without_motion_or_with_a_cut_is_told(transfer, tiny_checkpoint, tmp_path, capsys):
-    still, cut = tmp_path / "still", tmp_path / "cut"
-    for folder in (still, cut):
+    still, cut, late = folders = tmp_path / "still", tmp_path / "cut", tmp_path / "late"
+    for folder in folders:
         folder.mkdir()
     rng = np.random.default_rng(0)
     shots = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(2)]
     for index in range(9):
         Image.fromarray(shots[0]).save(still / f"{index}.png")
         Image.fromarray(shots[index >= 4]).save(cut / f"{index}.png")
+        Image.fromarray(np.roll(shots[0] // 8, max(0, index - 4), axis=1)).save(late / f"{index}.png")
     assert transfer(tmp_path / "a.mp4", reference=still) == 0
-    assert "nothing moves in the reference" in capsys.readouterr().err
+    assert "nothing moves in the reference: there is no motion" in capsys.readouterr().err
+    assert transfer(tmp_path / "b.mp4", "--num-frames", 9, reference=late) == 0
+    assert "nothing moves in the reference before frame 5; start" in capsys.readouterr().err
     inspect = ["inspect", cut, "-o", tmp_path / "i", "--model", tiny_checkpoint, "--json", "--device", "cpu"]
     assert main([*inspect, "--height", 32, "--width", 32]) == 0
     told = capsys.readouterr()

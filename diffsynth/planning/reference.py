@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 # Mean change between frames, in levels of 255.
 STILL = 0.5  # at most: compression and rounding alone
+LATE = 0.25  # of the frames; rest at the beginning that is longer is told
 CUT = 12.0  # at least, and by CUT_JUMP more than in the frames around it
 CUT_JUMP = 1.8
 
@@ -50,14 +51,8 @@ def reference_pixels(
     return shift(pixels, found), replace(run, align=found)
 
 
-def changes(pixels: Tensor) -> Tensor:
-    """Return how much each frame of [1, 3, T, H, W] differs from the one before: [T - 1], levels of 255."""
-    grey = pixels[0, :, :, ::4, ::4].mean(0) * 127.5
-    return grey.diff(dim=0).abs().mean((1, 2))
-
-
 def find_cuts(change: Tensor) -> list[int]:
-    """Return the indices (0-based) of the frames at which another shot begins, by what `changes` returned."""
+    """Return the indices (0-based) of the frames at which another shot begins, by each frame's change, in levels."""
     found = []
     for index, value in enumerate(change.tolist()):
         around = torch.cat([change[max(0, index - 2) : index], change[index + 1 : index + 3]])
@@ -67,15 +62,18 @@ def find_cuts(change: Tensor) -> list[int]:
 
 
 def warn_of_reference(pixels: Tensor) -> tuple[bool, list[int]]:
-    """Log a warning for a reference [1, 3, T, H, W] without motion, or with more than one shot.
+    """Log a warning for a reference [1, 3, T, H, W] without motion, late motion, or more than one shot.
 
     Returns:
         Whether nothing moves, and the indices of the frames at which another shot begins.
     """
-    change = changes(pixels)
+    change = (pixels[0, :, :, ::4, ::4].mean(0) * 127.5).diff(dim=0).abs().mean((1, 2))
     still, cuts = len(change) > 0 and float(change.max()) < STILL, find_cuts(change)
+    moving = [i + 1 for i, value in enumerate(change.tolist()) if value >= STILL and i + 1 not in cuts]
     if still:
         logger.warning("nothing moves in the reference: there is no motion to transfer")
+    elif moving and moving[0] > LATE * len(change):
+        logger.warning("nothing moves in the reference before frame %d; start leaves that out", moving[0])
     if cuts:
         logger.warning(
             "the reference has a cut at frame %s; motion is not followed over it; start and end pick a shot",
