@@ -52,7 +52,7 @@ def reference_pixels(
 
 
 def find_cuts(change: Tensor) -> list[int]:
-    """Return the indices (0-based) of the frames at which another shot begins, by each frame's change, in levels."""
+    """Return the indices (0-based) of the frames at which another shot begins, by how much frames change."""
     found = []
     for index, value in enumerate(change.tolist()):
         around = torch.cat([change[max(0, index - 2) : index], change[index + 1 : index + 3]])

@@ -166,11 +166,10 @@ class SavedRun:
                 "it, or another folder"
             )
         prompts = [PromptEmbeddings(**part(state, f"context.{i}")) for i in range(facts["prompts"])]
-        reference = state.get("reference")
         self.inputs = RunInputs(
             prompts=prompts,
             noise=state["noise"],
-            reference=reference,
+            reference=state.get("reference"),
             seconds=facts["seconds"],
             condition=ImageCondition(**part(state, "condition")),
             reference_condition=ImageCondition(**part(state, "reference_condition")),

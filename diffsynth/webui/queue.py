@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,7 +151,7 @@ class JobQueue:
                 raise QueueFullError(f"{waiting} runs are waiting already; try again when some are done")
             self._unfinished[job.id] = job
             job.future = self._worker.submit(job.run, work)
-        job.future.add_done_callback(lambda _future: self._forget(job.id))
+        job.future.add_done_callback(lambda _future: self._unfinished.pop(job.id, None))
         return job
 
     def cancel(self, job_id: str | None) -> bool:
@@ -176,7 +176,3 @@ class JobQueue:
         for job in self.unfinished():
             job.cancel()
         self._worker.shutdown(cancel_futures=True)
-
-    def _forget(self, job_id: str) -> None:
-        with self._lock, suppress(KeyError):
-            del self._unfinished[job_id]

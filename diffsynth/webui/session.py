@@ -137,9 +137,21 @@ def make_video(
         raise ValueError("upload a reference video, or choose the mode without transfer")
     session.output_dir.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
     task = replace(make_task(request, reference, session.folder, pictures), folder=session.output_dir)
-    observer = JobObserver(job, session.previews)
+
+    def observe(event: RunEvent) -> None:
+        job.check()
+        before = job.progress
+        if event.steps == 0:
+            job.report(stage=event.stage)
+        elif event.stage == "guidance":
+            losses = before.losses + event.losses[-1:]
+            job.report(stage=event.stage, guided=event.step, guided_steps=event.steps, losses=losses)
+        else:
+            preview = session.previews.of(event) or before.preview
+            job.report(stage=event.stage, step=event.step, steps=event.steps, preview=preview)
+
     with job.interruptible(session.pipe.interrupt):
-        video, record, *_ = run_task(session.pipe, task, session.model, session.loaded, observer)
+        video, record, *_ = run_task(session.pipe, task, session.model, session.loaded, observe)
     return PastRun(video=video, record=record)
 
 
@@ -159,22 +171,3 @@ def show_motion(session: Session, request: Mapping[str, Any], reference: Path, j
         video.set_length(run.num_frames)
         flow = reference_flow(session.pipe, video, motion=motion)
         return save_flow_video(flow, path, sf=motion.sf, frames=video, fps=video.fps or DEFAULT_FPS)
-
-
-class JobObserver:
-    """An observer that reports a run's progress to its job, and ends the run once the job is cancelled."""
-
-    def __init__(self, job: QueuedJob, previews: Previews) -> None:
-        self._job, self._previews = job, previews
-
-    def __call__(self, event: RunEvent) -> None:
-        self._job.check()
-        before = self._job.progress
-        if event.steps == 0:
-            self._job.report(stage=event.stage)
-        elif event.stage == "guidance":
-            losses = before.losses + event.losses[-1:]
-            self._job.report(stage=event.stage, guided=event.step, guided_steps=event.steps, losses=losses)
-        else:
-            preview = self._previews.of(event) or before.preview
-            self._job.report(stage=event.stage, step=event.step, steps=event.steps, preview=preview)
