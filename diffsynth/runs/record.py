@@ -235,11 +235,10 @@ def differences(
     pictures: Mapping[str, Any],
 ) -> list[str]:
     """Return a message for each difference between a record and the present reference, model and pictures."""
-    then_and_now = [(record.pictures.get(name, {}), pictures.get(name, {})) for name in PICTURES]
     found = [
         f"{name} is not the recorded one"
-        for name, (was, now) in zip(PICTURES, then_and_now, strict=True)
-        if was.get("sha256") != now.get("sha256")
+        for name in PICTURES
+        if record.pictures.get(name, {}).get("sha256") != pictures.get(name, {}).get("sha256")
     ]
     then = record.reference
     if (then is None) != (reference is None):
