@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import traceback
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -145,9 +146,30 @@ def test_configs_need_no_torch():
 
 
 def test_the_types_of_the_call_are_those_of_its_options():
-    from diffsynth.configs.options import CallOptions, call_options
+    from diffsynth import WanVideoPipeline
+    from diffsynth.configs.options import CallArguments, CallOptions, call_options
 
     assert set(CallOptions.__annotations__) == set(call_options())
+    named = {p.name for p in signature(WanVideoPipeline.run).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert set(CallArguments.__annotations__) == (set(call_options()) - {"output_type"}) | named
+
+
+def test_a_wrong_argument_of_the_call_is_found_by_a_type_checker(tmp_path):
+    calls = {
+        'frames: list[Image] = pipe("a fox", num_inference_steps=3, input_image="fox.png")': None,
+        'pixels: torch.Tensor = pipe("a fox", output_type="pt")': None,
+        'pipe("a fox", num_inference_stepz=3)': 'did you mean "num_inference_steps"',
+        'pipe("a fox", seed="7")': "No overload variant",
+        'frames = pipe("a fox", output_type="np")': "Incompatible types in assignment",
+    }
+    head = "import torch\nfrom PIL.Image import Image\nfrom diffsynth import WanVideoPipeline\n"
+    script = tmp_path / "calls.py"
+    script.write_text(head + 'pipe = WanVideoPipeline.from_pretrained("nano")\n' + "\n".join(calls))
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(script)]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600).stdout
+    for line, (call, error) in enumerate(calls.items(), start=5):
+        found = [text for text in told.splitlines() if f"calls.py:{line}: error" in text]
+        assert (error is None and not found) or (found and error in found[0]), (call, told[:2000])
 
 
 def test_the_loss_is_at_most_ten_frames_below_the_call(tiny_checkpoint, monkeypatch):

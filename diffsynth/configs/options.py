@@ -6,8 +6,9 @@ here, its type for type checkers in `CallOptions`, and the code that reads it.
 """
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, TypedDict
 
 from diffsynth.configs.caches import CacheOptions
@@ -238,9 +239,7 @@ class Shorthands(CheckedOptions):
     )
 
 
-class CallOptions(TypedDict, total=False):
-    """Types of the arguments of the call that `RunOptions` and `Shorthands` state, for type checkers."""
-
+class _OptionsOfAllOutputs(TypedDict, total=False):
     height: int | None
     width: int | None
     num_frames: int | None
@@ -263,7 +262,6 @@ class CallOptions(TypedDict, total=False):
     cfg_interval: tuple[float, float] | None
     batch_cfg: bool | None
     deterministic: bool
-    output_type: str | None
     preset: str | None
     mode: str | None
     sf: int | None
@@ -272,6 +270,28 @@ class CallOptions(TypedDict, total=False):
     tea_cache_l1_thresh: float | None
     tea_cache_model_id: str | None
     vram_budget_gb: float | None
+
+
+class CallOptions(_OptionsOfAllOutputs, total=False):
+    """Types of the arguments of the call that `RunOptions` and `Shorthands` state, for type checkers."""
+
+    output_type: str | None
+
+
+class CallArguments(_OptionsOfAllOutputs, total=False):
+    """Types of all that the call takes by name alone, but for output_type, which decides what it returns."""
+
+    input_image: Any
+    end_image: Any
+    progress_bar_cmd: Callable[..., Any] | None
+    callback_on_step_end: Callable[..., Any] | None
+    observer: Callable[..., Any] | None
+    test_latency: bool
+    latency_dir: str | Path | None
+    checkpoint_dir: str | Path | None
+    checkpoint_every: int
+    checkpoint_minutes: float
+    resume: bool
 
 
 def call_options() -> dict[str, tuple[Option, Any]]:

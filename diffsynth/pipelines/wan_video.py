@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm  # a widget in notebooks
 
 from diffsynth.configs.defaults import RunDefaults, run_defaults
-from diffsynth.configs.options import PICTURES, CallOptions, SavingOptions
+from diffsynth.configs.options import PICTURES, CallArguments, CallOptions, SavingOptions
 from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_prompts, unknown_words
 from diffsynth.data import VideoData
 from diffsynth.data.frames import Picture, checked_int, read_picture
@@ -108,9 +108,8 @@ class WanVideoPipeline:
         found = models_of(model_manager)
         models: Any = {name: entry.model for name, entry in found.items()}
         prompter = WanPrompter(tokenizer_of(found["text_encoder"], tokenizer_path), models["dit"].text_len)
-        device = model_manager.device if device is None else device
         defaults = run_defaults(found["dit"].files[0].parent)
-        pipe = cls(**models, prompter=prompter, device=device, defaults=defaults)
+        pipe = cls(**models, prompter=prompter, device=device or model_manager.device, defaults=defaults)
         pipe._manager = model_manager
         return pipe.to(torch_dtype=torch_dtype)
 
@@ -280,19 +279,20 @@ class WanVideoPipeline:
     # fmt: off
     @overload
     def __call__(self, prompt: str, negative_prompt: str | None = ..., input_video: Video | None = ..., *,
-                 output_type: Literal["pil"] = ..., **more: Any) -> list[Image.Image]: ...
+                 output_type: Literal["pil"] = ..., **more: "Unpack[CallArguments]") -> list[Image.Image]: ...
     @overload
     def __call__(self, prompt: str, negative_prompt: str | None = ..., input_video: Video | None = ..., *,
-                 output_type: Literal["np"], **more: Any) -> np.ndarray: ...
+                 output_type: Literal["np"], **more: "Unpack[CallArguments]") -> np.ndarray: ...
     @overload
     def __call__(self, prompt: str, negative_prompt: str | None = ..., input_video: Video | None = ..., *,
-                 output_type: Literal["pt", "latent"], **more: Any) -> Tensor: ...
+                 output_type: Literal["pt", "latent"], **more: "Unpack[CallArguments]") -> Tensor: ...
     @overload
     def __call__(self, prompt: str, negative_prompt: str | None = ..., input_video: Video | None = ..., *,
-                 output_type: str, **more: Any) -> Frames: ...
+                 output_type: str, **more: "Unpack[CallArguments]") -> Frames: ...
     @overload
     def __call__(self, prompt: list[str] | tuple[str, ...], negative_prompt: str | Sequence[str] | None = ...,
-                 input_video: Video | None = ..., **more: Any) -> list[Any]: ...
+                 input_video: Video | None = ..., *, output_type: str = ...,
+                 **more: "Unpack[CallArguments]") -> list[Any]: ...
     # fmt: on
 
     def __call__(
