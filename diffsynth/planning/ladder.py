@@ -1,4 +1,4 @@
-"""The ladder of memory settings: each rung needs less memory than the one above it, mostly at the cost of speed.
+"""The ladder of memory settings: each rung needs less memory than the one above, mostly at a loss of speed.
 
 A run begins on a chosen rung, and moves down one when memory runs out in a stage. That stage is repeated;
 denoising resumes after its last finished step. The new settings apply for the rest of the run.
