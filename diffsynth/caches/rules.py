@@ -1,4 +1,4 @@
-"""Step caches: rules that decide which denoising steps reuse the last result of the blocks.
+"""Step caches: rules that decide which denoising steps reuse the last residual of the DiT's blocks.
 
 At each step, a rule decides for one prompt whether the blocks run. If not, the last residual (what they added
 to their input when they last ran) is added instead. Each prompt has its own rule object, so that
@@ -19,8 +19,8 @@ from diffsynth.models.wan_video_dit import DiTState, WanModel
 
 
 class Probe(NamedTuple):
-    """Inputs of a rule, for one prompt: the time projection [1, 6, D], and what the blocks that always
-    run added to the tokens [1, S, D] (None where no block always runs).
+    """Inputs of a rule, for one prompt: the time projection [1, 6, D], and what the first `probe_blocks`
+    blocks, which always run, added to the tokens [1, S, D] (None if `probe_blocks` is 0).
     """
 
     modulation: Tensor
@@ -31,9 +31,9 @@ class StepCache:
     """Base class of rules; keeps the residual in float32 (201 MB for 81 frames of 480x832, width 1536).
 
     Attributes:
-        probe_blocks: number of first blocks, which run at every step before the decision.
-        kept: names of the attributes that later decisions read: tensors, never changed in place, and plain
-            numbers.
+        probe_blocks: number of leading blocks that run at every step, before the decision.
+        kept: names of the attributes that `state` must include because later decisions read them. Their
+            values are plain numbers, or tensors that are never changed in place.
     """
 
     probe_blocks = 0
@@ -62,7 +62,7 @@ class StepCache:
         return {name: getattr(self, name) for name in ("_residual", *self.kept)}
 
     def restore(self, state: Mapping[str, object]) -> None:
-        """Continue from a `state`: decisions and residuals are the same."""
+        """Restore a `state`, so that later decisions and residuals are those of the uninterrupted run."""
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -82,18 +82,18 @@ def make_rule(cache: CacheOptions | CacheMaker, prompt: str, steps: range, num_s
 
 
 def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache]) -> Tensor:
-    """Return tokens [B, S, D] after all blocks, which run only for the samples whose cache asks for it.
+    """Return tokens [B, S, D] after all blocks, which run only for the samples whose cache requires it.
 
-    Where all ask, the result is bit-identical to `dit.run_blocks(state)`.
+    If all caches require it, the result is bit-identical to `dit.run_blocks(state)`.
 
     Args:
         dit, state: the DiT, and the inputs of its blocks for B samples.
-        caches: one for each sample, all of the same class.
+        caches: a rule for each sample, all of the same class.
     """
     first = caches[0].probe_blocks
     before = dit.run_blocks(state, stop=first) if first else state.tokens
     added = (before - state.tokens).split(1) if first else [None] * len(caches)
-    # Of several timesteps, the last frame's: the first frame's stays 0 where a picture fixes it.
+    # If a sample has several timesteps, use the last frame's: the first frame's is 0 if an image fixes it.
     modulation = state.modulation if state.modulation.ndim == 3 else state.modulation[:, -1]
     probes = map(Probe, modulation.split(1), added)
     computing = [cache.decide(probe) for cache, probe in zip(caches, probes, strict=True)]
@@ -116,7 +116,7 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
 
 
 def _samples(state: DiTState, chosen: Sequence[int]) -> DiTState:
-    """Return the state of some samples, by slices: indexing with a list would wait for the device."""
+    """Return the state of the chosen samples, from slices: indexing with a list synchronises the device."""
     names = ("tokens", "time", "modulation", "context", "image_context")
     tensors = {name: tensor for name in names if (tensor := getattr(state, name)) is not None}
     rows: dict[str, Any] = {n: torch.cat([t[i : i + 1] for i in chosen]) for n, t in tensors.items()}

@@ -1,7 +1,7 @@
-"""`fastvmt batch`: make many videos with one load of the model; started again, it continues.
+"""`fastvmt batch`: load the model once and make many videos; running it again continues an unfinished batch.
 
-A job is done when a video with a record of the same job is in the output folder. The record is inside the
-video, and the video appears whole, so a kill at any moment leaves a job either done or not begun.
+A job counts as done when its output is a complete video whose embedded record is from the same job. A
+video is moved to its path only when it is complete, so a batch killed at any moment leaves no partial video.
 """
 
 import logging
@@ -40,9 +40,9 @@ _ERRORS = (ValueError, TypeError, RuntimeError, OSError, MemoryError)
 
 
 def run(options: Namespace, console: Console) -> int:
-    """Do the jobs that are not done; one that fails does not stop the others.
+    """Run all jobs that are not done yet, even if some fail; return the exit code, 1 if any failed.
 
-    A full or broken disk ends the batch: it would compute and lose every job. The code is 1 if one failed.
+    Only a full or broken disk ends the batch, since no later job could save its video.
 
     Raises:
         UsageError: the jobs file or an option is wrong.
@@ -51,16 +51,16 @@ def run(options: Namespace, console: Console) -> int:
     """
     folder: Path = options.output_dir
     if options.checkpoint_dir is not None:
-        raise UsageError("--checkpoint-dir is for one video; --resume has a folder for each")
+        raise UsageError("--checkpoint-dir is for one video; use --resume, which gives each video a folder")
     spread = options.workers is not None or options.ray is not None
     if spread and getattr(options, "resume", None) is None:
-        options.resume = True  # a job continues when its worker dies
+        options.resume = True  # a job continues on a new worker if its worker dies
     jobs = read_jobs(options.jobs, folder, task_options(vars(options)), pictures_of(options))
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_batch(folder):
         batch = _Batch(options, console)
-        # All of them first, so that a wrong line is known before hours of work.
+        # Prepare all jobs first, so that an invalid line is reported before hours of work.
         results = [task for job in jobs if isinstance(task := batch.prepare(job), dict)]
         left = [job for job in jobs if job.line in batch.tasks]
         made = _spread(left, options) if spread else map(batch.make, left)
@@ -86,7 +86,7 @@ def run(options: Namespace, console: Console) -> int:
 
 
 def _spread(jobs: Sequence[JobLine], options: Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the results of jobs that workers do, in any order."""
+    """Run jobs on several workers and yield their results as they are completed, in any order."""
     from diffsynth.distributed.workers import over_workers, start_actor, start_process
 
     start, workers = start_process, options.workers or 1
@@ -101,7 +101,7 @@ def _spread(jobs: Sequence[JobLine], options: Namespace) -> Iterator[dict[str, A
 
 
 class _Batch:
-    """The model that the jobs share, loaded when the first job needs it."""
+    """Runs jobs one after another with a shared model, which is loaded when the first job needs it."""
 
     def __init__(self, options: Namespace, console: Console) -> None:
         self._options, self._console = options, console
@@ -113,11 +113,11 @@ class _Batch:
         self.tasks: dict[int, VideoTask] = {}  # by line
 
     def prepare(self, job: JobLine) -> VideoTask | dict[str, Any]:
-        """Return the task of a job, or the facts for the summary if it cannot be one."""
+        """Return the task of a job, or its entry in the summary if the job is invalid."""
         try:
             task = make_task(job.options, job.reference, self._checkpoint, job.pictures)
             identity = request_hash(job.options, task, self._model)
-            # A name that is the same for the same job, wherever it stands in the file.
+            # The name depends on the job alone, not on its line in the jobs file.
             name = f"{'text' if job.reference is None else job.reference.stem}-{identity[:10]}.mp4"
             output = job.output or self._options.output_dir / name
             saving = saving_arguments(self._options, output)
@@ -131,7 +131,7 @@ class _Batch:
         return task
 
     def make(self, job: JobLine) -> dict[str, Any]:
-        """Do one job, unless it is done, and return its facts; RunFailedError if no model can be loaded."""
+        """Run a job unless it is done; return its summary entry. RunFailedError: the model does not load."""
         task = self.tasks.get(job.line) or self.prepare(job)
         if isinstance(task, dict):
             return task
@@ -165,7 +165,7 @@ class _Batch:
 
 @contextmanager
 def _only_batch(folder: Path) -> Iterator[None]:
-    """Return a context in which no other batch writes to a folder. Raises RunFailedError if one does."""
+    """Lock a folder in this context; RunFailedError if another batch is writing to it."""
     try:
         with locked(folder / LOCK, f"another batch is writing to {folder}; wait for its end"):
             yield

@@ -31,14 +31,14 @@ from diffsynth.configs.options import RunOptions, Shorthands, call_options
 
 logger = logging.getLogger(__name__)
 
-# Names of our options in other libraries, for the error message.
+# Option names in other libraries and ours for the same thing, for the error message.
 OTHER_NAMES = {
     "guidance_scale": "cfg_scale", "cfg": "cfg_scale", "strength": "denoising_strength", "generator": "seed",
     "flow_shift": "sigma_shift", "shift": "sigma_shift", "cfg_merge": "batch_cfg", "video": "input_video",
     "steps": "num_inference_steps", "num_steps": "num_inference_steps", "frames": "num_frames",
 }  # fmt: skip
 NEW_SEED = -1  # draws a random seed, as in other programs
-LONGEST_PROMPT = 100_000  # characters; models read 512 tokens
+LONGEST_PROMPT = 100_000  # characters; models read only the first 512 tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +62,11 @@ class ModelFacts:
     """Facts about a model that decide options.
 
     Attributes:
-        dim, num_layers, num_heads: width of the DiT, its blocks, and the heads of each.
-        pixels_per_token: rows and columns of pixels in a token.
-        pixels_per_latent: rows, and columns, of pixels in a latent.
-        frames_per_latent: frames in a latent frame after the first.
-        boundary: share of the timesteps from which on the high-noise expert runs; None for one DiT.
+        dim, num_layers, num_heads: width of the DiT, number of its blocks, and heads in each block.
+        pixels_per_token: (height, width) of a token in pixels.
+        pixels_per_latent: height, and also width, of a latent position in pixels.
+        frames_per_latent: video frames in each latent frame but the first, which holds one.
+        boundary: noise level in 0..1 at and above which the high-noise expert runs; None for a single DiT.
     """
 
     dim: int
@@ -87,9 +87,9 @@ def resolve(
     """Return the options of a run.
 
     Args:
-        given: arguments of the call by name, as `RunOptions` and `Shorthands` state them. A value of None
-            counts as absent, even under an unknown name, and so does seed=-1. `motion` may also be a mapping
-            of fields of `MotionGuidance`.
+        given: arguments of the call by name: fields of `RunOptions` and `Shorthands`. A value of None counts
+            as absent, even under an unknown name, and so does seed=-1. `motion` may also be a mapping of
+            fields of `MotionGuidance`.
         defaults: defaults of the checkpoint.
         reference: facts about the reference video; None without one.
         model: facts about the model; None to check only what is known before it is loaded.
@@ -127,7 +127,7 @@ def resolve(
         if guided and guided[-1] > MOTION_BELOW:
             logger.warning(
                 "all guided steps lie above noise level %.2f (the last at %.3f), where attention shows "
-                "hardly any motion: more guided_steps, or guided=(from, to) in noise levels",
+                "hardly any motion: use more guided_steps, or set guided=(from, to) in noise levels",
                 *(MOTION_BELOW, guided[-1]),
             )
     if motion is not None and model is not None:
@@ -156,11 +156,11 @@ def resolve_prompts(
 
 
 def unknown_words(prompts: Sequence[str], words: Sequence[str] | None) -> str | None:
-    """Return a sentence that names the words of prompts that a model ignores; None if it knows all of them.
+    """Return a message that names the words in prompts which a model does not know; None if it knows all.
 
     Args:
         prompts: the texts.
-        words: all words that the model knows, in lower case; None for a model of any words.
+        words: the model's vocabulary in lower case; None for a model that reads any word.
     """
     asked = dict.fromkeys(re.findall(r"\w+", " ".join(prompts).lower()))
     ignored = [word for word in asked if words is not None and word not in words]
@@ -218,7 +218,7 @@ def _size(
 
 
 def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: ReferenceFacts | None) -> int:
-    """Return the number of frames: the requested one, else the declared one, at most the reference's."""
+    """Return the number of frames: the requested, else the declared number, at most the reference's."""
     asked = given.get("num_frames")
     if asked is not None:
         asked = check_value("num_frames", Whole(1), asked)
@@ -288,7 +288,7 @@ def _motion(
 
 
 def _check_fits(motion: MotionGuidance, run: RunOptions, model: ModelFacts) -> None:
-    """Raise ValueError if a number of motion does not fit the DiT or the latents of the run."""
+    """Raise ValueError if a parameter of motion does not fit the DiT or the size of the run's latents."""
     motion.block_for(model.num_layers)
     if not DESCRIPTORS[motion.mode].reads_attention:
         return

@@ -1,6 +1,6 @@
-"""Facts of a video file's stream, and the filters that make upright RGB frames of square pixels of it.
+"""Probe a file's video stream, and choose the ffmpeg filters for upright RGB frames with square pixels.
 
-The file is not decoded for it: ffmpeg reads the times of its packets, which takes milliseconds.
+An intact file is not decoded for this: ffmpeg reads its packets' timestamps, which takes milliseconds.
 """
 
 import re
@@ -12,21 +12,21 @@ import numpy as np
 
 from diffsynth.data.ffmpeg import complaints, file_url, run_ffmpeg
 
-# V: the first true video stream, not the cover picture of a song.
+# A capital V selects the first real video stream and skips cover pictures.
 VIDEO_STREAM = ("-map", "0:V:0")
 EVERY_FRAME_ONCE = ("-fps_mode", "passthrough")
-# Without these flags swscale rounds down: every reading makes a picture a level darker.
+# Without these flags swscale rounds down, which makes a picture one level darker at every reading.
 EXACT_SCALING = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 BACKGROUND = "black"  # under transparent pixels
-# Light of 203 cd/m2 is the white of ordinary video (ITU-R BT.2408); brighter light is compressed.
+# 203 cd/m2 becomes the white of SDR video (ITU-R BT.2408); brighter highlights are compressed.
 _TO_SDR = (
     "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=tonemap=mobius:desat=0:param=0.8,"
     "zscale=t=bt709:m=bt709:r=tv,format=yuv444p"
 )
 _HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
 _OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
-_NO_TIME = -(2**63)  # of a packet whose time ffmpeg does not know
-# Rates that are often slowed by 1000/1001, by how ffmpeg rounds them.
+_NO_TIME = -(2**63)  # AV_NOPTS_VALUE: the timestamp of a packet is unknown
+# NTSC rates (such as 30 * 1000/1001), by the two decimals that ffmpeg prints.
 _NTSC = {f"{rate * 1000 / 1001:.2f}": Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120)}
 
 
@@ -35,17 +35,17 @@ class Stream:
     """The video stream of a file.
 
     Attributes:
-        times: seconds at which its frames are shown, ascending, from 0 on or shortly after.
-        end: second at which the last frame ends.
-        size: (width, height) of its frames as they are read: upright, with square pixels.
-        rate: frames a second; the mean of a variable rate.
-        variable: whether its frames stray from an even rate by more than half a frame.
-        seeks: whether ffmpeg can begin in its middle, exactly.
-        decoder: options of ffmpeg before the input.
-        filters: what is done to the pictures before they are scaled to `size`.
-        notes: the same in words.
-        error: the first complaint of ffmpeg; None for a file that is whole.
-        promised: number of frames that the header promises, from duration and rate, so about.
+        times: presentation times of the frames in seconds, ascending; the first is 0 or shortly after.
+        end: time in seconds at which the last frame ends.
+        size: (width, height) of the frames once they are upright and have square pixels.
+        rate: frames per second; the mean if the rate is variable.
+        variable: whether any frame is more than half a frame away from its time at a constant rate.
+        seeks: whether ffmpeg can start decoding at an exact frame in the middle.
+        decoder: ffmpeg options that select a decoder, placed before the input.
+        filters: ffmpeg filters that run before frames are scaled to `size`.
+        notes: messages that describe these conversions, for the log.
+        error: the first error message of ffmpeg; None for an intact file.
+        promised: approximate number of frames according to the header: duration times rate.
     """
 
     times: np.ndarray
@@ -62,11 +62,11 @@ class Stream:
 
 
 def probe_video(path: Path) -> Stream:
-    """Return what a file says of its video stream.
+    """Return the properties of a file's video stream.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a folder, empty, no video, or has no frames; the message says which.
+        ValueError: the path is a folder, an empty file, not a video, or a video without frames.
         FfmpegError: ffmpeg does not run.
     """
     if not path.exists():
@@ -81,14 +81,14 @@ def probe_video(path: Path) -> Stream:
         raise ValueError(f"video file {path} has no video stream")
     times, ends = _shown(packets)
     if errors or len(times) == 0:
-        # Packets of a damaged file, or of one that does not say their times, are not its frames: decode them.
+        # If the file is damaged or lacks timestamps, its packets do not tell its frames: decode it.
         frames = ["-i", file_url(path), *VIDEO_STREAM, *EVERY_FRAME_ONCE, "-f", "framecrc", "-"]
         packets, decoding = run_ffmpeg(frames)
         times, ends = _shown(packets)
         errors += complaints(decoding)
         if len(times) == 0:
             reason = errors[0] if errors else "no frame decodes"
-            raise ValueError(f"video file {path} cannot be decoded, it is damaged or no video: {reason}")
+            raise ValueError(f"video file {path} cannot be decoded: it is damaged or no video: {reason}")
     line = next((line for line in log.splitlines() if "Stream #" in line and ": Video:" in line), "")
     told = _told_rate(line)
     gap = float(np.median(np.diff(times))) if len(times) > 1 else float(1 / told) if told else 0.0
@@ -99,7 +99,7 @@ def probe_video(path: Path) -> Stream:
     decoder, filters, notes = _treatment(log, line)
     size, shape_notes = _upright_size(log, line)
     if 0 in size:
-        raise ValueError(f"video file {path} says no size of its frames: it is damaged or no video")
+        raise ValueError(f"video file {path} does not state its frame size: it is damaged or no video")
     duration = re.search(r"Duration: (\d+):(\d+):(\d+\.?\d*)", log)
     hours, minutes, seconds = map(float, duration.groups() if duration else (0, 0, 0))
     return Stream(
@@ -118,7 +118,7 @@ def probe_video(path: Path) -> Stream:
 
 
 def _shown(packets: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Return the begins and ends, in seconds, of the frames in ffmpeg's list of packets; empty if unknown."""
+    """Return start and end of each frame in seconds, from ffmpeg's packet list; empty if any is unknown."""
     base = re.search(rb"^#tb 0: (\d+)/(\d+)", packets, re.MULTILINE)
     rows = re.findall(rb"^0, *-?\w+, *(-?\d+), *(\d+),", packets, re.MULTILINE)
     ticks = np.array(rows, dtype=np.int64).reshape(-1, 2)
@@ -131,7 +131,7 @@ def _shown(packets: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _told_rate(line: str) -> Fraction | None:
-    """Return the frames a second in a header, which has two decimals; 29.97 is 30000/1001."""
+    """Return the frame rate in a line of ffmpeg's log, which has two decimals: 29.97 means 30000/1001."""
     match = re.search(r" (\d+\.?\d*)(k?) fps", line)
     if match is None or float(match[1]) == 0:
         return None
@@ -139,7 +139,7 @@ def _told_rate(line: str) -> Fraction | None:
 
 
 def _upright_size(log: str, line: str) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """Return (width, height) after rotation and with square pixels, and notes for the log."""
+    """Return (width, height) after rotation and with square pixels, and messages for the log."""
     match = re.search(r", (\d+)x(\d+)", line)
     if match is None:
         return (0, 0), ()
@@ -160,7 +160,7 @@ def _upright_size(log: str, line: str) -> tuple[tuple[int, int], tuple[str, ...]
 
 
 def _treatment(log: str, line: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return options of the decoder, filters, and notes about both for the log."""
+    """Return decoder options, filters, and messages about both for the log."""
     decoder: tuple[str, ...] = ()
     filters, notes = [], []
     if re.search(r"\b(top|bottom) (first|coded first)", line):
@@ -168,7 +168,7 @@ def _treatment(log: str, line: str) -> tuple[tuple[str, ...], tuple[str, ...], t
         notes.append("deinterlaced")
     codec = re.search(r"Video: (vp[89])\b", line)
     if codec and re.search(r"alpha_mode\s*: 1", log, re.IGNORECASE):
-        decoder = ("-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec[1]])  # vp8 and vp9 skip alpha
+        decoder = ("-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec[1]])  # others skip alpha
     if decoder or re.search(r", (yuva|gbrap|rgba|bgra|argb|abgr|ya8|ya16|pal8)", line):
         filters.append(_OVER_BLACK)
         notes.append(f"transparent pixels, if any, laid over {BACKGROUND}")

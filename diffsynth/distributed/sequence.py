@@ -1,16 +1,16 @@
-"""One DiT over several ranks: each computes a share of the tokens (sequence parallel), of one prompt or both.
+"""Run a DiT on several ranks (sequence parallelism): each computes some tokens of one or both prompts.
 
-Applied from outside: `spread` replaces methods of a loaded DiT and of its self-attentions. What is split:
+`spread` replaces methods of a loaded DiT and of its self-attention layers. These dimensions are split:
 
-    tokens [B, S, D], rotary table [S, 1, d/2]   S, in P shares of n = ceil(S / P) tokens in their order
+    tokens [B, S, D], rotary table [S, 1, d/2]   S, into P consecutive shares of n = ceil(S / P) tokens
     q, k, v [B, n, N, d]                         N inside attention, by all-to-all, if P divides N or a window
-                                                 is set (N is then filled up with zeros); else q stays split
-                                                 over S, and k and v are gathered
+                                                 is set (N is then zero-padded); otherwise q stays split over
+                                                 S, and k and v are gathered
     pairs of frames (i, j) of AMF                i (see `amf`)
     two prompts in one batch                     B, over the halves of an even number of ranks
 
-The last shares may be short: they are filled up with zeros, which are cut off before anybody attends to them.
-Latents, texts, time, caches and results are equal on all ranks. Axes as in `wan_video_dit`; P ranks.
+The last shares may be short: they are zero-padded, and no token attends to the padding.
+Latents, texts, time, caches and results are equal on all P ranks. Axes are named as in `wan_video_dit`.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ from diffsynth.motion.descriptors import MotionDescriptor
 
 
 class Mesh(NamedTuple):
-    """Groups of a rank: all ranks; those with the same prompt of two; its partner with the other one."""
+    """Process groups of a rank: all ranks, those with the same prompt, and its partner with the other."""
 
     world: dist.ProcessGroup
     prompt: dist.ProcessGroup
@@ -44,7 +44,7 @@ class Mesh(NamedTuple):
 
     @classmethod
     def over_all(cls, device_type: str) -> "Mesh":
-        """Return the mesh over all ranks: halves for two prompts if their number is even."""
+        """Return the mesh over all ranks; an even number of them is halved, with one prompt for each half."""
         world, size = cast(dist.ProcessGroup, dist.group.WORLD), dist.get_world_size()
         if size % 2:
             return cls(world, world)
@@ -53,11 +53,11 @@ class Mesh(NamedTuple):
 
 
 class SequenceParallel:
-    """Stand-ins for the methods of a DiT that is whole on each rank of a mesh."""
+    """Replacements for the methods of a DiT, which has all its weights on each rank of a mesh."""
 
     def __init__(self, dit: WanModel, mesh: Mesh) -> None:
         self.dit, self.mesh = dit, mesh
-        self.group = mesh.world  # of the pass that runs
+        self.group = mesh.world  # the ranks of the current forward pass
 
     @property
     def size(self) -> int:
@@ -71,7 +71,7 @@ class SequenceParallel:
         return values[0]
 
     def descriptor(self, descriptor: MotionDescriptor) -> MotionDescriptor:
-        """Return a motion descriptor whose work is spread, too; others do all of it on every rank."""
+        """Return a descriptor that splits its work, if it can; others do all their work on every rank."""
         if not isinstance(descriptor, DenseAMF) or type(descriptor) not in (DenseAMF, TileAMF):
             return descriptor
         all_at_once = descriptor.guidance.heads == "token_groups"
@@ -95,7 +95,7 @@ class SequenceParallel:
     ) -> tuple[Tensor, Tensor, Grid]:  # fmt: skip
         """Return q and k [B, n, N, d] of this rank's tokens, and the grid of all; arguments as `features`.
 
-        The gradient of x is that of all ranks' tokens.
+        The gradient of x is summed over the ranks' tokens.
         """
         self.group = self.mesh.world
         check_equal(x, "the latents", self.group)
@@ -134,7 +134,7 @@ class SequenceParallel:
     def _by_prompt(
         self, run: Callable[..., Tensor], *inputs: Tensor | None, **named: Tensor | None
     ) -> Tensor:
-        """Run two samples each on one half of the ranks, and one on all of them."""
+        """Run each of two samples on its half of the ranks, or a single sample on all ranks."""
         prompts, given = self.mesh.prompts, [*inputs, *named.values()]
         if prompts is None or all(tensor is None or len(tensor) != 2 for tensor in given):
             self.group = self.mesh.world
@@ -185,20 +185,20 @@ class SequenceParallel:
         return replace(state, **cut, rope=own(rope[None], 0)[0], grid=grid)
 
     def _share(self, grid: Grid) -> tuple[int, int, int]:
-        """Return the first of this rank's tokens, the one after its last, and the tokens of a full share."""
+        """Return this rank's first token, the token after its last, and the number in a full share."""
         num_tokens = prod(grid)
         count = -(-num_tokens // dist.get_world_size(self.group))
         start = min(num_tokens, count * dist.get_rank(self.group))
         return start, min(num_tokens, start + count), count
 
     def _whole(self, x: Tensor, grid: Grid) -> Tensor:
-        """Join the shares [B, n, ...] of ranks that then compute the same: [B, S, ...]."""
+        """Gather the ranks' shares [B, n, ...] as [B, S, ...]; all ranks then compute the same from it."""
         return collected(x.transpose(0, 1), self.group)[: prod(grid)].transpose(0, 1)
 
 
 @contextmanager
 def spread(dit: WanModel, mesh: Mesh) -> Iterator[None]:
-    """Spread a DiT, the same on all ranks, over a mesh in this context; `dit.spread` is there meanwhile."""
+    """Spread a DiT with equal weights on all ranks over a mesh in this context, which sets `dit.spread`."""
     parallel = SequenceParallel(dit, mesh)
     replaced: list[tuple[Any, str]] = [
         (dit, name) for name in ("forward", "features", "run_blocks", "spread")

@@ -1,4 +1,4 @@
-"""How well a video follows its reference, where that can be told at once, and both beside each other."""
+"""Measure how well a video follows its reference if each shows one object, and show them side by side."""
 
 import math
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ from diffsynth.evaluation.grid import side_by_side
 from diffsynth.evaluation.tracking import Track, track_object, video_array
 from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background
 
-LEAST_SECONDS = 4.0  # that a looped video lasts
-_LARGEST, _REST = 0.5, 0.06  # shares of the picture: of one object, and of all else that is no background
-# Deviation of a plain background's brightness, 0 to 255; generated ones have up to 12, real clips from 28 on.
+LEAST_SECONDS = 4.0  # shortest duration of a looped video
+_LARGEST, _REST = 0.5, 0.06  # largest shares of the picture: of the object, and of the rest of the foreground
+# Largest standard deviation of a plain background, in levels of 255; generated: up to 12, real: 28 or more.
 _PLAIN = 16.0
 
 
 def one_object(frames: Video) -> Track | None:
-    """Return the track of a video's one object before a background of one colour; None for other videos."""
+    """Return the track of a video's only object in front of a plain background; None for other videos."""
     video = video_array(frames)
     far = distance_from_background(video) > LEAST_DISTANCE
-    # Before anything is tracked, which takes minutes in a real clip.
+    # Reject other videos before tracking, which takes minutes in a real clip.
     if far.all() or far.mean() > _LARGEST + _REST or video.mean(-1)[~far].std() > _PLAIN:
         return None
     track = track_object(video)
@@ -34,7 +34,7 @@ def one_object(frames: Video) -> Track | None:
 
 
 def path_agreement(path: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """Return the mean distance of two paths [T, 2] in pixels, and the cosine of their velocities, -1 to 1."""
+    """Return the mean distance of two paths [T, 2] in pixels, and the cosine (-1..1) of their velocities."""
     distance = float(np.linalg.norm(path - reference, axis=1).mean())
     own, other = (np.diff(points, axis=0).ravel() for points in (path, reference))
     return distance, float(own @ other / max(np.linalg.norm(own) * np.linalg.norm(other), 1e-9))
@@ -46,7 +46,7 @@ def path_words(path: np.ndarray, fps: float) -> str:
     sides = ((cols, "right", "left"), (rows, "down", "up"))
     parts = [f"{abs(by):.0f} px {plus if by > 0 else minus}" for by, plus, minus in sides if abs(by) >= 1]
     text = f"moves {', '.join(parts)}" if parts else "ends where it begins"
-    # Over a window, since the steps of a path of pixels are noisy.
+    # Compare displacements over a window, since those from frame to frame are noisy.
     ahead = max(1, len(path) // 8)
     steps = path[ahead:] - path[:-ahead]
     turns = (steps[ahead:] * steps[:-ahead]).sum(1) < -1
@@ -56,15 +56,15 @@ def path_words(path: np.ndarray, fps: float) -> str:
 
 
 def fitted(reference: Video, frames: Video) -> list[Image.Image]:
-    """Return the frames of a reference, as many and as large as those of a video."""
+    """Return the frames of a reference, cut to the number of a video's frames and fitted to their size."""
     width, height = next(rgb_frames(frames)).size
     return [fit_frame(frame, height, width) for frame, _ in zip(rgb_frames(reference), frames, strict=False)]
 
 
 def beside_reference(videos: Mapping[str, Video], height: int = 256) -> list[Image.Image]:
-    """Show videos of one size in a row, `height` pixels high, with the object's path if each has but one.
+    """Place videos of equal size in a row, `height` pixels high; draw paths if each shows only one object.
 
-    The reference is the first; its path is drawn into the others as well.
+    The first video is the reference; its path is drawn into the others as well.
     """
     tracks = {name: one_object(frames) for name, frames in videos.items()}
     paths = [track.centroids for track in tracks.values() if track is not None]
@@ -82,13 +82,13 @@ def looped(frames: list[Image.Image], fps: float | None) -> list[Image.Image]:
 
 
 def follow_text(frames: Video, reference: Video) -> str | None:
-    """Return a sentence on how well a video follows a reference; None where that cannot be told at once."""
+    """Return a sentence on how well a video follows its reference; None unless both show only one object."""
     tracks = [one_object(video) for video in (frames, fitted(reference, frames))]
     if tracks[0] is None or tracks[1] is None:
         return None
     distance, cosine = path_agreement(tracks[0].centroids, tracks[1].centroids)
     width = tracks[0].masks.shape[2]
     return (
-        f"its object's path is {distance:.1f} px of {width} from the reference's in the mean; "
+        f"its object's path is {distance:.1f} px of {width} from the reference's on average; "
         f"cosine of the velocities {cosine:.2f} (1: the same motion, 0: unrelated)"
     )

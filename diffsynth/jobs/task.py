@@ -1,4 +1,4 @@
-"""A task is one video to make: from options to the pipeline's run, and from its frames to a file."""
+"""A task is one video to make: options become a run of the pipeline, and its frames become a file."""
 
 import hashlib
 import json
@@ -60,16 +60,16 @@ class VideoTask:
     """One video to make.
 
     Attributes:
-        call: arguments of the pipeline's run, all but the reference, pictures and saving.
-        video: the reference; None without one.
-        reference: its description for the record.
-        pictures: description of input_image and end_image for the record, of those that there are.
-        file: how its frames are written; fps is decided.
-        size: number, height and width of its frames.
-        output: path of the file; None for a new name in `folder`.
-        folder: of a new name.
-        overwrite: replace output if it exists.
-        saving: arguments of the run that save it as it proceeds.
+        call: arguments of the pipeline's run, except for the reference, the pictures and `saving`.
+        video: the reference video; None without one.
+        reference: description of the reference for the record.
+        pictures: descriptions of the pictures for the record; the keys are input_image and end_image, if set.
+        file: how the frames are written, with `fps` resolved.
+        size: number, height and width of the frames.
+        output: path of the video file; None to make a new name in `folder`.
+        folder: folder of the video file if `output` is None.
+        overwrite: whether to replace `output` if it exists.
+        saving: arguments of the run that save its progress; empty if it is not saved.
         job: hash of the request, for the record.
     """
 
@@ -87,7 +87,7 @@ class VideoTask:
 
     @property
     def num_bytes(self) -> int:
-        """Return the size of its frames in memory."""
+        """Return the size of the video's frames in memory, in bytes."""
         return 3 * math.prod(self.size)
 
 
@@ -95,9 +95,9 @@ class MadeVideo(NamedTuple):
     """A written video.
 
     Attributes:
-        path: of its file.
-        record: of its run.
-        frames: its frames.
+        path: path of the video file.
+        record: record of the run.
+        frames: frames of the video.
         reference: frames of the reference as the model saw them, uint8 [T, H, W, 3]; None if unknown.
     """
 
@@ -120,8 +120,8 @@ def open_reference(
 def use_reference(
     path: Path | None, used: ReferenceOptions
 ) -> tuple[VideoData | None, dict[str, Any] | None]:
-    """Return a reference, opened, and its description for the record; both are None without one."""
-    if path is None or path.is_dir():  # reading a video file shows it, too
+    """Open a reference and return it with its description for the record; both are None without one."""
+    if path is None or path.is_dir():  # opening a video file runs ffmpeg anyway
         check_ffmpeg()
     if path is None:
         return None, None
@@ -130,14 +130,14 @@ def use_reference(
 
 
 def task_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of some options that `make_task` reads."""
+    """Return the subset of options that `make_task` reads."""
     others = (item.name for owner in (FileOptions, ReferenceOptions) for item in fields(owner))
     known = {*PROMPTS, *call_options(), *others}
     return {name: value for name, value in options.items() if name in known or name.startswith(MOTION_PREFIX)}
 
 
 def with_motion(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options in which the numbers of motion, told by MOTION_PREFIX, are gathered in `motion`."""
+    """Return options in which entries that begin with MOTION_PREFIX are moved into the mapping `motion`."""
     numbers = {name for name in options if name.startswith(MOTION_PREFIX) and name not in call_options()}
     gathered = {name: value for name, value in options.items() if name not in numbers}
     if numbers:
@@ -152,14 +152,14 @@ def make_task(
     folder: Path,
     pictures: Mapping[str, Path] | None = None,
 ) -> VideoTask:
-    """Return the task that options ask for, checked as far as is possible before the model loads.
+    """Return the task that options describe, validated as far as possible before the model is loaded.
 
     Args:
-        options: prompt, negative_prompt, options of the call, the reference and the file by name; numbers of
-            motion in a mapping `motion`, or each with the prefix MOTION_PREFIX.
+        options: by name, the prompts and the options of the call, the reference and the file. Parameters of
+            motion are in a mapping `motion`, or have the prefix MOTION_PREFIX.
         reference: path of the reference video; None without one.
-        folder: of the checkpoint.
-        pictures: paths of input_image and end_image, of those that there are.
+        folder: folder of the checkpoint.
+        pictures: paths of the pictures; the keys are input_image and end_image, if set.
 
     Raises:
         UsageError: an option is missing.
@@ -188,7 +188,7 @@ def make_task(
 def request_hash(options: Mapping[str, Any], task: VideoTask, model: Mapping[str, Any]) -> str:
     """Return the hash that identifies a request: its options, reference, model files, LoRAs and dtypes.
 
-    Where it runs does not count: it may be continued elsewhere, or with other settings for memory.
+    Options of device and memory for the model do not count, so that another machine may continue the run.
     """
     facts = {
         "given": dict(options),
@@ -203,10 +203,10 @@ def request_hash(options: Mapping[str, Any], task: VideoTask, model: Mapping[str
 
 
 def was_made(task: VideoTask, model: Mapping[str, Any]) -> bool:
-    """Return whether the output of a task is there, whole, and of the same request.
+    """Return whether the output of a task exists, is complete, and was made by the same request.
 
     Raises:
-        UsageError: the output is of another request, and must not be replaced; the message says what differs.
+        UsageError: another request made the output, and overwriting is off; the message says what differs.
     """
     assert task.output is not None
     finished = finished_record(task.output)
@@ -234,11 +234,11 @@ def run_task(
 ) -> MadeVideo:
     """Make the video and its record.
 
-    An error that the observer raises ends the task; nothing is written before the stage "write".
+    An error that the observer raises ends the task; no video is written before the stage "write".
 
     Raises:
-        RunFailedError: the video cannot be written; its `latents_path` is where its latents are kept.
-        What the pipeline raises.
+        RunFailedError: the video cannot be written; the error's `latents_path` names the kept latents.
+        Errors of the pipeline are raised as they are.
     """
     place = task.output or task.folder / f"{reference_stem(task)}-{os.getpid()}.mp4"
     kept = place.with_name(f".{place.name}.latents.safetensors")
@@ -251,15 +251,15 @@ def run_task(
             seen = chunks_to_uint8([event.reference], event.reference.shape[2])
         if event.stage == "sampling" and event.step == event.steps and event.latents is not None:
             last[:] = [event.latents]
-        elif event.stage == "decode" and last and not task.saving:  # whose folder has them
-            with suppress(OSError, ValueError):  # the run is worth more than this copy
+        elif event.stage == "decode" and last and not task.saving:  # a saved run keeps them itself
+            with suppress(OSError, ValueError):  # a failed copy must not end the run
                 facts = latents_facts(pipe.vae, task.size, task.file.fps) | {"job": task.job}
                 save_state(kept, {"latents": last[0]}, facts)
         observer(event)
 
     if (left := kept).exists():
-        with suppress(ValueError):  # cut short by the kill
-            if read_latents(kept)[1].get("job") != task.job:  # this request will not make that video again
+        with suppress(ValueError):  # truncated when the run was killed
+            if read_latents(kept)[1].get("job") != task.job:  # another request made them: do not overwrite
                 left = kept.rename(kept.with_name(f"{place.stem}-latents-{uuid.uuid4().hex[:8]}.safetensors"))
         logger.warning("an earlier run was killed before its video was there; %s", decode_line(left))
     with latents_until_done(kept):
@@ -303,7 +303,7 @@ def run_task(
 
 
 def reference_stem(task: VideoTask) -> str:
-    """Return how the name of a task's video begins: its reference's stem, or "text" without one."""
+    """Return the beginning of a video's default file name: the reference's stem, or "text" without one."""
     return "text" if task.reference is None else Path(task.reference["path"]).stem
 
 
@@ -334,5 +334,5 @@ def forget_run(task: VideoTask) -> None:
     clear_checkpoints(folder)
     if task.output is not None and folder == saving_folder(task.output):
         (folder / LOCK).unlink(missing_ok=True)
-        with suppress(OSError):  # somebody put something else into it
+        with suppress(OSError):  # the folder has other files in it
             folder.rmdir()

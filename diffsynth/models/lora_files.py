@@ -1,4 +1,4 @@
-"""LoRA files as the trainers write them: which layers of the DiT they change, and by what.
+"""Read LoRA files in the formats of common trainers, and match their tensors to the layers of a DiT.
 
 | parts of a layer                                             | written by                                |
 | `lora_A[.adapter].weight`, `lora_B[.adapter].weight`         | PEFT, diffusers, DiffSynth, ai-toolkit    |
@@ -9,9 +9,9 @@
 | `lokr_w1`, `lokr_w2`, or their factors `_a`, `_b`            | LoKr: LyCORIS, PEFT, ai-toolkit           |
 | `diff`, `diff_b`, `diff_m`, `w_norm`, `b_norm`               | differences of weight, bias, modulation   |
 
-Layers may be named the official or the diffusers way, behind a prefix, or with underscores for dots.
-A file is applied as its trainer meant it or refused: a part of an unknown kind on a layer that is there may
-change what the other parts mean.
+Layers may have official or diffusers names, with a prefix, or with underscores instead of dots.
+A file is either applied as its trainer intended or rejected: if a tensor of an unknown kind belongs to an
+existing layer, it may change the meaning of that layer's other tensors.
 """
 
 import json
@@ -37,8 +37,8 @@ _DIFFUSERS_CONFIG = "lora_adapter_metadata"
 _ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
 _PREFIXES = ("base_model.model.", "pipe.dit.", "diffusion_model.", "transformer.", "dit.", "model.")
 _FLAT_PREFIXES = ("lora_unet_", "lycoris_")
-_RSLORA_FLAG, _DORA_FLAG = "use_rslora_flag", "use_dora_flag"  # of a whole file, by musubi-tuner
-# Parts that come together.
+_RSLORA_FLAG, _DORA_FLAG = "use_rslora_flag", "use_dora_flag"  # musubi-tuner's, for a whole file
+# Sets of tensors of which a layer has all or none.
 _WHOLE = (
     {"down", "up"},
     {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
@@ -58,11 +58,11 @@ _PART = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerParts:
-    """The parts of a LoRA file for one layer.
+    """The tensors in a LoRA file that change one layer.
 
     Attributes:
-        stored: its tensors, by the names of `_PART`.
-        scale: the factor on the product of its factors, alpha / rank in most files.
+        stored: the tensors, by the group names of `_PART`.
+        scale: the number that multiplies the product of the low-rank factors, alpha / rank in most files.
     """
 
     stored: dict[str, StoredTensor]
@@ -75,8 +75,8 @@ class Lora:
 
     Attributes:
         path: the file, links resolved.
-        alpha: the caller's strength.
-        layers: the parts that change each layer, by its official name.
+        alpha: the strength that the caller has chosen.
+        layers: the tensors that change each layer, by its official name.
         dits: names of the DiTs that it changes.
     """
 
@@ -88,14 +88,14 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """The scales that a file states outside of its tensors.
+    """The alpha and rank that a LoRA declares outside of its tensors.
 
     Attributes:
-        source: where it says so, for messages.
-        alpha: None if the file states none.
-        rank: None for each layer's own.
-        alphas, ranks: of the layers whose names match a pattern, as PEFT matches them.
-        by_root: rs-LoRA, alpha / sqrt(rank).
+        source: where they are declared, for messages.
+        alpha: the alpha of all layers; None if none is declared.
+        rank: the rank of all layers; None to use the rank of each layer's tensors.
+        alphas, ranks: values for the layers whose names match a pattern, by PEFT's rules.
+        by_root: whether the scale is alpha / sqrt(rank), as in rs-LoRA.
     """
 
     source: str
@@ -106,12 +106,12 @@ class Scaling:
     by_root: bool = False
 
     def of(self, name: str, parts: Mapping[str, StoredTensor]) -> float:
-        """Return the factor on the factors of a layer, by its name in the file; 1 where nothing states it.
+        """Return the scale of a layer, given its name in the file; 1 if alpha or rank is unknown.
 
-        Full tensors of LoKr have no rank, and then no scale either. A tensor `alpha` takes precedence.
+        LoKr with two full tensors has no rank but a declared one. A tensor `alpha` takes precedence.
 
         Raises:
-            CheckpointError: its factors have another rank than the file declares.
+            CheckpointError: the rank of the layer's tensors is not the declared one.
         """
         factor = next((p for p in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if p in parts), None)
         rank: float | None = None if factor is None else parts[factor].shape[0]
@@ -149,7 +149,7 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
     }
     modulated = {name: module for name, module in modules.items() if hasattr(module, "modulation")}
     stored: dict[str, dict[str, StoredTensor]] = {}
-    names: dict[str, str] = {}  # of the layers in the file
+    names: dict[str, str] = {}  # each layer's name in the file
     unknown = []
     for key, tensor in tensors.items():
         match = _PART.fullmatch(key)
@@ -160,7 +160,7 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
             continue
         part, parts = str(match.lastgroup), stored.setdefault(layer, {})
         if part in parts:
-            raise CheckpointError(f"{lora} holds several adapters for {layer}; give one a file")
+            raise CheckpointError(f"{lora} holds several adapters for {layer}; save each in its own file")
         parts[part] = tensor
         names[layer] = _without_prefix(match["module"])
     stored = {layer: parts for layer, parts in stored.items() if parts.keys() != {"alpha"}}
@@ -172,7 +172,7 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
             f"its keys begin with {unknown[:3]}"
         )
     if flags.get(_DORA_FLAG) is False and any("magnitude" in parts for parts in stored.values()):
-        raise CheckpointError(f"{lora} has magnitudes of DoRA but says that it is none ({_DORA_FLAG})")
+        raise CheckpointError(f"{lora} has DoRA magnitudes, but its {_DORA_FLAG} says it is not a DoRA")
     for layer, parts in stored.items():
         _check_sizes(lora, layer, parts, modules[layer])
     scaling = _scaling(path, flags.get(_RSLORA_FLAG, False))
@@ -205,9 +205,9 @@ def _without_prefix(name: str) -> str:
 
 
 def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Return the official path of a module that a LoRA file names in its own way; None if there is none."""
+    """Return the official path of the module that a name in a LoRA file refers to; None if there is none."""
     name = _without_prefix(name)
-    for prefix in _FLAT_PREFIXES:  # kohya has underscores for dots, in the names of either layout
+    for prefix in _FLAT_PREFIXES:  # kohya replaces the dots in names of either layout
         if name.startswith(prefix):
             flat = name.removeprefix(prefix)
             layouts = ((path, (path, diffusers_module(path) or "")) for path in modules)
@@ -218,13 +218,13 @@ def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def _refuse_unknown_part(lora: str, key: str, modules: Mapping[str, nn.Module]) -> None:
-    """Raise CheckpointError if a key that is not understood belongs to a layer that is there."""
+    """Raise CheckpointError if an unrecognised key belongs to an existing layer."""
     dots = [match.start() for match in re.finditer(r"\.", key)]
     for dot in reversed(dots):
         if layer := _resolve(key[:dot], modules):
             raise CheckpointError(
                 f"{lora} holds {key[dot + 1 :]!r} for {layer}: this kind of LoRA is not supported, and "
-                "without that part it would be another one"
+                "leaving this tensor out would change what the LoRA does"
             )
 
 
@@ -270,12 +270,12 @@ def _fits(parts: Mapping[str, StoredTensor], shape: torch.Size) -> bool:
 
 
 def _matching(patterns: Mapping[str, float], name: str, default: float | None) -> float | None:
-    """Return the value of the first pattern that is the end of a layer's name, as PEFT matches them."""
+    """Return the value of the first pattern that matches the end of a layer's name, by PEFT's rules."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def _scaling(path: Path, by_root: bool) -> Scaling:
-    """Return what the header (diffusers, kohya) or adapter_config.json beside the file (PEFT) says."""
+    """Return the scaling declared in the header (diffusers, kohya) or in PEFT's adapter_config.json."""
     header: Mapping[str, str] = {}
     if is_safetensors(path):
         with safe_open(path, framework="pt") as file:
@@ -289,7 +289,7 @@ def _scaling(path: Path, by_root: bool) -> Scaling:
             return Scaling(source=source, alpha=_finite(header[flat]), by_root=root)
         if text is None:
             if not config.is_file():
-                return Scaling(source="no word of it in the file", by_root=by_root)
+                return Scaling(source="the default: the file declares none", by_root=by_root)
             source, text = str(config), config.read_text()
         return _declared_scaling(source, json.loads(text), by_root)
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -297,7 +297,7 @@ def _scaling(path: Path, by_root: bool) -> Scaling:
 
 
 def _declared_scaling(source: str, config: Mapping[str, Any], by_root: bool) -> Scaling:
-    # In the header of a pipeline's LoRA the names begin with the model's, "transformer.r".
+    # In the header of a diffusers pipeline's LoRA, keys begin with the model's name: "transformer.r".
     declared = {name.removeprefix("transformer."): value for name, value in config.items()}
     alpha = declared["lora_alpha"] if "lora_alpha" in declared else declared["alpha"]  # LoHa and LoKr: alpha
     scaling = Scaling(

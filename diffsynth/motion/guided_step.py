@@ -1,4 +1,4 @@
-"""One guided denoising step (paper section 3): read the reference's motion, then move the latents to it."""
+"""One guided denoising step (paper section 3): optimise the latents to have the reference's motion."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_descriptor(guidance: MotionGuidance, dit: WanModel | None = None) -> MotionDescriptor:
-    """Return the descriptor of the guidance's mode and variant, over several ranks if the DiT is."""
+    """Return the descriptor of a mode and variant; it works on several ranks if the DiT does."""
     make, spread = guidance.descriptor, getattr(dit, "spread", None)
     descriptor = (load(make) if isinstance(make, str) else make)(guidance)
     return descriptor if spread is None else spread.descriptor(descriptor)
@@ -32,7 +32,7 @@ def make_descriptor(guidance: MotionGuidance, dit: WanModel | None = None) -> Mo
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside this context no parameter of the model asks for a gradient; afterwards all are as before."""
+    """Disable gradients of all parameters of a model in this context, and restore them afterwards."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:
         parameter.requires_grad_(False)
@@ -60,7 +60,7 @@ def guided_step(
     condition: ImageCondition = NO_CONDITION,
     reference_condition: ImageCondition = NO_CONDITION,
 ) -> tuple[Tensor, OptimizationRecord]:
-    """Move the latents of one denoising step towards the reference's motion; the model is left as found.
+    """Move the latents of one denoising step towards the reference's motion; the model does not change.
 
     Args:
         dit: the DiT that denoises.
@@ -69,21 +69,21 @@ def guided_step(
         noise: the run's initial noise, in the same shape.
         sigma: noise level of the step, in 0..1.
         timestep: the same noise level on the 0..1000 scale.
-        context: the positive prompt, [1, L, text_dim].
-        null_context: the empty prompt, with which the DiT runs on the reference.
+        context: embedding of the positive prompt, [1, L, text_dim].
+        null_context: embedding of the empty prompt, with which the DiT runs on the reference.
         guidance: parameters of the guidance.
         start: the run's first latents and their sigma, for descriptors that use the mean velocity since then.
         stop: called before each optimiser step; the optimiser stops once it returns True.
-        memory: gradients of earlier guided steps; one that repeats them has no losses in its record.
-        condition: from the pictures of the run; the frames that they fix are not moved.
-        reference_condition: the same from the reference's own frames in their places.
+        memory: gradients of earlier guided steps; a step that repeats them records no losses.
+        condition: the run's image condition; frames that its images fix do not change.
+        reference_condition: the same condition, with the reference's frames in place of the images.
 
     Returns:
-        The moved latents, in their dtype, and what the optimiser did.
+        The moved latents, in the dtype of `latents`, and a record of the optimisation.
 
     Raises:
-        ValueError: shapes that do not fit.
-        NonFiniteGuidanceError: a loss or gradient that is not finite.
+        ValueError: the latents, the reference and the noise differ in shape, or B is not 1.
+        NonFiniteGuidanceError: a loss or gradient is not finite.
     """
     for name, given in (("reference", reference), ("noise", noise)):
         if latents.shape[0] != 1 or given.shape != latents.shape:
@@ -126,7 +126,7 @@ def guided_step(
 
 
 def _mean_velocity(latents: Tensor, sigma: float, start: tuple[Tensor, float] | None) -> Tensor | None:
-    """The mean velocity from the run's start to here; None without a start or at the start itself."""
+    """Return the mean velocity since the run's start; None without a start or at the start itself."""
     if start is None or start[1] == sigma:
         return None
     start_latents, start_sigma = start

@@ -1,4 +1,4 @@
-"""The denoising steps of one prompt, through its experts, and again where memory runs out."""
+"""Denoise one prompt: switch from one expert to the next, and retry a step when memory runs out."""
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
@@ -42,8 +42,8 @@ def sample(
 ) -> tuple[Tensor, RunOptions, bool]:
     """Denoise the latents of one prompt, from noise or the noised reference, and add up its cost.
 
-    The weights of an expert go after its last step. If memory runs out, denoising continues after the last
-    finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises.
+    With offload, an expert leaves the device after its last step. If memory runs out, denoising continues
+    after the last finished step, one rung down the ladder; if no rung is left, `Ladder.next` raises.
 
     Returns:
         Latents [1, C, F, h, w], the options in force at the end, and whether all steps were done.
@@ -79,7 +79,7 @@ def sample(
                         replaced = on_step(event)
                         latents = event.latents if replaced is None else replaced
                         if event.stage == "sampling" and not event.interrupted:
-                            if event.step == done + 1:  # a device waits for each check: later at the end only
+                            if event.step == done + 1:  # checks wait for the device; decode.py checks the end
                                 finite(event.latents, f"the DiT in denoising step {event.step}")
                             finished = StepState(
                                 step=event.step,
@@ -115,11 +115,11 @@ def begin_denoising(
     stop: Callable[[], bool],
     finished: StepState | None,
 ) -> tuple[Tensor, Generator[RunEvent, Tensor | None, None], dict[str, Any]]:
-    """Set up the denoising of one prompt by a DiT, from its start or from its last finished step.
+    """Set up the denoising of one prompt with one DiT, from the start or from the last finished step.
 
     Returns:
-        The first latents [1, C, F, h, w], the generator of steps, and by name the parts that keep state from
-        step to step: scheduler, gradient memory, and the step cache's rule of each prompt.
+        The first latents [1, C, F, h, w], the generator of steps, and the stateful parts by name: scheduler,
+        gradient memory, and the step cache's rule for each prompt.
     """
     prompt, motion, num_steps = inputs.prompts[index], options.motion, options.num_inference_steps
     start, first_frame = inputs.noise, inputs.condition.first_frame

@@ -1,7 +1,7 @@
-"""The ladder of memory settings: pick the first rung of a run, and a lower one when memory runs out.
+"""The ladder of memory settings: each rung needs less memory than the one above, mostly at a loss of speed.
 
-A stage that fails is repeated from its beginning; denoising resumes after its last finished step, so that no
-finished step is lost. The new settings apply for the rest of the run.
+A run begins on a chosen rung, and moves down one when memory runs out in a stage. That stage is repeated;
+denoising resumes after its last finished step. The new settings apply for the rest of the run.
 """
 
 import gc
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 # Largest share of free memory for guidance, and of total memory for both prompts in one DiT call.
 FILL, FILL_BY_BOTH = 0.6, 0.7
-# Messages of other errors than OutOfMemoryError: CPU, cuBLAS, cuDNN, driver, Triton; in lower case.
+# Messages of failed allocations that raise other errors: CPU, cuBLAS, cuDNN, driver, Triton; in lower case.
 ALLOCATION_FAILED = ("can't allocate memory", "alloc_failed", "allocation_failed", "out of memory")
-# What cuDNN says where no algorithm's work space fits, and also where it has none for an operation.
+# cuDNN's messages if no algorithm's workspace fits into memory, or if no algorithm supports an operation.
 NO_ALGORITHM = ("unable to find a valid cudnn algorithm", "unable to find an engine to execute")
-FULL = 0.1  # of a device's memory; where less is free, NO_ALGORITHM is taken for a lack of memory
+FULL = 0.1  # share of device memory; if less is free, NO_ALGORITHM means that memory ran out
 _OF_OPTIONS = ("batch_cfg", *TILING)
 HELP = {
     "encode text": "a text encoder in bfloat16, or device='cpu'",
@@ -61,10 +61,10 @@ def with_settings(options: RunOptions, settings: Mapping[str, Any]) -> RunOption
 
 
 class Ladder:
-    """The settings of one run.
+    """Chooses the memory settings of one run, and lowers them when memory runs out.
 
     Args:
-        residency: where the models of a pipeline are; None for a VAE alone.
+        residency: the residency of a pipeline's models; None for a VAE alone.
         vae: the VAE.
     """
 
@@ -79,10 +79,10 @@ class Ladder:
         """Return the options of a run with all settings decided; if vram_gb is given, also move the models.
 
         Args:
-            options: as resolved.
+            options: the resolved options of the run.
             vram_gb: device memory that the run may use, in units of 2**30 bytes; None to use the free memory
                 and leave the models where they are.
-            with_reference: whether a video is encoded.
+            with_reference: whether a reference video is encoded.
 
         Raises:
             NotEnoughMemoryError: no settings fit into vram_gb.
@@ -91,7 +91,7 @@ class Ladder:
         sizes = ModelSizes.of(self._residency.models)
         if vram_gb is not None:
             if device_memory(self._device):
-                # Others may use the device, too, and a card has less than its name says.
+                # Other processes may use the device, and a card has less memory than advertised.
                 weights = [t for model in self._residency.models.values() for t in tensors_of(model)]
                 held = sum(t.nbytes for t in weights if t.device.type == self._device.type)
                 vram_gb = min(vram_gb, (available_memory(self._device) + held) / GB)
@@ -152,7 +152,7 @@ class Ladder:
         return with_settings(options, _changes(settings, options))
 
     def _settings(self, options: RunOptions) -> Settings:
-        """The settings in force: those of the options, and where the models are."""
+        """Return the settings in force, from the options and from where the models are."""
         streaming = () if self._residency is None else self._residency.streaming
         return Settings(
             checkpoint=options.motion.checkpoint if options.motion else "none",
@@ -167,20 +167,20 @@ class Ladder:
         """Return the first `checkpoint` setting that fits; not "offload" on a CPU, where it gains nothing."""
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
         kept = keeping(motion)[: 2 if self._device.type == "cpu" else None]
-        free = FILL * available_memory(self._device) * self._ranks  # each keeps its share
+        free = FILL * available_memory(self._device) * self._ranks  # each rank keeps a share
         fits = (name for name in kept if guided_pass_bytes(sizes.dit, latents, motion, name) <= free)
         return next(fits, kept[-1])
 
     def _both_fit(self, sizes: ModelSizes, options: RunOptions) -> bool:
-        """Return whether both prompts share a call: by total memory, so that one machine rounds alike."""
+        """Return whether both prompts share a DiT call; total memory decides, so that reruns round alike."""
         if self._spread is not None and self._spread.mesh.prompts is not None:
-            return True  # one on each half of the ranks
+            return True  # each half of the ranks takes one prompt
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
         taken = sizes.dit.weights.total + sampling_pass_bytes(sizes.dit, latents, options, batch=2)
         return taken < FILL_BY_BOTH * device_memory(self._device)
 
     def _in_tiles(self, sizes: ModelSizes, options: RunOptions) -> bool:
-        """Return whether the VAE works in tiles, by the machine's total memory, as `_both_fit` does."""
+        """Return whether the VAE works in tiles, from the machine's total memory as in `_both_fit`."""
         frames = options.num_frames
         latents = sizes.latent_shape(options.height, options.width, frames)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
@@ -215,7 +215,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _changes(settings: Settings, options: RunOptions) -> dict[str, object]:
-    """Return the options that settings decide, named as in `settings_of`."""
+    """Return the values of options that `settings` imply, by the names that `settings_of` uses."""
     chosen = {name: getattr(settings, name) for name in _OF_OPTIONS}
     if options.cfg_scale == 1:
         chosen["batch_cfg"] = options.batch_cfg

@@ -13,9 +13,9 @@ END_ID = 1
 END_PIECE = "</s>"
 JSON_FILE, PIECE_FILE = "tokenizer.json", "spiece.model"
 _DOWNLOAD = "fastvmt download 1.3b"
-# Where checkpoints keep the tokenizer, seen from the folder of the text encoder's weights.
+# Where checkpoints keep the tokenizer, relative to the folder of the text encoder's weights.
 _FOLDERS = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")
-# Top-level fields of a sentencepiece model: pieces, trainer, normaliser. The last one is written last.
+# Numbers of the protobuf fields of a whole sentencepiece model: pieces, trainer, normaliser (at the end).
 _MODEL_FIELDS = {1, 2, 3}
 
 
@@ -24,9 +24,9 @@ class WanTokenizer:
     """Turns text into ids; see `load_tokenizer`.
 
     Args:
-        pieces: function of a text -> ids without the end token.
-        vocab_size: number of ids.
-        file: what it was read from.
+        pieces: function that maps a text to its ids without the end token.
+        vocab_size: number of ids in the vocabulary.
+        file: the file from which it was loaded.
     """
 
     pieces: Callable[[str], list[int]]
@@ -34,7 +34,7 @@ class WanTokenizer:
     file: Path
 
     def encode(self, text: str, max_length: int | None = 512) -> list[int]:
-        """Ids of a text and the end token, at most max_length of them; None: all of them.
+        """Return the ids of a text and the end token, truncated to max_length ids unless that is None.
 
         Special tokens written in the text ("</s>", "<pad>") are ordinary text.
         """
@@ -42,12 +42,12 @@ class WanTokenizer:
         return ids if max_length is None else cut(ids, max_length)
 
     def __call__(self, texts: Sequence[str], max_length: int | None = 512) -> list[list[int]]:
-        """`encode` for each text; lengths differ, nothing is padded."""
+        """Return `encode` of each text, without padding, so the lists differ in length."""
         return [self.encode(text, max_length) for text in texts]
 
 
 def cut(ids: list[int], max_length: int) -> list[int]:
-    """Return at most max_length ids, the end token kept; ValueError if max_length is below 1."""
+    """Truncate ids to max_length, keeping the end token; ValueError if max_length is below 1."""
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, the end token; got {max_length}")
     return ids if len(ids) <= max_length else [*ids[: max_length - 1], END_ID]
@@ -70,7 +70,7 @@ def load_tokenizer(folder: str | Path) -> WanTokenizer:
 
 
 def find_tokenizer(weights_folder: str | Path) -> Path:
-    """Return the tokenizer's folder of a checkpoint, searched around that of the text encoder.
+    """Return the folder of a checkpoint's tokenizer, which is in or near that of the text encoder.
 
     Raises:
         FileNotFoundError: there is none; the message names the folders that were searched.
@@ -101,24 +101,24 @@ def _from_json(file: Path) -> WanTokenizer:
 
 
 def _make_special_tokens_unmatchable(content: dict) -> None:
-    """Edit a tokenizer.json so that its special tokens are never found in text, as sentencepiece has it."""
+    """Edit a tokenizer.json so that its special tokens never match in a text, as in sentencepiece."""
     vocab = content["model"]["vocab"]
     if vocab[END_ID][0] != END_PIECE:
         raise ValueError(f"id {END_ID} is {vocab[END_ID][0]!r}, not {END_PIECE!r}")
     special = {token["content"] for token in content["added_tokens"] if token["special"]}
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-    # They stand in the vocabulary, too. A piece with a blank never matches: blanks have become U+2581 before.
+    # They are in the vocabulary, too. A piece with a space never matches: spaces become U+2581 beforehand.
     content["model"]["vocab"] = [[f" {word}" if word in special else word, score] for word, score in vocab]
     content["post_processor"] = content["truncation"] = content["padding"] = None
 
 
 def tokenizer_from_pieces(model: bytes, file: Path) -> WanTokenizer:
-    """Return the tokenizer of a serialised sentencepiece model that stands in a file."""
+    """Return the tokenizer of a serialised sentencepiece model, which was read from `file`."""
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor()
     try:
-        # A model cut between two pieces still loads, without its last words and its settings.
+        # A file truncated between two pieces would load, but lack its last pieces and its settings.
         if not _top_level_fields(model) >= _MODEL_FIELDS:
             raise ValueError("the file is cut short")
         processor.LoadFromSerializedProto(model)
@@ -130,7 +130,7 @@ def tokenizer_from_pieces(model: bytes, file: Path) -> WanTokenizer:
 
 
 def _top_level_fields(message: bytes) -> set[int]:
-    """Numbers of the length-delimited fields of a protobuf message. Raises IndexError if it is cut short."""
+    """Return the numbers of a protobuf message's length-delimited fields; IndexError if it is truncated."""
     fields, position = set(), 0
     while position < len(message):
         tag, position = _varint(message, position)
@@ -143,7 +143,7 @@ def _top_level_fields(message: bytes) -> set[int]:
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """A protobuf integer (seven bits a byte, lowest first) and the position after it."""
+    """Return a protobuf integer (seven bits a byte, lowest first) and the position after it."""
     value = shift = 0
     while True:
         byte = message[position]

@@ -59,10 +59,10 @@ class SavedRun:
         folder: the checkpoint_dir.
         saving: how often the run is saved, and whether an unfinished one is continued.
         identity: identity of the run, from `run_identity`.
-        device: device of the tensors that are read.
+        device: device to which saved tensors are loaded.
 
     Attributes:
-        inputs: inputs of the run that is continued; None for a new run.
+        inputs: inputs of denoising; None in a new run until `keep_inputs`.
 
     Raises:
         ValueError: the folder holds damaged files, or an unfinished run of another identity; the message says
@@ -83,7 +83,7 @@ class SavedRun:
         self.inputs: RunInputs | None = None
         self._inputs_saved = self._warned = False
         self._index = 0
-        self._latest: StepState | None = None  # not saved yet
+        self._latest: StepState | None = None  # the last finished step, if unsaved
         self._last_saved = (0, time.monotonic())
         for partial in folder.glob(f"{PARTIAL}*"):
             partial.unlink(missing_ok=True)
@@ -162,7 +162,7 @@ class SavedRun:
         if different := identity_differences(facts["identity"], self._identity):
             raise ValueError(
                 f"checkpoint_dir {self._folder} holds an unfinished run that differs in "
-                f"{', '.join(different)}; pass the same again to continue it, resume=False to discard "
+                f"{', '.join(different)}; pass the same values to continue it, resume=False to discard "
                 "it, or another folder"
             )
         prompts = [PromptEmbeddings(**part(state, f"context.{i}")) for i in range(facts["prompts"])]
@@ -187,7 +187,7 @@ class SavedRun:
             tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             facts = {"identity": self._identity, "seed": self._seed, "prompts": len(inputs.prompts)}
             facts["seconds"] = dict(inputs.seconds)
-            # While these are not saved, a step.safetensors may be an earlier run's and is ignored.
+            # Until the inputs are saved, step.safetensors may be an earlier run's and is ignored.
             self._inputs_saved = self._write(INPUTS, tensors, facts)
         return self._inputs_saved
 
@@ -238,7 +238,7 @@ def run_lock(folder: Path) -> AbstractContextManager[None]:
 
 
 def clear_checkpoints(folder: str | Path) -> None:
-    """Remove all files of runs, final latents too, but no others; call it once the videos are written.
+    """Remove only the files of saved runs, final latents included; call it once the videos are written.
 
     Raises:
         ValueError: a run is using the folder.

@@ -1,4 +1,4 @@
-"""The flow-matching noise schedule, its Euler solver, which FastVMT guides, and one for few-step models.
+"""The flow-matching noise schedule, the Euler solver that FastVMT guides, and one for few-step models.
 
 A noised sample is (1 - sigma) * clean + sigma * noise, the network predicts the velocity noise - clean, and
 the Euler step moves along it from one sigma to the next. Tables are computed in float64 and kept in float32;
@@ -25,11 +25,11 @@ def flow_match_sigmas(
     sigma_max: float = 1.0,
     endpoint: bool = False,
 ) -> Tensor:
-    """Return the shifted noise levels of a run, float64 [num_inference_steps], falling.
+    """Return the shifted noise levels of a run, float64 [num_inference_steps], descending.
 
-    u runs evenly from sigma_min + denoising_strength * (sigma_max - sigma_min) to sigma_min, which is the
-    last level if `endpoint` and one step beyond the last otherwise; sigma = shift*u / (1 + (shift - 1)*u).
-    A strength below 1 keeps all the steps and spreads them over the shorter range.
+    u is evenly spaced from sigma_min + denoising_strength * (sigma_max - sigma_min) to sigma_min, which is
+    included only if `endpoint` is true; sigma = shift * u / (1 + (shift - 1) * u).
+    A strength below 1 keeps the number of steps and spreads them over the shorter range.
 
     Raises:
         ValueError: steps below 1 or not whole, strength outside (0, 1], shift not above 0.
@@ -44,7 +44,7 @@ def flow_match_sigmas(
 
 
 def nearest_step(timesteps: Tensor, timestep: float | Tensor) -> int:
-    """Return the index of the entry of `timesteps` [N] nearest to one timestep (the first, if two are).
+    """Return the index of the entry of `timesteps` [N] nearest to `timestep`; the first one in a tie.
 
     Pass timesteps in float32: a timestep near 1000 rounded to bfloat16 is up to 2 units off, enough to hit a
     neighbouring step.
@@ -81,14 +81,14 @@ class FlowMatchScheduler:
     """Flow-matching noise schedule with Euler steps; the defaults are those of the released FastVMT code.
 
     Args:
-        shift: how far the levels are pushed towards noise, > 0, for calls that do not give their own.
+        shift: default shift of the levels, > 0; above 1 they move towards noise.
         sigma_min: lowest level before the shift; sigma_max: the highest.
         extra_one_step: place one more level at sigma_min and drop it, so that the last step starts above
             sigma_min; otherwise the last level is sigma_min itself.
-        num_train_timesteps: the timestep that stands for sigma = 1.
+        num_train_timesteps: the timestep at sigma = 1.
 
-    `sigmas` and `timesteps` are float32 [N] on the CPU, falling. The level after the last one is 0 and is
-    not in the tables.
+    `sigmas` and `timesteps` are float32 [N] on the CPU, descending. The level after the last one is 0 and
+    is not in the tables.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class FlowMatchScheduler:
     def set_timesteps(
         self, num_inference_steps: int, denoising_strength: float = 1.0, shift: float | None = None
     ) -> None:
-        """Make the tables of one run. `shift` holds for this call alone; None takes the scheduler's own.
+        """Compute the tables of one run. `shift` applies to this call only; None means the default shift.
 
         Raises:
             ValueError: see flow_match_sigmas.
@@ -126,12 +126,12 @@ class FlowMatchScheduler:
         self.set_sigmas(sigmas.tolist())
 
     def set_sigmas(self, sigmas: Sequence[float]) -> None:
-        """Make the tables of one run from its levels, which fall from 1 or below to above 0."""
+        """Set the tables of one run from its noise levels, which descend, are at most 1 and above 0."""
         self.sigmas = torch.tensor(sigmas)
         self.timesteps = (torch.tensor(sigmas, dtype=torch.float64) * self.num_train_timesteps).float()
 
     def state(self) -> dict[str, object]:
-        """Return what the next step needs of those before: nothing, as each Euler step stands alone."""
+        """Return the state that later steps need: none, since an Euler step needs no earlier ones."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -161,9 +161,9 @@ class FlowMatchScheduler:
 
 
 class RenoiseScheduler(FlowMatchScheduler):
-    """The sampler of models that DMD or Self-Forcing distilled: each step's clean prediction is noised anew.
+    """Sampler for models distilled with DMD or Self-Forcing: each step re-noises its clean prediction.
 
-    The noise is drawn on the CPU from `seed` and the step alone, so that a run that continues draws the same.
+    The noise is drawn on the CPU and depends only on `seed` and the step, so a resumed run draws the same.
     """
 
     def __init__(self, shift: float = 5.0, seed: int = 0) -> None:
@@ -171,7 +171,7 @@ class RenoiseScheduler(FlowMatchScheduler):
         self.seed = seed
 
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
-        """Return the predicted clean latents, noised to the next level; otherwise as FlowMatchScheduler."""
+        """Return the predicted clean latents, noised to the next level; see `FlowMatchScheduler.step`."""
         index = nearest_step(self.timesteps, timestep)
         require_same_shape("model_output", model_output, "sample", sample)
         velocity = model_output.to(sample.device, torch.float32)

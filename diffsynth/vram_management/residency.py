@@ -32,7 +32,7 @@ class Residency:
         self._turn = threading.RLock()
         self._taken = False
         self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}
-        # For each model on the device for a stage: its tensors, each with its data on the CPU.
+        # For each offloaded model that is now on the device: pairs of a tensor and its data on the CPU.
         self._homes: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @property
@@ -45,7 +45,7 @@ class Residency:
         """Return a context in which only this thread uses the models; entering it waits for other threads.
 
         Inside it, PyTorch's modes are the defaults, whatever the caller has set: no inference mode, float32
-        for new tensors, no autocast. With `deterministic`, a CUDA device gives the same bits again.
+        for new tensors, no autocast. With `deterministic`, CUDA results are bit-identical if repeated.
 
         Raises:
             RuntimeError: this thread is already inside the context, as in a callback of a run.
@@ -57,7 +57,7 @@ class Residency:
             default, strict = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
             torch.set_default_dtype(torch.float32)
             if deterministic and self.device.type == "cuda":
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch requires
                 torch.use_deterministic_algorithms(True)
             try:
                 with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
@@ -79,7 +79,7 @@ class Residency:
         Args:
             name: name of the model.
             blocks: blocks of the model, in the order in which they run.
-            num_persistent_params: maximum number of parameters in the blocks that stay.
+            num_persistent_params: maximum number of parameters in the blocks that stay on the device.
         """
         with self._turn:
             self.rest()
@@ -101,7 +101,7 @@ class Residency:
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
-        """Inside this context the named models are on the compute device; with offload they then leave it."""
+        """Keep the named models on the compute device in this context; with offload they leave it at exit."""
         with self._turn, ExitStack() as leaving:
             if self.offload:
                 leaving.callback(self.rest, *names)
@@ -114,7 +114,7 @@ class Residency:
             yield
 
     def rest(self, *names: str) -> None:
-        """Move the named models (all by default) to the CPU and hand their memory back."""
+        """Move the named models (all by default) to the CPU and free their device memory."""
         with self._turn:
             for name in names or self.models:
                 for tensor, home in self._homes.pop(name, ()):

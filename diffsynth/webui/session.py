@@ -1,4 +1,4 @@
-"""The page's work with the model: make videos, and show the motion of a reference."""
+"""What the web page does with the model: it makes videos and shows the motion of a reference."""
 
 import hashlib
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from diffsynth.webui.uploads import UploadLimits
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """A loaded model and the folders of its videos; pace is in operations a second of this machine."""
+    """A loaded model and the folders of its videos; `pace` is this machine's speed in FLOP/s, if measured."""
 
     pipe: WanVideoPipeline
     folder: Path
@@ -44,7 +44,7 @@ class Session:
 
     @property
     def references(self) -> Path:
-        """Folder of the references of runs."""
+        """Return the folder that keeps the reference videos of runs."""
         return self.output_dir / "references"
 
 
@@ -58,9 +58,9 @@ def open_session(
     limits: UploadLimits,
     max_minutes: float | None = None,
 ) -> Session:
-    """Load a model by its name, as `fastvmt transfer --model` does; loading may raise further errors.
+    """Load a model by its name, as `fastvmt transfer --model` does; errors of loading are passed on.
 
-    With max_minutes, a short run measures how fast this machine is.
+    If max_minutes is set, a short run measures how fast this machine is.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "references").mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ def open_session(
 
 
 def _pace(pipe: WanVideoPipeline) -> float:
-    """Return the operations a second of a run of one step and a few frames."""
+    """Measure the speed of a run with one step and a few frames, in FLOP/s."""
     call = {"num_frames": 5, "num_inference_steps": 1, "mode": NO_TRANSFER, "output_type": "latent"}
     (made,) = pipe.run("a short run", progress_bar_cmd=None, **call)  # type: ignore[arg-type]  # a mapping
     return _operations(pipe, made.options) / made.cost.time_gen
@@ -93,7 +93,7 @@ def _operations(pipe: WanVideoPipeline, run: RunOptions) -> float:
 
 
 def check_budget(session: Session, request: Mapping[str, Any], reference: Path | None) -> None:
-    """Raise ValueError if a request would take more minutes than a run may."""
+    """Raise ValueError if the run of a request is expected to take longer than session.max_minutes."""
     minutes = None if session.max_minutes is None else expected_minutes(session, request, reference)
     if minutes is not None and session.max_minutes is not None and minutes > session.max_minutes:
         raise ValueError(
@@ -103,11 +103,11 @@ def check_budget(session: Session, request: Mapping[str, Any], reference: Path |
 
 
 def expected_minutes(session: Session, request: Mapping[str, Any], reference: Path | None) -> float | None:
-    """Return how long a run takes at the measured pace, else at that of the newest run; None without one."""
+    """Estimate a run's minutes from the measured pace, else the newest run's; None if there is neither."""
     pace = session.pace
     for run in past_runs(session.output_dir, 1) if pace is None else ():
         if run.record.model["folder"] == session.model["folder"]:
-            with suppress(ValueError, TypeError):  # a record of other options
+            with suppress(ValueError, TypeError):  # from a version with other options
                 made = RunOptions.from_json(run.record.options)
                 pace = _operations(session.pipe, made) / run_seconds(run.record)
     resolved = _resolved(session, request, reference)
@@ -117,7 +117,7 @@ def expected_minutes(session: Session, request: Mapping[str, Any], reference: Pa
 def _resolved(
     session: Session, request: Mapping[str, Any], reference: Path | None, **changes: Any
 ) -> RunOptions:
-    """Return the options of the run that a request asks for, with changes."""
+    """Return the resolved options of a request in which `changes` replace options of the call."""
     call = {name: value for name, value in request.items() if name in call_options()} | changes
     if reference is None:
         return resolve(call, session.pipe.defaults, None, session.pipe.models.facts())
@@ -135,7 +135,7 @@ def make_video(
     """Make the video and write it with its record; nothing is written if the job is cancelled or fails."""
     if reference is None and request["mode"] != NO_TRANSFER:
         raise ValueError("upload a reference video, or choose the mode without transfer")
-    session.output_dir.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
+    session.output_dir.mkdir(parents=True, exist_ok=True)  # it may have been deleted since
     task = replace(make_task(request, reference, session.folder, pictures), folder=session.output_dir)
 
     def observe(event: RunEvent) -> None:
@@ -156,7 +156,7 @@ def make_video(
 
 
 def show_motion(session: Session, request: Mapping[str, Any], reference: Path, job: QueuedJob) -> Path:
-    """Draw the flow that a request would transfer as a video in the cache, and return its path."""
+    """Render the flow that a request would transfer to a video file in the cache, and return its path."""
     mode = request["mode"] if request["mode"] in flow_modes() else DEFAULT_MODE
     used = fields_of(ReferenceOptions, request)
     run = _resolved(session, request, reference, mode=mode)
