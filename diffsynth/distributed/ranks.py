@@ -33,11 +33,7 @@ FAILURES = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryErr
 
 
 def launch(arguments: Sequence[str], ranks: int) -> int:
-    """Run `python -m diffsynth` with arguments on so many ranks of this machine; return its exit code.
-
-    Raises:
-        RuntimeError: a rank was ended by a signal.
-    """
+    """Run `python -m diffsynth` with arguments on so many ranks of this machine; return its exit code."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
