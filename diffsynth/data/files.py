@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,18 @@ def checked_path(name: str, path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{name} must be a path; got {path!r:.80}")
     return Path(path)
+
+
+def writable_folder(name: str, path: str | os.PathLike[str]) -> Path:
+    """Make a folder and return it; a ValueError names the argument if no file can be made in it."""
+    folder = checked_path(name, path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} {folder} cannot be written to: {error}") from error
+    return folder
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm  # a widget in notebooks
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.options import PICTURES, CallArguments, CallOptions, SavingOptions
 from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_prompts, unknown_words
-from diffsynth.data import VideoData
+from diffsynth.data import VideoData, files
 from diffsynth.data.frames import Picture, checked_int, read_picture
 from diffsynth.data.tensors import Video
 from diffsynth.models.compile_blocks import compile_blocks
@@ -41,7 +41,7 @@ from diffsynth.planning.plan import RunPlan, plan_run, resolve_plan
 from diffsynth.planning.reference import reference_pixels
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
-from diffsynth.runs.checkpoint import open_run, prepare_folder, saved_seed
+from diffsynth.runs.checkpoint import open_run, saved_seed
 from diffsynth.runs.cost import RunCost, latency_file
 from diffsynth.schedulers import FlowMatchScheduler, make_scheduler
 from diffsynth.vram_management import Residency, choose_device, choose_dtype
@@ -361,7 +361,7 @@ class WanVideoPipeline:
         saving = SavingOptions(
             checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
         )
-        folder = None if checkpoint_dir is None else prepare_folder(checkpoint_dir)
+        folder = None if checkpoint_dir is None else files.writable_folder("checkpoint_dir", checkpoint_dir)
         if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
             options["seed"] = saved_seed(folder)
         run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())

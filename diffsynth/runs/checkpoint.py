@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.configs.options import RunOptions, SavingOptions
-from diffsynth.data.files import PARTIAL, checked_path, locked
+from diffsynth.data.files import PARTIAL, locked
 from diffsynth.models.conditions import ImageCondition
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import identity_differences, identity_key, run_identity
@@ -29,21 +29,6 @@ logger = logging.getLogger(__name__)
 
 INPUTS, STEP, LOCK = "inputs.safetensors", "step.safetensors", ".lock"
 LATENTS = "latents-{key}-{number:03d}.safetensors"
-
-
-def prepare_folder(checkpoint_dir: str | Path) -> Path:
-    """Make the folder of a run and return it."""
-    folder = checked_path("checkpoint_dir", checkpoint_dir).expanduser()
-    trial = folder / f"{PARTIAL}trial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            trial.write_bytes(b"0")
-        finally:
-            trial.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"checkpoint_dir {folder} cannot be written to: {error}") from error
-    return folder
 
 
 def saved_seed(folder: Path) -> int | None:

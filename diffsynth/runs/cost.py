@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from diffsynth.data.files import checked_path
+from diffsynth.data.files import writable_folder
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import OptimizationRecord
 from diffsynth.vram_management import memory_peaks, peak_memory, reset_peak_memory, synchronize
@@ -75,13 +75,7 @@ def latency_file(folder: str | Path | None) -> Path:
     """Return the file of costs in latency_dir, which is made if it is missing."""
     if folder is None:
         raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
-    path = checked_path("latency_dir", folder) / "latency.jsonl"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"latency_dir {folder} cannot be written to: {error}") from error
-    return path
+    return writable_folder("latency_dir", folder) / "latency.jsonl"
 
 
 @contextmanager
