@@ -117,7 +117,8 @@ def _signature(function: Callable) -> str:
 
 
 def _text(thing: object) -> str:
-    return inspect.cleandoc(thing.__doc__ or "")
+    # The page has tables of the options that `describe` adds.
+    return inspect.cleandoc((thing.__doc__ or "").split("\n\n    Options:")[0])
 
 
 def _described(level: str, heading: str, thing: object) -> str:

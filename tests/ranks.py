@@ -19,7 +19,7 @@ _context.set_forkserver_preload(
 )
 
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 600) -> list[Any]:
     """Return what function(*arguments) returns on each of `size` ranks; fail with their tracebacks."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [

@@ -69,14 +69,14 @@ def test_an_interruption_is_of_the_running_call_only(pipe):
             steps[name] += 1
             if name == "first":
                 begun.set()
-                waiting.wait(60)
+                waiting.wait(600)
                 running.interrupt()
 
         return callback
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(pipe, "a cat", callback_on_step_end=watch("first"), **RUN)
-        begun.wait(60)
+        begun.wait(600)
         second = threads.submit(pipe, "a cat", callback_on_step_end=watch("second"), **RUN)
         waiting.set()
         first.result()

@@ -26,7 +26,7 @@ def printed_by_jupyter(monkeypatch):
     )
     notebook = nbformat.read(FILE, as_version=4)
     resources = {"metadata": {"path": str(FILE.parent)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 

@@ -268,6 +268,7 @@ def test_a_loaded_pipeline_is_planned_by_its_own_sizes_and_computes_what_is_coun
     assert pipe.costs[0].gradient_evaluations == gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize(
     "sizes", [{}, {"dim": 16, "z_dim": 4, "dim_mult": (1, 2, 3), "temperal_downsample": (True, False)}]

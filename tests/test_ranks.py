@@ -112,9 +112,8 @@ def test_a_rank_that_does_not_answer_is_named_and_an_error_is_told_once():
             port = free.getsockname()[1]
         found = on_ranks(3, hanging, port, mode)
         assert sorted(told for told, _ in found if "SystemExit" not in told) == [expected]
-        assert (
-            max(seconds for told, seconds in found if "SystemExit(0)" not in told) < 200
-        )  # ended by itself, long before the group's own time-out
+        # Ended by itself, before the group's own time-out.
+        assert max(seconds for told, seconds in found if "SystemExit(0)" not in told) < 500
 
 
 @pytest.mark.slow
@@ -139,7 +138,7 @@ def test_the_command_ends_with_its_dead_rank_and_continues(tmp_path):
         time.sleep(0.02)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert "was ended by SIGKILL; the same command continues" in run.communicate(timeout=60)[1]
+    assert "was ended by SIGKILL; the same command continues" in run.communicate(timeout=600)[1]
     assert run.returncode == 1
     assert state.exists()
     subprocess.run(several, check=True, capture_output=True)

@@ -1,6 +1,7 @@
 """The house rules, checked over the source: sizes, imports, prints, literals, light start."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -152,6 +153,18 @@ def test_the_types_of_the_call_are_those_of_its_options():
     assert set(CallOptions.__annotations__) == set(call_options())
     named = {p.name for p in signature(WanVideoPipeline.run).parameters.values() if p.kind is p.KEYWORD_ONLY}
     assert set(CallArguments.__annotations__) == (set(call_options()) - {"output_type"}) | named
+
+
+@pytest.mark.parametrize("name", ["MotionGuidance", "RunOptions", "CacheOptions", "FileOptions"])
+def test_help_lists_the_options_one_a_line(name):
+    from diffsynth.configs import options
+
+    owner = getattr(options, name)
+    lines = inspect.getdoc(owner).split("Options:\n")[1].splitlines()
+    assert [line.split(" = ")[0].strip() for line in lines] == list(options.options_of(owner))
+    code = "import inspect; from diffsynth import MotionGuidance as M; print('sf = 4' in inspect.getdoc(M))"
+    if name == "MotionGuidance":
+        assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "True"
 
 
 def test_a_wrong_argument_of_the_call_is_found_by_a_type_checker(tmp_path):

@@ -283,6 +283,29 @@ def test_decoding_again_does_nothing(transfer, tiny_checkpoint, tmp_path, monkey
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_two_processes_that_write_the_same_file_leave_each_other_alone(tmp_path):
+    script = """
+import sys, time
+from pathlib import Path
+from diffsynth.data.files import unfinished
+print("begun", flush=True)
+sys.stdin.readline()
+for _ in range(300):
+    with unfinished(Path(sys.argv[1]), folder=sys.argv[2] == "folder") as temporary:
+        time.sleep(0.0005)
+        assert temporary.exists()
+"""
+    for kind in ("file", "folder"):
+        words = [sys.executable, "-c", script, tmp_path / f"a.{kind}", kind]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        both = [subprocess.Popen(words, **pipes) for _ in range(2)]
+        assert [process.stdout.readline() for process in both] == ["begun\n"] * 2
+        for process in both:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert [process.wait(600) for process in both] == [0, 0]
+
+
 def test_what_a_killed_process_left_goes_when_the_file_is_written_again(tmp_path):
     script = """
 import sys, time
@@ -290,7 +313,7 @@ from pathlib import Path
 from diffsynth.data.files import unfinished
 with unfinished(Path(sys.argv[1]), folder=sys.argv[2] == "folder"):
     print("begun", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
     frames = [Image.new("RGB", (16, 16))] * 3
     writing = []

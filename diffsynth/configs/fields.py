@@ -233,12 +233,16 @@ def options_of(owner: type) -> dict[str, tuple[Option, Any]]:
     return {item.name: (item.metadata[OPTION], item.default) for item in stated if OPTION in item.metadata}
 
 
-def fields_of(owner: type[Owner], values: Mapping[str, Any]) -> Owner:
-    """Return a dataclass of options with those of its fields that are named among other values.
+def describe(owner: type) -> None:
+    """Add the options of a dataclass to its docstring, one a line, for `help()`."""
+    rows = (
+        f"\n        {n} = {default!r}: {o.help}; {o.kind}" for n, (o, default) in options_of(owner).items()
+    )
+    owner.__doc__ = f"{(owner.__doc__ or '').rstrip()}\n\n    Options:{''.join(rows)}\n    "
 
-    Raises:
-        ValueError: a value is not allowed.
-    """
+
+def fields_of(owner: type[Owner], values: Mapping[str, Any]) -> Owner:
+    """Return a dataclass of options with those of its fields that are named among other values."""
     stated: Sequence[Field[Any]] = fields(owner)  # type: ignore[arg-type]  # a dataclass
     return owner(**{item.name: values[item.name] for item in stated if item.name in values})
 
@@ -264,11 +268,7 @@ def read_value(name: str, kind: Kind, text: str) -> Any:
 
 
 def check_options(owner: Any) -> None:
-    """Replace each option of a frozen dataclass by its checked value; for `__post_init__`.
-
-    Raises:
-        ValueError: a value is not allowed; the message names the option.
-    """
+    """Replace each option of a frozen dataclass by its checked value; for `__post_init__`."""
     for name, (stated, _default) in options_of(type(owner)).items():
         object.__setattr__(owner, name, check_value(name, stated.kind, getattr(owner, name)))
 
@@ -279,7 +279,7 @@ def load(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def only_known(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
-    """Check the names in a mapping; ValueError that names those that are unknown."""
-    if unknown := sorted(given.keys() - set(known)):
+def only_known(given: Mapping[str, Any], owner: type, what: str) -> None:
+    """Check the names in a mapping; ValueError that names those that are no field of a dataclass."""
+    if unknown := sorted(given.keys() - {item.name for item in fields(owner)}):
         raise ValueError(f"{what} has no field {', '.join(unknown)}")

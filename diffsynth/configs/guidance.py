@@ -1,7 +1,7 @@
 """Every number of motion transfer, with its bounds, its unit and its source."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -234,7 +234,7 @@ class MotionGuidance:
         Raises:
             ValueError: the mode or a field is unknown, or a number is not allowed.
         """
-        only_known(numbers, [item.name for item in fields(cls)], "motion")
+        only_known(numbers, cls, "motion")
         published = DESCRIPTORS[mode].numbers if mode in DESCRIPTORS else NO_CHANGES
         return cls(**{"mode": mode, **published, **numbers})
 

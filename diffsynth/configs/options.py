@@ -24,6 +24,7 @@ from diffsynth.configs.fields import (
     Text,
     Whole,
     check_options,
+    describe,
     only_known,
     option,
     options_of,
@@ -199,7 +200,7 @@ class RunOptions:
         Raises:
             ValueError: an option is unknown, or a value is not allowed.
         """
-        only_known(values, [item.name for item in fields(cls)], "options")
+        only_known(values, cls, "options")
         motion, cache = values.get("motion"), values.get("cache")
         for name, value in {"motion": motion, "cache": cache}.items():
             if value is not None and not isinstance(value, Mapping):
@@ -366,3 +367,15 @@ class SavingOptions(CheckedOptions):
     checkpoint_every: int = option(Whole(1), "steps from save to save", default=5)
     checkpoint_minutes: float = option(Number(above=0), "or minutes, whichever comes first", default=2.0)
     resume: bool = option(Switch(), "continue an unfinished run; otherwise it is discarded", default=True)
+
+
+for _owner in (
+    RunOptions,
+    Shorthands,
+    MotionGuidance,
+    CacheOptions,
+    FileOptions,
+    ReferenceOptions,
+    LoadOptions,
+):
+    describe(_owner)

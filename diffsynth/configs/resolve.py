@@ -171,11 +171,7 @@ def unknown_words(prompts: Sequence[str], words: Sequence[str] | None) -> str | 
 
 
 def round_size(name: str, pixels: int, multiple: int) -> int:
-    """Return `pixels` rounded up to a multiple of `multiple`; a change is logged as a warning.
-
-    Raises:
-        ValueError: the number is below 1.
-    """
+    """Return `pixels` rounded up to a multiple of `multiple`; a change is logged as a warning."""
     pixels = check_value(name, Whole(1), pixels)
     rounded = -(-pixels // multiple) * multiple
     if rounded != pixels:

@@ -81,27 +81,32 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
         if (handle := _lock(left)) is not None:
             _remove(left)
             os.close(handle)
-    temporary = path.with_name(f"{stem}-{uuid.uuid4().hex[:12]}{'' if folder else path.suffix}")
-    if folder:
-        temporary.mkdir()
-    else:
-        temporary.open("xb").close()
-    handle = _lock(temporary)
+    handle, temporary = None, path
+    # Another process may take a new file for one that was left, until it is locked.
+    while temporary == path or not temporary.exists():
+        if handle is not None:
+            os.close(handle)
+        temporary = path.with_name(f"{stem}-{uuid.uuid4().hex[:12]}{'' if folder else path.suffix}")
+        if folder:
+            temporary.mkdir()
+        else:
+            temporary.open("xb").close()
+        handle = _lock(temporary, wait=True)
     try:
         yield temporary
     finally:
+        _remove(temporary)
         if handle is not None:
             os.close(handle)
-        _remove(temporary)
 
 
-def _lock(path: Path) -> int | None:
+def _lock(path: Path, wait: bool = False) -> int | None:
     """Lock a path until the handle that is returned is closed; None where another has it or none exist."""
     handle = None
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             return handle
     if handle is not None:
         os.close(handle)

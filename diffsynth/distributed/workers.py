@@ -22,11 +22,7 @@ class WorkerDiedError(RuntimeError):
 
 
 def over_workers(jobs: Sequence[Any], start: Callable[[], Do], num_workers: int) -> Iterator[Any]:
-    """Yield the results of all jobs as they come; `start` starts a worker and returns what does a job on it.
-
-    Raises:
-        WorkerDiedError: a job has ended too many workers.
-    """
+    """Yield the results of jobs as they come; `start` starts a worker and returns what does a job on it."""
     mine = threading.local()
 
     def serve(job: Any, attempts: int = ATTEMPTS) -> Any:

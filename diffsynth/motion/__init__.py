@@ -4,7 +4,7 @@ Read heads -> flow -> tile_flow -> losses -> amf -> optimizer -> guided_step for
 paper; `guidance` has its numbers, `released` what the released code does differently.
 """
 
-from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import MotionGuidance  # with its options in its docstring
 from diffsynth.motion.flow import attention_motion_flow, frame_pairs
 from diffsynth.motion.guided_step import guided_step, make_descriptor
 from diffsynth.motion.heads import reduce_heads
