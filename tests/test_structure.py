@@ -167,6 +167,7 @@ def test_help_lists_the_options_one_a_line(name):
         assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "True"
 
 
+@pytest.mark.slow
 def test_a_wrong_argument_of_the_call_is_found_by_a_type_checker(tmp_path):
     calls = {
         'frames: list[Image] = pipe("a fox", num_inference_steps=3, input_image="fox.png")': None,
