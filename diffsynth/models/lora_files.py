@@ -34,8 +34,9 @@ from diffsynth.models.wan_video_dit_keys import diffusers_module, official_modul
 logger = logging.getLogger(__name__)
 
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"
-_ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
-_PREFIXES = ("base_model.model.", "pipe.dit.", "diffusion_model.", "transformer.", "dit.", "model.")
+# Not "ss_network_alpha": musubi-tuner's converter keeps it, and has already multiplied the tensors by it.
+_ALPHAS = ("lora_alpha", "alpha", "network_alpha")
+_PREFIXES = ("base_model.model.", "pipe.dit.", "model.", "diffusion_model.", "transformer.", "dit.")
 _FLAT_PREFIXES = ("lora_unet_", "lycoris_")
 _RSLORA_FLAG, _DORA_FLAG = "use_rslora_flag", "use_dora_flag"  # musubi-tuner's, for a whole file
 # Sets of tensors of which a layer has all or none.
@@ -52,7 +53,7 @@ _PART = re.compile(
     r"(?P<up_bias>lora_B|lora_up)(?:\.\w+)?\.bias|"
     r"(?P<magnitude>lora_magnitude_vector(?:\.\w+)*|dora_scale|dora_layer\.weight)|"
     + "".join(rf"(?P<{name}>{name})|" for name in sorted({"lokr_w1", "lokr_w2"}.union(*_WHOLE[1:])))
-    + r"(?P<alpha>alpha)|(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|(?P<diff_m>diff_m))"
+    + r"(?P<alpha>alpha)|(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|(?P<diff_m>diff_m|modulation\.diff))"
 )
 
 
@@ -141,6 +142,8 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
     path = Path(path)
     lora = f"LoRA {path}"
     alpha = checked_strength(alpha)
+    if not path.is_file():
+        raise FileNotFoundError(f"{lora} is no file")
     tensors = open_weights([path])
     flags = {name: bool(tensors.pop(name).read()) for name in (_RSLORA_FLAG, _DORA_FLAG) if name in tensors}
     modules = dict(dit.named_modules())
@@ -209,7 +212,7 @@ def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     name = _without_prefix(name)
     for prefix in _FLAT_PREFIXES:  # kohya replaces the dots in names of either layout
         if name.startswith(prefix):
-            flat = name.removeprefix(prefix)
+            flat = name.removeprefix(prefix).lstrip("_")  # VideoX-Fun writes two underscores
             layouts = ((path, (path, diffusers_module(path) or "")) for path in modules)
             return next(
                 (path for path, names in layouts if flat in [n.replace(".", "_") for n in names]), None
@@ -236,6 +239,9 @@ def _check_sizes(lora: str, layer: str, parts: Mapping[str, StoredTensor], modul
     lokr = [any(f"lokr_{side}{end}" in parts for end in ("", "_a")) for side in ("w1", "w2")]
     if any(lokr) and not all(lokr):
         raise CheckpointError(f"{lora} has only one half of the pair for {layer}")
+    alpha = parts["alpha"].read() if "alpha" in parts else torch.ones(1)
+    if alpha.numel() != 1 or not alpha.float().isfinite():
+        raise CheckpointError(f"{lora} has an alpha for {layer} that is no finite number")
     bias = getattr(module, "bias", None)
     for part in ("diff_b", "up_bias"):
         if part in parts and (bias is None or parts[part].shape != bias.shape):
@@ -257,7 +263,7 @@ def _fits(parts: Mapping[str, StoredTensor], shape: torch.Size) -> bool:
     for up, down in (("up", "down"), ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")):
         if up in parts:
             u, d = parts[up].shape, parts[down].shape
-            fits &= (u[0], u[1:].numel(), d[1:].numel()) == (out, d[0], columns)
+            fits &= (u[0], u[1:].numel(), d[1:].numel()) == (out, d[0], columns) and d[0] > 0
     if "lokr_w1" in parts or "lokr_w1_a" in parts:
         rows, cols = 1, 1
         for side in ("lokr_w1", "lokr_w2"):
