@@ -86,6 +86,16 @@ def test_what_peft_writes_does_what_peft_does(checkpoint, tmp_path, kind, dtype)
     assert torch.equal(dit(*inputs()), before)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
+def test_what_begins_by_changing_the_weights_is_refused(checkpoint, tmp_path, start):
+    peft = pytest.importorskip("peft", reason="peft, of the dev extra, writes these files")
+    manager, _ = load(checkpoint)
+    config = peft.LoraConfig(target_modules=TARGETS, r=4, init_lora_weights=start)
+    peft.get_peft_model(load(checkpoint)[1], config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"with init_lora_weights='{start}' PEFT changes the model's"):
+        manager.load_lora(tmp_path / "adapter_model.safetensors")
+
+
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

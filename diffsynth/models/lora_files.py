@@ -37,7 +37,6 @@ _DIFFUSERS_CONFIG = "lora_adapter_metadata"
 # Not "ss_network_alpha": musubi-tuner's converter keeps it, and has already multiplied the tensors by it.
 _ALPHAS = ("lora_alpha", "alpha", "network_alpha")
 _PREFIXES = ("base_model.model.", "pipe.dit.", "model.", "diffusion_model.", "transformer.", "dit.")
-_FLAT_PREFIXES = ("lora_unet_", "lycoris_")
 _RSLORA_FLAG, _DORA_FLAG = "use_rslora_flag", "use_dora_flag"  # musubi-tuner's, for a whole file
 # Sets of tensors of which a layer has all or none.
 _WHOLE = (
@@ -210,13 +209,10 @@ def _without_prefix(name: str) -> str:
 def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Return the official path of the module that a name in a LoRA file refers to; None if there is none."""
     name = _without_prefix(name)
-    for prefix in _FLAT_PREFIXES:  # kohya replaces the dots in names of either layout
-        if name.startswith(prefix):
-            flat = name.removeprefix(prefix).lstrip("_")  # VideoX-Fun writes two underscores
-            layouts = ((path, (path, diffusers_module(path) or "")) for path in modules)
-            return next(
-                (path for path, names in layouts if flat in [n.replace(".", "_") for n in names]), None
-            )
+    # kohya replaces the dots in names of either layout; VideoX-Fun's prefix ends in two underscores.
+    if flat := re.fullmatch(r"(?:lora_unet|lycoris)__?(.+)", name):
+        both = ((path, name) for path in modules for name in (path, diffusers_module(path)) if name)
+        return next((path for path, name in both if name.replace(".", "_") == flat[1]), None)
     return next((path for path in (name, official_module(name)) if path in modules), None)
 
 
@@ -290,14 +286,14 @@ def _scaling(path: Path, by_root: bool) -> Scaling:
     config = path.parent / "adapter_config.json"
     flat = next((name for name in _ALPHAS if name in header), None)
     try:
-        if text is None and flat is not None and not config.is_file():
-            root = by_root or str(header.get("use_rslora", "")).lower() in ("true", "1")
-            return Scaling(source=source, alpha=_finite(header[flat]), by_root=root)
-        if text is None:
-            if not config.is_file():
-                return Scaling(source="the default: the file declares none", by_root=by_root)
+        if text is None and config.is_file():
             source, text = str(config), config.read_text()
-        return _declared_scaling(source, json.loads(text), by_root)
+        if text is not None:
+            return _declared_scaling(source, json.loads(text), by_root)
+        if flat is None:
+            return Scaling(source="the default: the file declares none", by_root=by_root)
+        root = by_root or str(header.get("use_rslora", "")).lower() in ("true", "1")
+        return Scaling(source=source, alpha=_finite(header[flat]), by_root=root)
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source} is no adapter config with lora_alpha and r ({error!r})") from error
 
@@ -306,6 +302,8 @@ def _declared_scaling(source: str, config: Mapping[str, Any], by_root: bool) -> 
     # In the header of a diffusers pipeline's LoRA, keys begin with the model's name: "transformer.r".
     declared = {name.removeprefix("transformer."): value for name, value in config.items()}
     alpha = declared["lora_alpha"] if "lora_alpha" in declared else declared["alpha"]  # LoHa and LoKr: alpha
+    if str(start := declared.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda")):
+        raise ValueError(f"with init_lora_weights={start!r} PEFT changes the model's own weights, too")
     scaling = Scaling(
         source=source,
         alpha=_finite(alpha),
