@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffsynth import ModelManager
+from diffsynth.models.checkpoint_files import CheckpointError
 from diffsynth.models.packed_linear import FP8, INT8
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.vram_management.streaming import tensors_of
@@ -85,6 +86,16 @@ def test_what_peft_writes_does_what_peft_does(checkpoint, tmp_path, kind, dtype)
     assert torch.equal(dit(*inputs()), before)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
+def test_what_begins_by_changing_the_weights_is_refused(checkpoint, tmp_path, start):
+    peft = pytest.importorskip("peft", reason="peft, of the dev extra, writes these files")
+    manager, _ = load(checkpoint)
+    config = peft.LoraConfig(target_modules=TARGETS, r=4, init_lora_weights=start)
+    peft.get_peft_model(load(checkpoint)[1], config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"with init_lora_weights='{start}' PEFT changes the model's"):
+        manager.load_lora(tmp_path / "adapter_model.safetensors")
+
+
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -104,7 +115,18 @@ def pair(name=Q, rank=3, **more):
     return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, **more}, up @ down
 
 
-@pytest.mark.parametrize("prefix", ["", "pipe.dit.", "dit.", "diffusion_model.", "lora_unet_", "lycoris_"])
+PREFIXES = (
+    "",
+    "pipe.dit.",
+    "dit.",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "lora_unet_",
+    "lora_unet__",
+)
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, "lycoris_"])
 def test_every_prefix_names_the_same_layer(checkpoint, tmp_path, prefix):
     name = prefix + (Q.replace(".", "_") if prefix.endswith("_") else Q)
     tensors, product = pair(name)
@@ -117,6 +139,9 @@ HEADERS = {
     "musubi's flag, false": ({}, {**ALPHA, FLAG: torch.tensor(False)}, 2),
     "network_alpha": ({"network_alpha": "6"}, {}, 2.0),
     "ss_network_alpha beside alphas": ({"ss_network_alpha": "30"}, ALPHA, 2.0),
+    "ss_network_alpha that a converter has left, its factor being in the tensors": (
+        {"ss_network_alpha": "1", "ss_network_dim": "3"}, {}, 1,
+    ),
     "rs-LoRA in the header": ({"lora_alpha": "6", "use_rslora": "True"}, {}, 6 / 3**0.5),
 }  # fmt: skip
 
@@ -167,17 +192,31 @@ def test_lokr_and_loha_of_lycoris(checkpoint, tmp_path):
     torch.testing.assert_close(change, product, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "rank"), [(float("nan"), 3), (float("inf"), 3), ([1.0, 2.0], 3), ([], 3), (1.0, 0)]
+)
+def test_a_scale_that_is_no_number_is_refused(checkpoint, tmp_path, alpha, rank):
+    tensors, _ = pair(rank=rank, **{f"{Q}.alpha": torch.tensor(alpha)})
+    with pytest.raises(CheckpointError, match=f"no finite number|does not fit {Q}"):
+        effect(checkpoint, tmp_path, tensors)
+
+
+def test_a_folder_in_place_of_a_lora_is_named(checkpoint, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^LoRA .* is no file$"):
+        load(checkpoint)[0].load_lora(tmp_path)
+
+
 def test_differences_of_modulations_are_added_and_taken_away(checkpoint, tmp_path):
     manager, dit = load(checkpoint)
     tensors = {
         "diffusion_model.blocks.1.diff_m": normal(1, 6, 48),
-        "diffusion_model.head.diff_m": normal(1, 2, 48),
+        "diffusion_model.head.modulation.diff": normal(1, 2, 48),
     }
     save_file(tensors, tmp_path / "lora.safetensors")
     before = {name: dit.get_submodule(name).modulation.clone() for name in ("blocks.1", "head")}
     manager.load_lora(tmp_path / "lora.safetensors", 0.5)
-    for name, modulation in before.items():
-        expected = modulation + 0.5 * tensors[f"diffusion_model.{name}.diff_m"]
+    for (name, modulation), change in zip(before.items(), tensors.values(), strict=True):
+        expected = modulation + 0.5 * change
         torch.testing.assert_close(dit.get_submodule(name).modulation.data, expected)
     manager.unload_lora()
     assert all(torch.equal(dit.get_submodule(name).modulation, x) for name, x in before.items())

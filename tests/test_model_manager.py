@@ -287,6 +287,21 @@ def test_shards_without_their_index_must_all_be_there(checkpoint):
         load(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["{}.fp16-{}-of-00002", "{}-{}-of-00002.fp16"])
+def test_shards_of_a_variant_load_as_diffusers_names_them(checkpoint, name):
+    whole, index = dit_output(load(checkpoint / INDEX)), json.loads((checkpoint / INDEX).read_text())
+    names = {}
+    for shard, number in zip(shards(checkpoint), ("00001", "00002"), strict=True):
+        new = f"{name.format('diffusion_pytorch_model', number)}.safetensors"
+        names[shard.name] = shard.rename(checkpoint / new).name
+    index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
+    (checkpoint / INDEX).unlink()
+    variant = checkpoint / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    variant.write_text(json.dumps(index))
+    for entry in (variant, checkpoint):
+        assert torch.equal(dit_output(load(entry)), whole)
+
+
 @pytest.mark.parametrize("given", ["2", 0, 5])
 def test_a_config_that_does_not_fit_the_weights_is_named(checkpoint, given):
     config = json.loads((checkpoint / "config.json").read_text()) | {"num_heads": given}

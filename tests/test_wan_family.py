@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from diffsynth import ModelManager, WanVideoPipeline
 from diffsynth.models.checkpoint_files import CheckpointError
+from diffsynth.models.model_kinds import expert_of
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_keys import diffusers_module, dit_config_from_shapes
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
@@ -222,6 +223,36 @@ def test_one_expert_alone_is_refused(checkpoint):
     manager.load_models([folder / "low_noise_model"])
     pipe = WanVideoPipeline.from_model_manager(manager)
     assert pipe.models.experts == ("dit", "low_noise_dit")
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    {
+        "Wan2_2-T2V-A14B-HIGH_fp8_e4m3fn_scaled_KJ.safetensors": "high",
+        "Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors": "low",
+        "Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": "high",
+        "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": "low",
+        "wan2.2 mine LOW.safetensors": "low",
+        "mine_high.safetensors": "high",
+        "mine-low.safetensors": "low",
+        "low_poly.safetensors": None,
+        "SLOW_MOTION.safetensors": None,
+        "HIGHLIGHTS.safetensors": None,
+        "high_quality.safetensors": None,
+    }.items(),
+)
+def test_an_expert_is_told_by_the_names_that_files_have(tmp_path, name, expert):
+    assert expert_of(tmp_path / name) == expert
+
+
+def test_an_expert_that_is_asked_for_needs_no_name(checkpoint, tmp_path):
+    pair = checkpoint("tiny-a14b")
+    whole = WanVideoPipeline.from_pretrained(pair, device="cpu")
+    for folder, expert in (("high_noise_model", "a"), ("low_noise_model", "b")):
+        shutil.copytree(pair / folder, tmp_path / expert)
+    given = {"dit": tmp_path / "a", "low_noise_dit": tmp_path / "b"}
+    named = WanVideoPipeline.from_pretrained(pair, device="cpu", **given)
+    assert torch.equal(named("a cat", **SMALL), whole("a cat", **SMALL))
 
 
 LAYER = "blocks.1.ffn.0"

@@ -117,6 +117,14 @@ def test_float8_files_are_their_numbers_times_their_scales(dit_state, tmp_path, 
     torch.testing.assert_close(weight, true["blocks.0.self_attn.q.weight"].bfloat16(), atol=4e-3, rtol=0)
 
 
+def test_float8_weights_of_a_pickle_have_their_scales_too(dit_state, tmp_path):
+    stored, true = float8(dit_state, "weight_scale_inv")
+    torch.save(stored, tmp_path / "dit.pth")
+    dit = load(tmp_path / "dit.pth")
+    torch.testing.assert_close(velocity(dit), expected(true))
+    assert isinstance(dit.blocks[0].self_attn.q, PackedLinear)
+
+
 def test_float8_weights_take_gradients_of_their_inputs(dit_state, tmp_path):
     stored, true = float8(dit_state, "scale_weight")
     save_file(stored, tmp_path / "dit.safetensors")
@@ -306,8 +314,10 @@ def test_one_file_with_everything_and_a_folder_of_comfy_make_the_same_video(tiny
     one = tmp_path / "one"
     one.mkdir()
     (one / "config.json").write_text(config)
-    save_file({**joined, "text_encoders.umt5xxl.transformer.spiece_model": pieces}, one / "all.safetensors")
-    torch.testing.assert_close(video([one / "all.safetensors"]), whole)
+    scale = {"text_encoders.umt5xxl.logit_scale": torch.ones(())}  # beside all text encoders of Comfy
+    for beside in ("", "umt5xxl.", "umt5xxl.transformer."):
+        save_file({**joined, **scale, f"text_encoders.{beside}spiece_model": pieces}, one / "all.safetensors")
+        torch.testing.assert_close(video([one / "all.safetensors"]), whole)
     for folder, tensors in zip(("diffusion_models", "text_encoders", "vae"), parts.values(), strict=True):
         (tmp_path / "comfy" / folder).mkdir(parents=True)
         extra = {"spiece_model": pieces} if folder == "text_encoders" else {}

@@ -22,7 +22,7 @@ from diffsynth.models.gguf_files import WIDE_KINDS, read_gguf, unpack_gguf
 from diffsynth.models.packed_linear import PackedWeight
 
 DOWNLOAD_HINT = "published checkpoints are fetched with: fastvmt download 1.3b"
-_SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})(\.\w+)?$")  # the variant stands before or behind the number
 # Names under which weights are published: such files must be whole, others in a folder may be anything.
 PUBLISHED_NAME = re.compile(
     r"(diffusion_pytorch_model|model|Wan2\.[12]_VAE)\b.*\.(safetensors|pth)|models_(t5|clip).*"
@@ -31,7 +31,7 @@ _WRAPPERS = ("model_state", "state_dict", "model")
 # Endings of the scales of float8 weights, W = numbers * scale, and of tensors that only their kernels need.
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _OF_KERNELS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
-_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+_FLOAT8 = ("F8_E4M3", "F8_E5M2", torch.float8_e4m3fn, torch.float8_e5m2)  # for safetensors, for torch
 _SUFFIXES = ("safetensors", "sft", "gguf", "pth", "pt", "bin", "ckpt")
 # Where the official layout of two experts, the diffusers layout and Comfy keep their weights.
 _COMPONENTS = (
@@ -153,15 +153,18 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
     for name in handle.keys():  # noqa: SIM118
         stored = handle.get_slice(name)
         read = partial(handle.get_tensor, name)
-        shape, dtype = torch.Size(stored.get_shape()), _FLOAT8.get(stored.get_dtype())
-        packed = None if dtype is None or len(shape) != 2 else partial(_unscaled, read, dtype)
-        found[name] = StoredTensor(file, shape, read, packed)
+        found[name] = _stored(file, torch.Size(stored.get_shape()), read, stored.get_dtype() in _FLOAT8)
     return found
 
 
-def _unscaled(read: Callable[[], Tensor], dtype: torch.dtype) -> PackedWeight:
+def _stored(file: Path, shape: torch.Size, read: Callable[[], Tensor], is_float8: bool) -> StoredTensor:
+    packed = partial(_unscaled, read) if is_float8 and len(shape) == 2 else None
+    return StoredTensor(file, shape, read, packed)
+
+
+def _unscaled(read: Callable[[], Tensor]) -> PackedWeight:
     numbers = read()
-    return PackedWeight(numbers.view(torch.int8), torch.ones(len(numbers), 1), dtype)
+    return PackedWeight(numbers.view(torch.int8), torch.ones(len(numbers), 1), numbers.dtype)
 
 
 def _open_gguf(file: Path) -> dict[str, StoredTensor]:
@@ -197,7 +200,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
         content = inner
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} does not hold a state dict (names and tensors)")
-    return {str(name): StoredTensor(file, t.shape, t.detach) for name, t in content.items()}
+    return {str(name): _stored(file, t.shape, t.detach, t.dtype in _FLOAT8) for name, t in content.items()}
 
 
 def files_of(entry: str | Path | Sequence[str | Path]) -> list[list[Path]]:
@@ -217,7 +220,7 @@ def files_of(entry: str | Path | Sequence[str | Path]) -> list[list[Path]]:
         if not groups:
             raise FileNotFoundError(f"folder {path} holds no weight files; {DOWNLOAD_HINT}")
         return groups
-    if path.name.endswith(".index.json"):
+    if path.suffix == ".json":  # "x.index.json", "x.index.fp16.json"
         return [_files_of_index(path)]
     return [[path]]
 
@@ -247,7 +250,7 @@ def _files_in_folder(folder: Path) -> list[list[Path]]:
     loose: dict[str, list[Path]] = {}
     for file in (f for suffix in _SUFFIXES for f in sorted(folder.glob(f"*.{suffix}"))):
         if file not in indexed and not file.name.startswith("."):
-            files = loose.setdefault(_SHARD.sub("", file.stem), [file])
+            files = loose.setdefault(_SHARD.sub(r"\2", file.stem), [file])
             # The same name with another suffix is the same model in another format.
             if file not in files and file.suffix == files[0].suffix:
                 files.append(file)

@@ -34,9 +34,9 @@ from diffsynth.models.wan_video_dit_keys import diffusers_module, official_modul
 logger = logging.getLogger(__name__)
 
 _DIFFUSERS_CONFIG = "lora_adapter_metadata"
-_ALPHAS = ("lora_alpha", "alpha", "network_alpha", "ss_network_alpha")
-_PREFIXES = ("base_model.model.", "pipe.dit.", "diffusion_model.", "transformer.", "dit.", "model.")
-_FLAT_PREFIXES = ("lora_unet_", "lycoris_")
+# Not "ss_network_alpha": musubi-tuner's converter keeps it, and has already multiplied the tensors by it.
+_ALPHAS = ("lora_alpha", "alpha", "network_alpha")
+_PREFIXES = ("base_model.model.", "pipe.dit.", "model.", "diffusion_model.", "transformer.", "dit.")
 _RSLORA_FLAG, _DORA_FLAG = "use_rslora_flag", "use_dora_flag"  # musubi-tuner's, for a whole file
 # Sets of tensors of which a layer has all or none.
 _WHOLE = (
@@ -52,7 +52,7 @@ _PART = re.compile(
     r"(?P<up_bias>lora_B|lora_up)(?:\.\w+)?\.bias|"
     r"(?P<magnitude>lora_magnitude_vector(?:\.\w+)*|dora_scale|dora_layer\.weight)|"
     + "".join(rf"(?P<{name}>{name})|" for name in sorted({"lokr_w1", "lokr_w2"}.union(*_WHOLE[1:])))
-    + r"(?P<alpha>alpha)|(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|(?P<diff_m>diff_m))"
+    + r"(?P<alpha>alpha)|(?P<diff>diff|w_norm)|(?P<diff_b>diff_b|b_norm)|(?P<diff_m>diff_m|modulation\.diff))"
 )
 
 
@@ -141,6 +141,8 @@ def read_lora(path: str | Path, alpha: float, dit: nn.Module) -> Lora:
     path = Path(path)
     lora = f"LoRA {path}"
     alpha = checked_strength(alpha)
+    if not path.is_file():
+        raise FileNotFoundError(f"{lora} is no file")
     tensors = open_weights([path])
     flags = {name: bool(tensors.pop(name).read()) for name in (_RSLORA_FLAG, _DORA_FLAG) if name in tensors}
     modules = dict(dit.named_modules())
@@ -207,13 +209,10 @@ def _without_prefix(name: str) -> str:
 def _resolve(name: str, modules: Mapping[str, nn.Module]) -> str | None:
     """Return the official path of the module that a name in a LoRA file refers to; None if there is none."""
     name = _without_prefix(name)
-    for prefix in _FLAT_PREFIXES:  # kohya replaces the dots in names of either layout
-        if name.startswith(prefix):
-            flat = name.removeprefix(prefix)
-            layouts = ((path, (path, diffusers_module(path) or "")) for path in modules)
-            return next(
-                (path for path, names in layouts if flat in [n.replace(".", "_") for n in names]), None
-            )
+    # kohya replaces the dots in names of either layout; VideoX-Fun's prefix ends in two underscores.
+    if flat := re.fullmatch(r"(?:lora_unet|lycoris)__?(.+)", name):
+        both = ((path, name) for path in modules for name in (path, diffusers_module(path)) if name)
+        return next((path for path, name in both if name.replace(".", "_") == flat[1]), None)
     return next((path for path in (name, official_module(name)) if path in modules), None)
 
 
@@ -236,6 +235,9 @@ def _check_sizes(lora: str, layer: str, parts: Mapping[str, StoredTensor], modul
     lokr = [any(f"lokr_{side}{end}" in parts for end in ("", "_a")) for side in ("w1", "w2")]
     if any(lokr) and not all(lokr):
         raise CheckpointError(f"{lora} has only one half of the pair for {layer}")
+    alpha = parts["alpha"].read() if "alpha" in parts else torch.ones(1)
+    if alpha.numel() != 1 or not alpha.float().isfinite():
+        raise CheckpointError(f"{lora} has an alpha for {layer} that is no finite number")
     bias = getattr(module, "bias", None)
     for part in ("diff_b", "up_bias"):
         if part in parts and (bias is None or parts[part].shape != bias.shape):
@@ -257,7 +259,7 @@ def _fits(parts: Mapping[str, StoredTensor], shape: torch.Size) -> bool:
     for up, down in (("up", "down"), ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")):
         if up in parts:
             u, d = parts[up].shape, parts[down].shape
-            fits &= (u[0], u[1:].numel(), d[1:].numel()) == (out, d[0], columns)
+            fits &= (u[0], u[1:].numel(), d[1:].numel()) == (out, d[0], columns) and d[0] > 0
     if "lokr_w1" in parts or "lokr_w1_a" in parts:
         rows, cols = 1, 1
         for side in ("lokr_w1", "lokr_w2"):
@@ -284,14 +286,14 @@ def _scaling(path: Path, by_root: bool) -> Scaling:
     config = path.parent / "adapter_config.json"
     flat = next((name for name in _ALPHAS if name in header), None)
     try:
-        if text is None and flat is not None and not config.is_file():
-            root = by_root or str(header.get("use_rslora", "")).lower() in ("true", "1")
-            return Scaling(source=source, alpha=_finite(header[flat]), by_root=root)
-        if text is None:
-            if not config.is_file():
-                return Scaling(source="the default: the file declares none", by_root=by_root)
+        if text is None and config.is_file():
             source, text = str(config), config.read_text()
-        return _declared_scaling(source, json.loads(text), by_root)
+        if text is not None:
+            return _declared_scaling(source, json.loads(text), by_root)
+        if flat is None:
+            return Scaling(source="the default: the file declares none", by_root=by_root)
+        root = by_root or str(header.get("use_rslora", "")).lower() in ("true", "1")
+        return Scaling(source=source, alpha=_finite(header[flat]), by_root=root)
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source} is no adapter config with lora_alpha and r ({error!r})") from error
 
@@ -300,6 +302,8 @@ def _declared_scaling(source: str, config: Mapping[str, Any], by_root: bool) -> 
     # In the header of a diffusers pipeline's LoRA, keys begin with the model's name: "transformer.r".
     declared = {name.removeprefix("transformer."): value for name, value in config.items()}
     alpha = declared["lora_alpha"] if "lora_alpha" in declared else declared["alpha"]  # LoHa and LoKr: alpha
+    if str(start := declared.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda")):
+        raise ValueError(f"with init_lora_weights={start!r} PEFT changes the model's own weights, too")
     scaling = Scaling(
         source=source,
         alpha=_finite(alpha),

@@ -4,9 +4,10 @@ Kinds are told by names and shapes, so any width and depth loads; official and d
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from os.path import commonprefix
 from pathlib import Path
 
 from torch import nn
@@ -32,7 +33,10 @@ from diffsynth.models.wan_video_vae_keys import diffusers_vae_key_map
 PIECES = "spiece_model"  # the bytes of the tokenizer, in Comfy's files of the text encoder
 # The second DiT of a pair, which only its folder or file name tells from the first.
 LOW_NOISE_DIT = "wan_video_low_noise_dit"
-_EXPERT = re.compile(r"((?i:high[-_]?noise)|_HIGH[_.])|(?i:low[-_]?noise)|_LOW[_.]|transformer_2/")
+_EXPERT = re.compile(
+    r"((?i:high[-_ ]?noise|[-_ ]high\.\w+$)|(?<![^\W_])HIGH(?![^\W_]))"
+    r"|(?i:low[-_ ]?noise|[-_ ]low\.\w+$)|(?<![^\W_])LOW(?![^\W_])|transformer_2/"
+)
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, StoredTensor]
 Declared = Mapping[str, object]
@@ -149,7 +153,7 @@ def split(tensors: Mapping[str, StoredTensor]) -> list[dict[str, StoredTensor]]:
     """Return the models that a file holds, each without what stands before all of its names.
 
     A prefix, "model.diffusion_model." or "first_stage_model.", is told by such a tensor's name behind it.
-    What belongs to no model is left with the first.
+    What has no model's prefix is left with the model whose prefix is nearest, else with the first.
     """
     names = [name for kind in KINDS for name in (kind.official_tensor, kind.diffusers_tensor)]
     prefixes = {
@@ -159,10 +163,10 @@ def split(tensors: Mapping[str, StoredTensor]) -> list[dict[str, StoredTensor]]:
     if not prefixes:
         return [dict(tensors)]
     models: dict[str, dict[str, StoredTensor]] = {prefix: {} for prefix in prefixes}
-    longest_first = sorted(prefixes, key=len, reverse=True)
     for key, tensor in tensors.items():
-        prefix = next((prefix for prefix in longest_first if key.startswith(prefix)), longest_first[-1])
-        models[prefix][key.removeprefix(prefix)] = tensor
+        shared = {p: commonprefix([p, key]).rfind(".") + 1 for p in prefixes}  # noqa: RUF071 - cut at a dot
+        prefix = max(prefixes, key=lambda p: (key.startswith(p), shared[p]))
+        models[prefix][key[shared[prefix] :]] = tensor
     return list(models.values())
 
 
@@ -200,9 +204,10 @@ def recognise(
     return kind, {key: t for key, t in tensors.items() if not key.startswith(beside)}, arguments
 
 
-def name_of(kind: ModelKind, file: Path) -> str:
-    """Return the name under which a model is found: its kind's, or that of the low-noise expert of a pair."""
-    return LOW_NOISE_DIT if kind.factory is WanModel and expert_of(file) == "low" else kind.name
+def name_of(kind: ModelKind, file: Path, wanted: Sequence[str] | None = None) -> str:
+    """Return a model's name: its kind's, or that of a pair's low-noise expert, if that alone is `wanted`."""
+    expert = expert_of(file) or ("low" if list(wanted or ()) == [LOW_NOISE_DIT] else None)
+    return LOW_NOISE_DIT if kind.factory is WanModel and expert == "low" else kind.name
 
 
 def expert_of(file: Path) -> str | None:

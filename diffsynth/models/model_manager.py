@@ -137,7 +137,7 @@ class ModelManager:
                 logger.warning("%s; left out", error)
                 continue
             for held, (kind, tensors, arguments) in models:
-                name = name_of(kind, files[0])
+                name = name_of(kind, files[0], model_names)
                 if model_names is not None and name not in model_names:
                     continue
                 if name in loaded:
