@@ -180,6 +180,24 @@ def test_gguf_files_are_what_the_gguf_package_reads(dit_state, tmp_path, kind):
     torch.testing.assert_close(gradient, true["blocks.0.self_attn.q.weight"].sum(0).expand(3, -1))
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1"])
+def test_a_lora_stands_beside_the_weights_of_gguf(dit_state, tmp_path, kind):
+    """A row of these has another number of bytes than of weights."""
+    true = write_gguf(tmp_path / "dit.gguf", dit_state, kind)
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": DIT["num_heads"]}))
+    manager = ModelManager(torch_dtype=torch.float32, file_path_list=[tmp_path / "dit.gguf"])
+    dit, name = manager.fetch_model("wan_video_dit"), "blocks.1.ffn.0"
+    before, down, up = velocity(dit), torch.randn(3, 64), torch.randn(128, 3)
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.diff_b": torch.ones(128)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    manager.load_lora(tmp_path / "lora.safetensors")
+    merged = {f"{name}.weight": true[f"{name}.weight"] + up @ down, f"{name}.bias": true[f"{name}.bias"] + 1}
+    change = expected(true | merged) - before
+    assert (velocity(dit) - before - change).norm() < 0.01 * change.norm()  # kept in bfloat16
+    manager.unload_lora()
+    assert torch.equal(velocity(dit), before)
+
+
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
 def test_kinds_that_the_package_cannot_write_unpack_as_it_does(kind):
     gguf = pytest.importorskip("gguf", reason="the gguf package, of the dev extra, has the other unpacker")

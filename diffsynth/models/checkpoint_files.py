@@ -158,13 +158,11 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(file: Path, shape: torch.Size, read: Callable[[], Tensor], is_float8: bool) -> StoredTensor:
-    packed = partial(_unscaled, read) if is_float8 and len(shape) == 2 else None
-    return StoredTensor(file, shape, read, packed)
+    def packed() -> PackedWeight:
+        numbers = read()
+        return PackedWeight(numbers.view(torch.int8), torch.ones(len(numbers), 1), numbers.dtype)
 
-
-def _unscaled(read: Callable[[], Tensor]) -> PackedWeight:
-    numbers = read()
-    return PackedWeight(numbers.view(torch.int8), torch.ones(len(numbers), 1), numbers.dtype)
+    return StoredTensor(file, shape, read, packed if is_float8 and len(shape) == 2 else None)
 
 
 def _open_gguf(file: Path) -> dict[str, StoredTensor]:

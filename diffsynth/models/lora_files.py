@@ -29,6 +29,7 @@ from torch import nn
 
 from diffsynth.models.checkpoint_files import CheckpointError, StoredTensor, is_safetensors, open_weights
 from diffsynth.models.model_kinds import foreign_family
+from diffsynth.models.packed_linear import PackedLinear
 from diffsynth.models.wan_video_dit_keys import diffusers_module, official_module
 
 logger = logging.getLogger(__name__)
@@ -245,12 +246,12 @@ def _check_sizes(lora: str, layer: str, parts: Mapping[str, StoredTensor], modul
     modulation = getattr(module, "modulation", None)
     if "diff_m" in parts and (modulation is None or parts["diff_m"].shape.numel() != modulation.numel()):
         raise CheckpointError(f"{lora} does not fit the modulation of {layer}; it is for another model")
-    weight = getattr(module, "weight", None)
-    if weight is not None and not _fits(parts, weight.shape):
+    shape = getattr(getattr(module, "weight", None), "shape", None)
+    if isinstance(module, PackedLinear):  # its weight has bytes, in GGUF not one for each number
+        shape = torch.Size([module.out_features, module.in_features])
+    if shape is not None and not _fits(parts, shape):
         sizes = ", ".join(f"{part} {tuple(stored.shape)}" for part, stored in parts.items())
-        raise CheckpointError(
-            f"{lora} does not fit {layer}, {tuple(weight.shape)}: {sizes}; it is of another model"
-        )
+        raise CheckpointError(f"{lora} does not fit {layer}, {tuple(shape)}: {sizes}; it is of another model")
 
 
 def _fits(parts: Mapping[str, StoredTensor], shape: torch.Size) -> bool:

@@ -120,7 +120,8 @@ class WanImageEncoder(nn.Module):
 
 def unused_names(num_layers: int) -> tuple[str, ...]:
     """Return how the official names begin of published tensors that the encoder does not use."""
-    return "textual.", "log_scale", "post_norm.", "head", "vision_model.", f"transformer.{num_layers - 1}."
+    of_text = "textual.", "log_scale", "text_model.", "text_projection.", "logit_scale"
+    return *of_text, "post_norm.", "head", "vision_model.", f"transformer.{num_layers - 1}."
 
 
 def image_encoder_config_from_shapes(
@@ -153,7 +154,7 @@ def transformers_to_official(tensors: Mapping[str, StoredTensor]) -> dict[str, S
             shape = torch.Size([1] * (3 - len(tensor.shape)) + list(tensor.shape))
             found[_TRANSFORMERS[key]] = StoredTensor(tensor.file, shape, partial(_joined, [tensor], shape))
         elif block is None:
-            found[f"{_TRANSFORMERS.get(path, path)}.{kind}"] = tensor
+            found[f"{_TRANSFORMERS.get(path, path)}.{kind}".removeprefix(".")] = tensor
         elif block[2] == "self_attn.q_proj":
             parts = [tensors[key.replace("q_proj", f"{name}_proj")] for name in "qkv"]
             shape = torch.Size([3 * tensor.shape[0], *tensor.shape[1:]])
