@@ -85,10 +85,6 @@ def run_blocks_cached(dit: WanModel, state: DiTState, caches: Sequence[StepCache
     """Return tokens [B, S, D] after all blocks, which run only for the samples whose cache requires it.
 
     If all caches require it, the result is bit-identical to `dit.run_blocks(state)`.
-
-    Args:
-        dit, state: the DiT, and the inputs of its blocks for B samples.
-        caches: a rule for each sample, all of the same class.
     """
     first = caches[0].probe_blocks
     before = dit.run_blocks(state, stop=first) if first else state.tokens

@@ -53,10 +53,6 @@ class Clip:
 def load_clip(folder: str | PathLike | None = None, *, device: str | torch.device = "auto") -> Clip:
     """Load a CLIP as published on Hugging Face (CLIPModel of transformers, with its tokenizer).
 
-    Args:
-        folder: of its files; None for the environment's DIFFSYNTH_CLIP, else models/clip-vit-base-patch32.
-        device: where it runs.
-
     Raises:
         FileNotFoundError: the folder or a file of it is missing; the message has the command that fetches it.
         ValueError: its weights are not a whole CLIP.

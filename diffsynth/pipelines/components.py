@@ -126,14 +126,6 @@ def load_checkpoint(
 ) -> ModelManager:
     """Load the models of a checkpoint folder, or of a name as for `from_pretrained`, and LoRAs.
 
-    Args:
-        path: the folder or name.
-        torch_dtype: dtype of all models but the VAE.
-        vae_dtype: dtype of the VAE.
-        loras: LoRA file -> strength.
-        parts: weights of "dit", "text_encoder", "vae", "low_noise_dit" and "image_encoder" that are loaded
-            instead of the folder's.
-
     Raises:
         TypeError: parts has another name.
         FileNotFoundError: a file is missing.

@@ -78,12 +78,6 @@ class Ladder:
     def begin(self, options: RunOptions, vram_gb: float | None, *, with_reference: bool) -> RunOptions:
         """Return the options of a run with all settings decided; if vram_gb is given, also move the models.
 
-        Args:
-            options: the resolved options of the run.
-            vram_gb: device memory that the run may use, in units of 2**30 bytes; None to use the free memory
-                and leave the models where they are.
-            with_reference: whether a reference video is encoded.
-
         Raises:
             NotEnoughMemoryError: no settings fit into vram_gb.
         """
