@@ -344,10 +344,12 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
         ({"--model": "wan2.2-TI2V-5B"}, "fetch it with: fastvmt download wan2.2-ti2v-5b"),
         ({"--model": "1.3B"}, "models/Wan2.1-T2V-1.3B does not exist; fetch it with: fastvmt download 1.3b"),
         ({"--model": "Wan-AI/Wan2.1-T2V-14B"}, "fetch it with: fastvmt download 14b"),
+        ({"-o": "."}, "output . is a folder; give the name of a video file"),
+        ({"-o": "~/out.mp4"}, "output ~/out.mp4: the shell left ~ as it is; write $HOME"),
         ({"-o": "folder.mp4"}, "output folder.mp4 is a folder; give the name of a video file"),
         ({"-o": "there.mp4"}, "output there.mp4 exists; give another name, or --overwrite"),
         ({"-o": "link.mp4"}, "output link.mp4 exists; give another name, or --overwrite"),
-        ({"-o": "mine.mp4"}, "mine.mp4.json exists and is no record of a run; give another name"),
+        ({"-o": "mine.mp4"}, "mine.mp4.json exists and is no run record; give another name"),
         ({"--model": "2b"}, "2b is neither a checkpoint folder nor one of the names nano, 1.3b, 14b"),
         ({"--preset": "warp"}, "preset must be one of exact, balanced, fast; got 'warp'"),
         ({"--frames": "9"}, "num_frames is 9, but input_video has 5 frames"),
@@ -402,6 +404,23 @@ def test_a_transfer_that_lacks_something_says_what(arguments, message, clip, mon
 def test_a_folder_that_cannot_be_written_to_is_refused(capsys, clip):
     assert main(["transfer", clip, "--prompt", "a cat", "-o", "/proc/out.mp4"]) == 2
     assert "output folder /proc cannot be written to" in capsys.readouterr().err
+
+
+def test_overwrite_does_not_replace_what_the_video_is_made_from(transferring, clip, tmp_path, capsys):
+    content = clip.read_bytes()
+    (tmp_path / "link.mp4").symlink_to(clip)
+    line = json.dumps({"reference": str(clip), "prompt": "a cat", "output": clip.name})
+    (tmp_path / "jobs.jsonl").write_text(line)
+    model = transferring[transferring.index("--model") + 1]
+    for arguments in (
+        [*transferring, "-o", str(clip)],
+        [*transferring, "-o", str(tmp_path / "link.mp4")],
+        ["compare", clip, clip, "-o", clip],
+        ["batch", tmp_path / "jobs.jsonl", "-o", clip.parent, "--model", model],
+    ):
+        assert main([*arguments, "--overwrite"]) == (1 if arguments[0] == "batch" else 2)
+        assert "would replace the video that it is made from" in capsys.readouterr().err
+    assert clip.read_bytes() == content
 
 
 def test_overwrite_replaces_a_video_and_a_failed_run_keeps_it(transferring, tmp_path, monkeypatch, capsys):

@@ -92,6 +92,7 @@ def images():
     return torch.from_numpy(frames).float() / 255
 
 
+@torch.inference_mode()  # as ComfyUI calls all nodes
 def test_a_graph_of_all_nodes_writes_a_video(nodes, comfy, images, tmp_path):
     (model,) = call(nodes["FastVMTLoadCheckpoint"], device="cpu")
     (reference,) = call(nodes["FastVMTMotionReference"], images=images)

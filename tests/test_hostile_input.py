@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffsynth import ModelManager, VideoData, WanVideoPipeline, decode_saved
+from diffsynth.data.frames import read_picture
 from diffsynth.models.checkpoint_files import CheckpointError
 from diffsynth.prompters.wan_prompter import clean_prompt
 from diffsynth.testing import write_checkpoint, write_clip
@@ -159,6 +160,15 @@ def test_pictures_that_would_fill_the_memory_are_refused(tmp_path, size):
     (tmp_path / "1.png").write_bytes(png(*size, rows=bytes(10**7)))
     with pytest.raises(ValueError, match=r"1\.png"):
         list(VideoData(image_folder=tmp_path))
+
+
+def test_a_photograph_with_a_second_picture_in_its_file_is_one_picture(tmp_path):
+    photo, small = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (32, 32), "blue")
+    photo.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[small])
+    assert read_picture(tmp_path / "phone.jpg", "input_image").size == (64, 64)
+    photo.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (64, 64), "blue")])
+    with pytest.raises(ValueError, match="input_image must be one picture; it is animated, 2 frames"):
+        read_picture(tmp_path / "moving.gif", "input_image")
 
 
 def test_one_pixel_is_a_picture(tmp_path, pipe):

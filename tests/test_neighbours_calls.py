@@ -97,7 +97,8 @@ def test_the_pipeline_moves_and_takes_loras_as_there(pipe, tmp_path):
     assert torch.equal(run(pipe), whole)
     with pytest.raises(ValueError, match=r"load_lora takes pipe\.dit"):
         pipe.load_lora(pipe.vae, tmp_path / "lora.safetensors")
-    assert pipe.to(torch_dtype=torch.bfloat16).dit.dtype == torch.bfloat16
+    for alone in ({"torch_dtype": torch.bfloat16}, {"device": torch.float32}, {"device": torch.bfloat16}):
+        assert pipe.to(**alone).dit.dtype == next(iter(alone.values()))
     assert pipe.vae.dtype == torch.float32
 
 

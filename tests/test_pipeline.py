@@ -250,7 +250,7 @@ def test_callback_sees_every_step_and_may_replace_the_latents(pipe):
 
     def zero_at_the_end(pipeline, step, timestep, kwargs):
         seen.append((pipeline is pipe, step, float(timestep), kwargs["latents"].shape))
-        return {"latents": torch.zeros_like(kwargs["latents"])} if step == 2 else None
+        return {"latents": torch.zeros_like(kwargs["latents"])} if step == 2 else None if step else {}
 
     assert latents(pipe, callback_on_step_end=zero_at_the_end).abs().max() == 0
     assert [entry[1] for entry in seen] == [0, 1, 2]

@@ -51,6 +51,30 @@ def test_pixels_that_are_not_square_are_made_square(tmp_path, caplog):
     assert "pal.mp4: pixels of 64:45 made square: 180x144 -> 256x144" in caplog.text
 
 
+def test_the_shape_of_pixels_that_a_container_states_comes_before_that_of_the_codec(tmp_path):
+    made(tmp_path / "a.mp4", flat("red", "160x120"), "-vf", "setsar=4/3", frames=2)
+    for suffix in ("mp4", "mkv"):
+        ffmpeg("-i", tmp_path / "a.mp4", "-c", "copy", "-aspect", "2:1", tmp_path / f"b.{suffix}")
+        assert VideoData(tmp_path / f"b.{suffix}").shape() == (120, 240)
+
+
+def test_a_cover_picture_before_the_video_does_not_set_its_size(tmp_path):
+    clip, cover = made(tmp_path / "a.mp4", flat("red"), frames=3), tmp_path / "cover.jpg"
+    made(cover, flat("blue", "120x80"), frames=1)
+    streams = ("-map", 0, "-map", 1, "-c", "copy", "-disposition:v:1", "attached_pic")
+    ffmpeg("-i", clip, "-i", cover, *streams, tmp_path / "b.mp4")
+    boxes, film = {}, (tmp_path / "b.mp4").read_bytes()
+    start = at = film.index(b"moov") + 4
+    while at < len(film):  # the boxes of moov, which is the last one
+        size = int.from_bytes(film[at : at + 4], "big")
+        boxes[film[at + 4 : at + 8]], at = film[at : at + size], at + size
+    moved = b"".join(boxes[name] for name in (b"mvhd", b"udta", b"trak"))
+    (tmp_path / "b.mp4").write_bytes(film[:start] + moved)
+    video = VideoData(tmp_path / "b.mp4")
+    assert (len(video), video.shape()) == (3, (48, 64))
+    assert middle(video[2])[0] > 250
+
+
 def test_a_turned_video_with_oblong_pixels_is_as_high_as_it_should_be(tmp_path):
     flat_file, turned = tmp_path / "flat.mp4", tmp_path / "turned.mp4"
     made(flat_file, flat("red", "90x64"), "-vf", "setsar=2", frames=3)
@@ -91,6 +115,20 @@ def test_hdr_is_tone_mapped(tmp_path, caplog, transfer, name):
     assert f"phone.mp4: HDR ({name}) tone-mapped" in caplog.text
 
 
+@pytest.mark.parametrize("tags", ["smpte2084", "arib-std-b67:colorprim=bt2020"])
+def test_hdr_without_all_its_tags_is_taken_for_the_usual_kind(tmp_path, tags):
+    read = []
+    for name, params in (
+        ("some", tags),
+        ("all", f"{tags.split(':')[0]}:colorprim=bt2020:colormatrix=bt2020nc"),
+    ):
+        codec = ("-c:v", "libx265", "-pix_fmt", "yuv420p10le", "-x265-params")
+        params = f"log-level=error:transfer={params}"
+        path = made(tmp_path / f"{name}.mp4", "testsrc2=s=64x48", *codec, params, frames=2)
+        read.append(np.asarray(VideoData(path)[1]))
+    np.testing.assert_array_equal(*read)
+
+
 def test_transparent_pixels_lie_over_black(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     clear = "color=0x00FF00:s=64x48:r=10:d=9,format=rgba,colorchannelmixer=aa=0"
@@ -107,6 +145,10 @@ def test_transparent_pixels_lie_over_black(tmp_path, caplog):
             assert abs(green - level) <= 4, (name, green)
             assert max(red, blue) <= 6, name
             assert "transparent pixels, if any, laid over black" in caplog.text
+    opaque = made(
+        tmp_path / "b.mkv", flat("0x80A0C0") + ",format=rgba", "-c:v", "ffv1", "-pix_fmt", "bgra", frames=2
+    )
+    assert VideoData(opaque)[1].getcolors() == [(64 * 48, (128, 160, 192))]
     folder = tmp_path / "png"
     folder.mkdir()
     for index in range(2):
@@ -129,6 +171,12 @@ def test_a_variable_rate_is_read_at_its_constant_mean(tmp_path, caplog, name):
     shown = (columns(data) - 16) / 60 * 30
     seconds = np.where(shown < 30, shown / 30, 1 + (shown - 30) / 15)
     assert np.abs(seconds - np.arange(45) / data.fps).max() < 1 / 15
+
+
+def test_a_long_file_whose_rate_has_more_decimals_than_are_told_is_even(tmp_path):
+    path = tmp_path / "long.mp4"
+    made(path, "color=red:s=16x16:r=15000/1001:d=999", "-preset", "ultrafast", frames=3000)
+    assert len(VideoData(path)) == 3000
 
 
 def test_small_jitter_is_no_variable_rate(tmp_path):

@@ -141,7 +141,7 @@ class _Batch:
                 forget_run(task)
                 self._console.note(f"{task.output} was done before")
                 return {"line": job.line, "state": "skipped"}
-            check_output(task.output, task.overwrite)
+            check_output(task.output, task.overwrite, [task.reference["path"]] if task.reference else [])
             check_space(task.output, task.num_bytes, task.file.lossless)
             task.output.parent.mkdir(parents=True, exist_ok=True)
         except _ERRORS as error:

@@ -23,7 +23,7 @@ def run(options: Namespace, console: Console) -> int:
     if len(options.videos) < 2:
         raise UsageError("give two or more videos to compare")
     labels = labels_of(options.videos, options.labels)
-    check_output(options.output, options.overwrite)
+    check_output(options.output, options.overwrite, options.videos)
     opened = [open_reference(path) for path in options.videos]
     fps = options.fps or opened[0].fps or DEFAULT_FPS
     videos: dict[str, Video] = dict(zip(labels, opened, strict=True))

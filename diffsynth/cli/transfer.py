@@ -96,7 +96,7 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
             console.say(f"{options.output} was made before by the same request")
             console.result(_facts(options.output, read_record(record_path(options.output))))
             return DONE
-        check_free(options.output, options.overwrite)
+        check_free(options.output, options.overwrite, [task.reference["path"]] if task.reference else [])
     check_space(options.output or Path.cwd() / "out.mp4", task.num_bytes, task.file.lossless)
     if recorded is not None:
         _check_unchanged(recorded, task, model, options.force, console)

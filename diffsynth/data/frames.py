@@ -139,7 +139,7 @@ def read_picture(picture: Picture, name: str) -> Image.Image:
         with _opened(Path(picture)) as opened:
             return read_picture(opened, name)
     if isinstance(picture, Image.Image):
-        if (count := getattr(picture, "n_frames", 1)) > 1:
+        if (count := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":  # a phone's photograph
             raise ValueError(f"{name} must be one picture; it is animated, {count} frames")
         if min(picture.size) < 8 or picture.width * picture.height > MOST_PICTURE:
             size = f"{picture.width}x{picture.height}"

@@ -24,7 +24,9 @@ _TO_SDR = (
     "zscale=t=bt709:m=bt709:r=tv,format=yuv444p"
 )
 _HDR = {"smpte2084": "PQ", "arib-std-b67": "HLG"}
-_OVER_BLACK = "format=gbrap,premultiply=inplace=1,format=gbrp"
+_HDR_USUAL = ("colorspace=bt2020nc", "color_primaries=bt2020")  # for what a file leaves open
+# In 16 bits: in 8, premultiply makes opaque pixels one level darker.
+_OVER_BLACK = "format=gbrap16,premultiply=inplace=1,format=gbrp"
 _NO_TIME = -(2**63)  # AV_NOPTS_VALUE: the timestamp of a packet is unknown
 # NTSC rates (such as 30 * 1000/1001), by the two decimals that ffmpeg prints.
 _NTSC = {f"{rate * 1000 / 1001:.2f}": Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120)}
@@ -89,13 +91,13 @@ def probe_video(path: Path) -> Stream:
         if len(times) == 0:
             reason = errors[0] if errors else "no frame decodes"
             raise ValueError(f"video file {path} cannot be decoded: it is damaged or no video: {reason}")
-    line = next((line for line in log.splitlines() if "Stream #" in line and ": Video:" in line), "")
+    line = next(iter(re.findall(r"Stream #.*: Video:(?!.*\(attached pic\)).*", log)), "")
     told = _told_rate(line)
     gap = float(np.median(np.diff(times))) if len(times) > 1 else float(1 / told) if told else 0.0
     end = max(ends[-1], times[-1] + (0 if ends[-1] > times[-1] else gap))
     mean = Fraction(len(times) / (end - times[0])) if end > times[0] else told or Fraction(0)
     rate = told if told and abs(told / mean - 1) < Fraction(1, 200) else mean.limit_denominator(1000)
-    even = times[0] + np.arange(len(times)) / float(rate) if rate else times
+    even = np.linspace(times[0], times[-1], len(times))  # the told rate has two decimals, and would drift
     decoder, filters, notes = _treatment(log, line)
     size, shape_notes = _upright_size(log, line)
     if 0 in size:
@@ -145,8 +147,8 @@ def _upright_size(log: str, line: str) -> tuple[tuple[int, int], tuple[str, ...]
         return (0, 0), ()
     width, height = int(match[1]), int(match[2])
     notes = []
-    aspect = re.search(r"SAR (\d+):(\d+)", line)
-    across, up = (int(aspect[1]), int(aspect[2])) if aspect else (1, 1)
+    # If the container's differs from the codec's, it comes last, and counts.
+    across, up = map(int, (re.findall(r"SAR (\d+):(\d+)", line) or [(1, 1)])[-1])
     turned = re.search(r"display ?matrix: rotation of (-?\d+\.?\d*) degrees", log, re.IGNORECASE)
     if turned and round(float(turned[1]) / 90) % 2:
         width, height, across, up = height, width, up, across
@@ -172,8 +174,9 @@ def _treatment(log: str, line: str) -> tuple[tuple[str, ...], tuple[str, ...], t
     if decoder or re.search(r", (yuva|gbrap|rgba|bgra|argb|abgr|ya8|ya16|pal8)", line):
         filters.append(_OVER_BLACK)
         notes.append(f"transparent pixels, if any, laid over {BACKGROUND}")
-    kind = next((kind for name, kind in _HDR.items() if name in line), None)
-    if kind:
+    if hdr := re.search(rf"(\w+)/(\w+)/({'|'.join(_HDR)})", line):
+        usual = [usual for usual, told in zip(_HDR_USUAL, hdr.groups(), strict=False) if told == "unknown"]
+        filters += [f"setparams={':'.join(usual)}"] if usual else []
         filters.append(_TO_SDR)
-        notes.append(f"HDR ({kind}) tone-mapped to ordinary video")
+        notes.append(f"HDR ({_HDR[hdr[3]]}) tone-mapped to ordinary video")
     return decoder, tuple(filters), tuple(notes)

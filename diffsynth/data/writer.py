@@ -106,8 +106,7 @@ def save_video(
         try:
             written = probe_video(temporary)
         except (ValueError, FileNotFoundError) as error:
-            words = problem or error
-            raise RuntimeError(f"{asked}: ffmpeg could not write the video: {words}") from error
+            raise RuntimeError(f"{asked}: ffmpeg could not write the video: {problem or error}") from error
         found = (len(written.times), *written.size)
         if found != (num_frames, *first.size):
             message = "{} was not written: the encoded video has {} frames of {}x{}, asked were {} of {}x{}"

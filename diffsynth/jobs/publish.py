@@ -5,7 +5,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -33,14 +33,16 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def check_output(path: Path, overwrite: bool) -> None:
+def check_output(path: Path, overwrite: bool, sources: Iterable[str | Path] = ()) -> None:
     """Raise UsageError if a video cannot be written to path, or would replace something unasked."""
     check_place(path)
-    check_free(path, overwrite)
+    check_free(path, overwrite, sources)
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """Raise UsageError if a video that has a place would replace something unasked."""
+def check_free(path: Path, overwrite: bool, sources: Iterable[str | Path] = ()) -> None:
+    """Raise UsageError if a video that has a place would replace something unasked, or one of its sources."""
+    if path.resolve() in [Path(source).resolve() for source in sources]:
+        raise UsageError(f"output {path} would replace the video that it is made from; give another name")
     if is_png_folder(path) and path.is_dir() and any(path.iterdir()):
         raise UsageError(f"output folder {path} has files in it; give an empty or a new one")
     if overwrite or is_png_folder(path):
@@ -51,13 +53,16 @@ def check_free(path: Path, overwrite: bool) -> None:
         try:
             read_record(record_path(path))
         except ValueError as error:
-            text = f"{record_path(path)} exists and is no record of a run; give another name"
-            raise UsageError(text) from error
+            raise UsageError(f"{record_path(path)} exists and is no run record; give another name") from error
 
 
 def check_place(path: Path) -> None:
     """Raise UsageError if no video can have this path, whatever is there."""
+    if path.parts[:1] == ("~",):
+        raise UsageError(f"output {path}: the shell left ~ as it is; write $HOME, or a blank instead of =")
     check_folder(path.parent)
+    if path.is_dir() and not (path.name and is_png_folder(path)):
+        raise UsageError(f"output {path} is a folder; give the name of a video file")
     try:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(record_path(path).with_name(f".{path.name}.json"))  # longest name derived from path
@@ -68,8 +73,6 @@ def check_place(path: Path) -> None:
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         kinds = ", ".join(VIDEO_SUFFIXES)
         raise UsageError(f"output {path} must end in one of {kinds}, or have no suffix: a folder of PNGs")
-    if path.is_dir():
-        raise UsageError(f"output {path} is a folder; give the name of a video file")
 
 
 def check_space(path: Path, num_bytes: int, lossless: bool) -> None:

@@ -113,6 +113,7 @@ class ModelManager:
         for entry in file_path_list:
             self.load_model(entry, torch_dtype, device, vae_dtype, model_names)
 
+    @torch.inference_mode(False)  # in which ComfyUI calls all nodes: guidance needs weights with gradients
     def load_model(
         self,
         entry: Entry,
@@ -256,6 +257,7 @@ class ModelManager:
         self.loras = [lora for lora in self.loras if lora not in leaving]
         self._merge(leaving)
 
+    @torch.inference_mode(False)
     def _merge(self, changed: Sequence[Lora]) -> None:
         """Set the layers that these LoRAs change anew, in each of their DiTs."""
         for name in dict.fromkeys(name for lora in changed for name in lora.dits):

@@ -75,10 +75,13 @@ class Components:
         """The compute device."""
         return self.residency.device
 
+    @torch.inference_mode(False)
     def to(
-        self, device: str | torch.device | None = None, torch_dtype: torch.dtype | None = None
+        self, device: str | torch.device | torch.dtype | None = None, torch_dtype: torch.dtype | None = None
     ) -> "Components":
-        """Return the models on another device, or all but the VAE in another dtype."""
+        """Return the models on another device, or all but the VAE in another dtype, which may come alone."""
+        if isinstance(device, torch.dtype):
+            device, torch_dtype = None, device
         if torch_dtype is not None:
             check_dtype(torch_dtype, WIDE_DTYPES)
             for name, model in self.residency.models.items():

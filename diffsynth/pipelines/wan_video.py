@@ -177,9 +177,9 @@ class WanVideoPipeline:
         return make_scheduler(self.defaults["sampler"], self.defaults["sigma_shift"])
 
     def to(
-        self, device: str | torch.device | None = None, torch_dtype: torch.dtype | None = None
+        self, device: str | torch.device | torch.dtype | None = None, torch_dtype: torch.dtype | None = None
     ) -> "WanVideoPipeline":
-        """Compute on another device or, but for the VAE, in another dtype; return the pipeline itself.
+        """Compute on another device or, but for the VAE, in another dtype, which may come alone; return self.
 
         Raises:
             ValueError: the dtype is not float32, bfloat16, float16 or float64.
@@ -368,8 +368,8 @@ class WanVideoPipeline:
         self.models.check_pictures(input_image is not None, end_image is not None)
         named = zip(PICTURES, (input_image, end_image), strict=True)
         pictures = [read_picture(picture, name) for name, picture in named if picture is not None]
-        pixels, run = reference_pixels(input_video, pictures, run)
         with self.residency.exclusive(run.deterministic):
+            pixels, run = reference_pixels(input_video, pictures, run)
             ladder = Ladder(self.residency, self.vae)
             run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
             logger.info("generating %d video(s): %s", len(prompts), run)
@@ -395,6 +395,6 @@ class WanVideoPipeline:
         replaced, latents, timestep = None, event.latents, event.timestep
         if callback and latents is not None and timestep is not None and event.stage == "sampling":
             returned = callback(self, event.step - 1, timestep, {"latents": latents})
-            replaced = None if returned is None else replaced_latents(returned, latents)
+            replaced = None if returned in (None, {}) else replaced_latents(returned, latents)
         observer(event if replaced is None else replace(event, latents=replaced))
         return replaced

@@ -4,7 +4,7 @@ import gc
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class Residency:
         """Return a context in which only this thread uses the models; entering it waits for other threads.
 
         Inside it, PyTorch's modes are the defaults, whatever the caller has set: no inference mode, float32
-        for new tensors, no autocast. With `deterministic`, CUDA results are bit-identical if repeated.
+        and CPU for new tensors, no autocast. With `deterministic`, repeated CUDA results are bit-identical.
 
         Raises:
             RuntimeError: this thread is already inside the context, as in a callback of a run.
@@ -59,8 +59,9 @@ class Residency:
             if deterministic and self.device.type == "cuda":
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch requires
                 torch.use_deterministic_algorithms(True)
+            place = nullcontext() if torch.get_default_device() == CPU else CPU  # which is slower
             try:
-                with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False):
+                with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False), place:
                     yield
             finally:
                 torch.set_default_dtype(default)
