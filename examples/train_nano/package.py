@@ -22,7 +22,7 @@ from diffsynth.models.wan_video_vae import WanVideoVAE
 
 USUAL = {
     "num_inference_steps": 25,
-    "cfg_scale": 5.5,
+    "cfg_scale": 2.0,
     "sigma_shift": 3.0,
     "denoising_strength": 1.0,
     "height": 64,
