@@ -117,7 +117,7 @@ class Components:
             if needed and not given:
                 raise ValueError(f"this model continues pictures and needs {name}; none is given")
             if given and not taken:
-                raise ValueError(f"this model takes no {name}")
+                raise ValueError(f"this model takes no {name}; see docs/weights.md for those that do")
 
 
 def load_checkpoint(
