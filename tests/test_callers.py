@@ -119,7 +119,7 @@ def test_what_cannot_be_called_is_refused_by_name(pipe, name):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_inference_steps", 10**9), ("height", 2**63), ("seed", 2**63), ("cfg_scale", 10**400)],
+    [("num_inference_steps", 10**9), ("height", 2**63), ("seed", 2**32), ("cfg_scale", 10**400)],
 )
 def test_numbers_out_of_all_bounds_are_refused_by_name(pipe, name, value):
     with pytest.raises(ValueError, match=f"{name} must be a"):

@@ -34,7 +34,14 @@ from diffsynth.webui.queue import (
 )
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard, is_local, read_auth
-from diffsynth.webui.session import check_budget, expected_minutes, make_video, open_session, show_motion
+from diffsynth.webui.session import (
+    check_budget,
+    expected_minutes,
+    make_video,
+    open_session,
+    planned,
+    show_motion,
+)
 from diffsynth.webui.uploads import UploadLimits, keep_upload, safe_stem
 
 PATIENCE = 600  # seconds until a test that waits gives up
@@ -166,10 +173,10 @@ def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, q
 
 def test_the_time_of_a_run_follows_from_the_newest_one(session, clip, tmp_path):
     lone = replace(session, output_dir=tmp_path)
-    assert expected_minutes(lone, checked_request(SMALL), clip) is None
+    assert expected_minutes(lone, planned(lone, checked_request(SMALL))) is None
     run = make_video(lone, checked_request(SMALL), clip, QueuedJob())
     same, longer = (
-        expected_minutes(lone, checked_request({**SMALL, "num_inference_steps": steps}), clip)
+        expected_minutes(lone, planned(lone, checked_request({**SMALL, "num_inference_steps": steps})))
         for steps in (2, 4)
     )
     assert 60 * same == pytest.approx(run_seconds(run.record))

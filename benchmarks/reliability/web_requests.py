@@ -11,11 +11,9 @@ import argparse
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,23 +132,28 @@ def uploads_folder(port: int, clip: Path) -> Path:
     return Path(json.loads(text)[0]).parent.parent
 
 
-def contents(folder: Path) -> dict[str, int]:
-    """Return the size of each file by its path."""
-    return {str(path): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+def contents(folder: Path, but: Path) -> dict[Path, int]:
+    """Return the size of each file in a folder, but for those in one of its folders."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(but))
+    return {path: path.stat().st_size for path in files}
 
 
 def try_all(folder: Path) -> dict[str, dict[str, int]]:
     """Start the page, try everything and return the counts of each kind."""
-    port = free_port()
     secret = folder / "secret.mp4"
     secret.write_text(SECRET)
     model = write_checkpoint(folder / "tiny")
     clip = write_clip(folder / "ref.mp4", num_frames=5, height=32, width=32)
-    command = [sys.executable, "-m", "diffsynth", "ui", "--model", str(model), "--port", str(port)]
-    server = subprocess.Popen(command, cwd=folder, env={**os.environ, "TMPDIR": str(make(folder / "tmp"))})
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "diffsynth", "ui", "--model", str(model), "--port", "0", "--json"]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    address = json.loads(server.stdout.readline())["address"]  # told once it listens
+    port = int(address.rpartition(":")[2])
     table: dict[str, dict[str, int]] = {}
     try:
-        wait_for(port, server)
         uploads = uploads_folder(port, clip)
         (uploads / "link.mp4").symlink_to(secret)
         before = {
@@ -178,32 +181,6 @@ def try_all(folder: Path) -> dict[str, dict[str, int]]:
         server.terminate()
         server.wait(60)
     return table
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
-def make(folder: Path) -> Path:
-    """Make a folder and return it."""
-    folder.mkdir()
-    return folder
-
-
-def wait_for(port: int, server: "subprocess.Popen[bytes]") -> None:
-    """Wait until the server answers; fails if it has ended or takes five minutes."""
-    for _ in range(3000):
-        if server.poll() is not None:
-            raise RuntimeError(f"fastvmt ui ended with {server.returncode}")
-        with socket.socket() as tried:
-            if tried.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise RuntimeError("fastvmt ui did not answer within five minutes")
 
 
 def main() -> int:

@@ -89,7 +89,7 @@ class RunOptions:
     )
     sigma_shift: float = option(Number(above=0, most=1000), "shift of the noise schedule", default=7.0)
     # PyTorch's generator of a CPU uses the low 32 bits: larger seeds would repeat videos.
-    seed: int = option(Whole(0, 2**63 - 1), "seed of the noise; drawn if not given or -1", default=0)
+    seed: int = option(Whole(0, 2**32 - 1), "seed of the noise; drawn if not given or -1", default=0)
     rand_device: str = option(Text(), "device on which the noise is drawn", default="cpu")
     tiled: bool | None = option(
         OrNone(Switch(), "where the whole does not fit"),
@@ -369,13 +369,6 @@ class SavingOptions(CheckedOptions):
     resume: bool = option(Switch(), "continue an unfinished run; otherwise it is discarded", default=True)
 
 
-for _owner in (
-    RunOptions,
-    Shorthands,
-    MotionGuidance,
-    CacheOptions,
-    FileOptions,
-    ReferenceOptions,
-    LoadOptions,
-):
+_DESCRIBED = RunOptions, Shorthands, MotionGuidance, CacheOptions, FileOptions, ReferenceOptions, LoadOptions
+for _owner in _DESCRIBED:
     describe(_owner)

@@ -38,8 +38,8 @@ def writable_folder(name: str, path: str | os.PathLike[str]) -> Path:
     folder = checked_path(name, path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(b"0")  # which a full disk refuses
     except OSError as error:
         raise ValueError(f"{name} {folder} cannot be written to: {error}") from error
     return folder
@@ -81,17 +81,18 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
         if (handle := _lock(left)) is not None:
             _remove(left)
             os.close(handle)
-    handle, temporary = None, path
-    # Another process may take a new file for one that was left, until it is locked.
-    while temporary == path or not temporary.exists():
-        if handle is not None:
-            os.close(handle)
+    while True:
         temporary = path.with_name(f"{stem}-{uuid.uuid4().hex[:12]}{'' if folder else path.suffix}")
         if folder:
             temporary.mkdir()
         else:
             temporary.open("xb").close()
         handle = _lock(temporary, wait=True)
+        if temporary.exists():
+            break
+        # Before it was locked, another process took it for one that was left.
+        if handle is not None:
+            os.close(handle)
     try:
         yield temporary
     finally:

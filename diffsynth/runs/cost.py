@@ -75,7 +75,12 @@ def latency_file(folder: str | Path | None) -> Path:
     """Return the file of costs in latency_dir, which is made if it is missing."""
     if folder is None:
         raise ValueError("test_latency needs latency_dir, the folder of latency.jsonl")
-    return writable_folder("latency_dir", folder) / "latency.jsonl"
+    path = writable_folder("latency_dir", folder) / "latency.jsonl"
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"latency_dir {folder} cannot be written to: {error}") from error
+    return path
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, post
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard
-from diffsynth.webui.session import Session, check_budget, expected_minutes, make_video, show_motion
+from diffsynth.webui.session import Session, check_budget, expected_minutes, make_video, planned, show_motion
 from diffsynth.webui.uploads import keep_picture, keep_upload
 
 logger = logging.getLogger(__name__)
@@ -120,21 +120,17 @@ class Page:
 
         yield from self._follow(start, show, num_shown=1)
 
-    def expected(self, uploaded: str | None, *values: Any) -> str:
-        """Return how long a run would take; empty if that is not known, or the run would be refused."""
+    def expected(self, *values: Any) -> str:
+        """Return how long a run would take; empty if the values are refused. No reference is read for it."""
         try:
-            request = self._request(("a run", *values[1:]))
-            reference = None if uploaded is None or request["mode"] == NO_TRANSFER else self._kept(uploaded)
-            minutes = expected_minutes(self.session, request, reference)
-        except (ValueError, TypeError, OSError):
+            run = planned(self.session, self._request(("a run", *values[1:])))
+            minutes = expected_minutes(self.session, run)
+        except (ValueError, TypeError):
             return ""
         if minutes is None:
             return "The first run tells how long others take."
-        return (
-            f"It takes about {60 * minutes:.0f} s."
-            if minutes < 2
-            else f"It takes about {minutes:.0f} minutes."
-        )
+        about = f"{60 * minutes:.0f} s" if minutes < 2 else f"{minutes:.0f} minutes"
+        return f"It takes about {about}, less if the reference is short."
 
     def cancel(self, job_id: str | None) -> str | Any:
         """Ask the visitor's run to stop, and return the panel."""
@@ -282,10 +278,8 @@ def build(page: Page) -> Any:
         shown = [both, result, files]
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
         made = [status, job_id, *shown, past, seen]
-        counted = [reference, preset, mode, *numbers, *part, past]
-        gr.on(
-            [field.change for field in counted], page.expected, [reference, *asked], expected, api_name=False
-        )
+        counted = [preset, mode, *numbers, *part, past]
+        gr.on([field.change for field in counted], page.expected, asked, expected, api_name=False)
         go.click(page.generate, [reference, *asked, picture, seen], made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)

@@ -19,6 +19,7 @@ from diffsynth.pipelines.components import reference_facts
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.planning.cost import run_cost
+from diffsynth.planning.plan import resolve_plan
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.runs.record import describe_model
 from diffsynth.webui.gallery import PastRun, past_runs
@@ -94,7 +95,8 @@ def _operations(pipe: WanVideoPipeline, run: RunOptions) -> float:
 
 def check_budget(session: Session, request: Mapping[str, Any], reference: Path | None) -> None:
     """Raise ValueError if the run of a request is expected to take longer than session.max_minutes."""
-    minutes = None if session.max_minutes is None else expected_minutes(session, request, reference)
+    run = None if session.max_minutes is None else _resolved(session, request, reference)
+    minutes = None if run is None else expected_minutes(session, run)
     if minutes is not None and session.max_minutes is not None and minutes > session.max_minutes:
         raise ValueError(
             f"this run would take about {minutes:.3g} minutes, and {session.max_minutes:g} are the limit "
@@ -102,16 +104,21 @@ def check_budget(session: Session, request: Mapping[str, Any], reference: Path |
         )
 
 
-def expected_minutes(session: Session, request: Mapping[str, Any], reference: Path | None) -> float | None:
+def expected_minutes(session: Session, run: RunOptions) -> float | None:
     """Estimate a run's minutes from the measured pace, else the newest run's; None if there is neither."""
     pace = session.pace
-    for run in past_runs(session.output_dir, 1) if pace is None else ():
-        if run.record.model["folder"] == session.model["folder"]:
+    for past in past_runs(session.output_dir, 1) if pace is None else ():
+        if past.record.model["folder"] == session.model["folder"]:
             with suppress(ValueError, TypeError):  # from a version with other options
-                made = RunOptions.from_json(run.record.options)
-                pace = _operations(session.pipe, made) / run_seconds(run.record)
-    resolved = _resolved(session, request, reference)
-    return None if pace is None else _operations(session.pipe, resolved) / pace / 60
+                made = RunOptions.from_json(past.record.options)
+                pace = _operations(session.pipe, made) / run_seconds(past.record)
+    return None if pace is None else _operations(session.pipe, run) / pace / 60
+
+
+def planned(session: Session, request: Mapping[str, Any]) -> RunOptions:
+    """Return the options of a request whose reference is not read: it has the video's size and length."""
+    call = {name: value for name, value in request.items() if name in call_options()}
+    return resolve_plan(call, session.pipe.defaults, session.pipe.models.facts())
 
 
 def _resolved(
