@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from diffsynth import WanVideoPipeline
+from diffsynth.configs.checkpoints import checkpoint_folder
+from diffsynth.configs.defaults import run_defaults
 from diffsynth.models.checkpoint_files import CheckpointError
 
 DEEP = "[" * 100_000
@@ -47,6 +50,7 @@ def declared(tiny_checkpoint, tmp_path):
         ({"fastvmt": {"motion": {"evil": {}}}}, ValueError, "config.json: 'fastvmt': mode must be one of"),
         ({"fastvmt": {"motion": {"AMF": {"tau": -1}}}}, ValueError, "config.json: 'fastvmt': tau must be"),
         ({"fastvmt": {"presets": {"p": {"sampler": "x"}}}}, ValueError, "config.json: 'p': sampler must be"),
+        ({"fastvmt": {"dtype": "int4"}}, ValueError, "config.json: 'fastvmt': dtype must be one of"),
         ({"fastvmt": {"mag_ratios": 5}}, ValueError, "config.json: 'fastvmt': "),
     ],
     ids=str,
@@ -68,3 +72,16 @@ def test_heads_of_a_published_width_must_be_128_wide():
     assert dit_config_from_shapes(shapes, {"num_heads": 12})["num_heads"] == 12
     with pytest.raises(ValueError, match=r"num_heads 24 is declared, but .* a head 128 columns"):
         dit_config_from_shapes(shapes, {"num_heads": 24})
+
+
+def test_a_checkpoint_may_declare_the_type_of_its_weights(declared):
+    folder = declared({"fastvmt": {"dtype": "bfloat16"}})
+    assert WanVideoPipeline.from_pretrained(folder, device="cpu").torch_dtype == torch.bfloat16
+    wanted = WanVideoPipeline.from_pretrained(folder, torch_dtype=torch.float32, device="cpu")
+    assert wanted.torch_dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["nano", "Wan2.2-TI2V-nano"])
+def test_the_embedded_models_are_float32_on_every_device(name):
+    """In bfloat16 their videos differ by 29 dB from those that docs/quality.md measures."""
+    assert run_defaults(checkpoint_folder(name))["dtype"] == "float32"

@@ -201,12 +201,12 @@ def features(dit, block, x, **options):
     return dit.features(x, torch.tensor([500.0]), context, block=block, **options)
 
 
-@pytest.mark.parametrize("checkpoint_blocks", [False, True])
-def test_features_through_a_window_over_everything_are_those_without(checkpoint_blocks):
+@pytest.mark.parametrize("checkpoint", ["none", "block", "attention"])
+def test_features_through_a_window_over_everything_are_those_without(checkpoint):
     dit = make_dit()
     x = torch.randn(1, 4, 3, 20, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
     dense = features(dit, 2, x)
-    local = features(dit, 2, x, attention_window=(3, 10, 12), checkpoint_blocks=checkpoint_blocks)
+    local = features(dit, 2, x, attention_window=(3, 10, 12), checkpoint=checkpoint)
     for found, wanted in zip(local, dense, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     gradients = [torch.autograd.grad(q.square().sum() + k.sum(), x)[0] for q, k in (local, dense)]

@@ -89,6 +89,7 @@ def test_a_storage_counts_once_and_until_nothing_looks_at_it():
     ("name", "num_blocks", "changes"),
     [
         ("1.3b", 14, {"checkpoint": "block"}),
+        ("1.3b", 14, {"checkpoint": "attention"}),
         ("1.3b", 4, {"checkpoint": "none", "sf": 2}),
         ("14b", 3, {"checkpoint": "offload", "sf": 2}),
         ("1.3b", 2, {"checkpoint": "offload", "coarse": 2, "sf": 2}),
@@ -235,12 +236,13 @@ def test_inputs_that_waited_on_the_cpu_give_the_same_bits(blocks):
         return tensor.device, tensor.clone()
 
     results = []
-    for checkpoint, host in (("none", to_host), ("block", to_host), ("offload", to_host)):
+    for checkpoint in ("none", "block", "attention", "offload"):
         torch.manual_seed(0)
         x = torch.randn(1, 16, 2, 8, 8, requires_grad=True)
-        options = {"checkpoint_blocks": checkpoint != "none", "offload_inputs": checkpoint == "offload"}
-        with patch.object(checkpointing, "to_host", host):
-            features = dit.features(x, torch.ones(1), torch.zeros(1, 4, 64), block=blocks, **options)
+        with patch.object(checkpointing, "to_host", to_host):
+            features = dit.features(
+                x, torch.ones(1), torch.zeros(1, 4, 64), block=blocks, checkpoint=checkpoint
+            )
             (gradient,) = torch.autograd.grad(sum(f.square().sum() for f in features), x)
         results.append((*features, gradient))
     for result in results[1:]:
@@ -254,7 +256,7 @@ def test_on_a_cpu_offloaded_inputs_stay_the_tensors_they_are():
 
 
 @pytest.mark.parametrize(
-    ("device", "kept"), [("meta", ("none", "block", "offload")), ("cpu", ("none", "block"))]
+    ("device", "kept"), [("meta", ("none", "attention", "offload")), ("cpu", ("none", "attention", "block"))]
 )
 def test_what_guidance_keeps_is_chosen_by_the_memory_there_is(monkeypatch, device, kept):
     sizes = published_sizes("1.3b")

@@ -106,8 +106,8 @@ def test_guidance_that_does_not_fit_keeps_less_and_gives_the_same_bits(pipe, cli
         assert torch.equal(run(pipe, input_video=clip, motion=MOTION), whole)
     assert pipe.costs[0].losses == losses
     said = warnings(caplog)
-    assert ["checkpoint='block'" in said[0], len(said)] == [True, times]
-    assert times == 1 or "checkpoint='offload'" in said[1]
+    assert ["checkpoint='attention'" in said[0], len(said)] == [True, times]
+    assert times == 1 or "checkpoint='block'" in said[1]
 
 
 def nothing_but_again(_stage, now, **_facts):
@@ -195,14 +195,14 @@ def test_where_nothing_helps_the_error_says_where_how_much_and_what_would(pipe, 
 
     message = (
         r"memory ran out in the stage 'guidance' \(CUDA out of memory. Tried to allocate 2.00 GiB.*\); cpu "
-        r"has \d+\.\d GiB free; tried: .*checkpoint='block', .*checkpoint='offload'. What helps: motion with"
+        r"has \d+\.\d GiB free; tried: .*='attention', .*='block', .*='offload'. What helps: motion with"
     )
     with (
         failing(pipe.dit.blocks[0], from_the_second_step_on),
         pytest.raises(MemoryRanOutError, match=message),
     ):
         run(pipe, input_video=clip, motion=MOTION, checkpoint_dir=tmp_path)
-    assert len(warnings(caplog)) == 2
+    assert len(warnings(caplog)) == 3
     _, facts = load_state(tmp_path / STEP)
     assert (facts["step"], facts["settings"]["checkpoint"]) == (1, "none")
     assert torch.equal(run(pipe, input_video=clip, motion=MOTION, checkpoint_dir=tmp_path), whole)
@@ -259,7 +259,9 @@ def all_rungs(stage, accelerator):
 def test_a_stage_goes_down_rung_by_rung_and_weights_move_only_where_there_is_an_accelerator():
     rest = "each model is on the device during its own stage only"
     stream = [f"the blocks of the DiT but {count} are streamed from CPU memory" for count in (15, 0)]
-    keep = [f"guidance runs with checkpoint={checkpoint!r}" for checkpoint in ("block", "offload")]
+    keep = [
+        f"guidance runs with checkpoint={checkpoint!r}" for checkpoint in ("attention", "block", "offload")
+    ]
     two_calls = "the prompts run in two calls, batch_cfg=False"
     assert all_rungs("guidance", accelerator=True) == [rest, *stream, *keep]
     assert all_rungs("guidance", accelerator=False) == keep
@@ -294,7 +296,7 @@ def test_models_are_placed_where_the_next_rung_says():
         options = steps.next("guidance", options, "no memory")
     assert placed == ["whole", "rest", "whole", "rest", ("dit", 2 * 6)]
     assert options.motion.checkpoint == "none"
-    assert steps.next("guidance", options, "no memory").motion.checkpoint == "block"
+    assert steps.next("guidance", options, "no memory").motion.checkpoint == "attention"
 
 
 @pytest.mark.parametrize(

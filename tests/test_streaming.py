@@ -14,7 +14,7 @@ from diffsynth.vram_management.copies import ImmediateCopies
 from diffsynth.vram_management.streaming import BlockStream, resident_blocks, tensors_of
 
 CPU = torch.device("cpu")
-KEEPING = ({}, {"checkpoint_blocks": True}, {"checkpoint_blocks": True, "offload_inputs": True})
+KEEPING = tuple({"checkpoint": kept} for kept in ("none", "attention", "block", "offload"))
 
 
 def make_dit(num_layers):
@@ -57,7 +57,7 @@ def test_forward_passes_give_the_bits_of_resident_weights(inputs, num_layers):
         assert torch.equal(dit(*inputs), expected)
 
 
-@pytest.mark.parametrize("options", KEEPING, ids=["none", "block", "offload"])
+@pytest.mark.parametrize("options", KEEPING, ids=["none", "attention", "block", "offload"])
 @pytest.mark.parametrize("block", [0, 1, 4, 5])
 def test_gradients_have_the_bits_of_resident_weights(inputs, block, options):
     # Six blocks and two slots: a buffer that is overwritten before its backward would show.

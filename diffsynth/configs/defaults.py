@@ -5,7 +5,7 @@ A published checkpoint has `PUBLISHED_DEFAULTS`. Any checkpoint may declare its 
     "fastvmt": {"num_inference_steps": 25, "height": 64, "width": 64, "num_frames": 17,
                 "motion": {"effi_AMF": {"block": 4, "tau": 4.0}},
                 "presets": {"fast": {"sampler": "unipc", "motion": {"effi_AMF": {"guided_steps": 6}}}},
-                "words": ["a", "red", "circle"]}
+                "words": ["a", "red", "circle"], "dtype": "float32"}
 """
 
 import json
@@ -19,7 +19,7 @@ from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
 from diffsynth.configs.fields import check_value, options_of
 from diffsynth.configs.guidance import MotionGuidance, changed_numbers
-from diffsynth.configs.options import FileOptions, RunOptions, Shorthands, call_options
+from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, Shorthands, call_options
 
 SECTION = "fastvmt"
 EXACT = "exact"
@@ -51,7 +51,8 @@ class RunDefaults:
     """Defaults for the options that a caller leaves out.
 
     Attributes:
-        options: options of the call, fps and negative_prompt that differ from the published method's.
+        options: options of the call, fps and negative_prompt that differ from the published method's, and
+            dtype, the type of weights on every device.
         motion: mode -> fields of `MotionGuidance` that differ from the mode's published numbers.
         mag_ratios: MagCache's ratios, as `calibrate_magcache` measures them.
         presets: name -> options and motion that the preset changes (see `with_preset`).
@@ -99,7 +100,7 @@ def run_defaults(folder: Path) -> RunDefaults:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     section = config.get(SECTION, {}) if isinstance(config, dict) else {}
     declarable = _declarable()
-    known = {*declarable, "motion", "mag_ratios", "presets", "words"}
+    known = {*declarable, "dtype", "motion", "mag_ratios", "presets", "words"}
     if not isinstance(section, dict) or not section.keys() <= known:
         raise ValueError(f"{path}: {SECTION!r} may hold {', '.join(sorted(known))}; it has {section!r:.200}")
     presets = section.get("presets", {})
@@ -117,7 +118,7 @@ def run_defaults(folder: Path) -> RunDefaults:
     words = section.get("words", [])
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"{path}: {SECTION!r}: words must be a list of texts; it is {words!r:.200}")
-    options = {name: section[name] for name in declarable if name in section}
+    options = {name: section[name] for name in (*declarable, "dtype") if name in section}
     others = {name: section[name] for name in ("motion", "mag_ratios", "presets", "words") if name in section}
     name = folder.resolve().name
     key = next((key for key, checkpoint in PUBLISHED.items() if checkpoint.folder == name), None)
@@ -133,7 +134,7 @@ def published_defaults(key: str) -> RunDefaults:
 
 def _check_values(declared: Mapping[str, Any]) -> None:
     """Raise ValueError if a value of a section or preset is out of the bounds of its option."""
-    stated = {**call_options(), **options_of(FileOptions)}
+    stated = {**call_options(), **options_of(FileOptions), **options_of(LoadOptions)}
     for name, value in declared.items():
         if name in stated and name != "motion":
             check_value(name, stated[name][0].kind, value)

@@ -114,9 +114,9 @@ class MotionGuidance:
     )
     heads: Heads = option(HEADS, "how attention heads are reduced, or indices such as 0,3", default="mean_qk")
     checkpoint: str = option(
-        Choice(("auto", "none", "block", "offload")),
-        "activations kept for gradients: all (none), each block's input (block), the same on the CPU "
-        "(offload), or by the memory at hand (auto)",
+        Choice(("auto", "none", "attention", "block", "offload")),
+        "activations kept for gradients: all (none), each block's input and self-attention (attention), its "
+        "input (block), the same on the CPU (offload), or by the memory at hand (auto)",
         default="auto",
     )
     attention_window: Window | None = option(

@@ -233,25 +233,21 @@ class WanModel(nn.Module):
         self,
         state: DiTState,
         stop: int | None = None,
-        checkpoint_blocks: bool = False,
+        checkpoint: str = "none",
         *,
         start: int = 0,
-        offload_inputs: bool = False,
     ) -> Tensor:
         """Run the blocks from `start` to before `stop` (all by default) on state.tokens -> tokens [B, S, D].
 
-        checkpoint_blocks keeps only each block's input for the backward pass and computes the rest again
-        there; offload_inputs, then, keeps the inputs on the CPU.
+        checkpoint is what is kept for the backward pass: all ("none"), or as in `checkpointing`.
         """
         tokens = state.tokens
-        if checkpoint_blocks:
+        if checkpoint != "none":
             # Blocks do not read these, but each of them would keep them.
             state = replace(state, tokens=tokens.new_empty(0))
         for block in self.blocks[start:stop]:
-            if checkpoint_blocks:
-                tokens = checkpointed(block, tokens, state, offload_inputs=offload_inputs)
-            else:
-                tokens = block(tokens, state)
+            kept = checkpoint != "none"
+            tokens = checkpointed(block, tokens, state, keep=checkpoint) if kept else block(tokens, state)
         return tokens
 
     def unembed(self, tokens: Tensor, state: DiTState) -> Tensor:
@@ -298,8 +294,7 @@ class WanModel(nn.Module):
         *,
         clip_feature: Tensor | None = None,
         y: Tensor | None = None,
-        checkpoint_blocks: bool = False,
-        offload_inputs: bool = False,
+        checkpoint: str = "none",
         attention_window: Window | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return normed, rotated q and k of one block's self-attention, each [B, F, H, W, N, d].
@@ -309,7 +304,7 @@ class WanModel(nn.Module):
         Args:
             x, timestep, context, clip_feature, y: as in `forward`.
             block: index of the block whose q and k are returned.
-            checkpoint_blocks, offload_inputs: as in `run_blocks`.
+            checkpoint: as in `run_blocks`.
             attention_window: (frames, rows, columns) in tokens that self-attention sees to each side; None:
                 all.
 
@@ -320,8 +315,6 @@ class WanModel(nn.Module):
             raise ValueError(f"block must be in 0..{self.num_layers - 1} for this DiT; got {block}")
         state = self.embed(x, timestep, context, clip_feature, y)
         state = replace(state, attention_window=attention_window)
-        tokens = self.run_blocks(
-            state, stop=block, checkpoint_blocks=checkpoint_blocks, offload_inputs=offload_inputs
-        )
+        tokens = self.run_blocks(state, block, checkpoint)
         q, k = cast(DiTBlock, self.blocks[block]).queries_keys(tokens, state)
         return q.unflatten(1, state.grid), k.unflatten(1, state.grid)

@@ -36,8 +36,7 @@ class DenseAMF:
             context=context,
             **inputs.of_dit(latents),
             block=g.block_for(inputs.dit.num_layers),
-            checkpoint_blocks=g.checkpoint in ("block", "offload"),
-            offload_inputs=g.checkpoint == "offload",
+            checkpoint="none" if g.checkpoint == "auto" else g.checkpoint,
             attention_window=g.attention_window,
         )
         return q[0], k[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from diffsynth.configs.checkpoints import checkpoint_folder
+from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.resolve import ModelFacts, ReferenceFacts
 from diffsynth.data import VideoData
 from diffsynth.data.tensors import Video, frame_size
@@ -21,7 +22,7 @@ from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import WanTokenizer, find_tokenizer, load_tokenizer, tokenizer_from_pieces
-from diffsynth.vram_management import Residency, choose_device
+from diffsynth.vram_management import Residency, choose_device, choose_dtype
 
 REQUIRED = ("wan_video_dit", "wan_video_text_encoder", "wan_video_vae")
 # What models can compute in; eight bits are for storage.
@@ -122,7 +123,8 @@ class Components:
 
 def load_checkpoint(
     path: str | Path,
-    torch_dtype: torch.dtype,
+    device: torch.device,
+    torch_dtype: torch.dtype | None,
     vae_dtype: torch.dtype,
     loras: Mapping[str, float] | Mapping[Path, float],
     parts: Mapping[str, str | Path],
@@ -138,6 +140,9 @@ def load_checkpoint(
     for file in loras:
         if not Path(file).is_file():
             raise FileNotFoundError(f"LoRA {file} does not exist")
+    if torch_dtype is None and (declared := run_defaults(folder)["dtype"]) is not None:
+        torch_dtype = getattr(torch, declared)
+    torch_dtype = choose_dtype(device, torch_dtype)
     manager = ModelManager(torch_dtype=torch_dtype)
     names = dict.fromkeys([*(kind.name for kind in KINDS), LOW_NOISE_DIT])
     kinds = {name.removeprefix("wan_video_"): name for name in names}

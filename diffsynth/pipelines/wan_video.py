@@ -44,7 +44,7 @@ from diffsynth.prompters import WanPrompter
 from diffsynth.runs.checkpoint import open_run, saved_seed
 from diffsynth.runs.cost import RunCost, latency_file
 from diffsynth.schedulers import FlowMatchScheduler, make_scheduler
-from diffsynth.vram_management import Residency, choose_device, choose_dtype
+from diffsynth.vram_management import Residency, choose_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,7 +127,7 @@ class WanVideoPipeline:
 
         Args:
             path: a folder in the official or diffusers layout, "1.3b", "14b", or "nano", the embedded model.
-            torch_dtype: by default as `choose_dtype` says; float8_e4m3fn and int8 store in 8 bits.
+            torch_dtype: by default the declared one, or as `choose_dtype` says; float8_e4m3fn, int8: 8 bits.
             device: "auto", "cpu", "cuda", "cuda:1", ...
             vae_dtype: dtype of the VAE.
             loras: LoRA file -> strength; the files are merged into the DiT.
@@ -138,8 +138,8 @@ class WanVideoPipeline:
             CheckpointError: a file is damaged or of another kind.
         """
         chosen = choose_device(device)
-        dtype = choose_dtype(chosen, torch_dtype)
-        manager = load_checkpoint(path, dtype, check_dtype(vae_dtype, WIDE_DTYPES), loras or {}, parts)
+        vae_dtype = check_dtype(vae_dtype, WIDE_DTYPES)
+        manager = load_checkpoint(path, chosen, torch_dtype, vae_dtype, loras or {}, parts)
         return cls.from_model_manager(manager, device=chosen)
 
     @property

@@ -29,7 +29,6 @@ from diffsynth.planning.memory import Shape, num_tokens, token_grid
 from diffsynth.planning.sizes import DiTSize, VAESize
 
 ATTENTION_BACKWARD = 2.5  # of the forward: five products for two
-RECOMPUTING = ("block", "offload")
 NOTHING_SEEN = Probe(modulation=torch.empty(0), residual=None)  # for rules that look at no tensor
 
 
@@ -67,15 +66,15 @@ def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str 
     flops = computed * full + (num_steps + len(guided) - computed) * skipped
     if motion is None:
         return RunCount(sampling_ffe=computed, guidance_ffe=0.0, flops=flops)
-    again = (motion.checkpoint if checkpoint is None else checkpoint) in RECOMPUTING
-    share = guided_share(dit, latents, motion)
-    ffe = guidance_cost(motion, dit.num_layers, num_steps, share=share, computes_again=again)
+    kept = motion.checkpoint if checkpoint is None else checkpoint
+    again, share = _computed_again(dit, latents, motion, kept), guided_share(dit, latents, motion)
+    ffe = guidance_cost(motion, dit.num_layers, num_steps, share=share, again=again)
     references, gradients = guidance_passes(motion, num_steps)
     if not DESCRIPTORS[motion.mode].needs_backward:
         flops += (references + gradients * _forwards_a_gradient(motion)) * full
     else:
         forward, backward = guided_flops(dit, latents, motion)
-        flops += (references + gradients * (2 if again else 1)) * forward + gradients * backward
+        flops += (references + gradients * (1 + again)) * forward + gradients * backward
     return RunCount(sampling_ffe=computed, guidance_ffe=ffe, flops=flops)
 
 
@@ -156,7 +155,7 @@ def guidance_cost(
     gradient_evaluations: float | None = None,
     *,
     share: float = 1.0,
-    computes_again: bool = False,
+    again: float = 0.0,
 ) -> float:
     """Return what a run's guidance costs, in full forwards of the DiT (FFE), by count.
 
@@ -169,14 +168,22 @@ def guidance_cost(
         motion, num_layers, num_steps: the guidance, the blocks of the DiT, the steps of the run.
         gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.
         share: cost of a guided pass through the blocks that are run, of a full one (see `guided_share`).
-        computes_again: whether activations are computed again in the backward, one more forward a gradient.
+        again: share of a forward that is computed again in each backward, 1 for all of it.
     """
     references, planned = guidance_passes(motion, num_steps)
     gradients = planned if gradient_evaluations is None else gradient_evaluations
     if not DESCRIPTORS[motion.mode].needs_backward:
         return references + gradients * _forwards_a_gradient(motion)
-    passes = references + (4 if computes_again else 3) * gradients
+    passes = references + (3 + again) * gradients
     return share * passes * motion.block_for(num_layers) / num_layers
+
+
+def _computed_again(dit: DiTSize, latents: Shape, motion: MotionGuidance, checkpoint: str) -> float:
+    """Share of a guided forward that is computed again if the pass keeps what `checkpoint` says."""
+    if checkpoint != "attention" or motion.attention_window is not None:
+        return float(checkpoint in ("attention", "block", "offload"))
+    tokens = num_tokens(dit, latents, motion.coarse)
+    return 1 - 4 * tokens**2 * dit.dim / block_flops(dit, tokens, tokens)
 
 
 def guided_share(dit: DiTSize, latents: Shape, motion: MotionGuidance) -> float:

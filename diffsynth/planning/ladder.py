@@ -160,7 +160,7 @@ class Ladder:
     def _kept(self, sizes: ModelSizes, options: RunOptions, motion: MotionGuidance) -> str:
         """Return the first `checkpoint` setting that fits; not "offload" on a CPU, where it gains nothing."""
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
-        kept = keeping(motion)[: 2 if self._device.type == "cpu" else None]
+        kept = keeping(motion)[: 3 if self._device.type == "cpu" else None]
         free = FILL * available_memory(self._device) * self._ranks  # each rank keeps a share
         fits = (name for name in kept if guided_pass_bytes(sizes.dit, latents, motion, name) <= free)
         return next(fits, kept[-1])

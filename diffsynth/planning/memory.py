@@ -95,8 +95,8 @@ def guided_pass_bytes(dit: DiTSize, latents: Shape, motion: MotionGuidance, chec
     """Return the peak of a guided step's first gradient, weights aside.
 
     It is the largest of three moments, each beside what the blocks keep ("none": all; "block": their
-    inputs): the reference's pass while the generated one's features wait for it; the flow, forward or
-    backward; and the last block that is differentiated.
+    inputs; "attention": the results of self-attention, too): the reference's pass while the generated one's
+    features wait for it; the flow, forward or backward; and the last block that is differentiated.
     """
     small = run_bytes(dit, latents)
     if not DESCRIPTORS[motion.mode].needs_backward:
@@ -111,9 +111,11 @@ def guided_pass_bytes(dit: DiTSize, latents: Shape, motion: MotionGuidance, chec
     if checkpoint == "none":
         kept, block = activation_bytes(dit, tokens, num_blocks), STREAM * width + 2 * tokens * dit.ffn_dim * w
     else:
-        kept = STREAM * width * num_blocks if checkpoint == "block" else 0
+        one = 0 if checkpoint == "offload" else STREAM * width
+        one += w * width + FLOAT * tokens * dit.num_heads if checkpoint == "attention" else 0
+        kept = one * num_blocks
         # The block's own input is among what it keeps.
-        block = block_gradient_bytes(dit, tokens) - (STREAM * width if kept else 0)
+        block = block_gradient_bytes(dit, tokens) - one
     return small + kept + max(reference, flow, block if num_blocks else 0)
 
 

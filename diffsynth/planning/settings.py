@@ -16,9 +16,9 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.vram_management import Residency
 from diffsynth.vram_management.streaming import tensors_of
 
-# What the guidance pass keeps: everything; each block's input, which costs a forward more a gradient; these
-# inputs on the CPU.
-KEEPING = ("none", "block", "offload")
+# What the guidance pass keeps: everything; each block's input and its self-attention's result, so that the
+# rest is computed again for a gradient; its input alone; these inputs on the CPU.
+KEEPING = ("none", "attention", "block", "offload")
 # Tiles of the VAE are not made smaller than this, in latent units: their borders would show.
 SMALLEST_TILE = 8
 

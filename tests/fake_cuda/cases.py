@@ -200,13 +200,13 @@ def streamed(name: str, resident: int, checkpoint: str) -> dict[str, Any]:
 
 def main() -> None:
     one = {"inner_steps": 1}
-    peaks = [MotionGuidance(checkpoint=kept, **one) for kept in ("none", "block", "offload")]
+    peaks = [MotionGuidance(checkpoint=kept, **one) for kept in ("none", "attention", "block", "offload")]
     peaks.append(MotionGuidance(checkpoint="block", coarse=2, **one))
     guided = MotionGuidance(checkpoint="none", guided_steps=2, block=2, sf=2)
     flow = MotionGuidance(mode="FlowMotion", **one)
     cases = {
-        "guided 1.3b": lambda: guided_peaks("1.3b", *peaks[:3], flow),
-        "guided 14b": lambda: guided_peaks("14b", peaks[3]),
+        "guided 1.3b": lambda: guided_peaks("1.3b", *peaks[:4], flow),
+        "guided 14b": lambda: guided_peaks("14b", peaks[4]),
         "denoising": lambda: denoising("1.3b", "cuda:1", guided, sampler="euler"),
         "unipc": lambda: denoising(
             "1.3b", "cuda:0", None, sampler="unipc", cache=CacheOptions(name="first_block", threshold=0.1)
