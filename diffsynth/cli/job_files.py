@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.cli.arguments import NOT_OFFERED
-from diffsynth.configs.fields import Kind, Text, check_value, options_of, read_value
+from diffsynth.configs.fields import Kind, Text, check_value, options_of
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import MOTION_PREFIX, FileOptions, ReferenceOptions, call_options
 from diffsynth.configs.resolve import LONGEST_PROMPT
@@ -112,9 +112,9 @@ def _job(
     for name, value in entries.items():
         if value is None and not name.startswith(MOTION_PREFIX):  # null in JSON leaves it unset
             continue
-        read = read_value if isinstance(value, str) else check_value
+        as_text = isinstance(value, str)
         try:
-            options[SHORT.get(name, name)] = read(name, kinds[name], value)
+            options[SHORT.get(name, name)] = check_value(name, kinds[name], value, as_text=as_text)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
     reference = None if paths["reference"] is None else file.parent / paths["reference"]

@@ -33,16 +33,13 @@ class CacheKind(Kind):
 
 
 @dataclass(frozen=True, slots=True)
-class MotionKind:
+class MotionKind(Kind):
     """The numbers of motion transfer; on the command line each number is a separate option."""
 
     metavar: str = "NUMBERS"
 
     def __str__(self) -> str:
         return "a MotionGuidance or None"
-
-    def read(self, text: str) -> MotionGuidance:
-        raise ValueError(text)
 
     def check(self, value: Any) -> MotionGuidance | None:
         if value is not None and not isinstance(value, MotionGuidance):
