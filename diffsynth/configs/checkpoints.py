@@ -41,13 +41,17 @@ class PublishedCheckpoint:
 _TABLE = json.loads(Path(__file__).with_name("published.json").read_text())
 # Options with which the published text-to-video checkpoints are run unless the caller says otherwise.
 PUBLISHED_DEFAULTS: Mapping[str, Any] = MappingProxyType(_TABLE["defaults_of_all"])
+# For the sizes of the published checkpoints. Counted in full DiT forwards at 480x832x81 they cost 0.24
+# and 0.12 of the published procedure.
+PUBLISHED_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(_TABLE["presets"])
 
 
 def _published(row: Mapping[str, Any]) -> PublishedCheckpoint:
     dit = {**_TABLE["dit_of_all"], **row["dit_kwargs"]}
     dit["patch_size"] = tuple(dit["patch_size"])
     files = {**row["files"], **_TABLE["files_of_all"]}
-    return PublishedCheckpoint(**{**row, "files": files, "dit_kwargs": dit})
+    place = {"model_id": f"Wan-AI/{row['name']}", "folder": row["name"]}
+    return PublishedCheckpoint(**{**row, **place, "files": files, "dit_kwargs": dit})
 
 
 PUBLISHED = MappingProxyType({key: _published(row) for key, row in _TABLE["checkpoints"].items()})
