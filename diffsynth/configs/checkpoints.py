@@ -77,19 +77,18 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
     Raises:
         FileNotFoundError: the folder does not exist; the message says how to fetch it.
     """
-    if str(name).lower() in ("nano", EMBEDDED.lower()):
-        candidates = [parent / EMBEDDED for parent in _EMBEDDED_IN]
-        if (found := next((folder for folder in candidates if folder.is_dir()), None)) is not None:
-            return found
-        searched = " nor ".join(map(str, candidates))
-        raise FileNotFoundError(
-            f"the embedded model is missing: neither {searched} is there; install the package again"
-        )
     key, here = published_key(name), Path(root) / Path(name).name
     folders = [Path(name), here] if key is None else [Path(name), here, Path(root) / PUBLISHED[key].folder]
+    if embedded := str(name).lower() in ("nano", EMBEDDED.lower()):
+        folders = [parent / EMBEDDED for parent in _EMBEDDED_IN]
     for folder in folders:
         if folder.is_dir():
             return folder
+    if embedded:
+        searched = " nor ".join(map(str, folders))
+        raise FileNotFoundError(
+            f"the embedded model is missing: neither {searched} is there; install the package again"
+        )
     if key is not None:
         where = "" if str(root) == "models" else f" --models-dir {root}"
         raise FileNotFoundError(f"{folders[-1]} does not exist; fetch it with: fastvmt download {key}{where}")

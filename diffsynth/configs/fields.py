@@ -120,11 +120,10 @@ class Choice(Kind):
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class Switch:
+class Switch(Kind):
     """True or False."""
 
-    metavar: str = "ON"
+    metavar = "ON"
 
     def __str__(self) -> str:
         return "True or False"
@@ -164,11 +163,10 @@ class Several:
         return tuple(self.kind.check(part) for part in parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Levels:
+class Levels(Kind):
     """Noise levels that fall from 1 or below to above 0."""
 
-    metavar: str = "X,X,..."
+    metavar = "X,X,..."
 
     def __str__(self) -> str:
         return "falling numbers above 0, at most 1"

@@ -19,11 +19,10 @@ _ROUNDING = 1e-6  # of a noise level, at a bound of `guided`
 PAPER_DEPTHS = (30, 40)  # blocks of Wan2.1 1.3B and 14B; both are read at PAPER_BLOCK
 
 
-@dataclass(frozen=True, slots=True)
 class HeadsKind:
     """The name of a way to reduce attention heads, or the indices of one or more different heads."""
 
-    metavar: str = "NAME|INDICES"
+    metavar = "NAME|INDICES"
 
     def __str__(self) -> str:
         return f"one of {', '.join(HEAD_READINGS)} or different head indices"

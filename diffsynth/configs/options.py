@@ -7,7 +7,7 @@ here, its type for type checkers in `CallOptions`, and the code that reads it.
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -183,9 +183,7 @@ class RunOptions:
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON can hold them; a caller's own cache is named by its repr."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["motion"] = self.motion and asdict(self.motion)
-        cache = self.cache
+        values, cache = asdict(replace(self, cache=None)), self.cache
         if cache is not None:
             values["cache"] = asdict(cache) if isinstance(cache, CacheOptions) else {"name": repr(cache)}
         return values
@@ -202,13 +200,11 @@ class RunOptions:
         for name, value in {"motion": motion, "cache": cache}.items():
             if value is not None and not isinstance(value, Mapping):
                 raise ValueError(f"options: {name} must be an object or null; got {value!r:.80}")
-        return cls(
-            **{
-                **values,
-                "motion": None if motion is None else MotionGuidance.for_mode(motion.get("mode", ""), motion),
-                "cache": None if cache is None else CacheOptions.from_json(cache),
-            }
-        )
+        if motion is not None:
+            motion = MotionGuidance.for_mode(motion.get("mode", ""), motion)
+        if cache is not None:
+            cache = CacheOptions.from_json(cache)
+        return cls(**{**values, "motion": motion, "cache": cache})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

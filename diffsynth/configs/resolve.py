@@ -156,11 +156,9 @@ def resolve_prompts(
 
 
 def unknown_words(prompts: Sequence[str], words: Sequence[str] | None) -> str | None:
-    """Return a message that names the words in prompts which a model does not know; None if it knows all.
+    """Return a message that names the words in prompts which are not among a model's words, in lower case.
 
-    Args:
-        prompts: the texts.
-        words: the model's vocabulary in lower case; None for a model that reads any word.
+    It is None if there are none, and for a model that reads any word, whose words are None.
     """
     asked = dict.fromkeys(re.findall(r"\w+", " ".join(prompts).lower()))
     ignored = [word for word in asked if words is not None and word not in words]

@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.configs.defaults import EXACT, run_defaults
-from diffsynth.configs.fields import fields_of
+from diffsynth.configs.fields import fields_of, options_of
 from diffsynth.configs.options import (
     DEFAULT_FPS,
     MOTION_PREFIX,
@@ -131,8 +131,7 @@ def use_reference(
 
 def task_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the subset of options that `make_task` reads."""
-    others = (item.name for owner in (FileOptions, ReferenceOptions) for item in fields(owner))
-    known = {*PROMPTS, *call_options(), *others}
+    known = {*PROMPTS, *call_options(), *options_of(FileOptions), *options_of(ReferenceOptions)}
     return {name: value for name, value in options.items() if name in known or name.startswith(MOTION_PREFIX)}
 
 
@@ -154,12 +153,9 @@ def make_task(
 ) -> VideoTask:
     """Return the task that options describe, validated as far as possible before the model is loaded.
 
-    Args:
-        options: by name, the prompts and the options of the call, the reference and the file. Parameters of
-            motion are in a mapping `motion`, or have the prefix MOTION_PREFIX.
-        reference: path of the reference video; None without one.
-        folder: folder of the checkpoint.
-        pictures: paths of the pictures; the keys are input_image and end_image, if set.
+    Options are, by name, the prompts and those of the call, the reference and the file; numbers of motion are
+    in a mapping `motion`, or have the prefix MOTION_PREFIX. The keys of pictures are input_image and
+    end_image, if set. The folder is the checkpoint's.
 
     Raises:
         UsageError: an option is missing.

@@ -319,10 +319,7 @@ def read_record(path: str | Path) -> RunRecord:
 def finished_record(video: Path) -> RunRecord | None:
     """Return the record of a finished video, from inside it or, if it is too long for that, from beside it.
 
-    A record that is missing beside the video is written again.
-
-    Returns:
-        The record; None if there is no video, or no record.
+    A record that is missing beside the video is written again. None: there is no video, or no record.
     """
     if not video.exists():
         return None

@@ -33,11 +33,7 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM in this context raise RunInterrupted; further ones are ignored.
 
     It is raised at once and not at the end of a step, which may take a minute: a machine that is taken away
-    leaves seconds.
-
-    Args:
-        folder: the checkpoint_dir, for the message.
-        interrupt: called first, so that the run also stops where its caller swallows exceptions.
+    leaves seconds. `interrupt` is called first: the run also stops where its caller swallows exceptions.
     """
     received: list[int] = []
 
