@@ -90,7 +90,13 @@ def run_defaults(folder: Path) -> RunDefaults:
         if not _maps_to_maps(entry.get("motion", {})):
             raise ValueError(f"{path}: {name!r}: motion must map modes to numbers; it is {entry['motion']!r}")
         try:
-            _check_values(entry)
+            for option, value in entry.items():
+                if option in _STATED and option != "motion":
+                    check_value(option, _STATED[option][0].kind, value)
+            for mode, numbers in entry.get("motion", {}).items():
+                MotionGuidance.for_mode(mode, numbers)
+            if entry.get("mag_ratios") is not None:
+                MagRatios.from_json(entry["mag_ratios"])
         except ValueError as error:
             raise ValueError(f"{path}: {name!r}: {error}") from error
     words = section.get("words", [])
@@ -108,17 +114,6 @@ def published_defaults(key: str) -> RunDefaults:
     """Return the defaults of a published checkpoint, a key of `PUBLISHED`."""
     options = {**PUBLISHED_DEFAULTS, **PUBLISHED[key].defaults}
     return RunDefaults(motion=options.pop("motion", {}), options=options)
-
-
-def _check_values(declared: Mapping[str, Any]) -> None:
-    """Raise ValueError if a value of a section or preset is out of the bounds of its option."""
-    for name, value in declared.items():
-        if name in _STATED and name != "motion":
-            check_value(name, _STATED[name][0].kind, value)
-    for mode, numbers in declared.get("motion", {}).items():
-        MotionGuidance.for_mode(mode, numbers)
-    if declared.get("mag_ratios") is not None:
-        MagRatios.from_json(declared["mag_ratios"])
 
 
 def _maps_to_maps(given: object) -> bool:
