@@ -86,6 +86,12 @@ class VideoTask:
     pictures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the pipeline's run, apart from callbacks."""
+        pictures = {name: picture["path"] for name, picture in self.pictures.items()}
+        return {**self.call, **self.saving, **pictures, "input_video": self.video}
+
+    @property
     def num_bytes(self) -> int:
         """Return the size of the video's frames in memory, in bytes."""
         return 3 * math.prod(self.size)
@@ -260,14 +266,7 @@ def run_task(
         logger.warning("an earlier run was killed before its video was there; %s", decode_line(left))
     with latents_until_done(kept):
         with attention_kernel(loaded):
-            (made,) = pipe.run(
-                **task.call,
-                **task.saving,
-                **{name: picture["path"] for name, picture in task.pictures.items()},
-                input_video=task.video,
-                observer=watch,
-                progress_bar_cmd=iter,
-            )
+            (made,) = pipe.run(**task.arguments, observer=watch, progress_bar_cmd=iter)
         observer(RunEvent(stage="write"))
         frames: Any = made.frames  # PIL images, since a task has no output_type
         record = make_record(

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class RunInterrupted(KeyboardInterrupt):
     """Raised when a signal stops a run; its finished steps are in a folder, and the same call continues it.
@@ -44,7 +42,7 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
         interrupt()
         raise RunInterrupted(number, folder)
 
-    with handling(STOP_SIGNALS, stop):
+    with handling((signal.SIGINT, signal.SIGTERM), stop):
         yield
     if received:
         raise RunInterrupted(received[0], folder)
