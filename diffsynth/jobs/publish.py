@@ -67,9 +67,7 @@ def check_place(path: Path) -> None:
             os.lstat(record_path(path).with_name(f".{path.name}.json"))  # longest name derived from path
     except OSError as error:
         raise UsageError(f"output {path} cannot be written: {error.strerror}") from error
-    if is_png_folder(path):
-        return
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
+    if not is_png_folder(path) and path.suffix.lower() not in VIDEO_SUFFIXES:
         kinds = ", ".join(VIDEO_SUFFIXES)
         raise UsageError(f"output {path} must end in one of {kinds}, or have no suffix: a folder of PNGs")
 

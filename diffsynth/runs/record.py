@@ -38,15 +38,11 @@ VERSION, READ_VERSIONS = 2, (1, 2)
 LARGEST_METADATA = 100_000  # bytes
 _TOKENIZER_FILES = ("*.json", "spiece.model")
 # Objects in a record, and what reading it needs to find there.
-_NEEDED = {
-    "options": (),
+_NEEDED: Mapping[str, tuple[str, ...]] = {
     "reference": ("path", "sha256"),
-    "pictures": (),
     "model": ("folder", "files", "setup"),
     "video": ("fps", "quality", "frames_sha256"),
-    "versions": (),
-    "device": (),
-    "cost": (),
+    **dict.fromkeys(("options", "pictures", "versions", "device", "cost"), ()),
 }
 
 
