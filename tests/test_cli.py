@@ -31,7 +31,7 @@ from diffsynth.data import frames, writer
 from diffsynth.evaluation.trackers import METHODS
 from diffsynth.jobs import models, publish, task
 from diffsynth.jobs.download import DownloadError
-from diffsynth.jobs.publish import check_folder, reserve_name
+from diffsynth.jobs.publish import check_folder
 from diffsynth.models.attention import BACKENDS
 from diffsynth.models.model_manager import DTYPES
 from diffsynth.motion import MotionGuidance
@@ -472,10 +472,6 @@ def test_a_file_system_without_hard_links_keeps_other_files_too(tmp_path, monkey
     final = publish.write_output([], tmp_path / "a.mp4", lambda file: file.write_bytes(b"2"), overwrite=False)
     assert (final, (tmp_path / "a-2.mp4").read_bytes()) == (tmp_path / "a-2.mp4", b"2")
     assert visible(tmp_path) == ["a-2.mp4", "a.mp4"]
-
-
-def test_reserved_names_are_new_files(tmp_path):
-    assert [reserve_name(tmp_path, "a").name for _ in range(3)] == ["a.mp4", "a-2.mp4", "a-3.mp4"]
 
 
 def test_a_run_that_fails_is_exit_code_1_and_writes_nothing(transferring, tmp_path, monkeypatch, capsys):

@@ -73,7 +73,7 @@ def plan_over_peak(counted):
     return {case: found["plan"] / found["peak"] for case, found in counted.items() if found["plan"]}
 
 
-@pytest.mark.parametrize(("cases", "count"), [(("guided 1.3b",), 4), (("guided 14b", "both"), 2)])
+@pytest.mark.parametrize(("cases", "count"), [(("guided 1.3b",), 5), (("guided 14b", "both"), 2)])
 def test_the_plan_knows_the_peak_of_a_gradient(seen, cases, count):
     counted = seen(*cases)
     check(counted)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.caches import CACHES
-from diffsynth.configs.fields import Choice, Kind, Number, Option, OrNone, Switch, Whole, options_of
+from diffsynth.configs.fields import Choice, Kind, Number, OrNone, Switch, Whole, options_of
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.kinds import CacheKind
 from diffsynth.configs.options import (
@@ -44,9 +44,9 @@ whole, number = reader(Whole()), reader(Number())
 
 
 def add_options(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     owner: type,
-    title: str,
+    title: str | None,
     *,
     prefix: str = "",
     only: Collection[str] | None = None,
@@ -55,11 +55,28 @@ def add_options(
     """Add the options of a dataclass as a group; those that are not given are absent from the namespace.
 
     Offered are the names of `only` (None: all) that are not in `but`, on the command line with the prefix.
+    Without a title the parser is the group.
     """
-    group = parser.add_argument_group(title)
+    group = parser if title is None else parser.add_argument_group(title)
     for name, (stated, default) in options_of(owner).items():
-        if name not in but and (only is None or name in only):
-            _add(group, prefix + name, stated, default)
+        if name in but or (only is not None and name not in only):
+            continue
+        kind = stated.kind.kind if isinstance(stated.kind, OrNone) else stated.kind
+        text = stated.help
+        if isinstance(stated.kind, OrNone) and stated.kind.none:
+            text = f"{text}; none: {stated.kind.none}"
+        elif default is not None and default != "" and not isinstance(default, bool):
+            told = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            text = f"{text} ({told})"
+        how: dict[str, Any] = {"dest": prefix + name, "default": argparse.SUPPRESS}
+        if isinstance(kind, Switch):
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how |= {"type": reader(stated.kind), "metavar": kind.metavar}
+        if isinstance(kind, Choice | CacheKind):
+            how |= {"choices": tuple(CACHES if isinstance(kind, CacheKind) else kind.known), "metavar": None}
+        names = [flag(prefix + name)] + ([flag(stated.short)] if stated.short else [])
+        group.add_argument(*names, help=text.replace("%", "%%"), **how)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -105,9 +122,7 @@ def add_saving_options(parser: argparse.ArgumentParser) -> None:
         "unfinished one that is there; --no-resume discards it",
     )
     group.add_argument("--checkpoint-dir", type=Path, metavar="DIR", help="the folder, instead of .OUT.run")
-    for name, (stated, default) in options_of(SavingOptions).items():
-        if name != "resume":
-            _add(group, name, stated, default)
+    add_options(group, SavingOptions, None, but=("resume",))
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -119,8 +134,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--models-dir, else nano",
     )
     add_models_dir(group)
-    for name, (stated, default) in options_of(LoadOptions).items():
-        _add(group, name, stated, default)
+    add_options(group, LoadOptions, None)
     group.add_argument(
         "--lora",
         dest="loras",
@@ -130,24 +144,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[=X]",
         help="merge a LoRA into the DiT at strength X (1); may be given several times",
     )
-
-
-def _add(group: argparse._ArgumentGroup, name: str, stated: Option, default: Any) -> None:
-    names = [flag(name)] + ([flag(stated.short)] if stated.short else [])
-    kind = stated.kind.kind if isinstance(stated.kind, OrNone) else stated.kind
-    text = stated.help
-    if isinstance(stated.kind, OrNone) and stated.kind.none:
-        text = f"{text}; none: {stated.kind.none}"
-    elif default is not None and default != "" and not isinstance(default, bool):
-        told = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = f"{text} ({told})"
-    if isinstance(kind, Switch):
-        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-    else:
-        how = {"type": reader(stated.kind), "metavar": kind.metavar}
-        if isinstance(kind, Choice | CacheKind):
-            how |= {"choices": tuple(CACHES if isinstance(kind, CacheKind) else kind.known), "metavar": None}
-    group.add_argument(*names, dest=name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
 
 
 def _lora(text: str) -> tuple[str, float]:

@@ -38,7 +38,23 @@ def run(options: Namespace, console: Console) -> int:
     Raises:
         ValueError: there is no such device.
     """
-    facts, problems = examine(options.models_dir, options.device or "auto")
+    versions = {"fastvmt": __version__, "python": platform.python_version()}
+    versions |= {name: installed_version(name) or "missing" for name in NEEDED}
+    problems = [f"package {n} is missing: pip install {n}" for n in NEEDED if versions[n] == "missing"]
+    for name, purpose in EXTRA.items():
+        versions[name] = installed_version(name) or f"not installed; needed for {purpose}"
+    facts: dict[str, dict[str, Any]] = {"versions": versions}
+    if versions["torch"] != "missing":
+        facts |= _device(options.device or "auto")
+    try:
+        facts["ffmpeg"] = {"version": check_ffmpeg()}
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        facts["ffmpeg"]["program"] = get_ffmpeg_exe()
+    except FfmpegError as error:
+        problems.append(str(error))
+        facts["ffmpeg"] = {"program": "missing"}
+    facts["models"] = _models(options.models_dir, problems)
     for heading, values in facts.items():
         console.say(heading.replace("_", " "))
         for name, value in values.items():
@@ -73,28 +89,6 @@ def _self_test(name: str, problems: list[str], console: Console) -> list[dict[st
         if reason:
             console.say(f"{dtype} does not work on {device}: {reason}")
     return table
-
-
-def examine(models_dir: Path, device: str = "auto") -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Return the facts, by heading and name, and the problems."""
-    versions = {"fastvmt": __version__, "python": platform.python_version()}
-    versions |= {name: installed_version(name) or "missing" for name in NEEDED}
-    problems = [f"package {n} is missing: pip install {n}" for n in NEEDED if versions[n] == "missing"]
-    for name, purpose in EXTRA.items():
-        versions[name] = installed_version(name) or f"not installed; needed for {purpose}"
-    facts: dict[str, dict[str, Any]] = {"versions": versions}
-    if versions["torch"] != "missing":
-        facts |= _device(device)
-    try:
-        facts["ffmpeg"] = {"version": check_ffmpeg()}
-        from imageio_ffmpeg import get_ffmpeg_exe
-
-        facts["ffmpeg"]["program"] = get_ffmpeg_exe()
-    except FfmpegError as error:
-        problems.append(str(error))
-        facts["ffmpeg"] = {"program": "missing"}
-    facts["models"] = _models(models_dir, problems)
-    return facts, problems
 
 
 def installed_version(package: str) -> str | None:

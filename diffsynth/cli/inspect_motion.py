@@ -9,7 +9,6 @@ from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, ReferenceOptions
 from diffsynth.configs.resolve import motion_for, resolve
-from diffsynth.data import VideoData
 from diffsynth.data.tensors import video_to_tensor
 from diffsynth.evaluation.figures import loss_curves
 from diffsynth.evaluation.flow_images import displacements, flow_sheet, save_flow_video
@@ -38,7 +37,13 @@ def run(options: Namespace, console: Console) -> int:
     told: list[str] = []
     folder = choose_model(options.model, options.models_dir, told.append)
     motion = motion_for(folder, options.mode)
-    video = _as_transferred(options, folder)
+    # At the size and length at which a run would use it.
+    size = {name: value for name, value in vars(options).items() if name in ("height", "width")}
+    used = fields_of(ReferenceOptions, vars(options))
+    shown = reference_facts(open_reference(options.reference, used))
+    num_frames, height, width = resolve(size, run_defaults(folder), shown).size
+    video = open_reference(options.reference, used, height=height, width=width)
+    video.set_length(num_frames)
     loaded = load_options(vars(options))
     console.note("\n".join([*told, "load the model"]))
     pipe = load_pipeline(folder, loaded)
@@ -60,7 +65,6 @@ def run(options: Namespace, console: Console) -> int:
         f"{facts['largest_displacement']:.2f} at most; {facts['share_moving']:.0%} of the tokens move"
     )
     if track := one_object(video):
-        height, width = video.shape()
         console.say(f"the object {path_words(track.centroids, fps)}, of {width}x{height}")
     files = {"files": [str(path), str(sheet)], "pairs": pairs, "token_grid": [rows, cols]}
     console.result({**files, **facts})
@@ -79,17 +83,6 @@ def _draw_losses(options: Namespace, console: Console) -> int:
     console.say(f"{path}: the motion loss in {len(record.cost['losses'])} guided steps")
     console.result({"files": [str(path)]})
     return DONE
-
-
-def _as_transferred(options: Namespace, folder: Path) -> VideoData:
-    """Open the reference at the size and length at which a run would use it."""
-    size = {name: value for name, value in vars(options).items() if name in ("height", "width")}
-    used = fields_of(ReferenceOptions, vars(options))
-    video = open_reference(options.reference, used)
-    run = resolve(size, run_defaults(folder), reference_facts(video))
-    fitted = open_reference(options.reference, used, height=run.height, width=run.width)
-    fitted.set_length(run.num_frames)
-    return fitted
 
 
 def _check_empty(folder: Path, overwrite: bool) -> None:

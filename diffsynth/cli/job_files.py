@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.cli.arguments import NOT_OFFERED
-from diffsynth.configs.fields import Kind, Text, check_value, options_of, read_value
+from diffsynth.configs.fields import Kind, Text, check_value, options_of
 from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.configs.options import MOTION_PREFIX, FileOptions, ReferenceOptions, call_options
 from diffsynth.configs.resolve import LONGEST_PROMPT
@@ -17,6 +17,14 @@ from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.task import PROMPTS
 
 SHORT = {option.short: name for name, (option, _) in call_options().items() if option.short}
+_STATED = {**call_options(), **options_of(FileOptions), **options_of(ReferenceOptions)}
+# The kind of value of each option that a job may have, by all its names.
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(PROMPTS, Text(LONGEST_PROMPT)),
+    **{name: option.kind for name, (option, _) in _STATED.items() if name not in NOT_OFFERED},
+    **{short: _STATED[name][0].kind for short, name in SHORT.items()},
+    **{MOTION_PREFIX + name: option.kind for name, (option, _) in options_of(MotionGuidance).items()},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,16 +113,15 @@ def _job(
     if not isinstance(motion, dict):
         raise UsageError(f"{where}: motion must be an object of its numbers; got {motion!r}")
     entries |= {MOTION_PREFIX + name: value for name, value in motion.items()}
-    kinds = _kinds()
-    if unknown := sorted(entries.keys() - kinds.keys()):
+    if unknown := sorted(entries.keys() - _KINDS.keys()):
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}")
     options = dict(shared)
     for name, value in entries.items():
         if value is None and not name.startswith(MOTION_PREFIX):  # null in JSON leaves it unset
             continue
-        read = read_value if isinstance(value, str) else check_value
+        as_text = isinstance(value, str)
         try:
-            options[SHORT.get(name, name)] = read(name, kinds[name], value)
+            options[SHORT.get(name, name)] = check_value(name, _KINDS[name], value, as_text=as_text)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
     reference = None if paths["reference"] is None else file.parent / paths["reference"]
@@ -124,12 +131,3 @@ def _job(
     own = {shown[name]: file.parent / path for name in shown if (path := paths[name]) is not None}
     pictures = {**pictures, **own}
     return JobLine(line=line, options=options, reference=reference, pictures=pictures, output=output)
-
-
-def _kinds() -> dict[str, Kind]:
-    """Return the kind of value of each option that a job may have, by all its names."""
-    stated = {**call_options(), **options_of(FileOptions), **options_of(ReferenceOptions)}
-    kinds = {name: option.kind for name, (option, _) in stated.items() if name not in NOT_OFFERED}
-    kinds |= {short: kinds[name] for short, name in SHORT.items()}
-    numbers = {MOTION_PREFIX + name: option.kind for name, (option, _) in options_of(MotionGuidance).items()}
-    return {**dict.fromkeys(PROMPTS, Text(LONGEST_PROMPT)), **kinds, **numbers}

@@ -8,7 +8,7 @@ import torch
 
 from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.checkpoints import published_key
-from diffsynth.configs.defaults import RunDefaults, published_defaults
+from diffsynth.configs.defaults import published_defaults
 from diffsynth.configs.options import LoadOptions, call_options
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model, load_pipeline
@@ -19,7 +19,14 @@ from diffsynth.planning.sizes import ModelSizes, published_sizes
 
 def run(options: Namespace, console: Console) -> int:
     """Print the plan; RunFailedError if no settings fit, which says what would help."""
-    sizes, defaults = _model(options, console)
+    dtype = torch.bfloat16 if options.dtype is None else getattr(torch, options.dtype)
+    if options.model is not None and (key := published_key(options.model)):
+        sizes, defaults = published_sizes(key, dtype), published_defaults(key)
+    else:
+        folder = choose_model(options.model, options.models_dir, console.note)
+        console.note("load the model")
+        pipe = load_pipeline(folder, LoadOptions(device="cpu", dtype=options.dtype))
+        sizes, defaults = ModelSizes.of(pipe.residency.models), pipe.defaults
     asked = with_motion({name: value for name, value in vars(options).items() if value is not None})
     call = {name: value for name, value in asked.items() if name in call_options()}
     run_options = resolve_plan(call, defaults, sizes.facts())
@@ -38,14 +45,3 @@ def run(options: Namespace, console: Console) -> int:
         several = {"of_rank": asdict(of_rank)}
     console.result(json.loads(plan.to_json()) | several)
     return DONE
-
-
-def _model(options: Namespace, console: Console) -> tuple[ModelSizes, RunDefaults]:
-    """Return sizes, defaults and facts of a model: of a published one by its name, else of the loaded one."""
-    dtype = torch.bfloat16 if options.dtype is None else getattr(torch, options.dtype)
-    if options.model is not None and (key := published_key(options.model)):
-        return published_sizes(key, dtype), published_defaults(key)
-    folder = choose_model(options.model, options.models_dir, console.note)
-    console.note("load the model")
-    pipe = load_pipeline(folder, LoadOptions(device="cpu", dtype=options.dtype))
-    return ModelSizes.of(pipe.residency.models), pipe.defaults

@@ -111,11 +111,10 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
         from diffsynth.distributed.ranks import spread_run
 
         with spread_run(pipe, task.call, task.saving) as (call, saving), attention_kernel(loaded):
-            if rank:
-                shown: dict[str, Any] = {name: picture["path"] for name, picture in task.pictures.items()}
-                pipe.run(**call, **saving, **shown, input_video=task.video, progress_bar_cmd=iter)
-                return DONE
             task = replace(task, call=call, saving=saving)
+            if rank:
+                pipe.run(**task.arguments, progress_bar_cmd=iter)
+                return DONE
             made = run_watched(pipe, task, model, loaded, console)
     path, record, *_ = made
     console.say(summary(path, record))

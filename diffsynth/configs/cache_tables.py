@@ -102,11 +102,6 @@ class MagCacheModel:
 def mag_cache_models() -> dict[str, MagCacheModel]:
     """Return the models whose ratios are published, by name."""
     table = json.loads(Path(__file__).with_name("mag_cache.json").read_text())
-    return {
-        name: MagCacheModel(
-            ratios=MagRatios.from_json({prompt: row[prompt] for prompt in PROMPTS}),
-            threshold=row["threshold"],
-            max_skip=row["max_skip"],
-        )
-        for name, row in table.items()
-    }
+    for row in table.values():
+        row["ratios"] = MagRatios.from_json({prompt: row.pop(prompt) for prompt in PROMPTS})
+    return {name: MagCacheModel(**row) for name, row in table.items()}

@@ -121,12 +121,8 @@ def choose_cache(
 ) -> CacheOptions:
     """Return a step cache with the numbers that are published for a DiT of this width.
 
-    Args:
-        name: a key of `CACHES`.
-        dit_dim: width of the DiT.
-        threshold: replaces the published one.
-        declared_ratios: MagCache's ratios from the checkpoint, which replace the published ones.
-        model_id: model whose coefficients TeaCache takes; by default the one of this width.
+    A threshold and the ratios that a checkpoint declares for MagCache replace the published ones. TeaCache
+    takes the coefficients of the model `model_id`, by default of the one of this width.
 
     Raises:
         ValueError: the name is unknown, or nothing is published for this width.

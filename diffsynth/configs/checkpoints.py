@@ -41,13 +41,17 @@ class PublishedCheckpoint:
 _TABLE = json.loads(Path(__file__).with_name("published.json").read_text())
 # Options with which the published text-to-video checkpoints are run unless the caller says otherwise.
 PUBLISHED_DEFAULTS: Mapping[str, Any] = MappingProxyType(_TABLE["defaults_of_all"])
+# For the sizes of the published checkpoints. Counted in full DiT forwards at 480x832x81 they cost 0.24
+# and 0.12 of the published procedure.
+PUBLISHED_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(_TABLE["presets"])
 
 
 def _published(row: Mapping[str, Any]) -> PublishedCheckpoint:
     dit = {**_TABLE["dit_of_all"], **row["dit_kwargs"]}
     dit["patch_size"] = tuple(dit["patch_size"])
     files = {**row["files"], **_TABLE["files_of_all"]}
-    return PublishedCheckpoint(**{**row, "files": files, "dit_kwargs": dit})
+    place = {"model_id": f"Wan-AI/{row['name']}", "folder": row["name"]}
+    return PublishedCheckpoint(**{**row, **place, "files": files, "dit_kwargs": dit})
 
 
 PUBLISHED = MappingProxyType({key: _published(row) for key, row in _TABLE["checkpoints"].items()})
@@ -73,19 +77,18 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
     Raises:
         FileNotFoundError: the folder does not exist; the message says how to fetch it.
     """
-    if str(name).lower() in ("nano", EMBEDDED.lower()):
-        candidates = [parent / EMBEDDED for parent in _EMBEDDED_IN]
-        if (found := next((folder for folder in candidates if folder.is_dir()), None)) is not None:
-            return found
-        searched = " nor ".join(map(str, candidates))
-        raise FileNotFoundError(
-            f"the embedded model is missing: neither {searched} is there; install the package again"
-        )
     key, here = published_key(name), Path(root) / Path(name).name
     folders = [Path(name), here] if key is None else [Path(name), here, Path(root) / PUBLISHED[key].folder]
+    if embedded := str(name).lower() in ("nano", EMBEDDED.lower()):
+        folders = [parent / EMBEDDED for parent in _EMBEDDED_IN]
     for folder in folders:
         if folder.is_dir():
             return folder
+    if embedded:
+        searched = " nor ".join(map(str, folders))
+        raise FileNotFoundError(
+            f"the embedded model is missing: neither {searched} is there; install the package again"
+        )
     if key is not None:
         where = "" if str(root) == "models" else f" --models-dir {root}"
         raise FileNotFoundError(f"{folders[-1]} does not exist; fetch it with: fastvmt download {key}{where}")

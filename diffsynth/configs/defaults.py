@@ -12,38 +12,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from diffsynth.configs.cache_tables import MagRatios
-from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS
+from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, PUBLISHED_PRESETS
 from diffsynth.configs.fields import check_value, options_of
 from diffsynth.configs.guidance import MotionGuidance, changed_numbers
-from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, Shorthands, call_options
+from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, call_options
 
 SECTION = "fastvmt"
 EXACT = "exact"
 Numbers = Mapping[str, Mapping[str, Any]]
-# For the sizes of the published checkpoints. Counted in full DiT forwards at 480x832x81 they cost 0.24
-# and 0.12 of the published procedure.
-PUBLISHED_PRESETS: Numbers = MappingProxyType(
-    {
-        "balanced": {
-            "cache": "magcache",
-            "motion": {"effi_AMF": {"coarse": 2, "window": 11}, "AMF": {"coarse": 2}},
-        },
-        "fast": {
-            "num_inference_steps": 25,
-            "sampler": "unipc",
-            "cache": "magcache",
-            "motion": {
-                "effi_AMF": {"coarse": 2, "window": 11, "guided_steps": 5, "recompute_every": 2},
-                "AMF": {"coarse": 2, "guided_steps": 5, "recompute_every": 2},
-                "FlowMotion": {"guided_steps": 5, "recompute_every": 2},
-            },
-        },
-    }
-)
+_STATED = {**call_options(), **options_of(FileOptions), "dtype": options_of(LoadOptions)["dtype"]}
+# What a checkpoint or preset may declare.
+_DECLARABLE = {*options_of(RunOptions), "cache_threshold", "fps", "negative_prompt"}
+_DECLARABLE -= {"motion", "seed", "output_type", "rand_device"}
+_OTHERS = ("motion", "mag_ratios", "presets", "words")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +51,7 @@ class RunDefaults:
 
     def __getitem__(self, name: str) -> Any:
         """Return the default of an option: the declared one, else the published method's, else None."""
-        stated = {**call_options(), **options_of(FileOptions)}
-        return self.options.get(name, stated[name][1] if name in stated else None)
+        return self.options.get(name, _STATED[name][1] if name in _STATED else None)
 
     def with_preset(self, preset: str) -> "RunDefaults":
         """Return the defaults of a preset; "exact" leaves them as they are.
@@ -99,27 +82,30 @@ def run_defaults(folder: Path) -> RunDefaults:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     section = config.get(SECTION, {}) if isinstance(config, dict) else {}
-    declarable = _declarable()
-    known = {*declarable, "dtype", "motion", "mag_ratios", "presets", "words"}
+    known = {*_DECLARABLE, "dtype", *_OTHERS}
     if not isinstance(section, dict) or not section.keys() <= known:
         raise ValueError(f"{path}: {SECTION!r} may hold {', '.join(sorted(known))}; it has {section!r:.200}")
     presets = section.get("presets", {})
-    if not _maps_to_maps(presets) or not all(
-        preset.keys() <= {*declarable, "motion"} for preset in presets.values()
-    ):
+    if not _maps_to_maps(presets) or any(p.keys() - {*_DECLARABLE, "motion"} for p in presets.values()):
         raise ValueError(f"{path}: {SECTION!r}: presets must map names to other fields; it is {presets!r}")
     for name, entry in {SECTION: section, **presets}.items():
         if not _maps_to_maps(entry.get("motion", {})):
             raise ValueError(f"{path}: {name!r}: motion must map modes to numbers; it is {entry['motion']!r}")
         try:
-            _check_values(entry)
+            for option, value in entry.items():
+                if option in _STATED and option != "motion":
+                    check_value(option, _STATED[option][0].kind, value)
+            for mode, numbers in entry.get("motion", {}).items():
+                MotionGuidance.for_mode(mode, numbers)
+            if entry.get("mag_ratios") is not None:
+                MagRatios.from_json(entry["mag_ratios"])
         except ValueError as error:
             raise ValueError(f"{path}: {name!r}: {error}") from error
     words = section.get("words", [])
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError(f"{path}: {SECTION!r}: words must be a list of texts; it is {words!r:.200}")
-    options = {name: section[name] for name in (*declarable, "dtype") if name in section}
-    others = {name: section[name] for name in ("motion", "mag_ratios", "presets", "words") if name in section}
+    options = {name: value for name, value in section.items() if name not in _OTHERS}
+    others = {name: value for name, value in section.items() if name in _OTHERS}
     name = folder.resolve().name
     key = next((key for key, checkpoint in PUBLISHED.items() if checkpoint.folder == name), None)
     published = RunDefaults() if key is None else published_defaults(key)
@@ -130,25 +116,6 @@ def published_defaults(key: str) -> RunDefaults:
     """Return the defaults of a published checkpoint, a key of `PUBLISHED`."""
     options = {**PUBLISHED_DEFAULTS, **PUBLISHED[key].defaults}
     return RunDefaults(motion=options.pop("motion", {}), options=options)
-
-
-def _check_values(declared: Mapping[str, Any]) -> None:
-    """Raise ValueError if a value of a section or preset is out of the bounds of its option."""
-    stated = {**call_options(), **options_of(FileOptions), **options_of(LoadOptions)}
-    for name, value in declared.items():
-        if name in stated and name != "motion":
-            check_value(name, stated[name][0].kind, value)
-    for mode, numbers in declared.get("motion", {}).items():
-        MotionGuidance.for_mode(mode, numbers)
-    if declared.get("mag_ratios") is not None:
-        MagRatios.from_json(declared["mag_ratios"])
-
-
-def _declarable() -> list[str]:
-    """Return the options that a checkpoint or preset may declare."""
-    shorthands = {*options_of(Shorthands)} - {"cache_threshold"}
-    run = {*options_of(RunOptions)} - {"motion", "seed", "output_type", "rand_device"}
-    return sorted({*run, "cache_threshold", "fps", "negative_prompt"} - shorthands)
 
 
 def _maps_to_maps(given: object) -> bool:

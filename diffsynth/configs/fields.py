@@ -56,9 +56,8 @@ class Whole:
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError
         number = int(value)
-        if number < self.least or (self.most is not None and number > self.most):
-            raise ValueError
-        if self.odd and number % 2 == 0:
+        within = number >= self.least and (self.most is None or number <= self.most)
+        if not within or (self.odd and number % 2 == 0):
             raise ValueError
         return number
 
@@ -121,11 +120,10 @@ class Choice(Kind):
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class Switch:
+class Switch(Kind):
     """True or False."""
 
-    metavar: str = "ON"
+    metavar = "ON"
 
     def __str__(self) -> str:
         return "True or False"
@@ -133,9 +131,7 @@ class Switch:
     def read(self, text: str) -> bool:
         words = {"true": True, "yes": True, "on": True, "1": True}
         words |= {"false": False, "no": False, "off": False, "0": False}
-        if text.lower() not in words:
-            raise ValueError
-        return words[text.lower()]
+        return self.check(words.get(text.lower()))
 
     def check(self, value: Any) -> bool:
         if not isinstance(value, bool):
@@ -167,11 +163,10 @@ class Several:
         return tuple(self.kind.check(part) for part in parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Levels:
+class Levels(Kind):
     """Noise levels that fall from 1 or below to above 0."""
 
-    metavar: str = "X,X,..."
+    metavar = "X,X,..."
 
     def __str__(self) -> str:
         return "falling numbers above 0, at most 1"
@@ -222,7 +217,7 @@ class Option:
     short: str | None = None
 
 
-def option(kind: Kind, text: str, *, default: Any, short: str | None = None) -> Any:
+def option(kind: Kind, text: str, *, default: Any = None, short: str | None = None) -> Any:
     """Return a dataclass field for an option of this kind, with its help text and default."""
     return field(default=default, metadata={OPTION: Option(kind=kind, help=text, short=short)})
 
@@ -247,24 +242,16 @@ def fields_of(owner: type[Owner], values: Mapping[str, Any]) -> Owner:
     return owner(**{item.name: values[item.name] for item in stated if item.name in values})
 
 
-def check_value(name: str, kind: Kind, value: Any) -> Any:
-    """Return a value in its own type; ValueError that names it and what is allowed, if it is not."""
-    try:
-        return kind.check(value)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{name} must be {kind}; got {value!r:.80}") from error
-
-
-def read_value(name: str, kind: Kind, text: str) -> Any:
-    """Parse the value of an option.
+def check_value(name: str, kind: Kind, value: Any, *, as_text: bool = False) -> Any:
+    """Return a value in its own type, parsed if it is given as text.
 
     Raises:
-        ValueError: the text is not an allowed value; the message names the option and what is allowed.
+        ValueError: the value is not allowed; the message names the option and what is allowed.
     """
     try:
-        return kind.read(text)
-    except ValueError as error:
-        raise ValueError(f"{name} must be {kind}; got {text!r:.80}") from error
+        return kind.read(value) if as_text else kind.check(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name} must be {kind}; got {value!r:.80}") from error
 
 
 def check_options(owner: Any) -> None:

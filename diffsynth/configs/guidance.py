@@ -19,11 +19,10 @@ _ROUNDING = 1e-6  # of a noise level, at a bound of `guided`
 PAPER_DEPTHS = (30, 40)  # blocks of Wan2.1 1.3B and 14B; both are read at PAPER_BLOCK
 
 
-@dataclass(frozen=True, slots=True)
 class HeadsKind:
     """The name of a way to reduce attention heads, or the indices of one or more different heads."""
 
-    metavar: str = "NAME|INDICES"
+    metavar = "NAME|INDICES"
 
     def __str__(self) -> str:
         return f"one of {', '.join(HEAD_READINGS)} or different head indices"
@@ -120,9 +119,7 @@ class MotionGuidance:
         default="auto",
     )
     attention_window: Window | None = option(
-        OrNone(ATTENTION_WINDOW, "all"),
-        "tokens that self-attention sees to each side while motion is read",
-        default=None,
+        OrNone(ATTENTION_WINDOW, "all"), "tokens that self-attention sees to each side while motion is read"
     )
     coarse: int = option(
         Whole(1),
@@ -161,7 +158,6 @@ class MotionGuidance:
     guided: tuple[float, float] | None = option(
         OrNone(Several(Number(least=0, most=1), ("from", "to")), "guided_steps"),
         "noise levels, falling, in which steps are guided: then first_guided and guided_steps follow",
-        default=None,
     )
     inner_steps: int = option(Whole(1), "optimiser steps in each guided step", default=10)
     interval: int = option(
@@ -173,7 +169,7 @@ class MotionGuidance:
         default="repeat",
     )
     reuse_above: float | None = option(
-        _COSINE, "reuse only while the last two fresh gradients have this cosine; None: always", default=None
+        _COSINE, "reuse only while the last two fresh gradients have this cosine; None: always"
     )
     update: str = option(
         Choice(("adamw", "gradient")), "AdamW as published, or plain descent (gradient)", default="adamw"
@@ -197,7 +193,6 @@ class MotionGuidance:
         _COSINE,
         "compute the next step's gradients too while those of the last two that did have a lower cosine; "
         "None: never",
-        default=None,
     )
 
     def __post_init__(self) -> None:

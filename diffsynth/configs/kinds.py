@@ -1,7 +1,6 @@
 """Kinds of values of single options: a step cache, the numbers of motion, an alignment."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from diffsynth.configs.caches import CACHES, CacheOptions
@@ -17,11 +16,10 @@ class CacheMaker(Protocol):
     make: Callable[[str, range, int], Any]
 
 
-@dataclass(frozen=True, slots=True)
 class CacheKind(Kind):
     """A step cache: a name, `CacheOptions` or an object with `make`; a name alone on the command line."""
 
-    metavar: str = "NAME"
+    metavar = "NAME"
 
     def __str__(self) -> str:
         return f"one of {', '.join(CACHES)}, CacheOptions or an object with make(prompt, steps, num_steps)"
@@ -32,17 +30,13 @@ class CacheKind(Kind):
         return Choice(CACHES).check(value)
 
 
-@dataclass(frozen=True, slots=True)
-class MotionKind:
+class MotionKind(Kind):
     """The numbers of motion transfer; on the command line each number is a separate option."""
 
-    metavar: str = "NUMBERS"
+    metavar = "NUMBERS"
 
     def __str__(self) -> str:
         return "a MotionGuidance or None"
-
-    def read(self, text: str) -> MotionGuidance:
-        raise ValueError(text)
 
     def check(self, value: Any) -> MotionGuidance | None:
         if value is not None and not isinstance(value, MotionGuidance):
@@ -50,11 +44,10 @@ class MotionKind:
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class AlignmentKind:
+class AlignmentKind(Kind):
     """How a reference is laid onto a picture: "object", "none", or numbers for `planning.alignment.shift`."""
 
-    metavar: str = "object|none|DX,DY[,SCALE]"
+    metavar = "object|none|DX,DY[,SCALE]"
 
     def __str__(self) -> str:
         return "object, none, or pixels to the right, pixels down and, if wanted, a scale from 0.1 to 10"

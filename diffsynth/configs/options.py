@@ -7,7 +7,7 @@ here, its type for type checkers in `CallOptions`, and the code that reads it.
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -80,7 +80,7 @@ class RunOptions:
         Number(), "classifier-free guidance, v_neg + cfg_scale * (v_pos - v_neg); 1: without", default=5.8
     )
     low_noise_cfg_scale: float | None = option(
-        OrNone(Number(), "cfg_scale"), "cfg_scale of the low-noise expert, for models of two", default=None
+        OrNone(Number(), "cfg_scale"), "cfg_scale of the low-noise expert, for models of two"
     )
     boundary: float = option(
         Number(least=0, most=1),
@@ -94,7 +94,6 @@ class RunOptions:
     tiled: bool | None = option(
         OrNone(Switch(), "where the whole does not fit"),
         "encode and decode in spatial tiles, which saves memory",
-        default=None,
     )
     tile_size: tuple[int, int] = option(
         Several(Whole(1), _ROWS_COLUMNS), "side of a VAE tile, in latent units", default=(30, 52)
@@ -104,9 +103,7 @@ class RunOptions:
     )
     sampler: str = option(Choice(SAMPLERS), "the solver; renoise: of few-step (DMD) models", default="euler")
     sigmas: tuple[float, ...] | None = option(
-        OrNone(Levels(), "none"),
-        "noise levels, one a step, instead of steps, strength and shift",
-        default=None,
+        OrNone(Levels(), "none"), "noise levels, one a step, instead of steps, strength and shift"
     )
     align: Any = option(
         AlignmentKind(),
@@ -114,9 +111,9 @@ class RunOptions:
         "there (object) or not (none), or right, down (pixels) and scaled as you say",
         default="object",
     )
-    motion: MotionGuidance | None = option(MotionKind(), "what is transferred and how", default=None)
+    motion: MotionGuidance | None = option(MotionKind(), "what is transferred and how")
     cache: CacheOptions | CacheMaker | None = option(
-        CacheKind(), "steps that reuse the work of an earlier one", default=None
+        CacheKind(), "steps that reuse the work of an earlier one"
     )
     cfg_interval: tuple[float, float] = option(
         Several(Number(least=0, most=1), ("from", "to")),
@@ -124,7 +121,7 @@ class RunOptions:
         default=(0.0, 1.0),
     )
     batch_cfg: bool | None = option(
-        OrNone(Switch(), "by the memory at hand"), "both prompts in one call of the DiT", default=None
+        OrNone(Switch(), "by the memory at hand"), "both prompts in one call of the DiT"
     )
     output_type: str = option(Choice(OUTPUT_TYPES), "what a call returns", default="pil")
     deterministic: bool = option(
@@ -186,9 +183,7 @@ class RunOptions:
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON can hold them; a caller's own cache is named by its repr."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["motion"] = self.motion and asdict(self.motion)
-        cache = self.cache
+        values, cache = asdict(replace(self, cache=None)), self.cache
         if cache is not None:
             values["cache"] = asdict(cache) if isinstance(cache, CacheOptions) else {"name": repr(cache)}
         return values
@@ -205,13 +200,11 @@ class RunOptions:
         for name, value in {"motion": motion, "cache": cache}.items():
             if value is not None and not isinstance(value, Mapping):
                 raise ValueError(f"options: {name} must be an object or null; got {value!r:.80}")
-        return cls(
-            **{
-                **values,
-                "motion": None if motion is None else MotionGuidance.for_mode(motion.get("mode", ""), motion),
-                "cache": None if cache is None else CacheOptions.from_json(cache),
-            }
-        )
+        if motion is not None:
+            motion = MotionGuidance.for_mode(motion.get("mode", ""), motion)
+        if cache is not None:
+            cache = CacheOptions.from_json(cache)
+        return cls(**{**values, "motion": motion, "cache": cache})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,24 +212,19 @@ class Shorthands(CheckedOptions):
     """Arguments of the call that set options of the run. None or an empty text leaves those options alone."""
 
     preset: str = option(Text(), "set of defaults: exact, balanced, fast or the model's own", default="exact")
-    mode: str | None = option(OrNone(Choice(MODES)), "how motion is transferred", default=None)
-    sf: int | None = option(
-        OrNone(Whole(2)), "frames that each latent frame is compared with, as in motion", default=None
-    )
+    mode: str | None = option(OrNone(Choice(MODES)), "how motion is transferred")
+    sf: int | None = option(OrNone(Whole(2)), "frames that each latent frame is compared with, as in motion")
     motion_scale: float | None = option(
         OrNone(Number(least=0.001, most=1000)),
         "factor on the learning rates: above 1 follows the motion more closely, 0.5 half as strongly",
-        default=None,
     )
     cache_threshold: float | None = option(
-        OrNone(Number(least=0)), "threshold of the cache, instead of the published one", default=None
+        OrNone(Number(least=0)), "threshold of the cache, instead of the published one"
     )
-    tea_cache_l1_thresh: float | None = option(OrNone(Number(least=0)), "threshold of TeaCache", default=None)
+    tea_cache_l1_thresh: float | None = option(OrNone(Number(least=0)), "threshold of TeaCache")
     tea_cache_model_id: str = option(Text(), "whose coefficients TeaCache takes", default="")
     vram_budget_gb: float | None = option(
-        OrNone(Number(above=0, most=100_000)),
-        "memory of the device that the run may use, GB of 2**30 bytes",
-        default=None,
+        OrNone(Number(above=0, most=100_000)), "memory of the device that the run may use, GB of 2**30 bytes"
     )
 
 
@@ -305,7 +293,7 @@ class FileOptions(CheckedOptions):
     """Options of the video file that frames are written to."""
 
     fps: float | None = option(
-        OrNone(Number(above=0), "the reference's, else the model's"), "frames a second", default=None
+        OrNone(Number(above=0), "the reference's, else the model's"), "frames a second"
     )
     quality: float = option(Number(least=0, most=10), "0 (small file) to 10 (best)", default=8.0)
     lossless: bool = option(
@@ -319,14 +307,10 @@ class ReferenceOptions(CheckedOptions):
     """Options of reading a reference video."""
 
     ref_fps: float | None = option(
-        OrNone(Number(above=0), "its own"), "frames a second at which the reference is read", default=None
+        OrNone(Number(above=0), "its own"), "frames a second at which the reference is read"
     )
-    start: float | None = option(
-        OrNone(Number(least=0)), "second of the reference at which its use begins", default=None
-    )
-    end: float | None = option(
-        OrNone(Number(above=0)), "second of the reference at which its use ends", default=None
-    )
+    start: float | None = option(OrNone(Number(least=0)), "second of the reference at which its use begins")
+    end: float | None = option(OrNone(Number(above=0)), "second of the reference at which its use ends")
     fit: str = option(Choice(FITS), "how the reference's frames get another aspect", default="crop")
 
 
@@ -339,23 +323,20 @@ class LoadOptions(CheckedOptions):
         loras: LoRA file -> strength; the files are merged into the DiT.
     """
 
-    dit: str | None = option(OrNone(Text()), "weights of the DiT, instead of the model's", default=None)
-    text_encoder: str | None = option(OrNone(Text()), "text encoder instead of the model's", default=None)
-    vae: str | None = option(OrNone(Text()), "weights of the VAE, instead of the model's", default=None)
-    device: str | None = option(OrNone(Text()), "auto, cpu, cuda, cuda:1, ...", default=None)
-    dtype: str | None = option(
-        OrNone(Choice(DTYPES)), "type of the weights; float32 on a CPU, else bfloat16", default=None
-    )
-    vae_dtype: str | None = option(OrNone(Choice(WIDE_DTYPES)), "type of the VAE (float32)", default=None)
+    dit: str | None = option(OrNone(Text()), "weights of the DiT, instead of the model's")
+    text_encoder: str | None = option(OrNone(Text()), "text encoder instead of the model's")
+    vae: str | None = option(OrNone(Text()), "weights of the VAE, instead of the model's")
+    device: str | None = option(OrNone(Text()), "auto, cpu, cuda, cuda:1, ...")
+    dtype: str | None = option(OrNone(Choice(DTYPES)), "type of the weights; float32 on a CPU, else bfloat16")
+    vae_dtype: str | None = option(OrNone(Choice(WIDE_DTYPES)), "type of the VAE (float32)")
     attention: str | None = option(
-        OrNone(Choice(ATTENTION)), "attention kernel; by default the best one that is installed", default=None
+        OrNone(Choice(ATTENTION)), "attention kernel; by default the best one that is installed"
     )
-    compile: bool | None = option(OrNone(Switch()), "compile the DiT's blocks", default=None)
-    offload: bool | None = option(OrNone(Switch()), "models stay on the CPU between stages", default=None)
+    compile: bool | None = option(OrNone(Switch()), "compile the DiT's blocks")
+    offload: bool | None = option(OrNone(Switch()), "models stay on the CPU between stages")
     persistent: int | None = option(
         OrNone(Whole(0)),
         "stream the DiT's blocks from the CPU but for this many parameters, which stay on the device",
-        default=None,
     )
     loras: Mapping[str, float] | None = None
 

@@ -110,7 +110,13 @@ def resolve(
     options: dict[str, Any] = {name: defaults[name] for name in options_of(RunOptions)} | given
     options["height"], options["width"] = _size(given, defaults, reference, model)
     options["num_frames"] = _length(given, defaults, reference)
-    options["denoising_strength"] = _strength(given, defaults, reference)
+    if reference is None:  # the run starts from noise
+        strength = given.get("denoising_strength", 1.0)
+        if isinstance(strength, int | float) and 0 < strength < 1:
+            text = "denoising_strength=%s has no effect without input_video: starting from noise"
+            logger.warning(text, strength)
+            strength = 1.0
+        options["denoising_strength"] = strength
     options["seed"] = given.get("seed", secrets.randbelow(2**32))
     if "num_inference_steps" in given and "sigmas" not in given:
         options["sigmas"] = None
@@ -156,11 +162,9 @@ def resolve_prompts(
 
 
 def unknown_words(prompts: Sequence[str], words: Sequence[str] | None) -> str | None:
-    """Return a message that names the words in prompts which a model does not know; None if it knows all.
+    """Return a message that names the words in prompts which are not among a model's words, in lower case.
 
-    Args:
-        prompts: the texts.
-        words: the model's vocabulary in lower case; None for a model that reads any word.
+    It is None if there are none, and for a model that reads any word, whose words are None.
     """
     asked = dict.fromkeys(re.findall(r"\w+", " ".join(prompts).lower()))
     ignored = [word for word in asked if words is not None and word not in words]
@@ -232,17 +236,6 @@ def _length(given: Mapping[str, Any], defaults: RunDefaults, reference: Referenc
             message += f"reading it at {slower:.3g} frames a second (ref_fps) covers all"
         logger.log(logging.WARNING if asked is None else logging.INFO, message)
     return length
-
-
-def _strength(given: Mapping[str, Any], defaults: RunDefaults, reference: ReferenceFacts | None) -> Any:
-    """Return denoising_strength, which is 1 without a reference, since the run then starts from noise."""
-    asked = given.get("denoising_strength")
-    if reference is not None:
-        return defaults["denoising_strength"] if asked is None else asked
-    if isinstance(asked, int | float) and 0 < asked < 1:
-        logger.warning("denoising_strength=%s has no effect without input_video: starting from noise", asked)
-        return 1.0
-    return 1.0 if asked is None else asked
 
 
 def _motion(

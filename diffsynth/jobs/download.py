@@ -16,16 +16,14 @@ from diffsynth.configs.checkpoints import PublishedCheckpoint
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("modelscope", "huggingface")
-
-_SITES = {"modelscope": "modelscope.cn", "huggingface": "huggingface.co"}
-# The package of a hub, the module of its errors, and the argument that names files.
+# The site of a hub, its package, the module of its errors, and the argument that names files.
 _HUBS = {
-    "modelscope": ("modelscope", "modelscope.hub.errors", "allow_file_pattern"),
-    "huggingface": ("huggingface_hub", "huggingface_hub.errors", "allow_patterns"),
+    "modelscope": ("modelscope.cn", "modelscope", "modelscope.hub.errors", "allow_file_pattern"),
+    "huggingface": ("huggingface.co", "huggingface_hub", "huggingface_hub.errors", "allow_patterns"),
 }
+SOURCES = tuple(_HUBS)
+# Bytes; the format allows no longer header, so a larger number means that the file is something else.
 _MAX_SAFETENSORS_HEADER = 100_000_000
-"""Bytes; the format allows no longer header, so a larger number means that the file is something else."""
 
 
 class DownloadError(RuntimeError):
@@ -48,12 +46,8 @@ def download(
 
     A complete folder is left alone, and an unfinished download is resumed.
 
-    Args:
-        checkpoint: what to fetch; output_dir: the folder of all models.
-        source: "modelscope" or "huggingface".
-
     Raises:
-        ValueError: the source is unknown.
+        ValueError: the source is no entry of `SOURCES`.
         DownloadError: the disk has too little space, the hub cannot be reached or its library is not
             installed, or files are still incomplete afterwards.
     """
@@ -127,7 +121,7 @@ def _require_disk_space(folder: Path, checkpoint: PublishedCheckpoint, paths: li
 
 def _fetch(checkpoint: PublishedCheckpoint, folder: Path, paths: list[str], source: str) -> None:
     # allow_file_pattern: the one name that every ModelScope version knows.
-    package, errors, patterns = _HUBS[source]
+    _site, package, errors, patterns = _HUBS[source]
     try:
         hub, kinds = import_module(package), vars(import_module(errors)).values()
     except ImportError as error:
@@ -146,7 +140,7 @@ def _fetch(checkpoint: PublishedCheckpoint, folder: Path, paths: list[str], sour
 def _explain(checkpoint: PublishedCheckpoint, folder: Path, source: str, reason: str) -> str:
     target = shlex.quote(str(folder))
     return (
-        f"Could not fetch {checkpoint.name} ({checkpoint.model_id} at {_SITES[source]}) "
+        f"Could not fetch {checkpoint.name} ({checkpoint.model_id} at {_HUBS[source][0]}) "
         f"into {folder}: {reason}\n"
         "What has arrived is kept, and the same command continues from there. Or fetch it by hand:\n"
         f"  modelscope download --model {checkpoint.model_id} --local_dir {target}\n"

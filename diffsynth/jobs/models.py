@@ -35,15 +35,10 @@ def attention_kernel(options: LoadOptions) -> AbstractContextManager[None]:
 def choose_model(
     name: str | None, root: str | Path, note: Callable[[str], None], options: LoadOptions | None = None
 ) -> Path:
-    """Return the folder of a model.
+    """Return the folder of a model that is named as for `from_pretrained`.
 
-    Args:
-        name: as for `from_pretrained`; None for the largest complete published one below root that needs no
-            picture, else nano.
-        root: where published models are.
-        note: told which one is taken if none is named.
-        options: how it is loaded. If they name all three models and there is no name, the DiT's folder is
-            taken.
+    Without a name it is the DiT's folder if the options name all three models; else, and `note` is told so,
+    that of the largest complete published model below root that needs no picture, else of nano.
 
     Raises:
         FileNotFoundError: there is no model of this name.

@@ -1,11 +1,10 @@
 """Check output paths before a run and write them atomically after it; never overwrite a file unasked."""
 
 import contextlib
-import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -68,9 +67,7 @@ def check_place(path: Path) -> None:
             os.lstat(record_path(path).with_name(f".{path.name}.json"))  # longest name derived from path
     except OSError as error:
         raise UsageError(f"output {path} cannot be written: {error.strerror}") from error
-    if is_png_folder(path):
-        return
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
+    if not is_png_folder(path) and path.suffix.lower() not in VIDEO_SUFFIXES:
         kinds = ", ".join(VIDEO_SUFFIXES)
         raise UsageError(f"output {path} must end in one of {kinds}, or have no suffix: a folder of PNGs")
 
@@ -87,15 +84,6 @@ def check_space(path: Path, num_bytes: int, lossless: bool) -> None:
 def is_png_folder(path: Path) -> bool:
     """Return whether an output is a folder of PNG files: a path without a suffix."""
     return path.suffix == ""
-
-
-def reserve_name(folder: Path, stem: str, suffix: str = ".mp4") -> Path:
-    """Reserve an unused name with an empty file, which protects earlier results and blocks other runs."""
-    for path in _numbered(folder / f"{stem}{suffix}"):
-        with contextlib.suppress(FileExistsError):
-            path.open("x").close()
-            return path
-    raise AssertionError("unreachable")
 
 
 def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, overwrite: bool = False) -> Path:
@@ -126,21 +114,15 @@ def write_output(
 
 
 def _place(file: Path, target: Path) -> Path:
-    """Put a file at target, or at the next free name, and return the path used."""
-    for path in _numbered(target):
-        try:
-            os.link(file, path)
-        except FileExistsError:
-            continue
-        except OSError:  # a file system without hard links
-            path = reserve_name(target.parent, target.stem, target.suffix)
-            os.replace(file, path)
-        return path
-    raise AssertionError("unreachable")
-
-
-def _numbered(path: Path) -> Iterator[Path]:
-    """Yield a path, then the same with -2, -3, ... at the end of its name."""
-    yield path
-    for number in itertools.count(2):
-        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+    """Put a file at target, or at the first free name with -2, -3, ... at its end; return the path used."""
+    path, number = target, 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.link(file, path)
+            except OSError:  # the name is taken, or the file system has no hard links
+                path.open("x").close()
+                os.replace(file, path)
+            return path
+        number += 1
+        path = target.with_name(f"{target.stem}-{number}{target.suffix}")

@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth.configs.defaults import EXACT, run_defaults
-from diffsynth.configs.fields import fields_of
+from diffsynth.configs.fields import fields_of, options_of
 from diffsynth.configs.options import (
     DEFAULT_FPS,
     MOTION_PREFIX,
@@ -86,6 +86,12 @@ class VideoTask:
     pictures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the pipeline's run, apart from callbacks."""
+        pictures = {name: picture["path"] for name, picture in self.pictures.items()}
+        return {**self.call, **self.saving, **pictures, "input_video": self.video}
+
+    @property
     def num_bytes(self) -> int:
         """Return the size of the video's frames in memory, in bytes."""
         return 3 * math.prod(self.size)
@@ -131,8 +137,7 @@ def use_reference(
 
 def task_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the subset of options that `make_task` reads."""
-    others = (item.name for owner in (FileOptions, ReferenceOptions) for item in fields(owner))
-    known = {*PROMPTS, *call_options(), *others}
+    known = {*PROMPTS, *call_options(), *options_of(FileOptions), *options_of(ReferenceOptions)}
     return {name: value for name, value in options.items() if name in known or name.startswith(MOTION_PREFIX)}
 
 
@@ -154,12 +159,9 @@ def make_task(
 ) -> VideoTask:
     """Return the task that options describe, validated as far as possible before the model is loaded.
 
-    Args:
-        options: by name, the prompts and the options of the call, the reference and the file. Parameters of
-            motion are in a mapping `motion`, or have the prefix MOTION_PREFIX.
-        reference: path of the reference video; None without one.
-        folder: folder of the checkpoint.
-        pictures: paths of the pictures; the keys are input_image and end_image, if set.
+    Options are, by name, the prompts and those of the call, the reference and the file; numbers of motion are
+    in a mapping `motion`, or have the prefix MOTION_PREFIX. The keys of pictures are input_image and
+    end_image, if set. The folder is the checkpoint's.
 
     Raises:
         UsageError: an option is missing.
@@ -264,14 +266,7 @@ def run_task(
         logger.warning("an earlier run was killed before its video was there; %s", decode_line(left))
     with latents_until_done(kept):
         with attention_kernel(loaded):
-            (made,) = pipe.run(
-                **task.call,
-                **task.saving,
-                **{name: picture["path"] for name, picture in task.pictures.items()},
-                input_video=task.video,
-                observer=watch,
-                progress_bar_cmd=iter,
-            )
+            (made,) = pipe.run(**task.arguments, observer=watch, progress_bar_cmd=iter)
         observer(RunEvent(stage="write"))
         frames: Any = made.frames  # PIL images, since a task has no output_type
         record = make_record(

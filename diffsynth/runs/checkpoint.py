@@ -40,12 +40,6 @@ def saved_seed(folder: Path) -> int | None:
 class SavedRun:
     """A run that is saved in a folder. A file that cannot be written causes a warning, and the run continues.
 
-    Args:
-        folder: the checkpoint_dir.
-        saving: how often the run is saved, and whether an unfinished one is continued.
-        identity: identity of the run, from `run_identity`.
-        device: device to which saved tensors are loaded.
-
     Attributes:
         inputs: inputs of denoising; None in a new run until `keep_inputs`.
 

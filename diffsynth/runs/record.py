@@ -38,15 +38,11 @@ VERSION, READ_VERSIONS = 2, (1, 2)
 LARGEST_METADATA = 100_000  # bytes
 _TOKENIZER_FILES = ("*.json", "spiece.model")
 # Objects in a record, and what reading it needs to find there.
-_NEEDED = {
-    "options": (),
+_NEEDED: Mapping[str, tuple[str, ...]] = {
     "reference": ("path", "sha256"),
-    "pictures": (),
     "model": ("folder", "files", "setup"),
     "video": ("fps", "quality", "frames_sha256"),
-    "versions": (),
-    "device": (),
-    "cost": (),
+    **dict.fromkeys(("options", "pictures", "versions", "device", "cost"), ()),
 }
 
 
@@ -319,10 +315,7 @@ def read_record(path: str | Path) -> RunRecord:
 def finished_record(video: Path) -> RunRecord | None:
     """Return the record of a finished video, from inside it or, if it is too long for that, from beside it.
 
-    A record that is missing beside the video is written again.
-
-    Returns:
-        The record; None if there is no video, or no record.
+    A record that is missing beside the video is written again. None: there is no video, or no record.
     """
     if not video.exists():
         return None

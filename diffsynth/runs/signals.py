@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class RunInterrupted(KeyboardInterrupt):
     """Raised when a signal stops a run; its finished steps are in a folder, and the same call continues it.
@@ -33,11 +31,7 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM in this context raise RunInterrupted; further ones are ignored.
 
     It is raised at once and not at the end of a step, which may take a minute: a machine that is taken away
-    leaves seconds.
-
-    Args:
-        folder: the checkpoint_dir, for the message.
-        interrupt: called first, so that the run also stops where its caller swallows exceptions.
+    leaves seconds. `interrupt` is called first: the run also stops where its caller swallows exceptions.
     """
     received: list[int] = []
 
@@ -48,7 +42,7 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
         interrupt()
         raise RunInterrupted(number, folder)
 
-    with handling(STOP_SIGNALS, stop):
+    with handling((signal.SIGINT, signal.SIGTERM), stop):
         yield
     if received:
         raise RunInterrupted(received[0], folder)
