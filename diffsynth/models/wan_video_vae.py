@@ -9,7 +9,6 @@ Precision: the dtype of the weights; latents, their normalisation, results and b
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -130,16 +129,14 @@ class WanVideoVAE(nn.Module):
         batch, _, num_frames, height, width = video.shape
         center, inverse_std = self._statistics()
         shape = height // self.spatial_factor, width // self.spatial_factor
-        grid = TileGrid(shape=shape, size=tile_size, stride=tile_stride) if tiled else None
-        if grid is None or len(grid.tiles()) == 1:
-            return (self.encode_moments(video)[0] - center) * inverse_std
 
         def encode_tile(tile: Tile) -> Iterator[Tensor]:
             yield (self.encode_moments(video[tile.area(self.spatial_factor)])[0] - center) * inverse_std
 
         num_latents = -(-(num_frames - 1) // self.temporal_factor) + 1
-        latents = torch.zeros(batch, self.z_dim, num_latents, *shape, device=self.device)
-        return blend(grid, latents, 1, encode_tile)
+        size = batch, self.z_dim, num_latents, *shape
+        latents = torch.zeros(size, dtype=torch.float32, device=self.device)
+        return blend(TileGrid.of(shape, tiled, tile_size, tile_stride), latents, 1, encode_tile)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, z, F, h, w], float32, not normalised; else as `encode`."""
@@ -171,17 +168,14 @@ class WanVideoVAE(nn.Module):
             ValueError: a wrong shape, num_frames out of range, or a tiling that leaves gaps.
         """
         self._check_latents(latents)
-        batch, _, num_latents, *shape = latents.shape
+        batch, _, num_latents, rows, cols = latents.shape
         available = self.temporal_factor * (num_latents - 1) + 1
         num_frames = available if num_frames is None else num_frames
         if not 1 <= num_frames <= available:
             raise ValueError(f"num_frames must be 1 to {available} for these latents; got {num_frames}")
-        grid = TileGrid(shape=(shape[0], shape[1]), size=tile_size, stride=tile_stride) if tiled else None
-        if grid is None or len(grid.tiles()) == 1:
-            chunks = (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames))
-            return _join(chunks, num_frames)
-        size = (n * self.spatial_factor for n in shape)
-        video = torch.zeros(batch, IMAGE_CHANNELS, num_frames, *size, device=self.device)
+        grid = TileGrid.of((rows, cols), tiled, tile_size, tile_stride)
+        size = batch, IMAGE_CHANNELS, num_frames, rows * self.spatial_factor, cols * self.spatial_factor
+        video = torch.zeros(size, dtype=torch.float32, device=self.device)
 
         def decode_tile(tile: Tile) -> Iterator[Tensor]:
             return self._pixel_chunks(latents[tile.area()], num_frames)
@@ -238,21 +232,6 @@ def _video_chunks(video: Tensor, step: int) -> Iterator[Tensor]:
     for chunk in video[:, :, 1:].split(step, dim=2) if video.shape[2] > 1 else ():
         missing = step - chunk.shape[2]
         yield torch.cat([chunk, *[chunk[:, :, -1:]] * missing], dim=2) if missing else chunk
-
-
-def _join(chunks: Iterator[Tensor], num_frames: int) -> Tensor:
-    """Chunks one after the other in time, num_frames in all."""
-    first = next(chunks)
-    if first.requires_grad:
-        return torch.cat([first, *chunks], dim=2)
-    # Writing chunks where they belong keeps no second copy of the video.
-    video = first.new_empty(*first.shape[:2], num_frames, *first.shape[3:])
-    start = 0
-    for chunk in chain((first,), chunks):
-        stop = start + chunk.shape[2]
-        video[:, :, start:stop] = chunk
-        start = stop
-    return video
 
 
 def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:

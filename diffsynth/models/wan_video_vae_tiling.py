@@ -52,6 +52,13 @@ class TileGrid:
                 f"tile_stride must not exceed tile_size, or gaps are left; got {self.stride} > {self.size}"
             )
 
+    @classmethod
+    def of(
+        cls, shape: tuple[int, int], tiled: bool, size: tuple[int, int], stride: tuple[int, int]
+    ) -> "TileGrid":
+        """Return a grid of such tiles or, unless `tiled`, of one tile."""
+        return cls(shape=shape, size=size if tiled else shape, stride=stride if tiled else shape)
+
     def tiles(self) -> list[Tile]:
         """Return all tiles, row by row."""
         rows, cols = (spans(*axis) for axis in zip(self.shape, self.size, self.stride, strict=True))
@@ -102,6 +109,6 @@ def blend(grid: TileGrid, out: Tensor, unit: int, run: Callable[[Tile], Iterable
         start = 0
         for chunk in run(tile):
             stop = start + chunk.shape[2]
-            out[:, :, start:stop][area] += weight * chunk
+            out[:, :, start:stop][area].add_(weight * chunk)
             start = stop
     return out.div_(total)

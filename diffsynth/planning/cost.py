@@ -24,7 +24,7 @@ from diffsynth.configs.kinds import CacheMaker
 from diffsynth.configs.options import RunOptions
 from diffsynth.models.local_attention import BLOCK, Window, block_plan
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS
-from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid
+from diffsynth.models.wan_video_vae_tiling import TileGrid
 from diffsynth.planning.memory import Shape, num_tokens, token_grid
 from diffsynth.planning.sizes import DiTSize, VAESize
 
@@ -81,9 +81,7 @@ def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str 
 
 def vae_flops(vae: VAESize, latents: Shape, options: RunOptions, tiled: bool, with_reference: bool) -> float:
     """Operations of decoding latents (F, h, w) and, with a reference, of encoding it, in tiles or whole."""
-    tiles = [Tile((0, latents[1]), (0, latents[2]))]
-    if tiled:
-        tiles = TileGrid(shape=latents[1:], size=options.tile_size, stride=options.tile_stride).tiles()
+    tiles = TileGrid.of(latents[1:], tiled, options.tile_size, options.tile_stride).tiles()
     areas = [(tile.rows[1] - tile.rows[0]) * (tile.cols[1] - tile.cols[0]) for tile in tiles]
     last, sums = vae.widths[-1], 0.0
     for area in areas:
