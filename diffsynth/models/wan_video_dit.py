@@ -172,15 +172,6 @@ class WanModel(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the time embedding [..., D] of timestep [...] and the blocks' modulation [..., 6, D]."""
-        dtype = precise_dtype(self.dtype)
-        # Without non_blocking, a copy from the CPU would wait until the device has done all its work.
-        waves = sinusoidal_embedding(timestep, self.freq_dim).to(dtype).to(self.device, non_blocking=True)
-        hidden = linear_in(dtype, self.time_embedding[0], waves)
-        time = linear_in(dtype, self.time_embedding[2], F.silu(hidden))
-        return time, linear_in(dtype, self.time_projection[1], F.silu(time)).unflatten(-1, (6, self.dim))
-
     def embed(
         self,
         x: Tensor,
@@ -216,13 +207,17 @@ class WanModel(nn.Module):
             )
         stream = precise_dtype(self.dtype)
         tokens = self.patch_embedding(x.to(self.dtype))
-        time, modulation = self.embed_time(timestep)
+        # Without non_blocking, a copy from the CPU would wait until the device has done all its work.
+        waves = sinusoidal_embedding(timestep, self.freq_dim).to(stream).to(self.device, non_blocking=True)
+        hidden = linear_in(stream, self.time_embedding[0], waves)
+        time = linear_in(stream, self.time_embedding[2], F.silu(hidden))
+        modulation = linear_in(stream, self.time_projection[1], F.silu(time))
         # Rows past the prompt are zero before the text MLP and attended to: the official model has no mask.
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.text_len - context.shape[1]))
         return DiTState(
             tokens=tokens.flatten(2).transpose(1, 2).to(stream),
             time=time,
-            modulation=modulation,
+            modulation=modulation.unflatten(-1, (6, self.dim)),
             context=self.text_embedding(padded),
             image_context=None if clip_feature is None else self.img_emb(clip_feature.to(self.dtype)),
             grid=grid,

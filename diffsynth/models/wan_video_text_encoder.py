@@ -7,7 +7,7 @@ computes bit for bit in float32, and whose softmax accumulates in float32 in hal
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,6 @@ _BLOCK = {
     "layer.1.DenseReluDense.wo": "ffn.fc2",
 }
 _BLOCK_PATH = re.compile(r"encoder\.block\.(\d+)\.(.+)")
-
-
-class LoadResult(NamedTuple):
-    """Official names that `load_state_dict` could not match."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 def transformers_to_official_key(key: str) -> str | None:
@@ -172,7 +165,7 @@ class WanTextEncoder(nn.Module):
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> LoadResult:
+    ) -> Any:
         """Load weights by their official names; arguments are those of `torch.nn.Module`.
 
         Each call counts up `num_loads`, by which caches of results notice new weights.
@@ -194,6 +187,6 @@ class WanTextEncoder(nn.Module):
             raise RuntimeError(f"these are not the weights of this WanTextEncoder: {'; '.join(problems)}")
         stack_keys = {self.official_key(key): key for key in self.encoder.state_dict()}
         found = {stack_keys[key]: value for key, value in state_dict.items() if key in own}
-        self.encoder.load_state_dict(found, strict=False, assign=assign)
+        result = self.encoder.load_state_dict(found, strict=False, assign=assign)
         self.num_loads += 1
-        return LoadResult(missing, unexpected)
+        return result._replace(missing_keys=missing, unexpected_keys=unexpected)

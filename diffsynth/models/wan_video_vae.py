@@ -71,10 +71,11 @@ class WanVideoVAE(nn.Module):
                 "temperal_downsample must have one entry less than dim_mult; "
                 f"got {tuple(temperal_downsample)} and {tuple(dim_mult)}"
             )
-        self.z_dim = z_dim
+        self.z_dim, self.num_res_blocks = z_dim, num_res_blocks
+        self.temporal = tuple(map(bool, temperal_downsample))
         residual = dec_dim is not None
         self.spatial_factor = 2 ** len(temperal_downsample) * (PATCH if residual else 1)
-        self.temporal_factor = 2 ** sum(map(bool, temperal_downsample))
+        self.temporal_factor = 2 ** sum(self.temporal)
         mean, std = (0.0,) * z_dim, (1.0,) * z_dim
         if z_dim == len(self.published[0]):
             mean, std = self.published
@@ -87,11 +88,12 @@ class WanVideoVAE(nn.Module):
         if min(self.latents_std) <= 0:
             raise ValueError(f"latents_std must be positive; got {self.latents_std}")
 
-        widths, dec_widths = ([n * m for m in dim_mult] for n in (dim, dim if dec_dim is None else dec_dim))
-        self.encoder = Encoder(dim, z_dim, widths, num_res_blocks, temperal_downsample, residual)
+        self.widths = tuple(dim * multiple for multiple in dim_mult)
+        self.decoder_widths = tuple((dec_dim or dim) * multiple for multiple in reversed(dim_mult))
+        self.encoder = Encoder(dim, z_dim, self.widths, num_res_blocks, self.temporal, residual)
         self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
-        self.decoder = Decoder(z_dim, dec_widths[::-1], num_res_blocks, temperal_downsample[::-1], residual)
+        self.decoder = Decoder(z_dim, self.decoder_widths, num_res_blocks, self.temporal[::-1], residual)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,9 +1,9 @@
 """Sizes of the models and the bytes of their weights, from which plans are computed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import chain
+from inspect import signature
 from typing import cast
 
 import torch
@@ -17,14 +17,8 @@ from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae22 import WanVideoVAE22
-from diffsynth.models.wan_video_vae_layers import ResidualBlock
 from diffsynth.vram_management.streaming import tensors_of
 
-# umt5-xxl, the text encoder of every published checkpoint; the defaults of `WanTextEncoder`.
-UMT5_XXL: Mapping[str, int] = {
-    "vocab": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24,
-    "num_buckets": 32,
-}  # fmt: skip
 PICTURE_TOKENS = 257  # that CLIP makes of a picture
 
 
@@ -89,12 +83,9 @@ class DiTSize:
             blocks = tuple(_parameters(block) * (1 if packed else dtype.itemsize) for block in dit.blocks)
             rest = _parameters(dit) - sum(map(_parameters, dit.blocks))
             weights = WeightBytes(blocks=blocks, rest=rest * compute.itemsize)
-        names = (
-            "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim",
-            "text_len", "patch_size",
-        )  # fmt: skip
+        names = {field.name for field in fields(cls)} - {"dtype"}
         return cls(
-            **{name: getattr(dit, name) for name in names},
+            **{name: getattr(dit, name) for name in names if hasattr(dit, name)},
             dtype=compute,
             weights=weights,
             block_parameters=_parameters(dit.blocks[0]),
@@ -135,28 +126,14 @@ class VAESize:
     @classmethod
     def of(cls, vae: WanVideoVAE) -> "VAESize":
         """Return the sizes of a loaded VAE."""
-
-        def levels(blocks: nn.ModuleList, name: str) -> tuple[list[list[int]], list[bool]]:
-            widths: list[list[int]] = [[]]
-            temporal = []
-            for block in chain.from_iterable(getattr(level, name, [level]) for level in blocks):
-                if hasattr(block, "time_conv"):
-                    temporal.append(block.time_conv is not None)
-                    widths.append([])
-                else:
-                    last = cast(ResidualBlock, block).residual["6"]
-                    widths[-1].append(cast(nn.Conv3d, last).out_channels)
-            return widths, temporal
-
-        widths, temporal = levels(vae.encoder.downsamples, "downsamples")
         return cls(
             z_dim=vae.z_dim,
             spatial_factor=vae.spatial_factor,
-            widths=tuple(level[-1] for level in widths),
-            decoder_widths=tuple(level[-1] for level in levels(vae.decoder.upsamples, "upsamples")[0]),
+            widths=vae.widths,
+            decoder_widths=vae.decoder_widths,
             patch=vae.encoder.patch,
-            num_res_blocks=len(widths[0]),
-            temporal=tuple(temporal),
+            num_res_blocks=vae.num_res_blocks,
+            temporal=vae.temporal,
             dtype=vae.dtype,
             weights=_bytes(vae),
         )
@@ -224,7 +201,8 @@ def published_sizes(
         vae = (WanVideoVAE22() if dit.out_dim == 48 else WanVideoVAE()).to(vae_dtype)
         clip = _parameters(WanImageEncoder()) if dit.has_image_input else 0
     compute = torch.bfloat16 if torch_dtype in PACKED_DTYPES else torch_dtype
-    t5 = UMT5_XXL
+    # umt5-xxl, the text encoder of every published checkpoint.
+    t5 = {name: argument.default for name, argument in signature(WanTextEncoder).parameters.items()}
     matrices = 4 * t5["dim"] * t5["dim_attn"] + 3 * t5["dim"] * t5["dim_ffn"]
     small = 2 * t5["dim"] + t5["num_buckets"] * t5["num_heads"]
     block = matrices * torch_dtype.itemsize + small * compute.itemsize
