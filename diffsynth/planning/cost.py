@@ -72,7 +72,7 @@ def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str 
     ffe = guidance_cost(motion, dit.num_layers, num_steps, share=share, computes_again=again)
     references, gradients = guidance_passes(motion, num_steps)
     if not DESCRIPTORS[motion.mode].needs_backward:
-        flops += (references + gradients * _forwards_a_gradient(motion)) * full
+        flops += ffe * full
     else:
         forward, backward = guided_flops(dit, latents, motion)
         flops += (references + gradients * (2 if again else 1)) * forward + gradients * backward
@@ -172,7 +172,7 @@ def guidance_cost(
     references, planned = guidance_passes(motion, num_steps)
     gradients = planned if gradient_evaluations is None else gradient_evaluations
     if not DESCRIPTORS[motion.mode].needs_backward:
-        return references + gradients * _forwards_a_gradient(motion)
+        return references + gradients * (1 if motion.prediction_cfg == 1 else 2)
     passes = references + (4 if computes_again else 3) * gradients
     return share * passes * motion.block_for(num_layers) / num_layers
 
@@ -238,7 +238,3 @@ def _seen(grid: Shape, window: Window | None) -> float:
     mask = block_plan(grid, window, torch.device("cpu")).mask
     blocks = mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()
     return min(BLOCK * blocks.item() / mask.kv_num_blocks.numel(), prod(grid))
-
-
-def _forwards_a_gradient(motion: MotionGuidance) -> int:
-    return 1 if motion.prediction_cfg == 1 else 2

@@ -11,7 +11,7 @@ Weights must be frozen while gradients are taken: none is computed for them.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +32,11 @@ class Slot:
     used: Mark | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PassBlock:
-    """A block in a pass; `first_slot` is the slot of block 0 in it, and those after it alternate."""
+class PassBlock(NamedTuple):
+    """A block in a pass, and its slot; the slots of blocks in a row alternate."""
 
     block: int
-    first_slot: int
-
-    @property
-    def slot(self) -> int:
-        return (self.block + self.first_slot) % 2
+    slot: int
 
 
 class BlockStream:
@@ -113,17 +108,17 @@ class BlockStream:
         self._going_back = False
         if index == 0:
             self._first_slot = self._next_first_slot
-        here = PassBlock(index, self._first_slot)
+        here = PassBlock(index, (index + self._first_slot) % 2)
         self._enter(here)
         if not last and index < len(self._blocks) - 1:
-            self._fetch(PassBlock(index + 1, self._first_slot))
+            self._fetch(PassBlock(index + 1, 1 - here.slot))
         elif not torch.is_grad_enabled():
             # The next pass begins with block 0: into the slot that is free.
             self._next_first_slot = 1 - here.slot
             self._fetch(PassBlock(0, self._next_first_slot))
 
     def _after(self, index: int, *outputs: Tensor) -> None:
-        here = PassBlock(index, self._first_slot)
+        here = PassBlock(index, (index + self._first_slot) % 2)
         for tensor in outputs:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 # Called when the gradient of the output is there: the block's backward is next.
@@ -134,9 +129,9 @@ class BlockStream:
         self._going_back = True
         self._enter(here)
         if here.block > 0:
-            self._fetch(PassBlock(here.block - 1, here.first_slot))
+            self._fetch(PassBlock(here.block - 1, 1 - here.slot))
         else:
-            self._next_first_slot = here.first_slot
+            self._next_first_slot = here.slot
 
     def _enter(self, here: PassBlock) -> None:
         """Have the block's parameters be its slot's tensors, with its weights in them."""
