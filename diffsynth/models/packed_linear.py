@@ -24,17 +24,11 @@ SMALLEST_EXPONENT = -24  # of a scale that float16 can still hold
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A packed matrix [out, in].
+    """A packed matrix [out, in]."""
 
-    Attributes:
-        data: its bytes as int8, [out, in] or in GGUF [out, n].
-        scale: [out, 1], by which the numbers are multiplied; of GGUF, which has its own, [out, 0].
-        stored: the dtype of a number, or the kind of GGUF.
-    """
-
-    data: Tensor
-    scale: Tensor
-    stored: torch.dtype | str
+    data: Tensor  # its bytes as int8, [out, in] or in GGUF [out, n]
+    scale: Tensor  # [out, 1], by which the numbers are multiplied; of GGUF, which has its own, [out, 0]
+    stored: torch.dtype | str  # of a number, or the kind of GGUF
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the matrix [out, in] in a dtype, rounded once."""

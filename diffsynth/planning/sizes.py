@@ -15,8 +15,7 @@ from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.models.wan_video_vae22 import WanVideoVAE22
+from diffsynth.models.wan_video_vae import WanVideoVAE, WanVideoVAE22
 from diffsynth.vram_management.streaming import tensors_of
 
 PICTURE_TOKENS = 257  # that CLIP makes of a picture
@@ -43,15 +42,10 @@ class WeightBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiTSize:
-    """The arguments of `WanModel` that cost anything, and its weights.
+    """The arguments of `WanModel` that cost anything, what it computes in, and its weights.
 
-    Attributes:
-        dim, ffn_dim, num_heads, num_layers, in_dim, out_dim, text_dim, freq_dim, text_len, patch_size: as
-            those arguments.
-        dtype, weights: what it computes in, and the bytes of its weights.
-        block_parameters: numbers in a block's weights.
-        widened: bytes of the widest matrix when unpacked from eight bits; 0 for other weights.
-        context_len: tokens of the text and of the pictures that it attends to.
+    A block's weights are `block_parameters` numbers. `widened` is the bytes of the widest matrix when
+    unpacked from eight bits, 0 for other weights; `context_len` counts tokens of the text and of pictures.
     """
 
     dim: int
@@ -104,38 +98,24 @@ class TextEncoderSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAESize:
-    """Layout of the VAE, and its weights.
-
-    Attributes:
-        z_dim, num_res_blocks, temporal: as the arguments of `WanVideoVAE`; spatial_factor: as its attribute.
-        dtype, weights: what it computes in, and the bytes of its weights.
-        widths, decoder_widths: channels of the encoder's and the decoder's levels, in their order.
-        patch: side of the square of pixels that is folded into channels; above 1 with Wan2.2's wiring.
-    """
+    """Layout of the VAE, as its attributes tell it, and its weights."""
 
     z_dim: int
     spatial_factor: int
     widths: tuple[int, ...]
     decoder_widths: tuple[int, ...]
-    patch: int
     num_res_blocks: int
     temporal: tuple[bool, ...]
     dtype: torch.dtype
+    patch: int
     weights: int
 
     @classmethod
     def of(cls, vae: WanVideoVAE) -> "VAESize":
         """Return the sizes of a loaded VAE."""
+        names = [field.name for field in fields(cls) if hasattr(vae, field.name)]
         return cls(
-            z_dim=vae.z_dim,
-            spatial_factor=vae.spatial_factor,
-            widths=vae.widths,
-            decoder_widths=vae.decoder_widths,
-            patch=vae.encoder.patch,
-            num_res_blocks=vae.num_res_blocks,
-            temporal=vae.temporal,
-            dtype=vae.dtype,
-            weights=_bytes(vae),
+            **{name: getattr(vae, name) for name in names}, patch=vae.encoder.patch, weights=_bytes(vae)
         )
 
 

@@ -22,17 +22,11 @@ _MODEL_FIELDS = {1, 2, 3}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanTokenizer:
-    """Turns text into ids; see `load_tokenizer`.
+    """Turns text into ids; see `load_tokenizer`."""
 
-    Args:
-        pieces: function that maps a text to its ids without the end token.
-        vocab_size: number of ids in the vocabulary.
-        file: the file from which it was loaded.
-    """
-
-    pieces: Callable[[str], list[int]]
-    vocab_size: int
-    file: Path
+    pieces: Callable[[str], list[int]]  # maps a text to its ids without the end token
+    vocab_size: int  # number of ids
+    file: Path  # from which it was loaded
 
     def encode(self, text: str, max_length: int | None = 512) -> list[int]:
         """Return the ids of a text and the end token, truncated to max_length ids unless that is None.

@@ -9,9 +9,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from diffsynth.vram_management.copies import ImmediateCopies, SideStreamCopies
 from diffsynth.vram_management.memory import available_memory
-from diffsynth.vram_management.streaming import BlockStream, resident_blocks, tensors_of
+from diffsynth.vram_management.streaming import (
+    BlockStream,
+    ImmediateCopies,
+    SideStreamCopies,
+    resident_blocks,
+    tensors_of,
+)
 
 CPU = torch.device("cpu")
 
