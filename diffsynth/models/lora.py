@@ -7,6 +7,7 @@ would round a small change away: the changes stand beside them (`PackedLinear.ch
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import cast
 
 import torch
@@ -136,11 +137,13 @@ def _level(dit: nn.Module) -> None:
     for name, module in dit.named_modules():
         if isinstance(module, PackedLinear) and (match := re.fullmatch(r"blocks\.\d+\.(.+)", name)):
             alike[match[1]].append(module)
-    for modules in alike.values():
-        ranks = [len(module.down) if module.down is not None else 0 for module in modules]
-        for module in modules:
-            module.fill_up(
-                max(ranks),
-                full=any(other.full is not None for other in modules),
-                own=any(other.own is not None for other in modules),
-            )
+    for modules, name in product(alike.values(), ("down", "up", "full", "own")):
+        given = [getattr(module, name) for module in modules]
+        shapes = {tensor.shape for tensor in given if tensor is not None}
+        largest = [max(sides) for sides in zip(*shapes, strict=True)]
+        for module, tensor in zip(modules, given, strict=True):
+            if shapes - {None if tensor is None else tensor.shape}:
+                filled = torch.zeros(largest, dtype=torch.bfloat16, device=module.weight.device)
+                if tensor is not None:
+                    filled[tuple(map(slice, tensor.shape))] = tensor
+                setattr(module, name, filled)

@@ -118,20 +118,6 @@ class PackedLinear(nn.Module):
         self.down, self.up = (None, None) if factors is None else map(self._beside, factors)
         self.full, self.own = self._beside(full), self._beside(own)
 
-    def fill_up(self, rank: int, *, full: bool, own: bool) -> None:
-        """Have what other layers have beside their weights, zeros where this one has none."""
-        rows, columns = self.out_features, self.in_features
-        if rank:
-            down = torch.zeros(0, columns) if self.down is None else self.down
-            up = torch.zeros(rows, 0) if self.up is None else self.up
-            missing = rank - len(down)
-            self.down = self._beside(F.pad(down, (0, 0, 0, missing)))
-            self.up = self._beside(F.pad(up, (0, missing)))
-        if full and self.full is None:
-            self.full = self._beside(torch.zeros(rows, columns))
-        if own and self.own is None:
-            self.own = self._beside(torch.zeros(rows))
-
     def _beside(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.weight.device, torch.bfloat16)
 

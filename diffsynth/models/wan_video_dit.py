@@ -36,26 +36,16 @@ from diffsynth.models.wan_video_dit_layers import (
 
 @dataclass(frozen=True, slots=True)
 class DiTState:
-    """Inputs of the blocks, as `WanModel.embed` derives them from those of the model.
+    """Inputs of the blocks, as `WanModel.embed` derives them from those of the model."""
 
-    Attributes:
-        tokens: [B, S, D], float32, as are time and modulation.
-        time: [B, D], or [B, T, D] for T timesteps a sample; modulation: the same with 6 rows, [B, 6, D] or
-            [B, T, 6, D].
-        context: [B, L, D] in the weights' dtype; image_context: [B, L_img, D] or None.
-        grid: (F, H, W).
-        rope: [S, 1, d/2], complex.
-        attention_window: how far self-attention looks (see `local_attention`); None for everywhere.
-    """
-
-    tokens: Tensor
-    time: Tensor
-    modulation: Tensor
-    context: Tensor
-    image_context: Tensor | None
-    grid: tuple[int, int, int]
-    rope: Tensor
-    attention_window: Window | None = None
+    tokens: Tensor  # [B, S, D], float32, as are time and modulation
+    time: Tensor  # [B, D], or [B, T, D] for T timesteps a sample
+    modulation: Tensor  # [B, 6, D] or [B, T, 6, D]
+    context: Tensor  # [B, L, D] in the weights' dtype
+    image_context: Tensor | None  # [B, L_img, D]
+    grid: tuple[int, int, int]  # (F, H, W)
+    rope: Tensor  # [S, 1, d/2], complex
+    attention_window: Window | None = None  # how far self-attention looks; None for everywhere
 
 
 class DiTBlock(nn.Module):

@@ -28,20 +28,11 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileGrid:
-    """Tiles over a picture; every field is (rows, columns) in latent units.
+    """Tiles over a picture, in latent units; ValueError unless 1 <= stride <= size on both axes."""
 
-    Attributes:
-        shape: of the picture.
-        size: of a tile; the last one along an axis is cut short.
-        stride: from tile to tile.
-
-    Raises:
-        ValueError: unless 1 <= stride <= size on both axes.
-    """
-
-    shape: tuple[int, int]
-    size: tuple[int, int]
-    stride: tuple[int, int]
+    shape: tuple[int, int]  # of the picture, (rows, columns)
+    size: tuple[int, int]  # of a tile; the last one along an axis is cut short
+    stride: tuple[int, int]  # from tile to tile
 
     def __post_init__(self) -> None:
         for name, value in (("tile_size", self.size), ("tile_stride", self.stride)):
