@@ -70,20 +70,14 @@ class _PackedProduct(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with packed weights, and what LoRAs add beside them; no weight gets a gradient.
+    """A linear layer with packed weights, and what LoRAs add beside them; no weight gets a gradient."""
 
-    Attributes:
-        stored, weight, scale: those of its `PackedWeight`.
-        down, up: factors [rank, in] and [out, rank] of what is added to the weights; None for nothing.
-        full: a whole difference [out, in]. own: the share [out] of the layer's own output that is added.
-    """
-
-    weight: Tensor
+    weight: Tensor  # those of its `PackedWeight`, as is `stored`
     scale: Tensor
-    down: Tensor | None
+    down: Tensor | None  # factors [rank, in] and [out, rank] of what is added to the weights
     up: Tensor | None
-    full: Tensor | None
-    own: Tensor | None
+    full: Tensor | None  # a whole difference [out, in]
+    own: Tensor | None  # the share [out] of the layer's own output that is added
 
     def __init__(self, packed: PackedWeight, linear: nn.Linear) -> None:
         super().__init__()

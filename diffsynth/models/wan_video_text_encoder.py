@@ -131,14 +131,10 @@ class WanTextEncoder(nn.Module):
         return self.encoder.final_layer_norm.weight.device
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encode ids [B, L] -> [B, L, dim]; rows at padding are computed like any other and mean nothing.
+        """Encode ids [B, L] -> [B, L, dim]; ValueError for another shape.
 
-        Args:
-            ids: [B, L].
-            mask: [B, L], 1 where ids are real and 0 at padding; None where all are real.
-
-        Raises:
-            ValueError: another shape.
+        The mask [B, L] is 1 where ids are real, None where all are, and 0 at padding, whose rows are computed
+        like any other and mean nothing.
         """
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be [B, L] with L at least 1; got shape {tuple(ids.shape)}")

@@ -63,14 +63,10 @@ def spans(length: int, size: int, stride: int) -> list[Span]:
 
 
 def ramp(span: Span, length: int, border: int, unit: int, device: torch.device | None = None) -> Tensor:
-    """Return the weights along one axis: 1, but (i + 1) / border at the i-th position from an inner side.
+    """Return the weights along an axis of `length`: 1, but (i + 1) / border at the i-th from an inner side.
 
-    Where the two ramps of a tile overlap, that of the far side holds, as in the released FastVMT code.
-
-    Args:
-        span: first position, and the one after the last; length: positions of the whole axis.
-        border: latent positions of overlap.
-        unit, device: results for each position, and where they are made.
+    There are `unit` of them for each latent position. Where the two ramps of a tile overlap, that of the far
+    side holds, as in the released FastVMT code.
     """
     start, stop = span
     weight = torch.ones((stop - start) * unit, device=device)

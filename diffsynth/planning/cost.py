@@ -50,15 +50,11 @@ class RunCount:
 
 
 def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str | None = None) -> RunCount:
-    """Count a run over latents (F, h, w).
+    """Count a run over latents (F, h, w), from its resolved options.
 
     Steps that a cache skips by their number alone are left out; other caches look at tensors, and all their
-    steps count: an upper bound.
-
-    Args:
-        dit, latents: sizes of the DiT and of the latents.
-        options: resolved options of the run.
-        checkpoint: what the guidance pass keeps; the options' own by default ("auto" counts as "none").
+    steps count: an upper bound. `checkpoint` is what the guidance pass keeps, if not what the options say;
+    "auto" counts as "none".
     """
     num_steps, motion, guided = options.num_inference_steps, options.motion, options.cfg_steps
     full, skipped = forward_flops(dit, latents), embedding_flops(dit, latents)

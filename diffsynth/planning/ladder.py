@@ -61,12 +61,7 @@ def with_settings(options: RunOptions, settings: Mapping[str, Any]) -> RunOption
 
 
 class Ladder:
-    """Chooses the memory settings of one run, and lowers them when memory runs out.
-
-    Args:
-        residency: the residency of a pipeline's models; None for a VAE alone.
-        vae: the VAE.
-    """
+    """Chooses the memory settings of one run, or of a VAE alone, and lowers them when memory runs out."""
 
     def __init__(self, residency: Residency | None, vae: WanVideoVAE) -> None:
         self._residency = residency or Residency({"vae": vae}, vae.device)
