@@ -110,21 +110,18 @@ def _beside(weight: Tensor, changes: Sequence[Change]) -> tuple[Factors | None, 
     factors: list[Factors] = []
     full, own = None, None
     for strength, parts in changes:
-        pair = low_rank(parts)
-        gain = None
-        if "magnitude" in parts.stored and pair is not None and "diff" not in parts.stored:
-            by_row = _gain(parts, weight + (pair[1] @ pair[0]).reshape(weight.shape))
-            gain = by_row if by_row.shape[1] == 1 else None
-        if gain is not None and pair is not None:
+        pair, gain = low_rank(parts), torch.ones(1, 1)
+        if pair is not None and "magnitude" in parts.stored:
+            gain = _gain(parts, weight + (pair[1] @ pair[0]).reshape(weight.shape))
+        if pair is None or "diff" in parts.stored or gain.shape[1] > 1:
+            added = strength * weight_change(parts, weight)
+            full = added if full is None else full + added
+            continue
+        if "magnitude" in parts.stored:
             # g (W + s B A), a row at a time: W's own output times g - 1, and the factors times g.
             share = strength * (gain.flatten() - 1)
             own = share if own is None else own + share
-            factors.append((pair[0], strength * gain * pair[1]))
-        elif pair is not None and not {"diff", "magnitude"} & parts.stored.keys():
-            factors.append((pair[0], strength * pair[1]))
-        else:
-            added = strength * weight_change(parts, weight)
-            full = added if full is None else full + added
+        factors.append((pair[0], strength * gain * pair[1]))
     joined = None
     if factors:
         joined = torch.cat([down for down, _ in factors]), torch.cat([up for _, up in factors], dim=1)

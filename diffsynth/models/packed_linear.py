@@ -116,6 +116,20 @@ class PackedLinear(nn.Module):
         return None if tensor is None else tensor.to(self.weight.device, torch.bfloat16)
 
 
+class Model(nn.Module):
+    """A model of a pipeline: its place is that of its first weight, which is never packed."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that it computes in; linear layers may be stored in another one."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the weights."""
+        return next(self.parameters()).device
+
+
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield path, parent and name in the parent of the linear layers of repeated blocks, a model's bulk."""
     paths = {module: path for path, module in model.named_modules()}

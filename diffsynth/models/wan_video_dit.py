@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffsynth.models.checkpointing import checkpointed
 from diffsynth.models.local_attention import Window
+from diffsynth.models.packed_linear import Model
 from diffsynth.models.wan_video_dit_layers import (
     CrossAttention,
     FeedForward,
@@ -99,7 +100,7 @@ class Head(nn.Module):
         return linear_in(tokens.dtype, self.head, modulate(self.norm(tokens), shift, scale))
 
 
-class WanModel(nn.Module):
+class WanModel(Model):
     """The DiT. Arguments as in the official config, and those of the image branch of Wan2.1's image models.
 
     Args:
@@ -152,15 +153,6 @@ class WanModel(nn.Module):
         self.head = Head(dim, out_dim * prod(self.patch_size), eps)
         if has_image_input:
             self.img_emb = ImageEmbedding(image_dim, dim, image_positions)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype that linear layers and attention compute in."""
-        return self.patch_embedding.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
 
     def embed(
         self,

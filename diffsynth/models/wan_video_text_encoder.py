@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from diffsynth.models.packed_linear import Model
 
 MAX_DISTANCE = 128  # tokens; longer distances share the last position bucket
 NORM_EPS = 1e-6
@@ -68,7 +70,7 @@ def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> di
     }
 
 
-class WanTextEncoder(nn.Module):
+class WanTextEncoder(Model):
     """UMT5 encoder; the default sizes are those of umt5-xxl.
 
     Weights load and save under the official names. Built under `torch.device("meta")` and loaded with
@@ -119,16 +121,6 @@ class WanTextEncoder(nn.Module):
         self.encoder = UMT5EncoderModel(config).encoder
         self.num_loads = 0
         self.eval()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype that the encoder computes in; linear layers may be stored in another one."""
-        return self.encoder.final_layer_norm.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return self.encoder.final_layer_norm.weight.device
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode ids [B, L] -> [B, L, dim]; ValueError for another shape.

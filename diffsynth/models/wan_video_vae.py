@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffsynth.models.packed_linear import Model
 from diffsynth.models.tables import table
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, PATCH, Cache, Decoder, Encoder
 from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid, blend
@@ -43,7 +44,7 @@ PUBLISHED_STD22 = (
 )  # fmt: skip
 
 
-class WanVideoVAE(nn.Module):
+class WanVideoVAE(Model):
     """Video VAE: [B, 3, T, H, W] in [-1, 1] <-> normalised latents [B, z, F, H / 8, W / 8].
 
     Args:
@@ -110,16 +111,6 @@ class WanVideoVAE(nn.Module):
         self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
         self.decoder = Decoder(z_dim, self.decoder_widths, num_res_blocks, self.temporal[::-1], residual)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype that the layers compute in."""
-        return self.conv1.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return self.conv1.weight.device
 
     def encode(
         self,
