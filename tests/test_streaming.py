@@ -10,8 +10,7 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.motion import MotionGuidance, guided_step
 from diffsynth.vram_management import Residency
-from diffsynth.vram_management.copies import ImmediateCopies
-from diffsynth.vram_management.streaming import BlockStream, resident_blocks, tensors_of
+from diffsynth.vram_management.streaming import BlockStream, ImmediateCopies, resident_blocks, tensors_of
 
 CPU = torch.device("cpu")
 KEEPING = tuple({"checkpoint": kept} for kept in ("none", "attention", "block", "offload"))

@@ -24,16 +24,11 @@ from diffsynth.motion.heads import reduce_heads
 
 @dataclass(frozen=True, slots=True)
 class SpreadAMF:
-    """Dense or tile flow whose pairs and loss are spread over the ranks of a group.
+    """Dense or tile flow whose pairs and loss are spread over the ranks of a group."""
 
-    Attributes:
-        whole: the descriptor of one process.
-        local_features: as `SequenceParallel.local_features`; group: of the ranks.
-    """
-
-    whole: DenseAMF
-    local_features: Callable[..., tuple[Tensor, Tensor, Grid]]
-    group: dist.ProcessGroup
+    whole: DenseAMF  # the descriptor of one process
+    local_features: Callable[..., tuple[Tensor, Tensor, Grid]]  # those of `SequenceParallel`
+    group: dist.ProcessGroup  # of the ranks
 
     def observe(self, latents: Tensor, context: Tensor, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Return queries and keys [F, H, W, d] of all frames, without heads."""

@@ -91,7 +91,7 @@ class SequenceParallel:
     def local_features(
         self, x: Tensor, timestep: Tensor, context: Tensor, *, block: int = 14,
         clip_feature: Tensor | None = None, y: Tensor | None = None, attention_window: Window | None = None,
-        **checkpointing: bool,
+        checkpoint: str = "none",
     ) -> tuple[Tensor, Tensor, Grid]:  # fmt: skip
         """Return q and k [B, n, N, d] of this rank's tokens, and the grid of all; arguments as `features`.
 
@@ -101,7 +101,7 @@ class SequenceParallel:
         check_equal(x, "the latents", self.group)
         state = self._embed(sum_gradients(x, self.group), timestep, context, clip_feature, y)
         state = replace(state, attention_window=attention_window)
-        tokens = WanModel.run_blocks(self.dit, state, block, **checkpointing)
+        tokens = WanModel.run_blocks(self.dit, state, block, checkpoint)
         return *cast(DiTBlock, self.dit.blocks[block]).queries_keys(tokens, state), state.grid
 
     def run_blocks(self, state: DiTState, *span: Any, **named: Any) -> Tensor:

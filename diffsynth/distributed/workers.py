@@ -46,14 +46,7 @@ def over_workers(jobs: Sequence[Any], start: Callable[[], Do], num_workers: int)
 def start_process(make: Callable[..., Any], *arguments: Any) -> Do:
     """Start a process with an object make(*arguments), whose method `make` does the jobs."""
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (make, *arguments))
-
-    def do(job: Any) -> Any:
-        try:
-            return pool.submit(_make, job).result()
-        except BrokenProcessPool as error:
-            raise WorkerDiedError(str(error)) from error
-
-    return do
+    return _watched(lambda job: pool.submit(_make, job).result(), BrokenProcessPool)
 
 
 def start_actor(make: Callable[..., Any], *arguments: Any) -> Do:
@@ -62,14 +55,19 @@ def start_actor(make: Callable[..., Any], *arguments: Any) -> Do:
 
     on_gpu = ray.cluster_resources().get("GPU", 0) > 0
     actor = ray.remote(num_gpus=int(on_gpu), num_cpus=1)(make).remote(*arguments)
+    return _watched(lambda job: ray.get(actor.make.remote(job)), ray.exceptions.RayActorError)
 
-    def do(job: Any) -> Any:
+
+def _watched(do: Do, death: type[Exception]) -> Do:
+    """Return what does a job, or raises WorkerDiedError where `do` raises a worker's death."""
+
+    def watched(job: Any) -> Any:
         try:
-            return ray.get(actor.make.remote(job))
-        except ray.exceptions.RayActorError as error:
+            return do(job)
+        except death as error:
             raise WorkerDiedError(str(error)) from error
 
-    return do
+    return watched
 
 
 def _begin(make: Callable[..., Any], *arguments: Any) -> None:

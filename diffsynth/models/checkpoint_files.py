@@ -51,19 +51,12 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a weight file.
+    """One tensor of a weight file."""
 
-    Attributes:
-        file: that holds it.
-        shape: of its numbers.
-        read: gives it on the CPU, in the dtype of the file; packed weights in float32.
-        packed: gives a packed matrix as the file has it; None for other tensors.
-    """
-
-    file: Path
-    shape: torch.Size
-    read: Callable[[], Tensor]
-    packed: Callable[[], PackedWeight] | None = None
+    file: Path  # that holds it
+    shape: torch.Size  # of its numbers
+    read: Callable[[], Tensor]  # gives it on the CPU, in the dtype of the file; packed weights in float32
+    packed: Callable[[], PackedWeight] | None = None  # gives a packed matrix as the file has it
 
 
 def open_weights(files: Sequence[Path]) -> dict[str, StoredTensor]:

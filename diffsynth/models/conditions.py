@@ -10,17 +10,13 @@ from torch import Tensor
 class ImageCondition(NamedTuple):
     """What pictures give to the DiT; all None for a model or a run without pictures.
 
-    Attributes:
-        y: [1, C, F, h, w], channels that are appended to the latents; the first of them are a mask, which is
-            1 in the frames of a picture.
-        clip_feature: [1, L, image_dim].
-        first_frame: latents [1, C, 1, h, w] of the first picture. Without y, they are the first latent frame
-            throughout, at timestep 0.
+    The first channels of y, which are appended to the latents, are a mask, 1 in the frames of a picture.
+    Without y, first_frame is the first latent frame throughout, at timestep 0.
     """
 
-    y: Tensor | None = None
-    clip_feature: Tensor | None = None
-    first_frame: Tensor | None = None
+    y: Tensor | None = None  # [1, C, F, h, w]
+    clip_feature: Tensor | None = None  # [1, L, image_dim]
+    first_frame: Tensor | None = None  # latents [1, C, 1, h, w] of the first picture
 
     def hold(self, latents: Tensor) -> Tensor:
         """Return latents [1, C, F, h, w] whose first frame is the picture's, if the model has it so."""

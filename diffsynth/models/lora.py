@@ -7,6 +7,7 @@ would round a small change away: the changes stand beside them (`PackedLinear.ch
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import cast
 
 import torch
@@ -109,21 +110,18 @@ def _beside(weight: Tensor, changes: Sequence[Change]) -> tuple[Factors | None, 
     factors: list[Factors] = []
     full, own = None, None
     for strength, parts in changes:
-        pair = low_rank(parts)
-        gain = None
-        if "magnitude" in parts.stored and pair is not None and "diff" not in parts.stored:
-            by_row = _gain(parts, weight + (pair[1] @ pair[0]).reshape(weight.shape))
-            gain = by_row if by_row.shape[1] == 1 else None
-        if gain is not None and pair is not None:
+        pair, gain = low_rank(parts), torch.ones(1, 1)
+        if pair is not None and "magnitude" in parts.stored:
+            gain = _gain(parts, weight + (pair[1] @ pair[0]).reshape(weight.shape))
+        if pair is None or "diff" in parts.stored or gain.shape[1] > 1:
+            added = strength * weight_change(parts, weight)
+            full = added if full is None else full + added
+            continue
+        if "magnitude" in parts.stored:
             # g (W + s B A), a row at a time: W's own output times g - 1, and the factors times g.
             share = strength * (gain.flatten() - 1)
             own = share if own is None else own + share
-            factors.append((pair[0], strength * gain * pair[1]))
-        elif pair is not None and not {"diff", "magnitude"} & parts.stored.keys():
-            factors.append((pair[0], strength * pair[1]))
-        else:
-            added = strength * weight_change(parts, weight)
-            full = added if full is None else full + added
+        factors.append((pair[0], strength * gain * pair[1]))
     joined = None
     if factors:
         joined = torch.cat([down for down, _ in factors]), torch.cat([up for _, up in factors], dim=1)
@@ -136,11 +134,13 @@ def _level(dit: nn.Module) -> None:
     for name, module in dit.named_modules():
         if isinstance(module, PackedLinear) and (match := re.fullmatch(r"blocks\.\d+\.(.+)", name)):
             alike[match[1]].append(module)
-    for modules in alike.values():
-        ranks = [len(module.down) if module.down is not None else 0 for module in modules]
-        for module in modules:
-            module.fill_up(
-                max(ranks),
-                full=any(other.full is not None for other in modules),
-                own=any(other.own is not None for other in modules),
-            )
+    for modules, name in product(alike.values(), ("down", "up", "full", "own")):
+        given = [getattr(module, name) for module in modules]
+        shapes = {tensor.shape for tensor in given if tensor is not None}
+        largest = [max(sides) for sides in zip(*shapes, strict=True)]
+        for module, tensor in zip(modules, given, strict=True):
+            if shapes - {None if tensor is None else tensor.shape}:
+                filled = torch.zeros(largest, dtype=torch.bfloat16, device=module.weight.device)
+                if tensor is not None:
+                    filled[tuple(map(slice, tensor.shape))] = tensor
+                setattr(module, name, filled)

@@ -59,52 +59,32 @@ _PART = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerParts:
-    """The tensors in a LoRA file that change one layer.
+    """The tensors in a LoRA file that change one layer."""
 
-    Attributes:
-        stored: the tensors, by the group names of `_PART`.
-        scale: the number that multiplies the product of the low-rank factors, alpha / rank in most files.
-    """
-
-    stored: dict[str, StoredTensor]
-    scale: float
+    stored: dict[str, StoredTensor]  # by the group names of `_PART`
+    scale: float  # multiplies the product of the low-rank factors; alpha / rank in most files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lora:
-    """A LoRA file, matched to a DiT.
+    """A LoRA file, matched to a DiT."""
 
-    Attributes:
-        path: the file, links resolved.
-        alpha: the strength that the caller has chosen.
-        layers: the tensors that change each layer, by its official name.
-        dits: names of the DiTs that it changes.
-    """
-
-    path: Path
-    alpha: float
-    layers: dict[str, LayerParts]
-    dits: tuple[str, ...] = ()
+    path: Path  # links resolved
+    alpha: float  # the strength that the caller has chosen
+    layers: dict[str, LayerParts]  # by their official names
+    dits: tuple[str, ...] = ()  # names of the DiTs that it changes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scaling:
-    """The alpha and rank that a LoRA declares outside of its tensors.
+    """The alpha and rank that a LoRA declares outside of its tensors, for all layers or by name."""
 
-    Attributes:
-        source: where they are declared, for messages.
-        alpha: the alpha of all layers; None if none is declared.
-        rank: the rank of all layers; None to use the rank of each layer's tensors.
-        alphas, ranks: values for the layers whose names match a pattern, by PEFT's rules.
-        by_root: whether the scale is alpha / sqrt(rank), as in rs-LoRA.
-    """
-
-    source: str
-    alpha: float | None = None
-    rank: float | None = None
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    ranks: Mapping[str, float] = field(default_factory=dict)
-    by_root: bool = False
+    source: str  # where they are declared, for messages
+    alpha: float | None = None  # None if none is declared
+    rank: float | None = None  # None to use the rank of each layer's tensors
+    alphas: Mapping[str, float] = field(default_factory=dict)  # by patterns of names, by PEFT's rules
+    ranks: Mapping[str, float] = field(default_factory=dict)  # likewise
+    by_root: bool = False  # whether the scale is alpha / sqrt(rank), as in rs-LoRA
 
     def of(self, name: str, parts: Mapping[str, StoredTensor]) -> float:
         """Return the scale of a layer, given its name in the file; 1 if alpha or rank is unknown.

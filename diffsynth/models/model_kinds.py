@@ -26,8 +26,7 @@ from diffsynth.models.wan_video_text_encoder import (
     text_encoder_config_from_shapes,
     transformers_to_official_key,
 )
-from diffsynth.models.wan_video_vae import WanVideoVAE, vae_config_from_shapes
-from diffsynth.models.wan_video_vae22 import WanVideoVAE22
+from diffsynth.models.wan_video_vae import WanVideoVAE, WanVideoVAE22, vae_config_from_shapes
 from diffsynth.models.wan_video_vae_keys import diffusers_vae_key_map
 
 PIECES = "spiece_model"  # the bytes of the tokenizer, in Comfy's files of the text encoder
@@ -44,25 +43,16 @@ Declared = Mapping[str, object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelKind:
-    """One kind of model.
-
-    Attributes:
-        name, factory: its name, and the class of its models.
-        official_tensor: a tensor that only this kind has, by name; diffusers_tensor: in the other layout.
-        beside: function of the arguments -> how the names begin that files of this kind may hold and the
-            model does not take.
-        to_official: function of the tensors under diffusers names -> under official ones. A name that is not
-            understood stays as it is, to be reported as unexpected.
-        arguments: function of official names and shapes and of the config.json -> arguments of `factory`.
-    """
+    """One kind of model, and what its files are recognised by."""
 
     name: str
-    factory: Callable[..., nn.Module]
-    official_tensor: str
-    diffusers_tensor: str
-    to_official: Callable[[Tensors], Tensors]
-    arguments: Callable[[Shapes, Declared], dict]
-    beside: Callable[[dict], tuple[str, ...]] = lambda _: ()
+    factory: Callable[..., nn.Module]  # the class of its models
+    official_tensor: str  # name of a tensor that only this kind has
+    diffusers_tensor: str  # the same in the other layout
+    to_official: Callable[[Tensors], Tensors]  # diffusers names -> official ones; unknown ones stay
+    arguments: Callable[[Shapes, Declared], dict]  # official shapes, config.json -> arguments of `factory`
+    # Function of the arguments -> how the names begin that files may hold and the model does not take.
+    beside: Callable[[dict], tuple[str, ...]] = lambda _: ()  # none by default
 
 
 def _renamed(rename: Callable[[str], str | None]) -> Callable[[Tensors], Tensors]:

@@ -48,19 +48,13 @@ Entry = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A loaded model.
+    """A loaded model, and what it was loaded from."""
 
-    Attributes:
-        name: name of its kind; model: the model.
-        tensors, files: what it was loaded from.
-        pieces: the bytes of a sentencepiece tokenizer, if the text encoder's file holds one.
-    """
-
-    name: str
-    model: nn.Module
-    tensors: dict[str, StoredTensor]
-    files: list[Path]
-    pieces: StoredTensor | None = None
+    name: str  # of its kind
+    model: nn.Module  # under official names, like its tensors
+    tensors: dict[str, StoredTensor]  # of its files
+    files: list[Path]  # one, or all shards
+    pieces: StoredTensor | None = None  # bytes of a sentencepiece tokenizer, in a text encoder's file
 
 
 class ModelManager:

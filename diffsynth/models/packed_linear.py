@@ -24,17 +24,11 @@ SMALLEST_EXPONENT = -24  # of a scale that float16 can still hold
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A packed matrix [out, in].
+    """A packed matrix [out, in]."""
 
-    Attributes:
-        data: its bytes as int8, [out, in] or in GGUF [out, n].
-        scale: [out, 1], by which the numbers are multiplied; of GGUF, which has its own, [out, 0].
-        stored: the dtype of a number, or the kind of GGUF.
-    """
-
-    data: Tensor
-    scale: Tensor
-    stored: torch.dtype | str
+    data: Tensor  # its bytes as int8, [out, in] or in GGUF [out, n]
+    scale: Tensor  # [out, 1], by which the numbers are multiplied; of GGUF, which has its own, [out, 0]
+    stored: torch.dtype | str  # of a number, or the kind of GGUF
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the matrix [out, in] in a dtype, rounded once."""
@@ -76,20 +70,14 @@ class _PackedProduct(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with packed weights, and what LoRAs add beside them; no weight gets a gradient.
+    """A linear layer with packed weights, and what LoRAs add beside them; no weight gets a gradient."""
 
-    Attributes:
-        stored, weight, scale: those of its `PackedWeight`.
-        down, up: factors [rank, in] and [out, rank] of what is added to the weights; None for nothing.
-        full: a whole difference [out, in]. own: the share [out] of the layer's own output that is added.
-    """
-
-    weight: Tensor
+    weight: Tensor  # those of its `PackedWeight`, as is `stored`
     scale: Tensor
-    down: Tensor | None
+    down: Tensor | None  # factors [rank, in] and [out, rank] of what is added to the weights
     up: Tensor | None
-    full: Tensor | None
-    own: Tensor | None
+    full: Tensor | None  # a whole difference [out, in]
+    own: Tensor | None  # the share [out] of the layer's own output that is added
 
     def __init__(self, packed: PackedWeight, linear: nn.Linear) -> None:
         super().__init__()
@@ -124,22 +112,22 @@ class PackedLinear(nn.Module):
         self.down, self.up = (None, None) if factors is None else map(self._beside, factors)
         self.full, self.own = self._beside(full), self._beside(own)
 
-    def fill_up(self, rank: int, *, full: bool, own: bool) -> None:
-        """Have what other layers have beside their weights, zeros where this one has none."""
-        rows, columns = self.out_features, self.in_features
-        if rank:
-            down = torch.zeros(0, columns) if self.down is None else self.down
-            up = torch.zeros(rows, 0) if self.up is None else self.up
-            missing = rank - len(down)
-            self.down = self._beside(F.pad(down, (0, 0, 0, missing)))
-            self.up = self._beside(F.pad(up, (0, missing)))
-        if full and self.full is None:
-            self.full = self._beside(torch.zeros(rows, columns))
-        if own and self.own is None:
-            self.own = self._beside(torch.zeros(rows))
-
     def _beside(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self.weight.device, torch.bfloat16)
+
+
+class Model(nn.Module):
+    """A model of a pipeline: its place is that of its first weight, which is never packed."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that it computes in; linear layers may be stored in another one."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the weights."""
+        return next(self.parameters()).device
 
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

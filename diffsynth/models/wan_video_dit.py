@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffsynth.models.checkpointing import checkpointed
 from diffsynth.models.local_attention import Window
+from diffsynth.models.packed_linear import Model
 from diffsynth.models.wan_video_dit_layers import (
     CrossAttention,
     FeedForward,
@@ -36,26 +37,16 @@ from diffsynth.models.wan_video_dit_layers import (
 
 @dataclass(frozen=True, slots=True)
 class DiTState:
-    """Inputs of the blocks, as `WanModel.embed` derives them from those of the model.
+    """Inputs of the blocks, as `WanModel.embed` derives them from those of the model."""
 
-    Attributes:
-        tokens: [B, S, D], float32, as are time and modulation.
-        time: [B, D], or [B, T, D] for T timesteps a sample; modulation: the same with 6 rows, [B, 6, D] or
-            [B, T, 6, D].
-        context: [B, L, D] in the weights' dtype; image_context: [B, L_img, D] or None.
-        grid: (F, H, W).
-        rope: [S, 1, d/2], complex.
-        attention_window: how far self-attention looks (see `local_attention`); None for everywhere.
-    """
-
-    tokens: Tensor
-    time: Tensor
-    modulation: Tensor
-    context: Tensor
-    image_context: Tensor | None
-    grid: tuple[int, int, int]
-    rope: Tensor
-    attention_window: Window | None = None
+    tokens: Tensor  # [B, S, D], float32, as are time and modulation
+    time: Tensor  # [B, D], or [B, T, D] for T timesteps a sample
+    modulation: Tensor  # [B, 6, D] or [B, T, 6, D]
+    context: Tensor  # [B, L, D] in the weights' dtype
+    image_context: Tensor | None  # [B, L_img, D]
+    grid: tuple[int, int, int]  # (F, H, W)
+    rope: Tensor  # [S, 1, d/2], complex
+    attention_window: Window | None = None  # how far self-attention looks; None for everywhere
 
 
 class DiTBlock(nn.Module):
@@ -109,7 +100,7 @@ class Head(nn.Module):
         return linear_in(tokens.dtype, self.head, modulate(self.norm(tokens), shift, scale))
 
 
-class WanModel(nn.Module):
+class WanModel(Model):
     """The DiT. Arguments as in the official config, and those of the image branch of Wan2.1's image models.
 
     Args:
@@ -163,24 +154,6 @@ class WanModel(nn.Module):
         if has_image_input:
             self.img_emb = ImageEmbedding(image_dim, dim, image_positions)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype that linear layers and attention compute in."""
-        return self.patch_embedding.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
-
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the time embedding [..., D] of timestep [...] and the blocks' modulation [..., 6, D]."""
-        dtype = precise_dtype(self.dtype)
-        # Without non_blocking, a copy from the CPU would wait until the device has done all its work.
-        waves = sinusoidal_embedding(timestep, self.freq_dim).to(dtype).to(self.device, non_blocking=True)
-        hidden = linear_in(dtype, self.time_embedding[0], waves)
-        time = linear_in(dtype, self.time_embedding[2], F.silu(hidden))
-        return time, linear_in(dtype, self.time_projection[1], F.silu(time)).unflatten(-1, (6, self.dim))
-
     def embed(
         self,
         x: Tensor,
@@ -216,13 +189,17 @@ class WanModel(nn.Module):
             )
         stream = precise_dtype(self.dtype)
         tokens = self.patch_embedding(x.to(self.dtype))
-        time, modulation = self.embed_time(timestep)
+        # Without non_blocking, a copy from the CPU would wait until the device has done all its work.
+        waves = sinusoidal_embedding(timestep, self.freq_dim).to(stream).to(self.device, non_blocking=True)
+        hidden = linear_in(stream, self.time_embedding[0], waves)
+        time = linear_in(stream, self.time_embedding[2], F.silu(hidden))
+        modulation = linear_in(stream, self.time_projection[1], F.silu(time))
         # Rows past the prompt are zero before the text MLP and attended to: the official model has no mask.
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.text_len - context.shape[1]))
         return DiTState(
             tokens=tokens.flatten(2).transpose(1, 2).to(stream),
             time=time,
-            modulation=modulation,
+            modulation=modulation.unflatten(-1, (6, self.dim)),
             context=self.text_embedding(padded),
             image_context=None if clip_feature is None else self.img_emb(clip_feature.to(self.dtype)),
             grid=grid,

@@ -85,12 +85,7 @@ def modulation_of(own: Tensor, time: Tensor) -> list[Tensor]:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return x * (1 + scale) + shift.
-
-    Args:
-        x: tokens [B, S, D].
-        shift, scale: [B, T, 1, D], each entry for S / T tokens in a row.
-    """
+    """Return x * (1 + scale) + shift for tokens [B, S, D]; both are [B, T, 1, D], each for S / T in a row."""
     if shift.shape[1] == 1:  # without views, whose strides compiled code would take for another input
         return torch.addcmul(shift[:, 0], x, 1 + scale[:, 0])
     return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)), 1 + scale).flatten(1, 2)
@@ -173,11 +168,7 @@ class FeedForward(nn.Sequential):
 
 
 class ImageEmbedding(nn.Module):
-    """CLIP features [B, L, image_dim] -> context [B, L, D] (image models).
-
-    Args:
-        positions: number L of learned positions, added to the features; 0 for none.
-    """
+    """CLIP features [B, L, image_dim], plus learned positions unless there are 0 -> context [B, L, D]."""
 
     def __init__(self, image_dim: int, dim: int, positions: int) -> None:
         super().__init__()

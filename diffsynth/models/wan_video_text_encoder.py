@@ -7,10 +7,12 @@ computes bit for bit in float32, and whose softmax accumulates in float32 in hal
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from diffsynth.models.packed_linear import Model
 
 MAX_DISTANCE = 128  # tokens; longer distances share the last position bucket
 NORM_EPS = 1e-6
@@ -34,13 +36,6 @@ _BLOCK = {
     "layer.1.DenseReluDense.wo": "ffn.fc2",
 }
 _BLOCK_PATH = re.compile(r"encoder\.block\.(\d+)\.(.+)")
-
-
-class LoadResult(NamedTuple):
-    """Official names that `load_state_dict` could not match."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 def transformers_to_official_key(key: str) -> str | None:
@@ -75,7 +70,7 @@ def text_encoder_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> di
     }
 
 
-class WanTextEncoder(nn.Module):
+class WanTextEncoder(Model):
     """UMT5 encoder; the default sizes are those of umt5-xxl.
 
     Weights load and save under the official names. Built under `torch.device("meta")` and loaded with
@@ -127,25 +122,11 @@ class WanTextEncoder(nn.Module):
         self.num_loads = 0
         self.eval()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype that the encoder computes in; linear layers may be stored in another one."""
-        return self.encoder.final_layer_norm.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return self.encoder.final_layer_norm.weight.device
-
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Encode ids [B, L] -> [B, L, dim]; rows at padding are computed like any other and mean nothing.
+        """Encode ids [B, L] -> [B, L, dim]; ValueError for another shape.
 
-        Args:
-            ids: [B, L].
-            mask: [B, L], 1 where ids are real and 0 at padding; None where all are real.
-
-        Raises:
-            ValueError: another shape.
+        The mask [B, L] is 1 where ids are real, None where all are, and 0 at padding, whose rows are computed
+        like any other and mean nothing.
         """
         if ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be [B, L] with L at least 1; got shape {tuple(ids.shape)}")
@@ -172,7 +153,7 @@ class WanTextEncoder(nn.Module):
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
-    ) -> LoadResult:
+    ) -> Any:
         """Load weights by their official names; arguments are those of `torch.nn.Module`.
 
         Each call counts up `num_loads`, by which caches of results notice new weights.
@@ -194,6 +175,6 @@ class WanTextEncoder(nn.Module):
             raise RuntimeError(f"these are not the weights of this WanTextEncoder: {'; '.join(problems)}")
         stack_keys = {self.official_key(key): key for key in self.encoder.state_dict()}
         found = {stack_keys[key]: value for key, value in state_dict.items() if key in own}
-        self.encoder.load_state_dict(found, strict=False, assign=assign)
+        result = self.encoder.load_state_dict(found, strict=False, assign=assign)
         self.num_loads += 1
-        return LoadResult(missing, unexpected)
+        return result._replace(missing_keys=missing, unexpected_keys=unexpected)

@@ -1,4 +1,4 @@
-"""The Wan2.1 causal 3D VAE, under the official state-dict keys: videos to latents and back.
+"""The causal 3D VAEs of Wan, under the official state-dict keys: videos to latents and back.
 
 Axes: B batch, T pixel frames, H/W pixel rows/columns, z latent channels, F latent frames, h/w latent
 rows/columns. The first frame is a latent frame alone; then `temporal_factor` frames make one. Both ways
@@ -9,16 +9,17 @@ Precision: the dtype of the weights; latents, their normalisation, results and b
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffsynth.models.packed_linear import Model
 from diffsynth.models.tables import table
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, PATCH, Cache, Decoder, Encoder
 from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid, blend
 
-# Statistics of the latents of the published VAE, channel by channel.
+# Statistics of the latents of Wan2.1's published VAE, channel by channel, and those of Wan2.2's.
 PUBLISHED_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -27,9 +28,23 @@ PUBLISHED_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+PUBLISHED_MEAN22 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542,
+    0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109,
+    0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899,
+    -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+PUBLISHED_STD22 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344,
+    0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804,
+    0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999,
+    0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
 
 
-class WanVideoVAE(nn.Module):
+class WanVideoVAE(Model):
     """Video VAE: [B, 3, T, H, W] in [-1, 1] <-> normalised latents [B, z, F, H / 8, W / 8].
 
     Args:
@@ -42,7 +57,7 @@ class WanVideoVAE(nn.Module):
         latents_mean: with latents_std, the statistics that normalise the latents; by default the published
             ones for 16 channels, else 0 and 1.
         dec_dim: channels of the decoder at full resolution, in a VAE of the wiring of Wan2.2 (see
-            `wan_video_vae22`); None for that of Wan2.1, whose halves both have dim.
+            `WanVideoVAE22`); None for that of Wan2.1, whose halves both have dim.
 
     Raises:
         ValueError: arguments do not fit together.
@@ -72,10 +87,11 @@ class WanVideoVAE(nn.Module):
                 "temperal_downsample must have one entry less than dim_mult; "
                 f"got {tuple(temperal_downsample)} and {tuple(dim_mult)}"
             )
-        self.z_dim = z_dim
+        self.z_dim, self.num_res_blocks = z_dim, num_res_blocks
+        self.temporal = tuple(map(bool, temperal_downsample))  # for each step, whether it halves the frames
         residual = dec_dim is not None
         self.spatial_factor = 2 ** len(temperal_downsample) * (PATCH if residual else 1)
-        self.temporal_factor = 2 ** sum(map(bool, temperal_downsample))
+        self.temporal_factor = 2 ** sum(self.temporal)
         mean, std = (0.0,) * z_dim, (1.0,) * z_dim
         if z_dim == len(self.published[0]):
             mean, std = self.published
@@ -88,21 +104,13 @@ class WanVideoVAE(nn.Module):
         if min(self.latents_std) <= 0:
             raise ValueError(f"latents_std must be positive; got {self.latents_std}")
 
-        widths, dec_widths = ([n * m for m in dim_mult] for n in (dim, dim if dec_dim is None else dec_dim))
-        self.encoder = Encoder(dim, z_dim, widths, num_res_blocks, temperal_downsample, residual)
+        # Channels of the encoder's and the decoder's levels, in their order.
+        self.widths = tuple(dim * multiple for multiple in dim_mult)
+        self.decoder_widths = tuple((dec_dim or dim) * multiple for multiple in reversed(dim_mult))
+        self.encoder = Encoder(dim, z_dim, self.widths, num_res_blocks, self.temporal, residual)
         self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
-        self.decoder = Decoder(z_dim, dec_widths[::-1], num_res_blocks, temperal_downsample[::-1], residual)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype that the layers compute in."""
-        return self.conv1.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the weights."""
-        return self.conv1.weight.device
+        self.decoder = Decoder(z_dim, self.decoder_widths, num_res_blocks, self.temporal[::-1], residual)
 
     def encode(
         self,
@@ -130,16 +138,14 @@ class WanVideoVAE(nn.Module):
         batch, _, num_frames, height, width = video.shape
         center, inverse_std = self._statistics()
         shape = height // self.spatial_factor, width // self.spatial_factor
-        grid = TileGrid(shape=shape, size=tile_size, stride=tile_stride) if tiled else None
-        if grid is None or len(grid.tiles()) == 1:
-            return (self.encode_moments(video)[0] - center) * inverse_std
 
         def encode_tile(tile: Tile) -> Iterator[Tensor]:
             yield (self.encode_moments(video[tile.area(self.spatial_factor)])[0] - center) * inverse_std
 
         num_latents = -(-(num_frames - 1) // self.temporal_factor) + 1
-        latents = torch.zeros(batch, self.z_dim, num_latents, *shape, device=self.device)
-        return blend(grid, latents, 1, encode_tile)
+        size = batch, self.z_dim, num_latents, *shape
+        latents = torch.zeros(size, dtype=torch.float32, device=self.device)
+        return blend(TileGrid.of(shape, tiled, tile_size, tile_stride), latents, 1, encode_tile)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, z, F, h, w], float32, not normalised; else as `encode`."""
@@ -171,17 +177,14 @@ class WanVideoVAE(nn.Module):
             ValueError: a wrong shape, num_frames out of range, or a tiling that leaves gaps.
         """
         self._check_latents(latents)
-        batch, _, num_latents, *shape = latents.shape
+        batch, _, num_latents, rows, cols = latents.shape
         available = self.temporal_factor * (num_latents - 1) + 1
         num_frames = available if num_frames is None else num_frames
         if not 1 <= num_frames <= available:
             raise ValueError(f"num_frames must be 1 to {available} for these latents; got {num_frames}")
-        grid = TileGrid(shape=(shape[0], shape[1]), size=tile_size, stride=tile_stride) if tiled else None
-        if grid is None or len(grid.tiles()) == 1:
-            chunks = (chunk.clamp(-1, 1) for chunk in self._pixel_chunks(latents, num_frames))
-            return _join(chunks, num_frames)
-        size = (n * self.spatial_factor for n in shape)
-        video = torch.zeros(batch, IMAGE_CHANNELS, num_frames, *size, device=self.device)
+        grid = TileGrid.of((rows, cols), tiled, tile_size, tile_stride)
+        size = batch, IMAGE_CHANNELS, num_frames, rows * self.spatial_factor, cols * self.spatial_factor
+        video = torch.zeros(size, dtype=torch.float32, device=self.device)
 
         def decode_tile(tile: Tile) -> Iterator[Tensor]:
             return self._pixel_chunks(latents[tile.area()], num_frames)
@@ -232,27 +235,26 @@ class WanVideoVAE(nn.Module):
             raise ValueError(f"latents must be [B, {self.z_dim}, F, h, w], not 0; got {list(latents.shape)}")
 
 
+class WanVideoVAE22(WanVideoVAE):
+    """The VAE of Wan2.2's TI2V-5B: [B, 3, T, H, W] in [-1, 1] <-> latents [B, z, F, H / 16, W / 16].
+
+    Pixels are first folded two by two into channels, each level has a shortcut without weights, and the
+    decoder is wider than the encoder. Calls and all arguments are those of `WanVideoVAE`; the published
+    statistics are for 48 channels.
+    """
+
+    published = PUBLISHED_MEAN22, PUBLISHED_STD22
+
+    def __init__(self, dim: int = 160, dec_dim: int = 256, z_dim: int = 48, **others: Any) -> None:
+        super().__init__(dim, z_dim, dec_dim=dec_dim, **others)
+
+
 def _video_chunks(video: Tensor, step: int) -> Iterator[Tensor]:
     """The first frame, then `step` frames at a time; the last frame is repeated to fill up the last chunk."""
     yield video[:, :, :1]
     for chunk in video[:, :, 1:].split(step, dim=2) if video.shape[2] > 1 else ():
         missing = step - chunk.shape[2]
         yield torch.cat([chunk, *[chunk[:, :, -1:]] * missing], dim=2) if missing else chunk
-
-
-def _join(chunks: Iterator[Tensor], num_frames: int) -> Tensor:
-    """Chunks one after the other in time, num_frames in all."""
-    first = next(chunks)
-    if first.requires_grad:
-        return torch.cat([first, *chunks], dim=2)
-    # Writing chunks where they belong keeps no second copy of the video.
-    video = first.new_empty(*first.shape[:2], num_frames, *first.shape[3:])
-    start = 0
-    for chunk in chain((first,), chunks):
-        stop = start + chunk.shape[2]
-        video[:, :, start:stop] = chunk
-        start = stop
-    return video
 
 
 def vae_config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict:

@@ -231,10 +231,8 @@ def _run_head(head: nn.ModuleDict, x: Tensor, cache: Cache) -> Tensor:
 class Encoder(nn.Module):
     """A chunk of pixels [B, 3, t, H, W] -> [B, 2z, 1, h, w], mean and log-variance before the last mixing.
 
-    Args:
-        widths: channels of each level, from full resolution on; a resolution step lies between two levels.
-        temporal: for each resolution step, whether it halves the frames, too.
-        residual: the wiring of Wan2.2.
+    widths: channels of each level, from full resolution on; temporal: for each step between two, whether it
+    halves the frames, too; residual: the wiring of Wan2.2.
     """
 
     def __init__(

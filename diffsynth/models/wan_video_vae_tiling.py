@@ -28,20 +28,11 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileGrid:
-    """Tiles over a picture; every field is (rows, columns) in latent units.
+    """Tiles over a picture, in latent units; ValueError unless 1 <= stride <= size on both axes."""
 
-    Attributes:
-        shape: of the picture.
-        size: of a tile; the last one along an axis is cut short.
-        stride: from tile to tile.
-
-    Raises:
-        ValueError: unless 1 <= stride <= size on both axes.
-    """
-
-    shape: tuple[int, int]
-    size: tuple[int, int]
-    stride: tuple[int, int]
+    shape: tuple[int, int]  # of the picture, (rows, columns)
+    size: tuple[int, int]  # of a tile; the last one along an axis is cut short
+    stride: tuple[int, int]  # from tile to tile
 
     def __post_init__(self) -> None:
         for name, value in (("tile_size", self.size), ("tile_stride", self.stride)):
@@ -51,6 +42,13 @@ class TileGrid:
             raise ValueError(
                 f"tile_stride must not exceed tile_size, or gaps are left; got {self.stride} > {self.size}"
             )
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, int], tiled: bool, size: tuple[int, int], stride: tuple[int, int]
+    ) -> "TileGrid":
+        """Return a grid of such tiles or, unless `tiled`, of one tile."""
+        return cls(shape=shape, size=size if tiled else shape, stride=stride if tiled else shape)
 
     def tiles(self) -> list[Tile]:
         """Return all tiles, row by row."""
@@ -65,14 +63,10 @@ def spans(length: int, size: int, stride: int) -> list[Span]:
 
 
 def ramp(span: Span, length: int, border: int, unit: int, device: torch.device | None = None) -> Tensor:
-    """Return the weights along one axis: 1, but (i + 1) / border at the i-th position from an inner side.
+    """Return the weights along an axis of `length`: 1, but (i + 1) / border at the i-th from an inner side.
 
-    Where the two ramps of a tile overlap, that of the far side holds, as in the released FastVMT code.
-
-    Args:
-        span: first position, and the one after the last; length: positions of the whole axis.
-        border: latent positions of overlap.
-        unit, device: results for each position, and where they are made.
+    There are `unit` of them for each latent position. Where the two ramps of a tile overlap, that of the far
+    side holds, as in the released FastVMT code.
     """
     start, stop = span
     weight = torch.ones((stop - start) * unit, device=device)
@@ -102,6 +96,6 @@ def blend(grid: TileGrid, out: Tensor, unit: int, run: Callable[[Tile], Iterable
         start = 0
         for chunk in run(tile):
             stop = start + chunk.shape[2]
-            out[:, :, start:stop][area] += weight * chunk
+            out[:, :, start:stop][area].add_(weight * chunk)
             start = stop
     return out.div_(total)

@@ -24,7 +24,7 @@ from diffsynth.configs.kinds import CacheMaker
 from diffsynth.configs.options import RunOptions
 from diffsynth.models.local_attention import BLOCK, Window, block_plan
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS
-from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid
+from diffsynth.models.wan_video_vae_tiling import TileGrid
 from diffsynth.planning.memory import Shape, num_tokens, token_grid
 from diffsynth.planning.sizes import DiTSize, VAESize
 
@@ -49,15 +49,11 @@ class RunCount:
 
 
 def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str | None = None) -> RunCount:
-    """Count a run over latents (F, h, w).
+    """Count a run over latents (F, h, w), from its resolved options.
 
     Steps that a cache skips by their number alone are left out; other caches look at tensors, and all their
-    steps count: an upper bound.
-
-    Args:
-        dit, latents: sizes of the DiT and of the latents.
-        options: resolved options of the run.
-        checkpoint: what the guidance pass keeps; the options' own by default ("auto" counts as "none").
+    steps count: an upper bound. `checkpoint` is what the guidance pass keeps, if not what the options say;
+    "auto" counts as "none".
     """
     num_steps, motion, guided = options.num_inference_steps, options.motion, options.cfg_steps
     full, skipped = forward_flops(dit, latents), embedding_flops(dit, latents)
@@ -71,7 +67,7 @@ def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str 
     ffe = guidance_cost(motion, dit.num_layers, num_steps, share=share, again=again)
     references, gradients = guidance_passes(motion, num_steps)
     if not DESCRIPTORS[motion.mode].needs_backward:
-        flops += (references + gradients * _forwards_a_gradient(motion)) * full
+        flops += ffe * full
     else:
         forward, backward = guided_flops(dit, latents, motion)
         flops += (references + gradients * (1 + again)) * forward + gradients * backward
@@ -80,9 +76,7 @@ def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str 
 
 def vae_flops(vae: VAESize, latents: Shape, options: RunOptions, tiled: bool, with_reference: bool) -> float:
     """Operations of decoding latents (F, h, w) and, with a reference, of encoding it, in tiles or whole."""
-    tiles = [Tile((0, latents[1]), (0, latents[2]))]
-    if tiled:
-        tiles = TileGrid(shape=latents[1:], size=options.tile_size, stride=options.tile_stride).tiles()
+    tiles = TileGrid.of(latents[1:], tiled, options.tile_size, options.tile_stride).tiles()
     areas = [(tile.rows[1] - tile.rows[0]) * (tile.cols[1] - tile.cols[0]) for tile in tiles]
     last, sums = vae.widths[-1], 0.0
     for area in areas:
@@ -173,7 +167,7 @@ def guidance_cost(
     references, planned = guidance_passes(motion, num_steps)
     gradients = planned if gradient_evaluations is None else gradient_evaluations
     if not DESCRIPTORS[motion.mode].needs_backward:
-        return references + gradients * _forwards_a_gradient(motion)
+        return references + gradients * (1 if motion.prediction_cfg == 1 else 2)
     passes = references + (3 + again) * gradients
     return share * passes * motion.block_for(num_layers) / num_layers
 
@@ -247,7 +241,3 @@ def _seen(grid: Shape, window: Window | None) -> float:
     mask = block_plan(grid, window, torch.device("cpu")).mask
     blocks = mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()
     return min(BLOCK * blocks.item() / mask.kv_num_blocks.numel(), prod(grid))
-
-
-def _forwards_a_gradient(motion: MotionGuidance) -> int:
-    return 1 if motion.prediction_cfg == 1 else 2

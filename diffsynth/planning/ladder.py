@@ -61,18 +61,14 @@ def with_settings(options: RunOptions, settings: Mapping[str, Any]) -> RunOption
 
 
 class Ladder:
-    """Chooses the memory settings of one run, and lowers them when memory runs out.
-
-    Args:
-        residency: the residency of a pipeline's models; None for a VAE alone.
-        vae: the VAE.
-    """
+    """Chooses the memory settings of one run, or of a VAE alone, and lowers them when memory runs out."""
 
     def __init__(self, residency: Residency | None, vae: WanVideoVAE) -> None:
-        self._residency, self._vae = residency, vae
-        self._device = vae.device if residency is None else residency.device
+        self._residency = residency or Residency({"vae": vae}, vae.device)
+        self._vae, self._device = vae, self._residency.device
         self._given_up: list[str] = []
-        self._spread = None if residency is None else getattr(residency.models["dit"], "spread", None)
+        self._dit = cast(WanModel | None, self._residency.models.get("dit"))
+        self._spread = getattr(self._dit, "spread", None)
         self._ranks = 1 if self._spread is None else self._spread.size
 
     def begin(self, options: RunOptions, vram_gb: float | None, *, with_reference: bool) -> RunOptions:
@@ -81,7 +77,6 @@ class Ladder:
         Raises:
             NotEnoughMemoryError: no settings fit into vram_gb.
         """
-        assert self._residency is not None, "a run has a whole pipeline"
         sizes = ModelSizes.of(self._residency.models)
         if vram_gb is not None:
             if device_memory(self._device):
@@ -127,12 +122,12 @@ class Ladder:
         """
         gc.collect()
         torch.cuda.empty_cache()
-        now, dit = self._settings(options), self._residency and self._residency.models["dit"]
+        now = self._settings(options)
         below = following(
             stage,
             now,
-            accelerator=self._residency is not None and self._device.type != "cpu",
-            num_blocks=0 if dit is None else len(cast(WanModel, dit).blocks),
+            accelerator=self._dit is not None and self._device.type != "cpu",
+            num_blocks=0 if self._dit is None else len(self._dit.blocks),
             picture=(options.height // self._vae.spatial_factor, options.width // self._vae.spatial_factor),
         )
         words, settings = next(below, ("", None))
@@ -141,18 +136,18 @@ class Ladder:
         self._given_up.append(words)
         logger.warning("memory ran out in the stage %r: %s from now on (%s)", stage, words, problem)
         placement = ("offload", "resident_blocks", "stream_text_encoder")
-        if self._residency is not None and any(getattr(settings, n) != getattr(now, n) for n in placement):
+        if any(getattr(settings, n) != getattr(now, n) for n in placement):
             settings.place(self._residency)
         return with_settings(options, _changes(settings, options))
 
     def _settings(self, options: RunOptions) -> Settings:
         """Return the settings in force, from the options and from where the models are."""
-        streaming = () if self._residency is None else self._residency.streaming
+        streaming = self._residency.streaming
         return Settings(
             checkpoint=options.motion.checkpoint if options.motion else "none",
             batch_cfg=bool(options.batch_cfg) and options.cfg_scale != 1,
             **{**options.tiling, "tiled": options.tiled is not False},
-            offload=self._residency is not None and self._residency.offload,
+            offload=self._residency.offload,
             resident_blocks=0 if "dit" in streaming else None,
             stream_text_encoder="text_encoder" in streaming,
         )

@@ -28,7 +28,6 @@ INDEX = 8  # bytes of an index
 FLOAT = 4  # bytes of a float32
 STREAM = 4  # bytes of a number of the residual stream
 PICTURE_BYTES = 2**25  # more than CLIP takes for 257 tokens
-MODELS = {"guidance": "dit", "sampling": "dit", "encode text": "text", "encode picture": "image"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,29 +51,27 @@ def predict_stages(
     latents = sizes.latent_shape(options.height, options.width, options.num_frames)
     resident = settings.resident_blocks
     own = {
-        "encode text": text.streamed() if settings.stream_text_encoder else text.total,
-        "encode picture": sizes.image_encoder,
-        "encode video": vae.weights,
-        "guidance": dit.weights.total if resident is None else dit.weights.streamed(resident),
-        "decode": vae.weights,
+        "text": text.streamed() if settings.stream_text_encoder else text.total,
+        "image": sizes.image_encoder,
+        "dit": dit.weights.total if resident is None else dit.weights.streamed(resident),
+        "vae": vae.weights,
     }
-    own["sampling"] = own["guidance"]
     tile = settings.tile_size if settings.tiled else None
     batch = 2 if settings.batch_cfg and options.cfg_scale != 1 else 1
-    work = {"encode text": text_encoder_bytes(sizes.text_encoder, dit.text_len)}
+    work = [("encode text", "text", text_encoder_bytes(sizes.text_encoder, dit.text_len))]
     if sizes.image_encoder:
-        work["encode picture"] = PICTURE_BYTES
+        work.append(("encode picture", "image", PICTURE_BYTES))
     if with_reference or dit.in_dim > dit.out_dim:
-        work["encode video"] = encode_bytes(vae, latents, tile)
+        work.append(("encode video", "vae", encode_bytes(vae, latents, tile)))
     if options.motion is not None:
-        work["guidance"] = guided_pass_bytes(dit, latents, options.motion, settings.checkpoint)
-    work["sampling"] = sampling_pass_bytes(dit, latents, options, batch)
-    work["decode"] = decode_bytes(vae, latents, tile, options.num_frames)
+        guided = guided_pass_bytes(dit, latents, options.motion, settings.checkpoint)
+        work.append(("guidance", "dit", guided))
+    work.append(("sampling", "dit", sampling_pass_bytes(dit, latents, options, batch)))
+    work.append(("decode", "vae", decode_bytes(vae, latents, tile, options.num_frames)))
     stages = []
     present: dict[str, int] = {}
-    for stage, activations in work.items():
-        model = MODELS.get(stage, "vae")
-        present = {**({} if settings.offload else present), model: own[stage]}
+    for stage, model, activations in work:
+        present = {**({} if settings.offload else present), model: own[model]}
         stages.append(StageMemory(stage=stage, weights=sum(present.values()), activations=activations))
     return tuple(stages)
 

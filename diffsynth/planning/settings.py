@@ -25,27 +25,16 @@ SMALLEST_TILE = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """The settings that decide a run's memory.
+    """The settings that decide a run's memory."""
 
-    Attributes:
-        checkpoint: what guidance keeps for its gradients, one of KEEPING.
-        batch_cfg: both prompts in one call of the DiT.
-        tiled: the VAE works in tiles.
-        tile_size, tile_stride: of these tiles, (rows, columns) in latent units.
-        offload: each model is on the device in its own stages only.
-        resident_blocks: blocks of the DiT that stay on the device while the others stream; None: all of them,
-            without streaming.
-        stream_text_encoder: its blocks stream.
-    """
-
-    checkpoint: str = "none"
-    batch_cfg: bool = True
-    tiled: bool = False
-    tile_size: tuple[int, int]
-    tile_stride: tuple[int, int]
-    offload: bool = False
-    resident_blocks: int | None = None
-    stream_text_encoder: bool = False
+    checkpoint: str = "none"  # what guidance keeps for its gradients, one of KEEPING
+    batch_cfg: bool = True  # both prompts in one call of the DiT
+    tiled: bool = False  # the VAE works in tiles
+    tile_size: tuple[int, int]  # (rows, columns) in latent units
+    tile_stride: tuple[int, int]  # from tile to tile, likewise
+    offload: bool = False  # each model is on the device in its own stages only
+    resident_blocks: int | None = None  # of the DiT, while the others stream; None: all, without streaming
+    stream_text_encoder: bool = False  # its blocks stream
 
     def place(self, residency: Residency) -> None:
         """Have the models of a pipeline where the settings say."""

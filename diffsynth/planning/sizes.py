@@ -1,9 +1,9 @@
 """Sizes of the models and the bytes of their weights, from which plans are computed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import chain
+from inspect import signature
 from typing import cast
 
 import torch
@@ -15,16 +15,9 @@ from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.models.wan_video_vae22 import WanVideoVAE22
-from diffsynth.models.wan_video_vae_layers import ResidualBlock
+from diffsynth.models.wan_video_vae import WanVideoVAE, WanVideoVAE22
 from diffsynth.vram_management.streaming import tensors_of
 
-# umt5-xxl, the text encoder of every published checkpoint; the defaults of `WanTextEncoder`.
-UMT5_XXL: Mapping[str, int] = {
-    "vocab": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24,
-    "num_buckets": 32,
-}  # fmt: skip
 PICTURE_TOKENS = 257  # that CLIP makes of a picture
 
 
@@ -49,15 +42,10 @@ class WeightBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiTSize:
-    """The arguments of `WanModel` that cost anything, and its weights.
+    """The arguments of `WanModel` that cost anything, what it computes in, and its weights.
 
-    Attributes:
-        dim, ffn_dim, num_heads, num_layers, in_dim, out_dim, text_dim, freq_dim, text_len, patch_size: as
-            those arguments.
-        dtype, weights: what it computes in, and the bytes of its weights.
-        block_parameters: numbers in a block's weights.
-        widened: bytes of the widest matrix when unpacked from eight bits; 0 for other weights.
-        context_len: tokens of the text and of the pictures that it attends to.
+    A block's weights are `block_parameters` numbers. `widened` is the bytes of the widest matrix when
+    unpacked from eight bits, 0 for other weights; `context_len` counts tokens of the text and of pictures.
     """
 
     dim: int
@@ -89,12 +77,9 @@ class DiTSize:
             blocks = tuple(_parameters(block) * (1 if packed else dtype.itemsize) for block in dit.blocks)
             rest = _parameters(dit) - sum(map(_parameters, dit.blocks))
             weights = WeightBytes(blocks=blocks, rest=rest * compute.itemsize)
-        names = (
-            "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim",
-            "text_len", "patch_size",
-        )  # fmt: skip
+        names = {field.name for field in fields(cls)} - {"dtype"}
         return cls(
-            **{name: getattr(dit, name) for name in names},
+            **{name: getattr(dit, name) for name in names if hasattr(dit, name)},
             dtype=compute,
             weights=weights,
             block_parameters=_parameters(dit.blocks[0]),
@@ -113,52 +98,24 @@ class TextEncoderSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAESize:
-    """Layout of the VAE, and its weights.
-
-    Attributes:
-        z_dim, num_res_blocks, temporal: as the arguments of `WanVideoVAE`; spatial_factor: as its attribute.
-        dtype, weights: what it computes in, and the bytes of its weights.
-        widths, decoder_widths: channels of the encoder's and the decoder's levels, in their order.
-        patch: side of the square of pixels that is folded into channels; above 1 with Wan2.2's wiring.
-    """
+    """Layout of the VAE, as its attributes tell it, and its weights."""
 
     z_dim: int
     spatial_factor: int
     widths: tuple[int, ...]
     decoder_widths: tuple[int, ...]
-    patch: int
     num_res_blocks: int
     temporal: tuple[bool, ...]
     dtype: torch.dtype
+    patch: int
     weights: int
 
     @classmethod
     def of(cls, vae: WanVideoVAE) -> "VAESize":
         """Return the sizes of a loaded VAE."""
-
-        def levels(blocks: nn.ModuleList, name: str) -> tuple[list[list[int]], list[bool]]:
-            widths: list[list[int]] = [[]]
-            temporal = []
-            for block in chain.from_iterable(getattr(level, name, [level]) for level in blocks):
-                if hasattr(block, "time_conv"):
-                    temporal.append(block.time_conv is not None)
-                    widths.append([])
-                else:
-                    last = cast(ResidualBlock, block).residual["6"]
-                    widths[-1].append(cast(nn.Conv3d, last).out_channels)
-            return widths, temporal
-
-        widths, temporal = levels(vae.encoder.downsamples, "downsamples")
+        names = [field.name for field in fields(cls) if hasattr(vae, field.name)]
         return cls(
-            z_dim=vae.z_dim,
-            spatial_factor=vae.spatial_factor,
-            widths=tuple(level[-1] for level in widths),
-            decoder_widths=tuple(level[-1] for level in levels(vae.decoder.upsamples, "upsamples")[0]),
-            patch=vae.encoder.patch,
-            num_res_blocks=len(widths[0]),
-            temporal=tuple(temporal),
-            dtype=vae.dtype,
-            weights=_bytes(vae),
+            **{name: getattr(vae, name) for name in names}, patch=vae.encoder.patch, weights=_bytes(vae)
         )
 
 
@@ -224,7 +181,8 @@ def published_sizes(
         vae = (WanVideoVAE22() if dit.out_dim == 48 else WanVideoVAE()).to(vae_dtype)
         clip = _parameters(WanImageEncoder()) if dit.has_image_input else 0
     compute = torch.bfloat16 if torch_dtype in PACKED_DTYPES else torch_dtype
-    t5 = UMT5_XXL
+    # umt5-xxl, the text encoder of every published checkpoint.
+    t5 = {name: argument.default for name, argument in signature(WanTextEncoder).parameters.items()}
     matrices = 4 * t5["dim"] * t5["dim_attn"] + 3 * t5["dim"] * t5["dim_ffn"]
     small = 2 * t5["dim"] + t5["num_buckets"] * t5["num_heads"]
     block = matrices * torch_dtype.itemsize + small * compute.itemsize

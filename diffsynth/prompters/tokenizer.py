@@ -7,6 +7,7 @@ same ids. Neither goes through transformers, whose T5 classes change the id of u
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import SEEK_CUR, BytesIO
 from pathlib import Path
 
 END_ID = 1
@@ -21,17 +22,11 @@ _MODEL_FIELDS = {1, 2, 3}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WanTokenizer:
-    """Turns text into ids; see `load_tokenizer`.
+    """Turns text into ids; see `load_tokenizer`."""
 
-    Args:
-        pieces: function that maps a text to its ids without the end token.
-        vocab_size: number of ids in the vocabulary.
-        file: the file from which it was loaded.
-    """
-
-    pieces: Callable[[str], list[int]]
-    vocab_size: int
-    file: Path
+    pieces: Callable[[str], list[int]]  # maps a text to its ids without the end token
+    vocab_size: int  # number of ids
+    file: Path  # from which it was loaded
 
     def encode(self, text: str, max_length: int | None = 512) -> list[int]:
         """Return the ids of a text and the end token, truncated to max_length ids unless that is None.
@@ -124,30 +119,23 @@ def tokenizer_from_pieces(model: bytes, file: Path) -> WanTokenizer:
         processor.LoadFromSerializedProto(model)
         if processor.eos_id() != END_ID:
             raise ValueError(f"id of {END_PIECE!r} is {processor.eos_id()}, not {END_ID}")
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (RuntimeError, IndexError, OverflowError, ValueError) as error:
         raise ValueError(f"{file} is damaged or not a UMT5 tokenizer ({error!r}); fetch it again") from error
     return WanTokenizer(pieces=processor.encode, vocab_size=processor.vocab_size(), file=file)
 
 
 def _top_level_fields(message: bytes) -> set[int]:
     """Return the numbers of a protobuf message's length-delimited fields; IndexError if it is truncated."""
-    fields, position = set(), 0
-    while position < len(message):
-        tag, position = _varint(message, position)
-        length, position = _varint(message, position)
-        position += length
-        fields.add(tag >> 3)
-    if position > len(message):
+    fields, stream = set(), BytesIO(message)
+    while stream.tell() < len(message):
+        fields.add(_varint(stream) >> 3)
+        stream.seek(_varint(stream), SEEK_CUR)
+    if stream.tell() > len(message):
         raise IndexError("the last field is cut short")
     return fields
 
 
-def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """Return a protobuf integer (seven bits a byte, lowest first) and the position after it."""
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 0x80:
-            return value, position
+def _varint(stream: BytesIO) -> int:
+    """Return the next protobuf integer: seven bits a byte, lowest first."""
+    byte = stream.read(1)[0]
+    return byte if byte < 0x80 else byte & 0x7F | _varint(stream) << 7

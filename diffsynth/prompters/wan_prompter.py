@@ -31,15 +31,10 @@ class TextEncoder(Protocol):
     num_loads: int
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype of its results."""
-
+    def dtype(self) -> torch.dtype: ...
     @property
-    def device(self) -> torch.device:
-        """Return the device that it computes on."""
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """ids [B, L] -> [B, L, dim]."""
+    def device(self) -> torch.device: ...
+    def __call__(self, ids: Tensor) -> Tensor: ...
 
 
 def clean_prompt(text: str) -> str:

@@ -9,9 +9,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from diffsynth.vram_management.copies import ImmediateCopies, SideStreamCopies
 from diffsynth.vram_management.memory import available_memory
-from diffsynth.vram_management.streaming import BlockStream, resident_blocks, tensors_of
+from diffsynth.vram_management.streaming import (
+    BlockStream,
+    ImmediateCopies,
+    SideStreamCopies,
+    resident_blocks,
+    tensors_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -72,15 +77,11 @@ class Residency:
     def stream(
         self, name: str, blocks: Sequence[nn.Module] | nn.ModuleList, num_persistent_params: int = 0
     ) -> None:
-        """Stream blocks of a model from the next stage on; the first ones stay on the device.
+        """Stream blocks of a model, in the order in which they run, from the next stage on.
 
-        All models are offloaded between stages. On CUDA, the streamed weights are page-locked so that copies
-        overlap with computation, unless that would take more than half of the free CPU memory.
-
-        Args:
-            name: name of the model.
-            blocks: blocks of the model, in the order in which they run.
-            num_persistent_params: maximum number of parameters in the blocks that stay on the device.
+        The first ones stay on the device, with at most `num_persistent_params` parameters. All models are
+        offloaded between stages. On CUDA, the streamed weights are page-locked so that copies overlap with
+        computation, unless that would take more than half of the free CPU memory.
         """
         with self._turn:
             self.rest()

@@ -11,15 +11,58 @@ Weights must be frozen while gradients are taken: none is computed for them.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diffsynth.vram_management.copies import ImmediateCopies, Mark
-
+Mark = Any  # a point in a device's queue of work; what it is, only the copies that gave it know
 LAST_OF_PASS = "queries_keys"  # method of a DiT block that is called instead of it, after which none runs
+
+
+class ImmediateCopies:
+    """Copies on a CPU, done when `start` returns; also the interface of asynchronous copies."""
+
+    def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:  # noqa: ARG002
+        """Copy each tensor once the work up to `after` is done; the mark is where the copies are."""
+        for target, tensor in zip(into, source, strict=True):
+            target.copy_(tensor)
+
+    def wait(self, copied: Mark) -> None:
+        """Work that is given from now on begins after these copies."""
+
+    def mark(self) -> Mark:
+        """Return a mark of the end of the work so far."""
+
+    def finish(self) -> None:
+        """Work that is given from now on begins after all copies."""
+
+
+class SideStreamCopies(ImmediateCopies):
+    """Copies on a separate CUDA stream; events order both streams, and nobody waits on the
+    CPU. Source tensors should be page-locked: copies of others stop the caller."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+
+    def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:
+        # Without a mark, everything given so far: the memory may still be in use for something else.
+        self._side.wait_event(self.mark() if after is None else after)
+        with torch.cuda.stream(self._side):
+            for target, tensor in zip(into, source, strict=True):
+                target.copy_(tensor, non_blocking=True)
+            return self._side.record_event()
+
+    def wait(self, copied: Mark) -> None:
+        torch.cuda.current_stream(self._device).wait_event(copied)
+
+    def mark(self) -> Mark:
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def finish(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._side)
 
 
 @dataclass(slots=True)
@@ -32,16 +75,11 @@ class Slot:
     used: Mark | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PassBlock:
-    """A block in a pass; `first_slot` is the slot of block 0 in it, and those after it alternate."""
+class PassBlock(NamedTuple):
+    """A block in a pass, and its slot; the slots of blocks in a row alternate."""
 
     block: int
-    first_slot: int
-
-    @property
-    def slot(self) -> int:
-        return (self.block + self.first_slot) % 2
+    slot: int
 
 
 class BlockStream:
@@ -113,17 +151,17 @@ class BlockStream:
         self._going_back = False
         if index == 0:
             self._first_slot = self._next_first_slot
-        here = PassBlock(index, self._first_slot)
+        here = PassBlock(index, (index + self._first_slot) % 2)
         self._enter(here)
         if not last and index < len(self._blocks) - 1:
-            self._fetch(PassBlock(index + 1, self._first_slot))
+            self._fetch(PassBlock(index + 1, 1 - here.slot))
         elif not torch.is_grad_enabled():
             # The next pass begins with block 0: into the slot that is free.
             self._next_first_slot = 1 - here.slot
             self._fetch(PassBlock(0, self._next_first_slot))
 
     def _after(self, index: int, *outputs: Tensor) -> None:
-        here = PassBlock(index, self._first_slot)
+        here = PassBlock(index, (index + self._first_slot) % 2)
         for tensor in outputs:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 # Called when the gradient of the output is there: the block's backward is next.
@@ -134,9 +172,9 @@ class BlockStream:
         self._going_back = True
         self._enter(here)
         if here.block > 0:
-            self._fetch(PassBlock(here.block - 1, here.first_slot))
+            self._fetch(PassBlock(here.block - 1, 1 - here.slot))
         else:
-            self._next_first_slot = here.first_slot
+            self._next_first_slot = here.slot
 
     def _enter(self, here: PassBlock) -> None:
         """Have the block's parameters be its slot's tensors, with its weights in them."""

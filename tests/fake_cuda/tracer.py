@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from diffsynth.models import attention, checkpointing
 from diffsynth.vram_management import residency
-from diffsynth.vram_management.copies import ImmediateCopies
+from diffsynth.vram_management.streaming import ImmediateCopies
 
 ATEN = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
