@@ -26,16 +26,12 @@ Velocity = Callable[[int, Tensor, Tensor], Tensor]  # (step, latents [1, C, F, h
 Guide = Callable[[int, Tensor, Tensor], tuple[Tensor, tuple[float, ...]]]
 
 
-# In the order of a run; guidance and sampling alternate.
-STAGES = ("encode text", "encode video", "guidance", "sampling", "decode")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEvent:
     """Event of a run: a stage begins, or a step of it is done.
 
     Attributes:
-        stage: one of STAGES.
+        stage: "encode text", "encode video", "guidance" and "sampling", which alternate, or "decode".
         step: number of finished steps of the stage; 0 where it begins.
         steps: number of steps of the stage; 0 where it begins.
         latents: latents of the run [1, C, F, h, w] after the step, not to be changed in place.
