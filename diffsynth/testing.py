@@ -110,10 +110,7 @@ def _randomise(model: nn.Module) -> None:
     for parameter in model.parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
         noise = torch.randn_like(parameter)
-        if parameter.ndim == 1 or fan_in == 1:
-            parameter.data = parameter.data + 0.1 * noise
-        else:
-            parameter.data = noise / fan_in**0.5
+        parameter.data = parameter.data + 0.1 * noise if fan_in == 1 else noise / fan_in**0.5
 
 
 def _weights(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

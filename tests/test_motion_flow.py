@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from diffsynth.motion import attention_motion_flow, frame_pairs, tile_motion_flow
 from diffsynth.motion.flow import token_positions
 from diffsynth.motion.heads import average_token_groups, reduce_heads
-from diffsynth.motion.losses import amf_loss, masked_mse, mean_change, pair_weights, window_means
+from diffsynth.motion.losses import amf_loss, mean_change, pair_weights, window_means
 from diffsynth.motion.tile_flow import centre_positions
 
 
@@ -217,6 +217,13 @@ def test_released_capture_equals_the_reference(golden):
         torch.testing.assert_close(
             average_token_groups(heads), g[f"t0.block_{name}_released"], atol=2e-5, rtol=0
         )
+
+
+def masked_mse(flow, reference):
+    """DiTFlow's loss: mean squared difference over the tokens that move in the reference."""
+    moving = (reference != 0).any(-1, keepdim=True)
+    squared = ((flow - reference).square() * moving).sum()
+    return squared / (2 * moving.sum()).clamp(min=1)
 
 
 @pytest.mark.parametrize("case", ["a", "b"])

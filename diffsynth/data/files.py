@@ -26,16 +26,11 @@ class FileInUseError(ValueError):
     """Raised when another process holds a lock."""
 
 
-def checked_path(name: str, path: str | os.PathLike[str]) -> Path:
-    """Return a path; TypeError that names the argument if it is none."""
-    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
-        raise TypeError(f"{name} must be a path; got {path!r:.80}")
-    return Path(path)
-
-
 def writable_folder(name: str, path: str | os.PathLike[str]) -> Path:
     """Make a folder and return it; a ValueError names the argument if no file can be made in it."""
-    folder = checked_path(name, path).expanduser()
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{name} must be a path; got {path!r:.80}")
+    folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as trial:

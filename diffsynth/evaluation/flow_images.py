@@ -15,15 +15,7 @@ from torch import Tensor
 from diffsynth.data import fit_frame, save_video
 from diffsynth.data.frames import rgb_frames
 from diffsynth.data.tensors import Video
-from diffsynth.evaluation.drawing import (
-    FINER,
-    Colour,
-    draw_arrow,
-    draw_trajectories,
-    fine_layer,
-    legible_size,
-    over,
-)
+from diffsynth.evaluation.drawing import FINER, draw_arrow, draw_trajectories, fine_layer, legible_size, over
 from diffsynth.evaluation.followed import one_object
 from diffsynth.evaluation.grid import picture_grid
 
@@ -304,8 +296,8 @@ def _colour_layer(
 def _arrow_layer(
     flow: np.ndarray,
     size: tuple[int, int],
-    colour: Colour = _WHITE,
-    rim: Colour | None = _DARK,
+    colour: tuple[int, ...] = _WHITE,
+    rim: tuple[int, ...] | None = _DARK,
     sure: np.ndarray | float = 1.0,
 ) -> Image.Image:
     """Arrows from the middles of tokens that are sure, fainter where less; a rim keeps them legible."""

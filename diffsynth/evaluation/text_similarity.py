@@ -7,10 +7,9 @@ comparable.
 
 import logging
 import os
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,14 +36,8 @@ _FILES = (
 _BATCH = 16  # frames that are embedded at once
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Clip:
-    """A loaded CLIP.
-
-    Attributes:
-        model: in float32 and in eval mode, on its device.
-        tokenizer: of its texts.
-    """
+class Clip(NamedTuple):
+    """A loaded CLIP, in float32 and in eval mode on its device, and the tokenizer of its texts."""
 
     model: "CLIPModel"
     tokenizer: "PreTrainedTokenizerBase"

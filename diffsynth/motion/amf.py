@@ -42,10 +42,7 @@ class DenseAMF:
         return q[0], k[0]
 
     def describe(
-        self,
-        features: Features,
-        reference: MotionFlow | None = None,  # noqa: ARG002
-        pairs: Pairs | None = None,
+        self, features: Features, _reference: MotionFlow | None = None, pairs: Pairs | None = None
     ) -> MotionFlow:
         """Return the flow of the pairs, by default of all within sf frames."""
         g = self.guidance

@@ -9,7 +9,7 @@ S = H*W, P frame pairs, T groups of queries, m queries of a group, L keys that a
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 
 import torch
 import torch.nn.functional as F
@@ -173,11 +173,7 @@ def _hard_flow(q: Tensor, k: Tensor, pairs: Pairs) -> Tensor:
 
 def _runs(pairs: Pairs, chunk: int) -> Iterator[tuple[int, int, int]]:
     """Yield (i, first j, count) of consecutive pairs of frame i with frames j, j + 1, ..., at most chunk."""
-    start = 0
-    while start < len(pairs):
-        i, j = pairs[start]
-        count = 1
-        while count < chunk and start + count < len(pairs) and pairs[start + count] == (i, j + count):
-            count += 1
-        yield i, j, count
-        start += count
+    for (i, _), run in groupby(enumerate(pairs), lambda item: (item[1][0], item[1][1] - item[0])):
+        later = [j for _, (_, j) in run]
+        for start in range(0, len(later), chunk):
+            yield i, later[start], min(chunk, len(later) - start)

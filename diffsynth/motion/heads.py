@@ -53,11 +53,6 @@ def average_token_groups(x: Tensor) -> Tensor:
 
     The mean of each n consecutive tokens, over frame and row ends, is taken at full width; token c of the
     group gets head c of that mean.
-
-    Raises:
-        ValueError: F * H * W is no multiple of n.
     """
-    frames, rows, cols, num_heads, width = x.shape
-    check_heads("token_groups", num_heads, (frames, rows, cols))
-    groups = x.reshape(-1, num_heads, num_heads, width)
-    return groups.mean(1).reshape(frames, rows, cols, width)
+    num_heads, width = x.shape[3:]
+    return x.reshape(-1, num_heads, num_heads, width).mean(1).reshape(*x.shape[:3], width)

@@ -39,7 +39,7 @@ class LatentPrediction:
         null = inputs.dit(latents, context=inputs.null_context, **arguments).to(latents.dtype)
         return null + self.guidance.prediction_cfg * (velocity - null)
 
-    def describe(self, features: Tensor, reference: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def describe(self, features: Tensor, _reference: Tensor | None = None) -> Tensor:
         return features
 
     def loss(self, descriptor: Tensor, reference: Tensor) -> Loss:

@@ -74,13 +74,3 @@ def mean_change(means: Tensor, pairs: Pairs) -> Tensor:
     before, after = (table(tuple(p + later for p in steps), means.device) for later in (0, 1))
     changes = means[after] - means[before]
     return (torch.linalg.vector_norm(changes, dim=-1).mean(-1) * share).sum()
-
-
-def masked_mse(flow: Tensor, reference: Tensor) -> Tensor:
-    """Return DiTFlow's loss: mean squared difference over the tokens that move in the reference.
-
-    Flow and reference are [P, H, W, 2]; 0 if nothing moves in the reference.
-    """
-    moving = (reference != 0).any(-1, keepdim=True)
-    squared = ((flow - reference).square() * moving).sum()
-    return squared / (2 * moving.sum()).clamp(min=1)

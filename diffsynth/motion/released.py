@@ -46,19 +46,12 @@ def released_tile_flow(
     values = token_positions(window, window, q).clone()
     values[1::2] = 0
     in_window = expected_in_windows(to_tiles(q, tile), k, between, values, seen, tau)
-    flow = torch.cat(
-        [
-            dense_flow(q, k, within, tau, chunk).flatten(1, 2),
-            (in_window - token_positions(*tile, q)).flatten(1, 2),
-        ]
-    )
+    in_frame = dense_flow(q, k, within, tau, chunk).flatten(1, 2)
+    flow = torch.cat([in_frame, (in_window - token_positions(*tile, q)).flatten(1, 2)])
     frame = table(tuple(j for _, j in between), k.device)
     channel_means = k.mean(-1).flatten(1)[frame][:, None].expand(-1, seen.shape[1], -1).gather(2, seen)
-    return MotionFlow(
-        flow=flow[table(pair_order(pairs, within + between), flow.device)],
-        pairs=pairs,
-        window_loss=mean_change(channel_means, between),
-    )
+    order = table(pair_order(pairs, within + between), flow.device)
+    return MotionFlow(flow=flow[order], pairs=pairs, window_loss=mean_change(channel_means, between))
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ guided step; `GradientMemory` carries gradients from one guided step to those af
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,7 +35,12 @@ class GradientReuse:
         if self._last is None:
             return True
         age = step - self._evaluated_at[-1]
-        return age >= self._interval or (age > 0 and self._turning())
+        if age == 0 or age >= self._interval or self._above is None:
+            return age >= self._interval
+        if self._before is None:
+            return True
+        cosine = torch.cosine_similarity(self._last.flatten(), self._before.flatten(), dim=0)
+        return cosine.item() < self._above
 
     def fresh(self, step: int, gradient: Tensor) -> None:
         """Take in the gradient computed at a step."""
@@ -67,14 +71,6 @@ class GradientReuse:
         self._last, self._before = state["last"], state["before"]
         self._evaluated_at = list(state["evaluated_at"])
 
-    def _turning(self) -> bool:
-        if self._above is None:
-            return False
-        if self._last is None or self._before is None:
-            return True
-        cosine = torch.cosine_similarity(self._last.flatten(), self._before.flatten(), dim=0)
-        return cosine.item() < self._above
-
 
 class GradientMemory:
     """Gradients that later guided steps may repeat: those of the last guided step that computed its own,
@@ -96,7 +92,7 @@ class GradientMemory:
         if self._steps.due(self._step):
             self._gradients = {}
             return None
-        return MappingProxyType(self._gradients)
+        return self._gradients
 
     def keep(self, inner_step: int, gradient: Tensor) -> None:
         """Take in a gradient that the guided step computed."""

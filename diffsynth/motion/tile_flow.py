@@ -85,12 +85,9 @@ def tile_motion_flow(
     expected = from_tiles(in_window + windows[:, :, None], tile, grid)
     in_windows = expected - token_positions(*grid, q).unflatten(0, grid)
     flow = torch.cat([dense_flow(q, k, within, tau, chunk), in_windows])
-    return TileFlow(
-        flow=flow[table(pair_order(pairs, within + between), flow.device)],
-        pairs=pairs,
-        windows=windows,
-        window_loss=mean_change(window_means(k, between, windows, sides), between),
-    )
+    order = table(pair_order(pairs, within + between), flow.device)
+    window_loss = mean_change(window_means(k, between, windows, sides), between)
+    return TileFlow(flow=flow[order], pairs=pairs, windows=windows, window_loss=window_loss)
 
 
 def centre_positions(

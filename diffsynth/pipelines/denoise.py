@@ -26,16 +26,12 @@ Velocity = Callable[[int, Tensor, Tensor], Tensor]  # (step, latents [1, C, F, h
 Guide = Callable[[int, Tensor, Tensor], tuple[Tensor, tuple[float, ...]]]
 
 
-# In the order of a run; guidance and sampling alternate.
-STAGES = ("encode text", "encode video", "guidance", "sampling", "decode")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunEvent:
     """Event of a run: a stage begins, or a step of it is done.
 
     Attributes:
-        stage: one of STAGES.
+        stage: "encode text", "encode video", "guidance" and "sampling", which alternate, or "decode".
         step: number of finished steps of the stage; 0 where it begins.
         steps: number of steps of the stage; 0 where it begins.
         latents: latents of the run [1, C, F, h, w] after the step, not to be changed in place.
@@ -149,17 +145,14 @@ def cfg_velocity(
     guided = options.cfg_steps if negative is not None else range(0)
     pos_cache = [rules["positive"]] if "positive" in rules else []
     neg_cache = [rules["negative"]] if "negative" in rules else []
-    both = None
-    if negative is not None and guided and options.batch_cfg:
-        both = torch.cat([positive, negative])
+    both = torch.cat([positive, negative]) if negative is not None and guided and options.batch_cfg else None
 
     def velocity(step: int, x: Tensor, t: Tensor) -> Tensor:
         if negative is None or step not in guided:
             return dit_velocity(dit, x, t, positive, pos_cache, condition)
         if both is not None:
             x = x.expand(2, -1, -1, -1, -1)
-            v_both = dit_velocity(dit, x, t, both, pos_cache + neg_cache, condition)
-            v_pos, v_neg = v_both.chunk(2)
+            v_pos, v_neg = dit_velocity(dit, x, t, both, pos_cache + neg_cache, condition).chunk(2)
         else:
             v_pos = dit_velocity(dit, x, t, positive, pos_cache, condition)
             v_neg = dit_velocity(dit, x, t, negative, neg_cache, condition)
@@ -181,7 +174,6 @@ def motion_guide(
     stop: Callable[[], bool],
 ) -> Guide:
     """Return the guide that moves latents towards the motion of the reference, which `inputs` must have."""
-
     reference, null_context = inputs.reference, prompt.null
     if reference is None or null_context is None:
         raise ValueError("motion guidance needs a reference and the empty prompt")

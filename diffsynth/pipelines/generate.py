@@ -112,8 +112,14 @@ def generate(
             )
             if saved is not None and all_steps_done:
                 saved.keep_latents(index, latents, latents_facts(models.vae, options.size, fps, cost))
-        keep = saved is None
-        frames, options = _decoded(models, latents, options, ladder, observer, cost, fps, keep)
+        try:
+            with stage("decode", observer, cost.stage_seconds, cost.stage_memory, models.device):
+                frames, options = ladder.run("decode", partial(decode_latents, models, latents), options)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if saved is None and latents.isfinite().all():
+                facts = latents_facts(models.vae, options.size, fps, cost)
+                keep_latents(latents, facts, [], "fastvmt-latents", error)  # the error names their file
+            raise
         videos.append(
             GeneratedVideo(
                 frames=frames,
@@ -129,28 +135,6 @@ def generate(
     if saved is not None and all_steps_done and len(videos) == len(prompts):
         saved.done()
     return videos
-
-
-def _decoded(
-    models: Components,
-    latents: Tensor,
-    options: RunOptions,
-    ladder: Ladder,
-    observer: Observer,
-    cost: RunCost,
-    fps: float | None,
-    keep: bool,
-) -> tuple[Frames, RunOptions]:
-    """Decode final latents; if that fails and `keep` is true, save them in a file that the error names."""
-    try:
-        with stage("decode", observer, cost.stage_seconds, cost.stage_memory, models.device):
-            return ladder.run("decode", partial(decode_latents, models, latents), options)
-    except (RuntimeError, MemoryError, OSError) as error:
-        if keep and latents.isfinite().all():
-            keep_latents(
-                latents, latents_facts(models.vae, options.size, fps, cost), [], "fastvmt-latents", error
-            )
-        raise
 
 
 def encode(

@@ -106,6 +106,7 @@ class FlowMatchScheduler:
         self.num_train_timesteps = num_train_timesteps
         self.sigmas = torch.empty(0)
         self.timesteps = torch.empty(0)
+        self._exact_sigmas: list[float] = []  # as Python numbers, with the 0 after the last
 
     def set_timesteps(
         self, num_inference_steps: int, denoising_strength: float = 1.0, shift: float | None = None
@@ -128,6 +129,7 @@ class FlowMatchScheduler:
     def set_sigmas(self, sigmas: Sequence[float]) -> None:
         """Set the tables of one run from its noise levels, which descend, are at most 1 and above 0."""
         self.sigmas = torch.tensor(sigmas)
+        self._exact_sigmas = [*self.sigmas.tolist(), 0.0]
         self.timesteps = (torch.tensor(sigmas, dtype=torch.float64) * self.num_train_timesteps).float()
 
     def state(self) -> dict[str, object]:
@@ -141,7 +143,7 @@ class FlowMatchScheduler:
 
     def add_noise(self, x: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
         """Return clean samples `x` noised to the level of the nearest timestep, in the type of `x`."""
-        return mix_noise(x, noise, float(self.sigmas[nearest_step(self.timesteps, timestep)]))
+        return mix_noise(x, noise, self._exact_sigmas[nearest_step(self.timesteps, timestep)])
 
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
         """Return `sample` moved along the velocity `model_output` from this timestep's level to the next.
@@ -155,9 +157,11 @@ class FlowMatchScheduler:
         """
         index = nearest_step(self.timesteps, timestep)
         require_same_shape("model_output", model_output, "sample", sample)
-        next_sigma = float(self.sigmas[index + 1]) if index + 1 < len(self.sigmas) else 0.0
         velocity = model_output.to(sample.device, torch.float32)
-        return (sample.float() + velocity * (next_sigma - float(self.sigmas[index]))).to(sample.dtype)
+        return self._moved(index, sample.float(), velocity).to(sample.dtype)
+
+    def _moved(self, index: int, sample: Tensor, velocity: Tensor) -> Tensor:
+        return sample + velocity * (self._exact_sigmas[index + 1] - self._exact_sigmas[index])
 
 
 class RenoiseScheduler(FlowMatchScheduler):
@@ -170,15 +174,11 @@ class RenoiseScheduler(FlowMatchScheduler):
         super().__init__(shift)
         self.seed = seed
 
-    def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
-        """Return the predicted clean latents, noised to the next level; see `FlowMatchScheduler.step`."""
-        index = nearest_step(self.timesteps, timestep)
-        require_same_shape("model_output", model_output, "sample", sample)
-        velocity = model_output.to(sample.device, torch.float32)
-        clean = sample.float() - float(self.sigmas[index]) * velocity
-        if index + 1 < len(self.sigmas):
-            digest = hashlib.sha256(f"renoise {self.seed} {index}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-            noise = torch.randn(sample.shape, generator=generator)
-            clean = mix_noise(clean, noise, float(self.sigmas[index + 1]))
-        return clean.to(sample.dtype)
+    def _moved(self, index: int, sample: Tensor, velocity: Tensor) -> Tensor:
+        clean = sample - self._exact_sigmas[index] * velocity
+        if index + 1 == len(self.sigmas):
+            return clean
+        digest = hashlib.sha256(f"renoise {self.seed} {index}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        noise = torch.randn(sample.shape, generator=generator)
+        return mix_noise(clean, noise, self._exact_sigmas[index + 1])

@@ -12,20 +12,18 @@ the corrector reuses the call of the next step.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffsynth.schedulers.flow_match import FlowMatchScheduler, mix_noise, nearest_step, require_same_shape
+from diffsynth.schedulers.flow_match import FlowMatchScheduler, nearest_step, require_same_shape
 
 _U_MAX = 0.999
 """The highest sigma before the shift, as in Wan2.1; a sigma of 1 would make lambda infinite."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Prediction:
+class _Prediction(NamedTuple):
     """One network call: the noise level and the clean sample that it points to (float32)."""
 
     sigma: float
@@ -48,10 +46,9 @@ class UniPCScheduler(FlowMatchScheduler):
 
     def __init__(self, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
         super().__init__(shift, sigma_max=_U_MAX, num_train_timesteps=num_train_timesteps)
-        self._exact_sigmas: list[float] = []
         self._next = 0
-        # The corrected start of the last step, "sample", what the caller got of it, "returned", both float32
-        # but for the dtype of the latter, and the predictions of the last step and of the one before it.
+        # The corrected start of the last step, "sample" (float32), what the caller got of it, "returned", and
+        # "sigma" and "x0" of the predictions of the "last" step and of the one "before" it.
         self._past: dict[str, Any] = {}
 
     def set_sigmas(self, sigmas: Sequence[float]) -> None:
@@ -63,11 +60,7 @@ class UniPCScheduler(FlowMatchScheduler):
 
     def state(self) -> dict[str, object]:
         """Return the state that the next step needs, as tensors and plain numbers by name."""
-        kept: dict[str, object] = {"next": self._next}
-        for name, value in self._past.items():
-            is_call = isinstance(value, _Prediction)
-            kept |= {f"{name}.sigma": value.sigma, f"{name}.x0": value.x0} if is_call else {name: value}
-        return kept
+        return {"next": self._next, **self._past}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state`, after set_timesteps: the steps that follow are bit-identical.
@@ -79,14 +72,7 @@ class UniPCScheduler(FlowMatchScheduler):
         if not isinstance(step, int) or not 0 <= step <= len(self.timesteps):
             raise ValueError(f"the state is of step {step!r}; this run has {len(self.timesteps)} steps")
         self._next = step
-        self._past = {name: state[name] for name in ("sample", "returned") if name in state}
-        for name in ("last", "before"):
-            if f"{name}.x0" in state:
-                self._past[name] = _Prediction(sigma=state[f"{name}.sigma"], x0=state[f"{name}.x0"])
-
-    def add_noise(self, x: Tensor, noise: Tensor, timestep: float | Tensor) -> Tensor:
-        """Return clean samples `x` noised to the level of the nearest timestep, in the type of `x`."""
-        return mix_noise(x, noise, self._exact_sigmas[nearest_step(self.timesteps, timestep)])
+        self._past = {name: value for name, value in state.items() if name != "next"}
 
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
         """Return `sample` moved from this timestep's level to the next, 0 after the last one.
@@ -103,17 +89,22 @@ class UniPCScheduler(FlowMatchScheduler):
         require_same_shape("model_output", model_output, "sample", sample)
         sigma, next_sigma = self._exact_sigmas[index : index + 2]
         moved = sample.float()
-        now = _Prediction(sigma=sigma, x0=moved - sigma * model_output.to(sample.device, torch.float32))
-        past, before = self._past, self._past.get("last")
-        if before is not None:
-            added = moved - past["returned"].float()
-            moved = _correct(past["sample"], now, before, past.get("before")) + added
-        result = _predict(moved, now, before, next_sigma).to(sample.dtype)
+        now = _Prediction(sigma, moved - sigma * model_output.to(sample.device, torch.float32))
+        last, before = self._prediction("last"), self._prediction("before")
+        if last is not None:
+            added = moved - self._past["returned"].float()
+            moved = _correct(self._past["sample"], now, last, before) + added
+        result = _predict(moved, now, last, next_sigma).to(sample.dtype)
         # A copy, so that a caller who changes the result in place is noticed too.
-        self._past = {"sample": moved, "returned": result.detach().clone(), "last": now}
-        self._past |= {} if before is None else {"before": before}
+        self._past = {"sample": moved, "returned": result.detach().clone()}
+        for name, kept in (("last", now), ("before", last)):
+            self._past |= {} if kept is None else {f"{name}.sigma": kept.sigma, f"{name}.x0": kept.x0}
         self._next = index + 1
         return result
+
+    def _prediction(self, name: str) -> _Prediction | None:
+        past = self._past
+        return _Prediction(past[f"{name}.sigma"], past[f"{name}.x0"]) if f"{name}.x0" in past else None
 
     def _expect_in_order(self, timestep: float | Tensor) -> int:
         found = nearest_step(self.timesteps, timestep)

@@ -3,7 +3,6 @@
 import logging
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -75,9 +74,9 @@ class Page:
     def __init__(self, session: Session, queue: JobQueue, *, shared: bool = True) -> None:
         self.session, self.queue, self.shared = session, queue, shared
         self.owner_key = secrets.token_urlsafe(16)
+        self._gradio = import_gradio()
         clips = sorted(path for folder in CLIP_FOLDERS for path in folder.glob("*.mp4"))
         self.clips = [self._shown(path) for path in clips]
-        self._gradio = import_gradio()
 
     def generate(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of a run until it ends: panel, id of the job, videos, files, gallery."""
@@ -153,9 +152,14 @@ class Page:
 
     def gallery(self, seen: Sequence[str] | None) -> list[tuple[str, str]]:
         """Return posters and names of past runs, of all of them if `seen` is None."""
-        runs = (run for run in past_runs(self.session.output_dir) if seen is None or run.video.name in seen)
-        posters = ((self._poster(run), run.video.name) for run in runs)
-        return [(str(picture), name) for picture, name in posters if picture is not None]
+        shown = []
+        for run in past_runs(self.session.output_dir):
+            if seen is None or run.video.name in seen:
+                try:
+                    shown.append((str(poster(run, self.session.cache)), run.video.name))
+                except (OSError, ValueError) as error:
+                    logger.warning("%s is left out of the gallery: %s", run.video, error)
+        return shown
 
     def open_past(self, name: str, seen: Sequence[str] | None) -> tuple:
         """Return panel, videos and files of the past run of that name, if the visitor may see it."""
@@ -200,30 +204,13 @@ class Page:
         if error is not None:  # so that a program that calls this page sees no success
             raise self._gradio.Error(str(error) or type(error).__name__, print_exception=False)
 
-    def _poster(self, run: PastRun) -> Path | None:
-        try:
-            return poster(run, self.session.cache)
-        except (OSError, ValueError) as error:
-            logger.warning("%s is left out of the gallery: %s", run.video, error)
-            return None
-
     def _files_of(self, run: PastRun) -> tuple:
-        video = str(self._shown(run.video))
-        return (
-            panel.finished(run),
-            str(compared(run, self.session.cache)),
-            video,
-            [video, str(self._shown(run.record_file))],
-        )
+        video, both = self._shown(run.video), str(compared(run, self.session.cache))
+        return panel.finished(run), both, video, [video, self._shown(run.record_file)]
 
-    def _shown(self, path: Path) -> Path:
-        """Return a copy in the cache, the only folder that the server serves."""
-        folder = self.session.cache / str(path.stat().st_mtime_ns)
-        folder.mkdir(exist_ok=True)
-        target = folder / path.name
-        if not target.is_file():
-            shutil.copyfile(path, target)
-        return target
+    def _shown(self, path: Path) -> str:
+        """Return the path of a copy in the cache, the only folder that the server serves."""
+        return self._gradio.processing_utils.save_file_to_cache(path, str(self.session.cache))
 
 
 def build(page: Page) -> Any:
@@ -243,7 +230,7 @@ def build(page: Page) -> Any:
                 expected = gr.HTML(elem_id="expected")
                 reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
                 look = gr.Button("Show the motion", elem_id="look")
-                tries = [[str(path), text] for path, text in zip(page.clips, cycle(prompts), strict=False)]
+                tries = [list(example) for example in zip(page.clips, cycle(prompts), strict=False)]
                 gr.Examples(tries, [reference, prompt], label="Try one of these", elem_id="examples")
                 picture = gr.Image(
                     label="Picture that the video begins with",
@@ -287,13 +274,10 @@ def build(page: Page) -> Any:
         def open_past(names: list[str] | None, event: Any) -> tuple:
             return page.open_past(event.value["caption"], names)
 
-        def enter(request: Any) -> tuple:
-            return page.enter(request)
-
         open_past.__annotations__["event"] = gr.SelectData  # by which gradio knows what to pass
-        enter.__annotations__["request"] = gr.Request
+        Page.enter.__annotations__["request"] = gr.Request
         past.select(open_past, seen, [status, *shown], api_name=False)
-        demo.load(enter, None, [seen, past, is_owner, owners], api_name=False)
+        demo.load(page.enter, None, [seen, past, is_owner, owners], api_name=False)
     return demo.queue(max_size=4 * VISITORS)
 
 
@@ -321,14 +305,8 @@ def _more(gr: Any, defaults: RunDefaults) -> tuple[Any, Any, Any, list[Any], lis
                 for name, key in _NUMBERS.items()
             ]
         with gr.Row():
-            part = [
-                gr.Number(0, label=label, elem_id=name)
-                for name, label in (
-                    ("start", "Reference from second"),
-                    ("end", "to second"),
-                    ("ref_fps", "at frames a second"),
-                )
-            ]
+            labels = {"start": "Reference from second", "end": "to second", "ref_fps": "at frames a second"}
+            part = [gr.Number(0, label=label, elem_id=name) for name, label in labels.items()]
             part.append(gr.Dropdown(list(FITS), value="crop", label="Fit", elem_id="fit"))
     return negative, strength, scale, numbers, part
 
@@ -345,6 +323,7 @@ def make_app(
     gr = import_gradio()
     from fastapi import FastAPI
 
+    cache, megabytes = page.session.cache, page.session.limits.megabytes
     local = ("ui-sans-serif", "system-ui", "sans-serif")
     demo = build(page)
     demo.has_launched = True  # gradio checks the paths of files only in an app that it has launched itself
@@ -354,20 +333,14 @@ def make_app(
         path="/",
         auth=auth,
         root_path=root_path,
-        allowed_paths=[str(page.session.cache)],
-        max_file_size=f"{page.session.limits.megabytes:g}mb",
+        allowed_paths=[str(cache)],
+        max_file_size=f"{megabytes:g}mb",
         footer_links=[],
         theme=gr.themes.Soft(font=local, font_mono=("ui-monospace", "monospace")),
         css=panel.CSS,
     )
-    return Guard(
-        app,
-        uploads=Path(os.environ["GRADIO_TEMP_DIR"]),
-        cache=page.session.cache,
-        host=host,
-        allowed=allowed_hosts,
-        megabytes=page.session.limits.megabytes,
-    )
+    uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+    return Guard(app, uploads=uploads, cache=cache, host=host, allowed=allowed_hosts, megabytes=megabytes)
 
 
 def temporary_folders() -> tuple[tempfile.TemporaryDirectory, Path]:

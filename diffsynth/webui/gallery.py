@@ -43,15 +43,14 @@ def past_runs(folder: Path, most: int = MOST_SHOWN) -> list[PastRun]:
     """Return the `most` latest runs in a folder, newest first. Damaged records and links are left out."""
     if not folder.is_dir():
         return []
-    files = [path for path in folder.iterdir() if path.name.endswith(_SUFFIXES) and _is_plain(path)]
-    files.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    files = [path for path in folder.iterdir() if path.name.endswith(_SUFFIXES)]
+    files.sort(key=lambda path: path.lstat().st_mtime_ns, reverse=True)
     return list(islice(filter(None, map(_run_of, files)), most))
 
 
 def find_run(folder: Path, name: str) -> PastRun:
     """Return the run whose video has this name in the folder; ValueError if the folder has no such run."""
-    file = record_path(folder / name)
-    run = _run_of(file) if Path(name).name == name and _is_plain(file) else None
+    run = _run_of(record_path(folder / name)) if Path(name).name == name else None
     if run is None:
         raise ValueError(f"there is no past run {name!r} any more")
     return run
@@ -100,18 +99,13 @@ def _reference_frames(reference: Mapping[str, Any], height: int, width: int, cou
 
 
 def _run_of(record_file: Path) -> PastRun | None:
+    """Return the run of a record; None unless record and video are files, not links, and it is readable."""
     video = record_file.with_suffix("")
-    try:
-        if record_file.stat().st_size > LARGEST_RECORD or not _is_plain(video):
-            return None
-        return PastRun(video=video, record=read_record(record_file))
-    except (OSError, ValueError):
-        return None
-
-
-def _is_plain(path: Path) -> bool:
-    """Return whether a path is a file and not a link, which might lead elsewhere."""
-    return path.is_file() and not path.is_symlink()
+    with suppress(OSError, ValueError):
+        are_files = all(path.is_file() and not path.is_symlink() for path in (record_file, video))
+        if are_files and record_file.stat().st_size <= LARGEST_RECORD:
+            return PastRun(video=video, record=read_record(record_file))
+    return None
 
 
 def _video_hash(run: PastRun) -> str:

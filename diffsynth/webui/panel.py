@@ -56,21 +56,20 @@ def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> st
     if state == WAITING:
         others = "1 run comes" if ahead == 1 else f"{ahead} runs come"
         return message(f"Waiting: {others} first." if ahead else "Waiting for the model.")
-    parts = [_stages(progress.stage), _bar(progress), f'<p class="fv-line">{_line(progress, seconds)}</p>']
-    pictures = []
+    pictures = ""
     if progress.preview is not None:
         data = base64.b64encode(progress.preview).decode()
-        pictures.append(
+        pictures += (
             "<figure><img alt='preview of the result' class='fv-preview' "
             f"src='data:image/webp;base64,{data}'><figcaption>preview</figcaption></figure>"
         )
     if len(progress.losses) > 1:
-        pictures.append(
+        pictures += (
             f"<figure><img alt='motion loss' class='fv-curve' src='{loss_sketch(progress.losses)}'>"
             "<figcaption>motion loss</figcaption></figure>"
         )
-    parts.append(f'<div class="fv-pictures">{"".join(pictures)}</div>')
-    return f'<div class="fv-run">{"".join(parts)}</div>'
+    told = f'{_stages(progress.stage)}{_bar(progress)}<p class="fv-line">{_line(progress, seconds)}</p>'
+    return f'<div class="fv-run">{told}<div class="fv-pictures">{pictures}</div></div>'
 
 
 def finished(run: PastRun) -> str:

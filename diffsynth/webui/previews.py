@@ -1,11 +1,10 @@
 """Cheap previews of latents: a linear map from their channels to colours, fitted to the VAE."""
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d, interpolate
 
@@ -32,7 +31,13 @@ class Previews:
         every = max(1, event.steps // PREVIEWS_OF_A_RUN)
         if event.clean is None or event.step % every:
             return None
-        return animated(latent_frames(event.clean, self._colours))
+        frames = latent_frames(event.clean, self._colours)
+        step = -(-len(frames) // MOST_SHOWN)
+        first, *others = (ImageOps.cover(frame, (SHOWN_SIDE, SHOWN_SIDE)) for frame in frames[::step])
+        file = io.BytesIO()
+        times = {"duration": _MILLISECONDS * step, "loop": 0}
+        first.save(file, "WEBP", save_all=True, append_images=others, quality=70, **times)
+        return file.getvalue()
 
 
 @torch.no_grad()
@@ -60,17 +65,3 @@ def latent_frames(latents: Tensor, colours: Tensor) -> list[Image.Image]:
     pixels = torch.einsum("cfhw,cd->fhwd", channels, colours[:-1]) + colours[-1]
     bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).nan_to_num().round().to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(frame)) for frame in bytes_.numpy()]
-
-
-def animated(frames: Sequence[Image.Image]) -> bytes:
-    """Return at most MOST_SHOWN of the frames as a WebP that loops."""
-    step = -(-len(frames) // MOST_SHOWN)
-    width, height = frames[0].size
-    scale = SHOWN_SIDE / min(width, height)
-    size = (round(width * scale), round(height * scale))
-    first, *others = (frame.resize(size, Image.Resampling.BICUBIC) for frame in frames[::step])
-    file = io.BytesIO()
-    first.save(
-        file, "WEBP", save_all=True, append_images=others, duration=_MILLISECONDS * step, loop=0, quality=70
-    )
-    return file.getvalue()

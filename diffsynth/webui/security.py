@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -130,12 +130,13 @@ class Guard:
 
     def _names_uploads_only(self, body: bytes) -> bool:
         """Return whether all files that a request names are in the folders of uploads and of shown files."""
+        named: list[Any] = []
         try:
-            content = json.loads(body or b"null")
+            json.loads(body or b"null", object_hook=lambda found: named.append(found.get("path")))
         except (ValueError, RecursionError):
             return True  # not a call of the page's functions
         try:
-            real = [Path(path).resolve() for path in _paths(content)]
+            real = [Path(path).resolve() for path in named if isinstance(path, str)]
         except (OSError, ValueError, RuntimeError):
             return False
         return all(any(path.is_relative_to(folder) for folder in self._folders) for path in real)
@@ -155,19 +156,6 @@ def make_room(folder: Path, most: int) -> None:
             break
         path.unlink(missing_ok=True)
         total -= size
-
-
-def _paths(content: Any) -> Iterator[str]:
-    """Yield the paths of the files that a call names, at any depth."""
-    if isinstance(content, dict):
-        for name, value in content.items():
-            if name == "path" and isinstance(value, str):
-                yield value
-            else:
-                yield from _paths(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _paths(value)
 
 
 async def _read_all(receive: Receive) -> bytes | None:

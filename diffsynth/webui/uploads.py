@@ -4,39 +4,34 @@ A playlist named .mp4 would make ffmpeg read other files, so the content decides
 """
 
 import hashlib
-import io
 import os
 import re
+import shutil
 import stat
 import subprocess
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import BinaryIO
 
 from PIL import Image, ImageOps
 
 from diffsynth.data.ffmpeg import file_url, run_ffmpeg
-from diffsynth.data.files import written_whole
+from diffsynth.data.files import sha256_of_file, unfinished, written_whole
 from diffsynth.data.frames import UNREADABLE, to_rgb
 from diffsynth.data.stream import EVERY_FRAME_ONCE, VIDEO_STREAM
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 # The first bytes of each kind: (offset, bytes).
-_SIGNS: Mapping[str, tuple[tuple[int, bytes], ...]] = MappingProxyType(
-    {
-        ".mp4": ((4, b"ftyp"),),
-        ".mov": ((4, b"moov"), (4, b"mdat"), (4, b"wide"), (4, b"free"), (4, b"skip")),
-        ".mkv": ((0, b"\x1a\x45\xdf\xa3"),),
-        ".avi": ((0, b"RIFF"),),
-        ".gif": ((0, b"GIF8"),),
-    }
-)
+_SIGNS: Mapping[str, tuple[tuple[int, bytes], ...]] = {
+    ".mp4": ((4, b"ftyp"),),
+    ".mov": ((4, b"moov"), (4, b"mdat"), (4, b"wide"), (4, b"free"), (4, b"skip")),
+    ".mkv": ((0, b"\x1a\x45\xdf\xa3"),),
+    ".avi": ((0, b"RIFF"),),
+    ".gif": ((0, b"GIF8"),),
+}
 _FRAME = re.compile(rb"^0,", re.MULTILINE)  # a line of ffmpeg's list of packets or frames
 _HEAD = 16  # bytes
-_CHUNK = 1 << 20
 HASH_LENGTH = 12  # of a file's hash, in its name
 
 
@@ -67,33 +62,27 @@ def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLim
             shown to the user, and nothing is left in `kept_in`.
     """
     kept_in.mkdir(parents=True, exist_ok=True)
-    temporary = kept_in / f".uploading-{uuid.uuid4().hex}"
-    try:
-        with _open_inside(Path(path), folder) as source:
-            kind = _kind(source)
-            digest = _copy(source, temporary, limits)[:HASH_LENGTH]
-        kept = kept_in / f"{safe_stem(Path(path).stem)}-{digest}{kind}"
+    with _open_inside(Path(path), folder, "file", limits) as source, unfinished(kept_in / "upload") as copy:
+        kind = _kind(source)
+        with copy.open("wb") as file:
+            shutil.copyfileobj(source, file)
+        kept = kept_in / f"{safe_stem(Path(path).stem)}-{sha256_of_file(copy)[:HASH_LENGTH]}{kind}"
         if kept.is_symlink() or not kept.is_file():
-            _check_decodes(temporary, limits)
-            os.replace(temporary, kept)
-    finally:
-        temporary.unlink(missing_ok=True)
+            _check_decodes(copy, limits)
+            os.replace(copy, kept)
     return kept
 
 
 def keep_picture(path: str | Path, folder: Path, kept_in: Path, limits: UploadLimits) -> Path:
     """Check an uploaded picture and keep its pixels as a PNG; arguments and errors as for `keep_upload`."""
-    with _open_inside(Path(path), folder) as source:
-        content = source.read(int(limits.megabytes * 2**20) + 1)
-    if len(content) > limits.megabytes * 2**20:
-        raise ValueError(f"the picture is larger than {limits.megabytes:g} MB, the limit here")
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
+    with _open_inside(Path(path), folder, "picture", limits) as source:
+        try:
+            opened = Image.open(source)
             if opened.width * opened.height > limits.pixels:
                 raise ValueError(f"the picture has more than {limits.pixels} pixels; send a smaller one")
             picture = to_rgb(ImageOps.exif_transpose(opened))
-    except UNREADABLE as error:
-        raise ValueError("the uploaded file cannot be read as a picture") from error
+        except UNREADABLE as error:
+            raise ValueError("the uploaded file cannot be read as a picture") from error
     digest = hashlib.sha256(picture.tobytes()).hexdigest()[:HASH_LENGTH]
     kept = kept_in / f"{safe_stem(Path(path).stem)}-{digest}.png"
     kept_in.mkdir(parents=True, exist_ok=True)
@@ -107,8 +96,8 @@ def safe_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40].strip("-") or "reference"
 
 
-def _open_inside(path: Path, folder: Path) -> BinaryIO:
-    """Open the upload, so that the file that is checked is the one that is read."""
+def _open_inside(path: Path, folder: Path, name: str, limits: UploadLimits) -> BinaryIO:
+    """Open an upload below the limit, so that the file that is checked is the one that is read."""
     folder = folder.resolve()
     refused = ValueError("the reference is not a file that was uploaded here; upload it again")
     try:
@@ -118,10 +107,13 @@ def _open_inside(path: Path, folder: Path) -> BinaryIO:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
         raise refused from error
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
+    facts = os.fstat(file)
+    if stat.S_ISREG(facts.st_mode) and facts.st_size <= limits.megabytes * 2**20:
+        return os.fdopen(file, "rb")
+    os.close(file)
+    if not stat.S_ISREG(facts.st_mode):
         raise refused
-    return os.fdopen(file, "rb")
+    raise ValueError(f"the {name} is larger than {limits.megabytes:g} MB, the limit here")
 
 
 def _kind(source: BinaryIO) -> str:
@@ -133,18 +125,6 @@ def _kind(source: BinaryIO) -> str:
         if any(head[start : start + len(sign)] == sign for start, sign in signs):
             return kind
     raise ValueError(f"the uploaded file is no video of a known kind ({', '.join(SUFFIXES)})")
-
-
-def _copy(source: BinaryIO, target: Path, limits: UploadLimits) -> str:
-    digest, size = hashlib.sha256(), 0
-    with target.open("xb") as file:
-        while chunk := source.read(_CHUNK):
-            size += len(chunk)
-            if size > limits.megabytes * 2**20:
-                raise ValueError(f"the file is larger than {limits.megabytes:g} MB, the limit here")
-            digest.update(chunk)
-            file.write(chunk)
-    return digest.hexdigest()
 
 
 def _check_decodes(path: Path, limits: UploadLimits) -> None:
