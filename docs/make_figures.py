@@ -14,7 +14,7 @@ from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.resolve import motion_for
 from diffsynth.evaluation import draw_trajectories, reference_flow, track_object
 from diffsynth.evaluation.figures import BLUE, GREEN, RED, loss_curves, new_figure
-from diffsynth.evaluation.flow_images import colour_panels, neighbour_flow, texture
+from diffsynth.evaluation.flow_images import colour_panels, known_tokens, neighbour_flow
 from diffsynth.evaluation.grid import picture_grid
 from diffsynth.motion.coarse import noise_scale
 from diffsynth.runs.record import read_record
@@ -44,10 +44,11 @@ def flow_picture(sigmas: tuple[float, ...] = (0.95, 0.85, 0.7, 0.5)) -> Image.Im
     pipe = WanVideoPipeline.from_pretrained("nano", device="cpu")
     motion = motion_for("nano")
     video = VideoData(CLIP, height=64, width=64)
-    # The frames with the object's path so far; flow where there is texture to follow.
-    drawn = draw_trajectories(video, [track_object(video).centroids])
+    # The frames with the object's path so far; the flow of the object's tokens.
+    track = track_object(video)
+    drawn = draw_trajectories(video, [track.centroids])
     rows = [[drawn[4 * step].resize((CELL, CELL), Image.Resampling.BICUBIC) for step in range(4)]]
-    sure = [texture(video[4 * step], 8, 8) for step in range(4)]
+    sure = known_tokens(list(video), (4, 8, 8, 2), track)
     for sigma in sigmas:
         flow = neighbour_flow(reference_flow(pipe, video, motion=motion, sigma=sigma), motion.sf)
         rows.append(colour_panels(flow, (CELL, CELL), largest=2.0, sure=sure))

@@ -18,6 +18,7 @@ from diffsynth.data.tensors import Video
 from diffsynth.evaluation.drawing import FINER, draw_arrow, draw_trajectories, fine_layer, legible_size, over
 from diffsynth.evaluation.followed import one_object
 from diffsynth.evaluation.grid import picture_grid
+from diffsynth.evaluation.tracking import Track
 
 FRAMES_PER_LATENT = 4
 PIXELS_PER_TOKEN = 16
@@ -135,10 +136,27 @@ def overlay_flow(frame: Image.Image, flow: Tensor | np.ndarray, largest: float |
     return over(frame, _colour_layer(_checked(flow, 3), largest, frame.size))
 
 
+def known_tokens(video: Sequence[Image.Image], shape: Sequence[int], track: Track | None) -> list[np.ndarray]:
+    """Return which tokens' flow is drawn, and how strongly: float [H, W], 0 to 1, for each step.
+
+    They are those of the object that is tracked or, without one, those with texture, in the frame at which
+    the latent frame ends that a step starts from. shape is that of the flow, [F - 1, H, W, 2].
+    """
+    steps, height, width, _ = shape
+    known = []
+    for index in (min(FRAMES_PER_LATENT * step, len(video) - 1) for step in range(steps)):
+        if track is None:
+            known.append(texture(video[index], height, width))
+        else:
+            mask = Image.fromarray(track.masks[index].astype(np.float32))
+            known.append(np.asarray(mask.resize((width, height), Image.Resampling.BOX)))
+    return known
+
+
 def flow_video(
     frames: Video, flow: Tensor | np.ndarray, *, height: int | None = None, largest: float | None = None
 ) -> Iterator[Image.Image]:
-    """Draw on each frame the colours and arrows of its step, and the wheel.
+    """Draw on each frame the colours and arrows of its step, and an only object's path.
 
     Args:
         frames: the video.
@@ -151,22 +169,27 @@ def flow_video(
     """
     flow = _checked(flow, 4)
     largest = full_length(flow) if largest is None else largest
-    return _flow_video(frames, flow, height, largest)
-
-
-def _flow_video(frames: Video, flow: np.ndarray, height: int | None, largest: float) -> Iterator[Image.Image]:
     video = list(rgb_frames(frames))
-    track = one_object(video) if len(video) > 1 else None
+    return _flow_video(video, _track(video), flow, height, largest)
+
+
+def _track(video: Sequence[Image.Image]) -> Track | None:
+    return one_object(video) if len(video) > 1 else None
+
+
+def _flow_video(
+    video: Sequence[Image.Image], track: Track | None, flow: np.ndarray, height: int | None, largest: float
+) -> Iterator[Image.Image]:
+    known = known_tokens(video, flow.shape, track)
     under = video if track is None else draw_trajectories(video, [track.centroids])
     size = legible_size(video[0].size)
     if height is not None:
         size = (round(video[0].width * height / video[0].height), height)
     for step, group in groupby(range(len(video)), lambda index: _step_of_frame(index, len(flow))):
-        indices = list(group)
-        sure = texture(video[indices[0]], *flow.shape[1:3])
+        sure = known[step]
         layers = (_colour_layer(flow[step], largest, size, sure), _arrow_layer(flow[step], size, sure=sure))
-        for index in indices:
-            yield _with_wheel(over(fit_frame(under[index], size[1], size[0]), *layers))
+        for index in group:
+            yield over(fit_frame(under[index], size[1], size[0]), *layers)
 
 
 def save_flow_video(
@@ -189,14 +212,14 @@ def save_flow_video(
         ValueError: P does not fit sf, or there is only one latent frame.
     """
     flow = neighbour_flow(amf, sf)
-    shown = colour_panels(flow) if frames is None else _beside(frames, flow)
+    shown = colour_panels(flow) if frames is None else _beside(list(rgb_frames(frames)), flow)
     return save_video(shown, path, fps=fps, quality=8)
 
 
-def _beside(frames: Video, flow: np.ndarray) -> Iterator[Image.Image]:
-    panels: list[Image.Image] = []
-    for index, left in enumerate(flow_video(frames, flow)):
-        panels = panels or colour_panels(flow, left.size, sure=_textures(frames, flow))
+def _beside(video: Sequence[Image.Image], flow: np.ndarray) -> Iterator[Image.Image]:
+    track, panels = _track(video), list[Image.Image]()
+    for index, left in enumerate(_flow_video(video, track, flow, None, full_length(flow))):
+        panels = panels or colour_panels(flow, left.size, sure=known_tokens(video, flow.shape, track))
         both = (left, panels[_step_of_frame(index, len(flow))])
         yield Image.fromarray(np.hstack([np.asarray(picture) for picture in both]))
 
@@ -215,12 +238,18 @@ def colour_panels(
     height, width = flow.shape[1:3]
     size = legible_size((width * PIXELS_PER_TOKEN, height * PIXELS_PER_TOKEN)) if size is None else size
     largest = full_length(flow) if largest is None else largest
+    sure = [np.ones((height, width))] * len(flow) if sure is None else sure
+    strengths = [_strength(step, largest) * known for step, known in zip(flow, sure, strict=True)]
+    # Of each corner, how much is drawn in its quarter of the picture.
+    total, rows, cols = np.sum(strengths, 0), -(-height // 2), -(-width // 2)
+    quarters = {(0, 0): total[:rows, :cols], (0, 1): total[:rows, -cols:]}
+    quarters |= {(1, 0): total[-rows:, :cols], (1, 1): total[-rows:, -cols:]}
+    bottom, right = min(reversed(quarters), key=lambda corner: quarters[corner].sum())
     panels = []
-    for index, step in enumerate(flow):
-        known = 1.0 if sure is None else sure[index]
-        faded = _colours(step, _strength(step, largest) * known)
-        colours = faded.resize(size, Image.Resampling.NEAREST)
-        panels.append(_with_wheel(over(colours, _arrow_layer(step, size, _DARK, None, known))))
+    for step, known, strength in zip(flow, sure, strengths, strict=True):
+        colours = _colours(step, strength).resize(size, Image.Resampling.NEAREST)
+        drawn = over(colours, _arrow_layer(step, size, _DARK, None, known))
+        panels.append(_with_wheel(drawn, bool(right), bool(bottom)))
     return panels
 
 
@@ -238,17 +267,13 @@ def flow_sheet(frames: Video, flow: Tensor | np.ndarray, *, sf: int = 4) -> Imag
     steps = neighbour_flow(flow, sf)
     video = list(rgb_frames(frames))
     size = (round(video[0].width * SHEET_HEIGHT / video[0].height), SHEET_HEIGHT)
-    drawn = list(flow_video(video, steps, height=SHEET_HEIGHT))
+    track = _track(video)
+    drawn = list(_flow_video(video, track, steps, SHEET_HEIGHT, full_length(steps)))
     above = [drawn[min(4 * step, len(video) - 1)].resize(size) for step in range(len(steps))]
-    below = [panel.resize(size) for panel in colour_panels(steps, sure=_textures(video, steps))]
+    below = [
+        panel.resize(size) for panel in colour_panels(steps, sure=known_tokens(video, steps.shape, track))
+    ]
     return picture_grid([above, below], [[f"frame {4 * s + 1} to {4 * s + 5}" for s in range(len(steps))]])
-
-
-def _textures(frames: Video, flow: np.ndarray) -> list[np.ndarray]:
-    """Return the texture of the frame at which the latent frame ends that each step starts from."""
-    video = list(rgb_frames(frames))
-    starts = (video[min(FRAMES_PER_LATENT * step, len(video) - 1)] for step in range(len(flow)))
-    return [texture(frame, *flow.shape[1:3]) for frame in starts]
 
 
 def _step_of_frame(index: int, num_steps: int) -> int:
@@ -319,9 +344,10 @@ def _arrow_layer(
     return layer
 
 
-def _with_wheel(picture: Image.Image) -> Image.Image:
-    """Return the picture with the legend in its lower right corner."""
+def _with_wheel(picture: Image.Image, right: bool, bottom: bool) -> Image.Image:
+    """Return the picture with the legend in one of its corners."""
     size = min(WHEEL_SIZE, min(picture.size) // 4)
     layer = Image.new("RGBA", picture.size)
-    layer.paste(flow_wheel(size), (picture.width - size - _MARGIN, picture.height - size - _MARGIN))
+    left = picture.width - size - _MARGIN if right else _MARGIN
+    layer.paste(flow_wheel(size), (left, picture.height - size - _MARGIN if bottom else _MARGIN))
     return over(picture, layer)

@@ -45,7 +45,7 @@ Declared = Mapping[str, object]
 class ModelKind:
     """One kind of model, and what its files are recognised by."""
 
-    name: str
+    name: str  # as `ModelManager.find` takes it
     factory: Callable[..., nn.Module]  # the class of its models
     official_tensor: str  # name of a tensor that only this kind has
     diffusers_tensor: str  # the same in the other layout
