@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-EMBEDDED = (Path("models/Wan2.1-T2V-nano"), Path("examples/data"))
+EMBEDDED = (Path("models/Wan2.1-T2V-nano"), Path("models/Wan2.2-TI2V-nano"), Path("examples/data"))
 FIGURES = ["matplotlib>=3.8"]
 EVAL = ["opencv-python-headless>=4.10", *FIGURES]
 UI = ["gradio>=6.0", *FIGURES]

@@ -4,11 +4,13 @@ python docs/make_picture.py [--model nano] [--prompts "..." "..." "..."] [--outp
 
 Each row is a shipped clip (reference), the prompt alone (no transfer) and the prompt with the clip's motion
 (transferred). Seeds are 0, 1, 2, 3; the moving picture shows seed 0 of each row, the sheet all of them.
-Red is the object's path in the video, blue the path of the reference's object.
+Red is the object's path in the video, blue the path of the reference's object. With --modes it makes the
+README's strip instead: the last frame of one clip and seed in each mode and preset, and its seconds.
 """
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,16 @@ PROMPTS = {
 SEEDS = range(4)
 TILE = 256  # pixels
 COLUMNS = ("reference", "no transfer", "transferred")
+STRIP_TILE = 170  # pixels; as wide as its labels
 COLOURS = 160  # of the moving picture
+MODES: dict[str, dict[str, str]] = {
+    "No_transfer": {"mode": "No_transfer"},
+    "effi_AMF": {},
+    "AMF": {"mode": "AMF"},
+    "FlowMotion": {"mode": "FlowMotion"},
+    "effi_AMF, balanced": {"preset": "balanced"},
+    "effi_AMF, fast": {"preset": "fast"},
+}
 Row = dict[str, list[Image.Image]]
 
 
@@ -39,10 +50,14 @@ def main() -> None:
     )
     parser.add_argument("--model", default="nano")
     parser.add_argument("--prompts", nargs=len(PROMPTS), help="one for each clip: " + ", ".join(PROMPTS))
+    parser.add_argument("--modes", action="store_true", help="make the strip of modes")
     parser.add_argument("--output_dir", type=Path, default=HERE)
     args = parser.parse_args()
     prompts = dict(zip(PROMPTS, args.prompts, strict=True)) if args.prompts else PROMPTS
     pipe = WanVideoPipeline.from_pretrained(args.model, device="cpu")
+    if args.modes:
+        strip(pipe, "bounce", prompts["bounce"]).save(args.output_dir / "modes.png", optimize=True)
+        return
     drawn = {(clip, seed): videos(pipe, clip, prompts[clip], seed) for clip in prompts for seed in SEEDS}
     rows = {prompts[clip]: drawn[clip, SEEDS[0]][0] for clip in prompts}
     save_moving(rows, args.output_dir / "transfer.gif")
@@ -67,6 +82,24 @@ def videos(pipe: WanVideoPipeline, clip: str, prompt: str, seed: int) -> tuple[R
         errors[name] = round(float(np.linalg.norm(own - path, axis=1).mean()), 1)
         tiles[name] = draw_trajectories(frames, [own, path])
     return tiles, errors
+
+
+def strip(pipe: WanVideoPipeline, clip: str, prompt: str) -> Image.Image:
+    """Return the last frames of seed 0 in each mode with the paths, and the seconds."""
+    video = VideoData(CLIPS / f"{clip}.mp4")
+    reference = [frame.resize((64, 64), Image.Resampling.LANCZOS) for frame in video]
+    path = track_object(reference).centroids
+    tiles, labels = [draw_trajectories(reference, [path])[-1]], ["reference"]
+    for name, choice in MODES.items():
+        motion = {} if name == "No_transfer" else {"input_video": video}
+        started = time.perf_counter()
+        frames = pipe(prompt, seed=0, progress_bar_cmd=iter, **motion, **choice)
+        seconds = time.perf_counter() - started
+        tiles.append(draw_trajectories(frames, [track_object(frames).centroids, path])[-1])
+        labels.append(f"{name}: {seconds:.0f} s")
+        print(labels[-1])
+    tiles = [tile.resize((STRIP_TILE, STRIP_TILE), Image.Resampling.LANCZOS) for tile in tiles]
+    return picture_grid([tiles], [labels])
 
 
 def save_moving(rows: dict[str, Row], file: Path) -> None:

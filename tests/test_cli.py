@@ -583,6 +583,8 @@ def test_without_a_model_the_largest_complete_one_is_taken_else_nano_and_that_is
 ):
     assert models.choose_model(None, tmp_path, Console().note).name == "Wan2.1-T2V-nano"
     assert "fetch one with: fastvmt download 1.3b" in capsys.readouterr().err
+    assert models.choose_model(None, tmp_path, Console().note, picture=True).name == "Wan2.2-TI2V-nano"
+    assert "fetch one with: fastvmt download wan2.2-ti2v-5b" in capsys.readouterr().err
     for checkpoint in PUBLISHED.values():
         (tmp_path / checkpoint.folder).mkdir()
     missing = {checkpoint.folder: ["config.json: missing"] for checkpoint in PUBLISHED.values()}
@@ -590,8 +592,10 @@ def test_without_a_model_the_largest_complete_one_is_taken_else_nano_and_that_is
     monkeypatch.setattr(models, "missing_files", lambda folder, _: missing[folder.name])
     assert models.choose_model(None, tmp_path, Console().note).name == "Wan2.1-T2V-1.3B"
     assert "model: 1.3b, the largest complete one below" in capsys.readouterr().err
+    quiet = Console(quiet=True).note
+    assert models.choose_model(None, tmp_path, quiet, picture=True).name == "Wan2.1-I2V-14B-480P"
     missing["Wan2.1-T2V-14B"] = []
-    assert models.choose_model(None, tmp_path, Console(quiet=True).note).name == "Wan2.1-T2V-14B"
+    assert models.choose_model(None, tmp_path, quiet).name == "Wan2.1-T2V-14B"
 
 
 def test_published_models_run_at_their_size_length_and_negative_prompt_by_command_and_call(tmp_path, caplog):

@@ -83,7 +83,8 @@ def test_it_comes_with_an_installed_package(tmp_path):
         cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
     library = tmp_path / "base" / "lib"
-    assert (library / "diffsynth" / "embedded" / "Wan2.1-T2V-nano" / "config.json").is_file()
+    for folder in ("Wan2.1-T2V-nano", "Wan2.2-TI2V-nano"):
+        assert (library / "diffsynth" / "embedded" / folder / "config.json").is_file()
     assert (library / "diffsynth" / "embedded" / "data" / "bounce.mp4").is_file()
     assert (library / "diffsynth" / "evaluation" / "self_test.safetensors").is_file()
     code = "import diffsynth; print(diffsynth.__file__, diffsynth.WanVideoPipeline.from_pretrained('nano'))"

@@ -4,6 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -227,6 +228,18 @@ def test_the_command_makes_repeats_and_batches_a_video_of_a_picture(command, cap
         read_record(f"out/{name}.mp4").video["frames_sha256"] for name in ("me.png", "other.png")
     )
     assert first == second != record.video["frames_sha256"]
+
+
+@pytest.mark.slow
+def test_a_picture_alone_is_animated_by_the_embedded_model_that_takes_one(command, tmp_path):
+    data, steps = Path(__file__).parent.parent / "examples" / "data", ["--num-inference-steps", "3"]
+    given = ["transfer", str(data / "bounce.mp4"), "--image", str(data / "fox.png"), "-o", "fox.mp4"]
+    assert main([*given, *steps, "--models-dir", str(tmp_path), "--device", "cpu", "-q"]) == 0
+    record = read_record("fox.mp4")
+    assert (Path(record.model["folder"]).name, record.prompt) == ("Wan2.2-TI2V-nano", "")
+    shown = (VideoData("fox.mp4")[0], Image.open(data / "fox.png"))
+    first, picture = (np.asarray(frame.resize((64, 64)).convert("RGB"), float) for frame in shown)
+    assert np.abs(first - picture).mean() < 12
 
 
 @pytest.mark.slow

@@ -66,6 +66,8 @@ def run(options: Namespace, console: Console) -> int:
     )
     if track := one_object(video):
         console.say(f"the object {path_words(track.centroids, fps)}, of {width}x{height}")
+    else:
+        console.say("no path is drawn: the video does not show one object before a plain background")
     files = {"files": [str(path), str(sheet)], "pairs": pairs, "token_grid": [rows, cols]}
     console.result({**files, **facts})
     return DONE

@@ -71,7 +71,7 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
     pictures = pictures_of(options)
     if options.record is None:
         loaded = load_options(vars(options))
-        folder = choose_model(options.model, options.models_dir, told.append, loaded)
+        folder = choose_model(options.model, options.models_dir, told.append, loaded, picture=bool(pictures))
         asked = task_options(vars(options))
         task = make_task(asked, options.reference, folder, pictures)
     else:

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-# The model that comes with the package: beside it in a clone, inside it when installed from a wheel.
-EMBEDDED = "Wan2.1-T2V-nano"
+# The models that come with the package, by name: beside it in a clone, inside it when installed from a wheel.
+EMBEDDED = {"nano": "Wan2.1-T2V-nano", "nano-ti2v": "Wan2.2-TI2V-nano"}
 _PACKAGE = Path(__file__).resolve().parent.parent
 _EMBEDDED_IN = (_PACKAGE / "embedded", _PACKAGE.parent / "models")
 
@@ -71,7 +71,8 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
 
     Args:
         name: an existing folder, a published name in any case, with or without its organisation on a hub
-            ("1.3b", "Wan-AI/Wan2.1-T2V-14B"), the name of a folder in root, or "nano", the embedded model.
+            ("1.3b", "Wan-AI/Wan2.1-T2V-14B"), the name of a folder in root, or that of an embedded model,
+            "nano" or, for pictures, "nano-ti2v".
         root: folder that holds the published checkpoints.
 
     Raises:
@@ -79,12 +80,14 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
     """
     key, here = published_key(name), Path(root) / Path(name).name
     folders = [Path(name), here] if key is None else [Path(name), here, Path(root) / PUBLISHED[key].folder]
-    if embedded := str(name).lower() in ("nano", EMBEDDED.lower()):
-        folders = [parent / EMBEDDED for parent in _EMBEDDED_IN]
+    wanted = str(name).lower()
+    embedded = next((own for key, own in EMBEDDED.items() if wanted in (key, own.lower())), None)
+    if embedded is not None:
+        folders = [parent / embedded for parent in _EMBEDDED_IN]
     for folder in folders:
         if folder.is_dir():
             return folder
-    if embedded:
+    if embedded is not None:
         searched = " nor ".join(map(str, folders))
         raise FileNotFoundError(
             f"the embedded model is missing: neither {searched} is there; install the package again"

@@ -17,13 +17,13 @@ _FILES = {
 }  # fmt: skip
 
 
-def check_request(options: Mapping[str, Any], reference: Path | None) -> None:
-    """Raise UsageError if the reference or the prompt of a video is missing or empty."""
+def check_request(options: Mapping[str, Any], reference: Path | None, picture: bool) -> None:
+    """Raise UsageError if the reference of a video is missing, or its prompt, which a picture may replace."""
     if reference is None and options.get("mode") != NO_TRANSFER:
         raise UsageError("a reference video is missing; for a video from text alone give --mode No_transfer")
-    if "prompt" not in options:
+    if "prompt" not in options and not picture:
         raise UsageError("--prompt is missing: what shall the video show?")
-    if isinstance(options["prompt"], str) and not options["prompt"].strip():
+    if isinstance(prompt := options.get("prompt"), str) and not prompt.strip():
         raise UsageError("--prompt is empty: what shall the video show?")
 
 
@@ -41,7 +41,7 @@ def check_early(options: Mapping[str, Any]) -> None:
             if isinstance(path, Path) and not path.exists():
                 raise FileNotFoundError(f"{kind} {path} does not exist")
     if options["command"] == "transfer" and options["record"] is None:
-        check_request(options, options["reference"])
+        check_request(options, options["reference"], options.get("input_image") is not None)
     model = None if options["command"] == "download" else options.get("model")
     if model is not None and not (options["command"] == "plan" and published_key(model)):
         folder = checkpoint_folder(model, options["models_dir"])

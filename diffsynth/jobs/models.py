@@ -33,12 +33,18 @@ def attention_kernel(options: LoadOptions) -> AbstractContextManager[None]:
 
 
 def choose_model(
-    name: str | None, root: str | Path, note: Callable[[str], None], options: LoadOptions | None = None
+    name: str | None,
+    root: str | Path,
+    note: Callable[[str], None],
+    options: LoadOptions | None = None,
+    *,
+    picture: bool = False,
 ) -> Path:
     """Return the folder of a model that is named as for `from_pretrained`.
 
     Without a name it is the DiT's folder if the options name all three models; else, and `note` is told so,
-    that of the largest complete published model below root that needs no picture, else of nano.
+    that of the largest complete published model below root, else of an embedded one: of those that take a
+    picture if there is one, else of those that need none.
 
     Raises:
         FileNotFoundError: there is no model of this name.
@@ -49,14 +55,19 @@ def choose_model(
         return Path(options.dit) if Path(options.dit).is_dir() else Path(options.dit).parent
     for key, checkpoint in sorted(PUBLISHED.items(), key=lambda item: -item[1].num_parameters):
         folder, dit = Path(root) / checkpoint.folder, checkpoint.dit_kwargs
-        if dit["in_dim"] == dit["out_dim"] and folder.is_dir() and not missing_files(folder, checkpoint):
+        needs = dit["in_dim"] != dit["out_dim"]
+        fits = needs or dit.get("has_clean_first_frame", False) if picture else not needs
+        if fits and folder.is_dir() and not missing_files(folder, checkpoint):
             note(f"model: {key}, the largest complete one below {root} (--model chooses another)")
             return folder
-    note(
-        f"model: nano, the bundled demo model (64x64 pixels, 17 frames), since no checkpoint below {root} is "
-        f"complete; fetch one with: fastvmt download {next(iter(PUBLISHED))}"
+    embedded, kind, other = (
+        ("nano-ti2v", " for pictures", "wan2.2-ti2v-5b") if picture else ("nano", "", "1.3b")
     )
-    return checkpoint_folder("nano")
+    note(
+        f"model: {embedded}, the bundled demo model{kind} (64x64 pixels, 17 frames), since no checkpoint"
+        f"{kind} below {root} is complete; fetch one with: fastvmt download {other}"
+    )
+    return checkpoint_folder(embedded)
 
 
 def parts_of(options: LoadOptions) -> dict[str, str]:

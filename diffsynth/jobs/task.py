@@ -169,8 +169,8 @@ def make_task(
         FileNotFoundError: there is no such reference or picture.
         FfmpegError: ffmpeg does not run.
     """
-    check_request(options, reference)
-    options, defaults = with_motion(options), run_defaults(folder)
+    check_request(options, reference, bool(pictures))
+    options, defaults = {"prompt": "", **with_motion(options)}, run_defaults(folder)
     file = fields_of(FileOptions, options)
     call = {name: options[name] for name in call_options() if name in options}
     resolve_prompts(options["prompt"], options.get("negative_prompt"), defaults)
