@@ -231,7 +231,8 @@ def test_the_command_makes_repeats_and_batches_a_video_of_a_picture(command, cap
 
 
 @pytest.mark.slow
-def test_a_picture_alone_is_animated_by_the_embedded_model_that_takes_one(command, tmp_path):
+def test_a_picture_alone_is_animated_by_the_embedded_model_that_takes_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     data, steps = Path(__file__).parent.parent / "examples" / "data", ["--num-inference-steps", "3"]
     given = ["transfer", str(data / "bounce.mp4"), "--image", str(data / "fox.png"), "-o", "fox.mp4"]
     assert main([*given, *steps, "--models-dir", str(tmp_path), "--device", "cpu", "-q"]) == 0
