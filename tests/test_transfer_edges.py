@@ -263,6 +263,26 @@ def test_the_same_command_again_does_nothing_and_says_so(transfer, tmp_path, cap
     assert transfer(out, "--num-frames", 5, "--overwrite") == 0
 
 
+def test_a_damaged_or_foreign_output_is_told_and_kept_unless_overwrite(transfer, tmp_path, clip, capsys):
+    for out in (tmp_path / "a.mp4", tmp_path / "b.gif"):
+        assert transfer(out, "--num-frames", 5) == 0
+        content, other = out.read_bytes(), clip.read_bytes()
+        for damaged in (content[: len(content) // 2], b"", *((other,) if out.suffix == ".mp4" else ())):
+            out.write_bytes(damaged)
+            assert transfer(out, "--num-frames", 5) == 2
+            assert f"{out} is damaged or was replaced (" in (told := capsys.readouterr().err)
+            assert "--overwrite makes it again" in told
+            assert out.read_bytes() == damaged
+        assert transfer(out, "--num-frames", 5, "--overwrite") == 0
+        assert transfer(out, "--num-frames", 5) == 0
+    folder = tmp_path / "png"
+    assert transfer(folder, "--num-frames", 5) == 0
+    assert transfer(folder, "--num-frames", 5) == 0
+    (folder / "00003.png").unlink()
+    assert transfer(folder, "--num-frames", 5) == 2
+    assert "its frames are not the recorded ones" in capsys.readouterr().err
+
+
 def test_decoding_again_does_nothing(transfer, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     from diffsynth.cli import decode
 
@@ -279,6 +299,9 @@ def test_decoding_again_does_nothing(transfer, tiny_checkpoint, tmp_path, monkey
     assert "was made before by the same request" in capsys.readouterr().out
     assert (tmp_path / "b.mp4").read_bytes() == content
     assert main([*words, "--quality", 3]) == 2
+    assert "exists; give another name" in capsys.readouterr().err
+    (tmp_path / "b.mp4").write_bytes(content[: len(content) // 2])
+    assert main(words) == 2
     assert "exists; give another name" in capsys.readouterr().err
 
 

@@ -208,10 +208,16 @@ def was_made(task: VideoTask, model: Mapping[str, Any]) -> bool:
     """Return whether the output of a task exists, is complete, and was made by the same request.
 
     Raises:
-        UsageError: another request made the output, and overwriting is off; the message says what differs.
+        UsageError: another request made the output, or it is damaged, and overwriting is off; the message
+            says what differs.
     """
     assert task.output is not None
-    finished = finished_record(task.output)
+    try:
+        finished = finished_record(task.output)
+    except ValueError as error:
+        if task.overwrite:
+            return False
+        raise UsageError(f"{error}; --overwrite makes it again") from error
     if finished is None:
         return False
     found = differences(finished, task.reference, model, task.pictures)
