@@ -109,6 +109,7 @@ def _open_inside(path: Path, folder: Path, name: str, limits: UploadLimits) -> B
         raise refused from error
     facts = os.fstat(file)
     if stat.S_ISREG(facts.st_mode) and facts.st_size <= limits.megabytes * 2**20:
+        os.utime(path, (0, 0))  # it is copied now, and may go first when later uploads need room
         return os.fdopen(file, "rb")
     os.close(file)
     if not stat.S_ISREG(facts.st_mode):
