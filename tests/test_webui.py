@@ -35,6 +35,7 @@ from diffsynth.webui.queue import (
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard, is_local, read_auth
 from diffsynth.webui.session import (
+    _pace,
     check_budget,
     expected_minutes,
     make_video,
@@ -183,6 +184,12 @@ def test_the_time_of_a_run_follows_from_the_newest_one(session, clip, tmp_path):
     assert 1.5 < longer / same < 2.5
     with pytest.raises(ValueError, match="are the limit here"):
         check_budget(replace(lone, max_minutes=same / 2), checked_request(SMALL), clip)
+
+
+def test_the_speed_is_measured_without_a_word_about_the_prompt(session, monkeypatch, caplog):
+    monkeypatch.setattr(session.pipe, "defaults", replace(session.pipe.defaults, words=("a", "red")))
+    assert _pace(session.pipe) > 0
+    assert "the model knows" not in caplog.text
 
 
 def test_the_motion_of_a_reference_is_made_once(session, clip):
@@ -389,6 +396,7 @@ def test_what_is_no_video_is_refused(places, content, message):
         ({"megabytes": 0.001}, "larger than 0.001 MB"),
         ({"frames": 4}, "more than 4 frames"),
         ({"pixels": 100}, "more than 100 pixels"),
+        ({"pixels_of_all": 5 * 32 * 32 - 1}, "has 5 frames of 32x32, and all may have 5.12e"),
     ],
 )
 def test_uploads_over_a_limit_are_refused(clip, places, limits, message):

@@ -325,6 +325,9 @@ def test_a_refused_request_is_an_error_for_programs_and_a_budget_is_kept(server,
     try:
         with pytest.raises(gradio_client.exceptions.AppError, match="1e-09 are the limit here"):
             request_of(client, clip, "a cat").result(PATIENCE)
+        look = (gradio_client.handle_file(str(clip)), "", "", "exact", "AMF", 3, 0.75, 2, 1, 32, 32, 5)
+        with pytest.raises(gradio_client.exceptions.AppError, match="1e-09 are the limit here"):
+            client.predict(*look, *WHOLE, api_name="/inspect")
     finally:
         object.__setattr__(session, "max_minutes", None)
     assert request_of(client, clip, "a cat").result(PATIENCE)

@@ -110,6 +110,7 @@ class Page:
                 raise ValueError("choose or upload a reference video first")
             # The prompt has no influence on a reference's motion, but it must not be empty.
             request, reference = self._request(("motion", *values[1:])), self._kept(uploaded)
+            check_budget(self.session, request, reference)
             return self.queue.submit(
                 lambda job: show_motion(self.session, request, reference, job), "its motion"
             )
