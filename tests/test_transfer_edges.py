@@ -401,7 +401,7 @@ def test_latents_are_on_the_disk_while_they_are_decoded(name, code, tiny_checkpo
     assert run.returncode == code, run.stderr
     assert not output.exists()
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".out")] == [kept.name]
-    line = f"its final latents are kept: fastvmt decode {kept} -o OUT.mp4 makes it"
+    line = f"its final latents are kept: fastvmt decode {kept} -o {output} makes it"
     assert (line in run.stderr) == (name == "SIGINT")
     decode = ["decode", str(kept), "-o", str(tmp_path / "decoded.mkv"), "--lossless"]
     assert main([*decode, "--model", str(tiny_checkpoint), "--device", "cpu"]) == 0
@@ -410,7 +410,7 @@ def test_latents_are_on_the_disk_while_they_are_decoded(name, code, tiny_checkpo
     assert main([*command, "--seed", "2"]) == 0  # another request keeps them under another name
     (other,) = tmp_path.glob("out-latents-*.safetensors")
     assert other.read_bytes() == killed
-    assert f"fastvmt decode {other} -o OUT.mp4" in capsys.readouterr().err
+    assert f"fastvmt decode {other} -o {output} makes it" in capsys.readouterr().err
     for file in (other, output, record_path(output)):
         file.unlink()
     kept.write_bytes(killed)
