@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 import time
+from argparse import Namespace
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
@@ -301,6 +302,41 @@ def test_a_job_that_fails_does_not_stop_the_queue(queue):
 )
 def test_failures_are_told_in_words(error, said):
     assert said in panel.failure_text(error)
+
+
+def test_errors_name_files_of_the_server_without_their_folders(session, queue):
+    gradio = pytest.importorskip("gradio")
+    from diffsynth.webui.app import Page
+
+    def start():
+        arrived = session.cache.parent / "uploads" / "0a1b" / "b.mp4"
+        raise ValueError(f"{session.references}/a-0a1b.mp4 and {arrived} are damaged")
+
+    told = Page(session, queue)._follow(start, lambda _: (), num_shown=0)
+    assert ">a-0a1b.mp4 and b.mp4 are damaged<" in next(told)[0]
+    with pytest.raises(gradio.Error) as error:
+        next(told)
+    assert error.value.message == "a-0a1b.mp4 and b.mp4 are damaged"
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "shared"),
+    [("127.0.0.1", [], True), ("127.0.0.1", ["a.org"], False), ("0.0.0.0", [], False)],
+)
+def test_all_runs_are_shown_only_where_no_proxy_serves_others(host, allowed, shared, tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    from diffsynth.webui import command
+
+    seen = {}
+    monkeypatch.setattr(command, "open_session", lambda *_given, **_named: None)
+    monkeypatch.setattr(command, "Page", lambda *_given, **named: seen.update(named))
+    monkeypatch.setattr(command, "make_app", None)  # the end of this test
+    asked = {"auth": "a:b", "auth_file": None, "max_upload": 1, "max_frames": 9, "host": host, "port": 0}
+    asked |= {"output_dir": tmp_path, "max_waiting": 1, "model": None, "models_dir": "models"}
+    asked |= {"max_minutes": None, "shared": False, "allow_host": allowed}
+    with pytest.raises(TypeError):
+        command.run(Namespace(**asked), SimpleNamespace(problem=print, note=print))
+    assert seen == {"shared": shared}
 
 
 def test_what_is_told_is_no_html_of_visitors():
