@@ -134,6 +134,22 @@ def test_a_lost_record_is_written_again_from_the_video(start, tmp_path):
     assert record.read_text() == content
 
 
+def test_a_damaged_output_fails_and_overwrite_makes_that_one_again(start, tmp_path):
+    jobs = [job(output="a.mp4"), job(output="b.mp4", seed=2)]
+    start(*jobs)
+    video = tmp_path / "out" / "a.mp4"
+    content = video.read_bytes()
+    for damaged in (b"", content[: len(content) // 2]):
+        video.write_bytes(damaged)
+        code, result, _ = start(*jobs)
+        assert (code, states(result)) == (1, ["failed", "skipped"])
+        assert "a.mp4 is damaged or was replaced" in result["jobs"][0]["error"]
+        assert video.read_bytes() == damaged
+    code, result, _ = start(*jobs, arguments=["--overwrite"])
+    assert (code, states(result)) == (0, ["done", "skipped"])
+    assert states(start()[1]) == ["skipped", "skipped"]
+
+
 def test_an_output_of_other_arguments_is_kept_unless_overwrite(start, tmp_path):
     start(job(output="a.mp4"))
     code, result, _ = start(job(output="a.mp4", seed=2))

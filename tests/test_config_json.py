@@ -37,9 +37,27 @@ def declared(tiny_checkpoint, tmp_path):
         ({"eps": 1e9}, CheckpointError, "config.json: eps must be a finite number"),
         ({"eps": "x"}, CheckpointError, "config.json: eps must be"),
         ({"num_heads": 0}, CheckpointError, "config.json: num_heads must be a whole number from 1 to 100000"),
-        ({"num_layers": -1}, CheckpointError, "num_layers -1 is declared, but the weights have width"),
-        ({"dim": 10**9}, CheckpointError, "dim 1000000000 is declared, but the weights have width"),
-        ({"attention_head_dim": 7}, CheckpointError, "is declared, but the weights have width"),
+        ({"num_heads": 5}, CheckpointError, "dim must be num_heads (5) times an even head width; got 24"),
+        ({"num_heads": 8}, CheckpointError, "dim must be num_heads (8) times an even head width; got 24"),
+        *(
+            ({name: 10**9}, CheckpointError, f"in config.json {name} 1000000000 is declared, but the weights")
+            for name in ("dim", "in_dim", "out_dim", "ffn_dim", "freq_dim", "text_dim", "num_layers")
+        ),
+        ({"in_channels": 5}, CheckpointError, "in config.json in_channels 5 is declared, but the weights"),
+        ({"patch_size": [1, 4, 4]}, CheckpointError, "but the weights have patch_size [1, 2, 2]"),
+        ({"model_type": "i2v"}, CheckpointError, "model_type 'i2v' is declared, but the weights do not take"),
+        ({"attention_head_dim": 7}, CheckpointError, "is declared, but heads of 7 columns make"),
+        (
+            {"fastvmt": {"motion": {"AMF": {"block": 99}}}},
+            ValueError,
+            "config.json: 'fastvmt': block must be",
+        ),
+        ({"fastvmt": {"motion": {"AMF": {"heads": [99]}}}}, ValueError, "'fastvmt': heads must be in 0..1"),
+        (
+            {"fastvmt": {"presets": {"p": {"motion": {"AMF": {"block": 99}}}}}},
+            ValueError,
+            "config.json: 'p': block must be in 0..",
+        ),
         (DEEP, (CheckpointError, ValueError), "config.json is not valid JSON"),
         (
             {"fastvmt": {"num_inference_steps": 10**9}},
@@ -70,7 +88,7 @@ def test_heads_of_a_published_width_must_be_128_wide():
         "time_embedding.0.weight": (1536, 256),
     }  # fmt: skip
     assert dit_config_from_shapes(shapes, {"num_heads": 12})["num_heads"] == 12
-    with pytest.raises(ValueError, match=r"num_heads 24 is declared, but .* a head 128 columns"):
+    with pytest.raises(ValueError, match=r"num_heads 24 is declared, but heads of 128 columns make 12"):
         dit_config_from_shapes(shapes, {"num_heads": 24})
 
 

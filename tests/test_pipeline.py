@@ -446,6 +446,9 @@ BAD_ARGUMENTS = {
     "rand_device meta": ({"rand_device": "meta"}, ValueError, "rand_device is 'meta'"),
     "batch_cfg": ({"batch_cfg": "no"}, ValueError, "batch_cfg must be True or False or None"),
     "latency": ({"test_latency": True}, ValueError, "test_latency needs latency_dir"),
+    "inner_steps": ({"motion": {"inner_steps": 10**9}}, ValueError, "number from 1 to 1000; got 10"),
+    "guided_steps": ({"motion": {"guided_steps": 10**9}}, ValueError, "number from 0 to 1000; got 10"),
+    "checkpoint_dir": ({"checkpoint_dir": ""}, TypeError, "checkpoint_dir must be a path; got ''"),
     "unknown option": ({"steps": 3}, TypeError, "unexpected keyword argument 'steps'"),
 }  # fmt: skip
 
@@ -457,6 +460,15 @@ def test_bad_arguments_are_named_before_any_model_runs(pipe, case, monkeypatch):
         monkeypatch.setattr(model, "forward", None)
     with pytest.raises(error, match=message):
         pipe(**{"prompt": "a cat", **SMALL, **arguments})
+
+
+def test_a_progress_bar_that_returns_nothing_is_refused(pipe):
+    with pytest.raises(TypeError, match="progress_bar_cmd must return what it wraps, as tqdm does; got None"):
+        pipe("a cat", **{**SMALL, "progress_bar_cmd": lambda _steps: None})
+
+
+def test_a_switch_of_numpy_is_one(pipe):
+    assert torch.equal(latents(pipe, batch_cfg=np.True_), latents(pipe, batch_cfg=True))
 
 
 def test_more_frames_than_the_reference_has_are_refused(pipe, clip):

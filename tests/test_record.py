@@ -215,7 +215,7 @@ def test_what_is_no_record_is_refused(tmp_path, capsys, content, message):
     ("changes", "message"),
     [
         ({"options": []}, "options must be an object"),
-        ({"video": {}}, "video must be an object with fps, quality, frames_sha256"),
+        ({"video": {}}, "video must be an object with frames, height, width, fps, quality, frames_sha256"),
         ({"reference": {"path": "x"}}, "reference must be an object with path, sha256"),
         ({"options": {"speed": 32}}, "options has no field speed"),
         ({"model": {"folder": ".", "files": {}, "setup": {"gpu": 1}}}, "the record's setup has gpu"),

@@ -144,6 +144,27 @@ def test_wrong_frames_are_refused_and_the_old_files_stay(tmp_path, frames, error
     assert listing(tmp_path) == ["out.mp4"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_killed_ffmpeg_is_told_with_its_signal(tmp_path, monkeypatch):
+    started = []
+
+    class Seen(subprocess.Popen):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            started.append(self)
+
+    def frames():
+        for frame in smooth_frames(9, 512, 512):
+            yield frame
+            started[-1].kill()
+            started[-1].wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Seen)
+    with pytest.raises(RuntimeError, match="could not write the video: it was killed by signal 9"):
+        save_video(frames(), tmp_path / "out.mp4")
+    assert listing(tmp_path) == []
+
+
 def test_an_error_of_the_generator_passes_and_the_old_file_stays(tmp_path):
     target = tmp_path / "out.mp4"
     target.write_bytes(b"old")

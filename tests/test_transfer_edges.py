@@ -263,6 +263,26 @@ def test_the_same_command_again_does_nothing_and_says_so(transfer, tmp_path, cap
     assert transfer(out, "--num-frames", 5, "--overwrite") == 0
 
 
+def test_a_damaged_or_foreign_output_is_told_and_kept_unless_overwrite(transfer, tmp_path, clip, capsys):
+    for out in (tmp_path / "a.mp4", tmp_path / "b.gif"):
+        assert transfer(out, "--num-frames", 5) == 0
+        content, other = out.read_bytes(), clip.read_bytes()
+        for damaged in (content[: len(content) // 2], b"", *((other,) if out.suffix == ".mp4" else ())):
+            out.write_bytes(damaged)
+            assert transfer(out, "--num-frames", 5) == 2
+            assert f"{out} is damaged or was replaced (" in (told := capsys.readouterr().err)
+            assert "--overwrite makes it again" in told
+            assert out.read_bytes() == damaged
+        assert transfer(out, "--num-frames", 5, "--overwrite") == 0
+        assert transfer(out, "--num-frames", 5) == 0
+    folder = tmp_path / "png"
+    assert transfer(folder, "--num-frames", 5) == 0
+    assert transfer(folder, "--num-frames", 5) == 0
+    (folder / "00003.png").unlink()
+    assert transfer(folder, "--num-frames", 5) == 2
+    assert "its frames are not the recorded ones" in capsys.readouterr().err
+
+
 def test_decoding_again_does_nothing(transfer, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     from diffsynth.cli import decode
 
@@ -279,6 +299,9 @@ def test_decoding_again_does_nothing(transfer, tiny_checkpoint, tmp_path, monkey
     assert "was made before by the same request" in capsys.readouterr().out
     assert (tmp_path / "b.mp4").read_bytes() == content
     assert main([*words, "--quality", 3]) == 2
+    assert "exists; give another name" in capsys.readouterr().err
+    (tmp_path / "b.mp4").write_bytes(content[: len(content) // 2])
+    assert main(words) == 2
     assert "exists; give another name" in capsys.readouterr().err
 
 
@@ -378,7 +401,7 @@ def test_latents_are_on_the_disk_while_they_are_decoded(name, code, tiny_checkpo
     assert run.returncode == code, run.stderr
     assert not output.exists()
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".out")] == [kept.name]
-    line = f"its final latents are kept: fastvmt decode {kept} -o OUT.mp4 makes it"
+    line = f"its final latents are kept: fastvmt decode {kept} -o {output} makes it"
     assert (line in run.stderr) == (name == "SIGINT")
     decode = ["decode", str(kept), "-o", str(tmp_path / "decoded.mkv"), "--lossless"]
     assert main([*decode, "--model", str(tiny_checkpoint), "--device", "cpu"]) == 0
@@ -387,7 +410,7 @@ def test_latents_are_on_the_disk_while_they_are_decoded(name, code, tiny_checkpo
     assert main([*command, "--seed", "2"]) == 0  # another request keeps them under another name
     (other,) = tmp_path.glob("out-latents-*.safetensors")
     assert other.read_bytes() == killed
-    assert f"fastvmt decode {other} -o OUT.mp4" in capsys.readouterr().err
+    assert f"fastvmt decode {other} -o {output} makes it" in capsys.readouterr().err
     for file in (other, output, record_path(output)):
         file.unlink()
     kept.write_bytes(killed)

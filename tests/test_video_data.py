@@ -238,6 +238,23 @@ def test_a_cut_file_gives_the_frames_that_decode_and_a_warning(tmp_path, caplog)
     assert f"cut.mp4 is damaged: {len(data)} frames decode, its header promises about 30" in caplog.text
 
 
+def test_a_first_frame_far_from_a_keyframe_is_not_called_damage(clip, monkeypatch):
+    """imageio waits ten seconds for it, however large the frames before it are."""
+
+    def waits(*_given, **_options):
+        monkeypatch.setattr(video, "LONGEST_START", 0.0)
+        raise OSError("Could not load meta information")
+        yield
+
+    monkeypatch.setattr("imageio.v3.imiter", waits)
+    with (
+        VideoData(clip, start=0.5) as part,
+        pytest.raises(ValueError, match="no keyframe is near it") as told,
+    ):
+        part[0]
+    assert "damaged" not in str(told.value)
+
+
 def test_a_file_that_shrinks_after_opening_is_an_error_not_a_short_video(clip, tmp_path):
     path = tmp_path / "changing.mp4"
     path.write_bytes(clip.read_bytes())

@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 import time
+from argparse import Namespace
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from diffsynth.webui.queue import (
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.security import Guard, is_local, read_auth
 from diffsynth.webui.session import (
+    _pace,
     check_budget,
     expected_minutes,
     make_video,
@@ -185,6 +187,12 @@ def test_the_time_of_a_run_follows_from_the_newest_one(session, clip, tmp_path):
         check_budget(replace(lone, max_minutes=same / 2), checked_request(SMALL), clip)
 
 
+def test_the_speed_is_measured_without_a_word_about_the_prompt(session, monkeypatch, caplog):
+    monkeypatch.setattr(session.pipe, "defaults", replace(session.pipe.defaults, words=("a", "red")))
+    assert _pace(session.pipe) > 0
+    assert "the model knows" not in caplog.text
+
+
 def test_the_motion_of_a_reference_is_made_once(session, clip):
     request = checked_request({**SMALL, "prompt": "motion"})
     path = show_motion(session, request, clip, QueuedJob())
@@ -296,6 +304,41 @@ def test_failures_are_told_in_words(error, said):
     assert said in panel.failure_text(error)
 
 
+def test_errors_name_files_of_the_server_without_their_folders(session, queue):
+    gradio = pytest.importorskip("gradio")
+    from diffsynth.webui.app import Page
+
+    def start():
+        arrived = session.cache.parent / "uploads" / "0a1b" / "b.mp4"
+        raise ValueError(f"{session.references}/a-0a1b.mp4 and {arrived} are damaged")
+
+    told = Page(session, queue)._follow(start, lambda _: (), num_shown=0)
+    assert ">a-0a1b.mp4 and b.mp4 are damaged<" in next(told)[0]
+    with pytest.raises(gradio.Error) as error:
+        next(told)
+    assert error.value.message == "a-0a1b.mp4 and b.mp4 are damaged"
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "shared"),
+    [("127.0.0.1", [], True), ("127.0.0.1", ["a.org"], False), ("0.0.0.0", [], False)],
+)
+def test_all_runs_are_shown_only_where_no_proxy_serves_others(host, allowed, shared, tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    from diffsynth.webui import command
+
+    seen = {}
+    monkeypatch.setattr(command, "open_session", lambda *_given, **_named: None)
+    monkeypatch.setattr(command, "Page", lambda *_given, **named: seen.update(named))
+    monkeypatch.setattr(command, "make_app", None)  # the end of this test
+    asked = {"auth": "a:b", "auth_file": None, "max_upload": 1, "max_frames": 9, "host": host, "port": 0}
+    asked |= {"output_dir": tmp_path, "max_waiting": 1, "model": None, "models_dir": "models"}
+    asked |= {"max_minutes": None, "shared": False, "allow_host": allowed}
+    with pytest.raises(TypeError):
+        command.run(Namespace(**asked), SimpleNamespace(problem=print, note=print))
+    assert seen == {"shared": shared}
+
+
 def test_what_is_told_is_no_html_of_visitors():
     assert "<b>" not in panel.message("<b>bold</b>", "error")
     waiting = panel.running(RunProgress(stage="<script>"), "running", 0, 0.0)
@@ -323,6 +366,7 @@ def test_an_upload_is_kept_once_under_a_safe_name(clip, places):
         arrived = places[0] / name.replace("/", "_")
         arrived.write_bytes(clip.read_bytes())
         kept |= {keep(arrived, places), keep(arrived, places)}
+        assert arrived.stat().st_mtime == 0  # it goes first when others need room
     assert len(kept) == 2
     assert all(path.parent == places[1] and path.read_bytes() == clip.read_bytes() for path in kept)
     assert safe_stem("../..") == "reference"
@@ -388,6 +432,7 @@ def test_what_is_no_video_is_refused(places, content, message):
         ({"megabytes": 0.001}, "larger than 0.001 MB"),
         ({"frames": 4}, "more than 4 frames"),
         ({"pixels": 100}, "more than 100 pixels"),
+        ({"pixels_of_all": 5 * 32 * 32 - 1}, "has 5 frames of 32x32, and all may have 5.12e"),
     ],
 )
 def test_uploads_over_a_limit_are_refused(clip, places, limits, message):

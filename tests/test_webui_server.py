@@ -250,6 +250,33 @@ def test_old_uploads_make_room(tmp_path):
     assert [path.parent.name for path in tmp_path.rglob("*.mp4")] == ["4"]  # it may be in use
 
 
+def test_uploads_over_the_quota_are_refused(server):
+    address, session = server
+    uploads, quota = session.cache.parent / "uploads", 10 * 2**20
+    kind = {"Content_Type": "multipart/form-data; boundary=x"}
+
+    def form(*files):
+        head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
+        return b"".join(head + content + b"\r\n" for content in files) + b"--x--\r\n"
+
+    def sent(*files):
+        return asked(address, "/gradio_api/upload", form(*files), **kind)[0]
+
+    before = set(uploads.rglob("*"))
+    try:
+        assert sent(*(bytes([i]) * 2**19 for i in range(30))) == 507
+        codes = [sent(bytes([i]) * 900_000) for i in range(14)]
+        assert codes[0] == 200
+        assert codes[-1] == 507
+        assert sum(path.stat().st_size for path in uploads.rglob("*") if path.is_file()) <= quota
+        for path in set(uploads.rglob("*.mp4")) - before:
+            os.utime(path, (0, 0))  # as if they had been copied for runs
+        assert sent(bytes([99]) * 900_000) == 200
+    finally:
+        for path in set(uploads.rglob("*.mp4")) - before:
+            path.unlink()
+
+
 def test_wrong_passwords_have_to_wait_longer_and_longer(server, monkeypatch):
     from diffsynth.webui import security
 
@@ -298,6 +325,9 @@ def test_a_refused_request_is_an_error_for_programs_and_a_budget_is_kept(server,
     try:
         with pytest.raises(gradio_client.exceptions.AppError, match="1e-09 are the limit here"):
             request_of(client, clip, "a cat").result(PATIENCE)
+        look = (gradio_client.handle_file(str(clip)), "", "", "exact", "AMF", 3, 0.75, 2, 1, 32, 32, 5)
+        with pytest.raises(gradio_client.exceptions.AppError, match="1e-09 are the limit here"):
+            client.predict(*look, *WHOLE, api_name="/inspect")
     finally:
         object.__setattr__(session, "max_minutes", None)
     assert request_of(client, clip, "a cat").result(PATIENCE)

@@ -13,6 +13,7 @@ from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, TILING, FileOptions, RunOptions
 from diffsynth.data import save_video
 from diffsynth.data.files import sha256_of_file
+from diffsynth.data.stream import video_damage
 from diffsynth.jobs.decode import decode_saved
 from diffsynth.jobs.errors import RunFailedError
 from diffsynth.jobs.models import choose_model
@@ -43,7 +44,8 @@ def run(options: Namespace, console: Console) -> int:
     asked_for = f"{sha256_of_file(options.latents)} {fps} {file} {tiling} {asked.get('vae_dtype')}"
     comment = f"fastvmt decode {hashlib.sha256(asked_for.encode()).hexdigest()}"
     there = options.output.is_file() and not options.overwrite
-    if there and metadata_comment(options.output) == comment:
+    size = facts["num_frames"], facts["height"], facts["width"]
+    if there and metadata_comment(options.output) == comment and video_damage(options.output, size) is None:
         console.say(f"{options.output} was made before by the same request")
         console.result({"output": str(options.output), "frames": facts["num_frames"], "fps": fps})
         return DONE
@@ -57,8 +59,8 @@ def run(options: Namespace, console: Console) -> int:
     kind: dict[str, Any] = {"fps": fps, "quality": file.quality, "lossless": file.lossless}
     save = partial(save_video, frames, ffmpeg_params=["-metadata", f"comment={comment}"], **kind)
     path = write_output(frames, options.output, save, options.overwrite)
-    size = f"{frames[0].width}x{frames[0].height}"
-    console.say(f"{path}: {len(frames)} frames of {size} at {fps:g} frames a second")
+    shown = f"{frames[0].width}x{frames[0].height}"
+    console.say(f"{path}: {len(frames)} frames of {shown} at {fps:g} frames a second")
     console.result({"output": str(path), "frames": len(frames), "fps": fps})
     return DONE
 

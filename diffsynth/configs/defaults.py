@@ -12,12 +12,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, PUBLISHED_PRESETS
 from diffsynth.configs.fields import check_value, options_of
-from diffsynth.configs.guidance import MotionGuidance, changed_numbers
+from diffsynth.configs.guidance import MotionGuidance, changed_numbers, check_heads
 from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, call_options
 
 SECTION = "fastvmt"
@@ -70,8 +70,15 @@ class RunDefaults:
         return replace(self, options={**self.options, **changes}, motion=motion)
 
 
-def run_defaults(folder: Path) -> RunDefaults:
-    """Return the defaults of the checkpoint in a folder.
+class Blocks(Protocol):
+    """A DiT, of which blocks and heads can be read."""
+
+    num_layers: int
+    num_heads: int
+
+
+def run_defaults(folder: Path, dit: Blocks | None = None) -> RunDefaults:
+    """Return the defaults of the checkpoint in a folder, checked against its DiT if that is loaded.
 
     Raises:
         ValueError: config.json is not valid, or declares an unknown entry; the message names file and entry.
@@ -96,7 +103,10 @@ def run_defaults(folder: Path) -> RunDefaults:
                 if option in _STATED and option != "motion":
                     check_value(option, _STATED[option][0].kind, value)
             for mode, numbers in entry.get("motion", {}).items():
-                MotionGuidance.for_mode(mode, numbers)
+                guidance = MotionGuidance.for_mode(mode, numbers)
+                if dit is not None:
+                    guidance.block_for(dit.num_layers)
+                    check_heads(guidance.heads, dit.num_heads, (1, 1, dit.num_heads))
             if entry.get("mag_ratios") is not None:
                 MagRatios.from_json(entry["mag_ratios"])
         except ValueError as error:

@@ -134,9 +134,9 @@ class Switch(Kind):
         return self.check(words.get(text.lower()))
 
     def check(self, value: Any) -> bool:
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and str(getattr(value, "dtype", "")) != "bool":
             raise ValueError
-        return value
+        return bool(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,13 +153,13 @@ class MotionGuidance:
         _WEIGHT, "share of the velocity kept across the mean velocity so far (FlowMotion)", default=0.1
     )
     # Optimiser
-    guided_steps: int = option(Whole(0), "denoising steps that are guided", default=10)
+    guided_steps: int = option(Whole(0, 1000), "denoising steps that are guided", default=10)
     first_guided: int = option(Whole(0), "denoising steps before the first guided one", default=0)
     guided: tuple[float, float] | None = option(
         OrNone(Several(Number(least=0, most=1), ("from", "to")), "guided_steps"),
         "noise levels, falling, in which steps are guided: then first_guided and guided_steps follow",
     )
-    inner_steps: int = option(Whole(1), "optimiser steps in each guided step", default=10)
+    inner_steps: int = option(Whole(1, 1000), "optimiser steps in each guided step", default=10)
     interval: int = option(
         Whole(1), "inner steps from one fresh gradient to the next; those between reuse it", default=3
     )

@@ -28,7 +28,7 @@ class FileInUseError(ValueError):
 
 def writable_folder(name: str, path: str | os.PathLike[str]) -> Path:
     """Make a folder and return it; a ValueError names the argument if no file can be made in it."""
-    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+    if path == "" or not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{name} must be a path; got {path!r:.80}")
     folder = Path(path).expanduser()
     try:

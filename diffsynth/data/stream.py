@@ -119,6 +119,19 @@ def probe_video(path: Path) -> Stream:
     )
 
 
+def video_damage(path: Path, size: tuple[int, int, int]) -> str | None:
+    """Return what is wrong with a video file of (frames, height, width); None if all its frames decode."""
+    try:
+        stream = probe_video(path)
+    except ValueError as error:
+        return str(error)
+    found = (len(stream.times), *stream.size[::-1])
+    if found != size:
+        return "it has {} frames of {}x{}, and {} of {}x{} were written".format(*found, *size)
+    errors = complaints(run_ffmpeg(["-i", file_url(path), *VIDEO_STREAM, "-f", "null", "-"])[1])
+    return errors[0] if errors else None
+
+
 def _shown(packets: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Return start and end of each frame in seconds, from ffmpeg's packet list; empty if any is unknown."""
     base = re.search(rb"^#tb 0: (\d+)/(\d+)", packets, re.MULTILINE)

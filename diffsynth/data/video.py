@@ -2,6 +2,7 @@
 
 import logging
 import operator
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from fractions import Fraction
@@ -27,6 +28,7 @@ from diffsynth.data.stream import EVERY_FRAME_ONCE, EXACT_SCALING, VIDEO_STREAM,
 logger = logging.getLogger(__name__)
 
 TICK = 1e-4  # tolerance for rounded frame times, in seconds
+LONGEST_START = 10.0  # seconds that imageio waits for ffmpeg's first frame
 Frames = Generator[Image.Image, None, None]
 
 
@@ -123,7 +125,7 @@ def _decode(path: Path, num_frames: int, input_params: list[str], output_params:
     import imageio.v3 as iio
 
     options: Any = {"input_params": input_params, "output_params": output_params}
-    first, index = None, 0
+    first, index, slow, begun = None, 0, False, time.monotonic()
     with reported() as (complaints, starting):
         with starting():
             frames: Any = iio.imiter(path.absolute(), plugin="FFMPEG", extension=".mp4", **options)
@@ -131,12 +133,18 @@ def _decode(path: Path, num_frames: int, input_params: list[str], output_params:
                 first = next(frames, None)
             except (OSError, RuntimeError) as error:
                 logger.debug("%s: %s", path, error)
+                slow = time.monotonic() - begun >= LONGEST_START
         with closing(frames):
             while first is not None and index < num_frames:
                 yield Image.fromarray(first)
                 index += 1
                 first = next(frames, None) if index < num_frames else None
         problem = complaints().split("\n")[0]
+    if slow and not problem:
+        raise ValueError(
+            f"{path}: the first frame takes more than {LONGEST_START:g} s, since no keyframe is "
+            "near it; cut the file there, or give an earlier start"
+        )
     if index < num_frames:
         raise ValueError(
             f"{path} is damaged or has changed: {index} frames decode, {num_frames} when it was opened "

@@ -5,6 +5,8 @@ a broken file where a good one was.
 """
 
 import logging
+import subprocess
+import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from fractions import Fraction
@@ -207,6 +209,14 @@ def _encode(images: Iterable[Image.Image], path: Path, encoding: dict[str, Any])
                     with starting() if num_frames == 0 else nullcontext():
                         writer.append_data(np.asarray(image))
                 except OSError as error:  # ffmpeg has ended early
-                    raise RuntimeError(f"ffmpeg could not write the video: {complaints()}") from error
+                    problem = complaints() or _ended(error)
+                    raise RuntimeError(f"ffmpeg could not write the video: {problem}") from error
                 num_frames += 1
         return num_frames, complaints()
+
+
+def _ended(error: OSError) -> str:
+    """Return how the process ended that imageio was writing to when this error arose."""
+    seen = [value for frame, _ in traceback.walk_tb(error.__traceback__) for value in frame.f_locals.values()]
+    status = next((value.returncode for value in seen if isinstance(value, subprocess.Popen)), None)
+    return f"it was killed by signal {-status}" if status and status < 0 else f"its exit status is {status}"

@@ -208,10 +208,16 @@ def was_made(task: VideoTask, model: Mapping[str, Any]) -> bool:
     """Return whether the output of a task exists, is complete, and was made by the same request.
 
     Raises:
-        UsageError: another request made the output, and overwriting is off; the message says what differs.
+        UsageError: another request made the output, or it is damaged, and overwriting is off; the message
+            says what differs.
     """
     assert task.output is not None
-    finished = finished_record(task.output)
+    try:
+        finished = finished_record(task.output)
+    except ValueError as error:
+        if task.overwrite:
+            return False
+        raise UsageError(f"{error}; --overwrite makes it again") from error
     if finished is None:
         return False
     found = differences(finished, task.reference, model, task.pictures)
@@ -263,8 +269,9 @@ def run_task(
         with suppress(ValueError):  # truncated when the run was killed
             if read_latents(kept)[1].get("job") != task.job:  # another request made them: do not overwrite
                 left = kept.rename(kept.with_name(f"{place.stem}-latents-{uuid.uuid4().hex[:8]}.safetensors"))
-        logger.warning("an earlier run was killed before its video was there; %s", decode_line(left))
-    with latents_until_done(kept):
+        words = decode_line(left, task.output)
+        logger.warning("an earlier run was killed before its video was there; %s", words)
+    with latents_until_done(kept, task.output):
         with attention_kernel(loaded):
             (made,) = pipe.run(**task.arguments, observer=watch, progress_bar_cmd=iter)
         observer(RunEvent(stage="write"))
@@ -291,7 +298,7 @@ def run_task(
         except (OSError, RuntimeError) as error:
             facts = latents_facts(pipe.vae, task.size, task.file.fps, made.cost)
             failed = RunFailedError(f"the video could not be written: {error}")
-            keep_latents(made.latents, facts, [output.parent], f"{output.stem}-latents", failed)
+            keep_latents(made.latents, facts, failed, output)
             raise failed from error
     forget_run(task)
     return MadeVideo(path, record, frames, seen)

@@ -33,6 +33,7 @@ _BLOCK = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }
+_DIFFUSERS_SIZES = {"in_channels": "in_dim", "out_channels": "out_dim"}
 _BLOCK_PATH = re.compile(r"(blocks\.\d+)\.(.+)")
 
 
@@ -83,33 +84,48 @@ def dit_config_from_shapes(shapes: Mapping[str, tuple[int, ...]], declared: Mapp
             )
         num_heads = dim // 128
     blocks = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
-    own = dim / num_heads
-    width = declared.get("attention_head_dim", 128 if dim >= LEAST_PUBLISHED_WIDTH else own)
-    sizes = {"dim": dim, "num_layers": max(blocks) + 1}
-    wrong = [f"{name} {declared[name]!r}" for name in sizes if declared.get(name, sizes[name]) != sizes[name]]
-    wrong += [f"num_heads {num_heads}"] if own != width else []
-    if wrong:
-        raise ValueError(
-            f"{', '.join(wrong)} is declared, but the weights have width {dim} and {max(blocks) + 1} blocks, "
-            f"and a head {width:g} columns"
-        )
-    image = {}
-    if "img_emb.proj.0.weight" in shapes:
-        positions = shapes.get("img_emb.emb_pos", (1, 0))[1]
-        image = {"image_dim": shapes["img_emb.proj.0.weight"][0], "image_positions": positions}
-    return {
+    found = {
         "dim": dim,
         "in_dim": in_dim,
         "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
         "out_dim": shapes["head.head.weight"][0] // prod(patch_size),
         "text_dim": shapes["text_embedding.0.weight"][1],
         "freq_dim": shapes["time_embedding.0.weight"][1],
-        "num_heads": num_heads,
         "num_layers": max(blocks) + 1,
-        "eps": declared.get("eps", 1e-6),
         "patch_size": tuple(patch_size),
+    }
+    _check_declared(declared, found, num_heads)
+    image = {}
+    if "img_emb.proj.0.weight" in shapes:
+        positions = shapes.get("img_emb.emb_pos", (1, 0))[1]
+        image = {"image_dim": shapes["img_emb.proj.0.weight"][0], "image_positions": positions}
+    return {
+        **found,
+        "num_heads": num_heads,
+        "eps": declared.get("eps", 1e-6),
         "has_image_input": bool(image),
         "has_clean_first_frame": declared.get("model_type") == "ti2v",
         "text_len": declared.get("text_len", 512),
         **image,
     }
+
+
+def _check_declared(declared: Mapping[str, Any], found: Mapping[str, Any], num_heads: int) -> None:
+    """Raise ValueError if a config.json contradicts the sizes that the weights tell."""
+    dim, takes_picture = found["dim"], found["in_dim"] > found["out_dim"]
+    own = dim / num_heads
+    width = declared.get("attention_head_dim", 128 if dim >= LEAST_PUBLISHED_WIDTH else own)
+    told = {**found, "patch_size": list(found["patch_size"])}
+    told |= {theirs: found[ours] for theirs, ours in _DIFFUSERS_SIZES.items()}
+    wrong = [
+        f"{name} {declared[name]!r:.80} is declared, but the weights have {name} {size}"
+        for name, size in told.items()
+        if declared.get(name, size) != size
+    ]
+    if own != width:
+        wrong.append(f"num_heads {num_heads} is declared, but heads of {width} columns make {dim / width:g}")
+    if declared.get("model_type") in (("t2v", "ti2v") if takes_picture else ("i2v", "flf2v")):
+        which = "take" if takes_picture else "do not take"
+        wrong.append(f"model_type {declared['model_type']!r} is declared, but the weights {which} pictures")
+    if wrong:
+        raise ValueError(f"in config.json {'; '.join(wrong)}")

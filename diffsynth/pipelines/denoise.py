@@ -199,7 +199,8 @@ def motion_guide(
                 memory=memory,
             )
         except NonFiniteGuidanceError as error:
-            raise NonFiniteGuidanceError(f"denoising step {index}: {error}", error.latents) from error
+            told = f"{error}; the DiT is in {dit.dtype}: try float32, no LoRAs, or a lower motion_scale"
+            raise NonFiniteGuidanceError(f"denoising step {index}: {told}", error.latents) from error
         cost.add_guidance(time.perf_counter() - started, record)
         return moved, record.losses
 

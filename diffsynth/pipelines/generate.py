@@ -118,7 +118,7 @@ def generate(
         except (RuntimeError, MemoryError, OSError) as error:
             if saved is None and latents.isfinite().all():
                 facts = latents_facts(models.vae, options.size, fps, cost)
-                keep_latents(latents, facts, [], "fastvmt-latents", error)  # the error names their file
+                keep_latents(latents, facts, error)  # the error names their file
             raise
         videos.append(
             GeneratedVideo(

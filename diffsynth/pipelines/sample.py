@@ -54,7 +54,10 @@ def sample(
         options = with_settings(options, finished.settings)
     guided = options.guided
     at_start = cost.state()
-    bar = iter(progress(range(0 if finished is None else finished.step, options.num_inference_steps)))
+    shown = progress(range(0 if finished is None else finished.step, options.num_inference_steps))
+    if not isinstance(shown, Iterable):
+        raise TypeError(f"progress_bar_cmd must return what it wraps, as tqdm does; got {shown!r:.80}")
+    bar = iter(shown)
     next(bar, None)  # shows the bar
     while True:
         # The time of a failed attempt is part of the cost; the losses of its unfinished step are not.

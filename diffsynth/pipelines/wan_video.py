@@ -109,7 +109,7 @@ class WanVideoPipeline:
         models: Any = {name: entry.model for name, entry in found.items()}
         prompter = WanPrompter(tokenizer_of(found["text_encoder"], tokenizer_path), models["dit"].text_len)
         models |= {"prompter": prompter, "device": model_manager.device if device is None else device}
-        pipe = cls(**models, defaults=run_defaults(found["dit"].files[0].parent))
+        pipe = cls(**models, defaults=run_defaults(found["dit"].files[0].parent, models["dit"]))
         pipe._manager = model_manager
         return pipe.to(torch_dtype=torch_dtype)
 

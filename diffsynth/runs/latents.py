@@ -4,7 +4,7 @@ import logging
 import shlex
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,20 @@ def latents_facts(
     return {**facts, "fps": fps, "vae": weights_fingerprint(vae), "cost": costs}
 
 
-def decode_line(path: Path) -> str:
-    """Return words that say how a file of final latents becomes a video."""
-    return f"its final latents are kept: fastvmt decode {shlex.quote(str(path))} -o OUT.mp4 makes it"
+def decode_line(path: Path, output: Path | None = None) -> str:
+    """Return words that say how a file of final latents becomes a video, the one that was asked for."""
+    name = "OUT.mp4" if output is None or output.exists() else shlex.quote(str(output))
+    return f"its final latents are kept: fastvmt decode {shlex.quote(str(path))} -o {name} makes it"
 
 
 @contextmanager
-def latents_until_done(path: Path) -> Iterator[None]:
+def latents_until_done(path: Path, output: Path | None = None) -> Iterator[None]:
     """Remove the file of a run's final latents at the end of this context, unless Ctrl-C ends it."""
     try:
         yield
     except KeyboardInterrupt:
         if path.exists():
-            logger.warning("there is no video, but %s", decode_line(path))
+            logger.warning("there is no video, but %s", decode_line(path, output))
         raise
     except BaseException:
         path.unlink(missing_ok=True)
@@ -51,22 +52,23 @@ def latents_until_done(path: Path) -> Iterator[None]:
 
 
 def keep_latents(
-    latents: Tensor, facts: Mapping[str, object], folders: Iterable[Path], stem: str, error: BaseException
+    latents: Tensor, facts: Mapping[str, object], error: BaseException, output: Path | None = None
 ) -> None:
-    """Save final latents that are no video yet, in the first folder that takes them, else the system's.
+    """Save final latents that are no video yet beside the one that was asked for, else among temporary files.
 
     The file becomes the `latents_path` of the error that prevented the video; None where none takes it.
     """
     kept = None
+    folders, stem = ([], "fastvmt") if output is None else ([output.parent], output.stem)
     for folder in (*folders, Path(tempfile.gettempdir())):
-        path = folder / f"{stem}-{uuid.uuid4().hex[:8]}.safetensors"
+        path = folder / f"{stem}-latents-{uuid.uuid4().hex[:8]}.safetensors"
         with suppress(OSError, ValueError):
             save_state(path, {"latents": latents}, facts)
             kept = path
             break
     error.latents_path = kept  # type: ignore[attr-defined]  # for callers
     if kept is not None:
-        logger.error("there is no video (%s), but %s", error, decode_line(kept))
+        logger.error("there is no video (%s), but %s", error, decode_line(kept, output))
 
 
 def read_latents(path: str | Path) -> tuple[Tensor, Mapping[str, Any]]:

@@ -20,10 +20,11 @@ from torch import nn
 
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, PICTURES, FileOptions, ReferenceOptions, RunOptions
+from diffsynth.data import VideoData, save_video
 from diffsynth.data.ffmpeg import file_url, run_ffmpeg
 from diffsynth.data.files import sha256_of_file, written_whole
 from diffsynth.data.frames import read_picture
-from diffsynth.data.writer import save_video
+from diffsynth.data.stream import video_damage
 from diffsynth.models.checkpoint_files import files_of
 from diffsynth.planning.cost import run_cost
 from diffsynth.planning.sizes import ModelSizes
@@ -41,7 +42,7 @@ _TOKENIZER_FILES = ("*.json", "spiece.model")
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "reference": ("path", "sha256"),
     "model": ("folder", "files", "setup"),
-    "video": ("fps", "quality", "frames_sha256"),
+    "video": ("frames", "height", "width", "fps", "quality", "frames_sha256"),
     **dict.fromkeys(("options", "pictures", "versions", "device", "cost"), ()),
 }
 
@@ -316,15 +317,36 @@ def finished_record(video: Path) -> RunRecord | None:
     """Return the record of a finished video, from inside it or, if it is too long for that, from beside it.
 
     A record that is missing beside the video is written again. None: there is no video, or no record.
+
+    Raises:
+        ValueError: the video is not whole, or is not the one that the record beside it describes.
     """
     if not video.exists():
         return None
     inside, beside = _record_of(video), _record_of(record_path(video))
-    if inside is None:
-        return beside
-    if inside != beside:
+    record = inside or beside
+    if record is not None and (problem := _damage(video, record, embedded=inside is not None)):
+        raise ValueError(f"{video} is damaged or was replaced ({problem})")
+    if inside is not None and inside != beside:
         write_record(inside, video)
-    return inside
+    return record
+
+
+def _damage(video: Path, record: RunRecord, *, embedded: bool) -> str | None:
+    """Return what a video lacks of the one that a record describes; None if nothing."""
+    told = record.video
+    if video.is_dir():
+        with suppress(ValueError):
+            if sha256_of_frames(VideoData(image_folder=video).raw_data()) == told["frames_sha256"]:
+                return None
+        return "its frames are not the recorded ones"
+    if (
+        not embedded
+        and video.suffix.lower() != ".gif"
+        and len(json.dumps(record.to_json())) <= LARGEST_METADATA
+    ):
+        return "its record is beside it, but not in it"
+    return video_damage(video, (told["frames"], told["height"], told["width"]))
 
 
 def _record_of(file: Path) -> RunRecord | None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -110,6 +111,7 @@ class Page:
                 raise ValueError("choose or upload a reference video first")
             # The prompt has no influence on a reference's motion, but it must not be empty.
             request, reference = self._request(("motion", *values[1:])), self._kept(uploaded)
+            check_budget(self.session, request, reference)
             return self.queue.submit(
                 lambda job: show_motion(self.session, request, reference, job), "its motion"
             )
@@ -168,7 +170,7 @@ class Page:
                 raise ValueError("that run is not yours")
             return self._files_of(find_run(self.session.output_dir, name))
         except (ValueError, OSError) as error:
-            return (panel.failed(error), *[self._gradio.skip()] * 3)
+            return (self._bare(panel.failed(error)), *[self._gradio.skip()] * 3)
 
     def _request(self, values: Sequence[Any]) -> dict[str, Any]:
         asked = dict(zip(_FIELDS, values, strict=True))
@@ -199,10 +201,15 @@ class Page:
         if isinstance(error, JobCancelledError | CancelledError):
             status = panel.message("Cancelled; nothing was written.")
         elif error is not None:
-            status = panel.failed(error)
+            status = self._bare(panel.failed(error))
         yield (status, None, *shown)
         if error is not None:  # so that a program that calls this page sees no success
-            raise self._gradio.Error(str(error) or type(error).__name__, print_exception=False)
+            raise self._gradio.Error(self._bare(str(error)) or type(error).__name__, print_exception=False)
+
+    def _bare(self, text: str) -> str:
+        """Return a text for visitors, in which files of the server have their names alone."""
+        folders = map(re.escape, map(str, (self.session.output_dir, self.session.cache.parent)))
+        return re.sub(rf"({'|'.join(folders)})[/\\]([\w.-]+[/\\])*", "", text)
 
     def _files_of(self, run: PastRun) -> tuple:
         video, both = self._shown(run.video), str(compared(run, self.session.cache))

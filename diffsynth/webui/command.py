@@ -49,7 +49,8 @@ def run(options: Namespace, console: Console) -> int:
             limits=limits,
             max_minutes=options.max_minutes,
         )
-        page = Page(session, queue, shared=options.shared or is_local(options.host))
+        alone = is_local(options.host) and not options.allow_host  # otherwise a proxy serves others
+        page = Page(session, queue, shared=options.shared or alone)
         app = make_app(page, auth, host=options.host, allowed_hosts=options.allow_host)
         address = f"http://{options.host}:{listening.getsockname()[1]}"
         console.note(f"the page is at {address}; videos go to {output_dir}; Ctrl-C ends")

@@ -31,7 +31,7 @@ _HEADERS = (
 # Routes that fetch a URL named by the visitor, and the route that lists all routes.
 _REFUSED = ("/proxy=", "/file=http:", "/file=https:", "/file/http:", "/file/https:", "/openapi.json")
 LARGEST_REQUEST = 1 << 20  # maximum bytes of a request that is not an upload
-YOUNG = 600  # age in seconds below which an upload is never deleted
+YOUNG = 600  # age in seconds below which an upload that was not copied yet is never deleted
 LONGEST_WAIT = 60.0  # seconds after many wrong passwords
 MOST_CLIENTS = 10_000  # whose wrong passwords are counted
 UPLOADS_KEPT = 10  # the quota has room for this many uploads of the largest size
@@ -57,6 +57,7 @@ class Guard:
         self._folders = uploads.resolve(), cache.resolve()
         self._wrong: dict[str, tuple[int, float]] = {}  # client -> wrong passwords, time of the next try
         self._quota = int(UPLOADS_KEPT * megabytes * 2**20)
+        self._arriving = 0  # bytes of uploads that are being sent
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -73,9 +74,16 @@ class Guard:
         if login and time.monotonic() < self._wrong.get(client, (0, 0))[1]:
             await _refuse(send, 429, "wait before you try another password")
             return
+        arrives = 0
         if scope["type"] == "http" and scope["method"] == "POST":
             if scope["path"].endswith("/upload"):
-                make_room(self._folders[0], self._quota)
+                arrives = int(dict(scope["headers"]).get(b"content-length", self._quota + 1))
+                room = self._quota - self._arriving - arrives
+                if room < 0 or make_room(self._folders[0], room) > room:
+                    while (await receive()).get("more_body"):  # else browsers do not show the answer
+                        pass
+                    await _refuse(send, 507, "there is no room for this upload now; try again in 10 minutes")
+                    return
             else:
                 body = await _read_all(receive)
                 if body is None:
@@ -97,7 +105,11 @@ class Guard:
                 message = {**message, "headers": [*own, *_HEADERS]}
             await send(message)
 
-        await self._app(scope, receive, send_guarded)
+        self._arriving += arrives
+        try:
+            await self._app(scope, receive, send_guarded)
+        finally:
+            self._arriving -= arrives
 
     def _note_login(self, client: str, status: int) -> None:
         """Let a client wait after each wrong password, twice as long as after the one before."""
@@ -142,8 +154,12 @@ class Guard:
         return all(any(path.is_relative_to(folder) for folder in self._folders) for path in real)
 
 
-def make_room(folder: Path, most: int) -> None:
-    """Delete the oldest uploads of a folder until at most `most` bytes are left; keep those under YOUNG."""
+def make_room(folder: Path, most: int) -> int:
+    """Delete the oldest uploads of a folder until at most `most` bytes are left, but none under YOUNG.
+
+    Returns:
+        The bytes that are left.
+    """
     found = []
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -156,6 +172,7 @@ def make_room(folder: Path, most: int) -> None:
             break
         path.unlink(missing_ok=True)
         total -= size
+    return total
 
 
 async def _read_all(receive: Receive) -> bytes | None:

@@ -31,6 +31,7 @@ _SIGNS: Mapping[str, tuple[tuple[int, bytes], ...]] = {
     ".gif": ((0, b"GIF8"),),
 }
 _FRAME = re.compile(rb"^0,", re.MULTILINE)  # a line of ffmpeg's list of packets or frames
+_SIZE = re.compile(rb"^#dimensions 0: (\d+)x(\d+)", re.MULTILINE)
 _HEAD = 16  # bytes
 HASH_LENGTH = 12  # of a file's hash, in its name
 
@@ -46,10 +47,11 @@ class UploadLimits:
     megabytes: float = 200  # of 2**20 bytes
     frames: int = 2000  # of the video
     pixels: int = 4096 * 2304  # of a frame
+    pixels_of_all: int = 2000 * 1920 * 1080  # of all frames; decoding them takes a quarter of a minute
     seconds: float = 30  # that reading it once takes
 
     def __post_init__(self) -> None:
-        for name in ("megabytes", "frames", "pixels", "seconds"):
+        for name in ("megabytes", "frames", "pixels", "pixels_of_all", "seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a number above 0; got {getattr(self, name)!r}")
 
@@ -109,6 +111,7 @@ def _open_inside(path: Path, folder: Path, name: str, limits: UploadLimits) -> B
         raise refused from error
     facts = os.fstat(file)
     if stat.S_ISREG(facts.st_mode) and facts.st_size <= limits.megabytes * 2**20:
+        os.utime(path, (0, 0))  # it is copied now, and may go first when later uploads need room
         return os.fdopen(file, "rb")
     os.close(file)
     if not stat.S_ISREG(facts.st_mode):
@@ -143,5 +146,10 @@ def _check_decodes(path: Path, limits: UploadLimits) -> None:
         raise ValueError(f"the video's frames have more than {limits.pixels} pixels; send a smaller one")
     if not _FRAME.search(first):
         raise ValueError("the uploaded file cannot be decoded: it is damaged or no video")
-    if len(_FRAME.findall(packets)) > limits.frames:
+    if (frames := len(_FRAME.findall(packets))) > limits.frames:
         raise ValueError(f"the uploaded video has more than {limits.frames} frames; send a shorter one")
+    if (size := _SIZE.search(first)) and frames * int(size[1]) * int(size[2]) > limits.pixels_of_all:
+        raise ValueError(
+            f"the uploaded video has {frames} frames of {int(size[1])}x{int(size[2])}, and all may have "
+            f"{limits.pixels_of_all:.3g} pixels; send a shorter or a smaller one"
+        )
