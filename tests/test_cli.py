@@ -104,7 +104,12 @@ def test_every_command_has_help_with_options_and_all_but_none_examples(command, 
         (["transfer", "none.mp4", "--prompt", "x"], 2, "video file none.mp4 does not exist"),
         (["compare", "none.mp4", "b.mp4", "-o", "c.mp4"], 2, "video file none.mp4 does not exist"),
         (["batch", "none.jsonl", "-o", "out"], 2, "jobs file none.jsonl does not exist"),
-        (["inspect", __file__, "--model", "2B"], 2, "2B is neither a checkpoint folder nor one of the names"),
+        (["inspect", sys.executable, "--model", "2B"], 2, "2B is neither a checkpoint folder nor one of the"),
+        (["inspect", sys.executable, "--model", "wan2.2"], 2, "one of the names nano, 1.3b, 14b"),
+        (["inspect", __file__], 2, "test_cli.py is a text and no video"),
+        (["inspect", "golden"], 2, "folder golden holds no images (.png, "),
+        (["plan", "--model", "14b", "--preset", "turbo"], 2, "preset must be one of exact, balanced, fast"),
+        (["transfer", sys.executable, "--prompt", "x", "-o", "conftest.py"], 2, "output conftest.py exists"),
     ],
 )
 def test_what_is_missing_is_known_before_torch_is_imported(arguments, code, message):
@@ -112,9 +117,25 @@ def test_what_is_missing_is_known_before_torch_is_imported(arguments, code, mess
         "import sys; from diffsynth.cli.main import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", probe, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    here = Path(__file__).parent
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
     assert result.stdout == f"{code} False\n"
     assert message in result.stderr
+
+
+def test_a_missing_device_is_told_before_the_model_that_is_chosen(clip, tmp_path, capsys):
+    asked = ["transfer", clip, "--prompt", "x", "--models-dir", tmp_path, "--device", "cuda:99"]
+    assert main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastvmt: device 'cuda:99' ")
+
+
+def test_an_interrupt_while_the_command_is_imported_is_one_line():
+    stop = "class Stop:\n def find_spec(self, name, *_):\n  if 'cli' in name: raise KeyboardInterrupt"
+    code = f"import sys\n{stop}\nsys.meta_path.insert(0, Stop())\n"
+    code += "from diffsynth.__main__ import start; sys.exit(start())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "fastvmt: interrupted\n")
 
 
 def test_an_interrupt_while_torch_is_imported_is_one_line(monkeypatch, capsys):

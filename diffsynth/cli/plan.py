@@ -48,10 +48,9 @@ def run(options: Namespace, console: Console) -> int:
             told = told.replace(name, option)
         raise RunFailedError(told) from error
     console.say(str(plan))
-    loaded = {name: getattr(options, name) for name in ("model", "dtype", "gpus")}
-    words = [word for item in (loaded | asked).items() if item[1] is not None for word in option_words(*item)]
-    if options.models_dir != Path("models"):
-        words += option_words("models_dir", options.models_dir)
+    given = {name: getattr(options, name) for name in ("model", "models_dir", "dtype", "gpus")} | asked
+    shown = [item for item in given.items() if item[1] not in (None, Path("models"))]
+    words = [word for item in shown for word in option_words(*item)]
     command = f'fastvmt transfer REF.mp4 --prompt "..." -o OUT.mp4 {shlex.join(words)}'.rstrip()
     console.say(f"to run it: {command}")
     several = {}

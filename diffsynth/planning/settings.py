@@ -18,11 +18,9 @@ from diffsynth.vram_management.streaming import tensors_of
 
 # What the guidance pass keeps; the rest is computed again for a gradient.
 _KEPT = {
-    "none": "everything",
-    "attention": "each block's input and its self-attention's result",
-    "block": "each block's input",
-    "offload": "each block's input in CPU memory",
-}
+    "none": "everything", "attention": "each block's input and its self-attention's result",
+    "block": "each block's input", "offload": "each block's input in CPU memory",
+}  # fmt: skip
 KEEPING = tuple(_KEPT)
 # Tiles of the VAE are not made smaller than this, in latent units: their borders would show.
 SMALLEST_TILE = 8

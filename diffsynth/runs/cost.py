@@ -52,8 +52,8 @@ class RunCost:
         rows = [f"{name:<14}{seconds[name]:8.1f} s" for name in sorted(seconds, key="decode".__eq__)]
         return "\n".join([
             f"RunCost: {self.mode}, {self.num_inference_steps} steps, seed {self.seed}", *rows,
-            f"{'guidance':<14}{sum(self.time_guidance):8.1f} s of the denoising, in {len(self.time_guidance)} "
-            f"steps, {self.gradient_evaluations} gradients",
+            f"{'guidance':<14}{sum(self.time_guidance):8.1f} s of the denoising: {self.gradient_evaluations} "
+            f"gradients in {len(self.time_guidance)} steps",
             f"{'peak memory':<14}{self.peak_memory / 2**30:8.2f} GB",
         ])  # fmt: skip
 
