@@ -1,4 +1,4 @@
-"""Draw the figures of docs/how_it_works.md: the method, the flow that the nano model reads, noise levels, a run's losses.
+"""Draw the figures of docs/how_it_works.md: the method, the flow that the nano model reads, noise, losses.
 
 fastvmt transfer examples/data/bounce.mp4 --prompt "a blue star on a yellow background" --seed 1 -o out.mp4
 python docs/make_figures.py out.mp4.json
