@@ -45,7 +45,7 @@ setup(
         ]
     },
     cmdclass={"build_py": BuildWithNano},
-    entry_points={"console_scripts": ["fastvmt = diffsynth.cli.main:main"]},
+    entry_points={"console_scripts": ["fastvmt = diffsynth.__main__:start"]},
     install_requires=Path("requirements.txt").read_text().split(),
     extras_require={
         "eval": EVAL,

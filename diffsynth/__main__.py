@@ -1,6 +1,18 @@
-"""`python -m diffsynth` is `fastvmt`; so is `torchrun --nproc-per-node N -m diffsynth`, on N ranks."""
+"""`fastvmt`, also as `python -m diffsynth`, and `torchrun --nproc-per-node N -m diffsynth`, on N ranks."""
 
-from diffsynth.cli.main import main
+import sys
+
+
+def start() -> int:
+    """Run the command. Ctrl-C while it is imported is one line, too."""
+    try:
+        from diffsynth.cli.main import main
+
+        return main()
+    except KeyboardInterrupt:
+        sys.stderr.write("fastvmt: interrupted\n")
+        return 130
+
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(start())

@@ -1,4 +1,4 @@
-"""Draw the figures of docs/how_it_works.md: the flow that the nano model reads, noise levels, a run's losses.
+"""Draw the figures of docs/how_it_works.md: the method, the flow that the nano model reads, noise, losses.
 
 fastvmt transfer examples/data/bounce.mp4 --prompt "a blue star on a yellow background" --seed 1 -o out.mp4
 python docs/make_figures.py out.mp4.json
@@ -26,6 +26,23 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 CLIP = HERE.parent / "examples" / "data" / "bounce.mp4"
 CELL = 200  # pixels
+# Boxes of the diagram: centre (x, y) in its units, text; then arrows from box to box, and a label.
+BOXES = {
+    "reference": (1.1, 3.2, "reference video\n+ noise of this level"),
+    "latents": (1.1, 1.0, "latents of\nthe new video"),
+    "dit 1": (3.7, 3.2, "DiT blocks,\nup to one of them"),
+    "dit 2": (3.7, 1.0, "the same blocks"),
+    "qk 1": (6.1, 3.2, "queries and keys\nof that block"),
+    "qk 2": (6.1, 1.0, "queries and keys"),
+    "flow 1": (8.5, 3.2, "flow of each tile\nto the next frames"),
+    "flow 2": (8.5, 1.0, "flow of each tile"),
+    "loss": (10.8, 2.1, "motion loss:\nhow far the\nflows differ"),
+    "step": (1.1, 2.1, "then the denoising step,\nto the next noise level"),
+}
+ARROWS = (
+    ("reference", "dit 1"), ("dit 1", "qk 1"), ("qk 1", "flow 1"), ("flow 1", "loss"),
+    ("latents", "dit 2"), ("dit 2", "qk 2"), ("qk 2", "flow 2"), ("flow 2", "loss"),
+)  # fmt: skip
 
 
 def main() -> None:
@@ -37,6 +54,7 @@ def main() -> None:
     flow_picture().save(HERE / "flow_levels.png", optimize=True)
     schedule_figure().savefig(HERE / "schedule.png")
     loss_curves(losses).savefig(HERE / "losses.png")
+    method_diagram().savefig(HERE / "method.png")
 
 
 def flow_picture(sigmas: tuple[float, ...] = (0.95, 0.85, 0.7, 0.5)) -> Image.Image:
@@ -54,6 +72,33 @@ def flow_picture(sigmas: tuple[float, ...] = (0.95, 0.85, 0.7, 0.5)) -> Image.Im
         rows.append(colour_panels(flow, (CELL, CELL), largest=2.0, sure=sure))
     labels = [[f"latent frame {step} to {step + 1}" for step in range(4)]]
     return picture_grid(rows, labels, ["reference", *(f"sigma {sigma:g}" for sigma in sigmas)])
+
+
+def method_diagram() -> "Figure":
+    """Draw one guided step: both videos are read alike, and the latents follow the gradient of the loss."""
+    figure = new_figure(10, 4.4)
+    axes = figure.add_subplot(xlim=(-0.2, 12), ylim=(-0.6, 3.9))
+    axes.set_axis_off()
+    drawn = {}
+    for name, (x, y, text) in BOXES.items():
+        colour = RED if name in ("loss", "latents") else GREEN if name == "step" else BLUE
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": colour}
+        drawn[name] = axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box)
+
+    def arrow(begin: str, end: str, colour: str) -> None:
+        style = {"arrowstyle": "-|>", "color": colour, "shrinkA": 3, "shrinkB": 3}
+        style |= {"patchA": drawn[begin].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+        axes.annotate("", BOXES[end][:2], BOXES[begin][:2], arrowprops=style)
+
+    for begin, end in ARROWS:
+        arrow(begin, end, BLUE)
+    arrow("latents", "step", GREEN)
+    axes.plot([10.8, 10.8, 1.1], [1.6, 0, 0], color=RED, linewidth=1)
+    axes.annotate("", (1.1, 0.68), (1.1, -0.01), arrowprops={"arrowstyle": "-|>", "color": RED})
+    axes.text(
+        6, -0.25, "gradient: the latents move, several times a step", color=RED, fontsize=9, ha="center"
+    )
+    return figure
 
 
 def schedule_figure() -> "Figure":

@@ -111,6 +111,23 @@ def test_a_progress_bar_is_only_told(pipe, bar):
     np.testing.assert_array_equal(pipe("a cat", seed=3, **run), pipe("a cat", seed=3, **RUN))
 
 
+def test_a_bar_that_takes_a_text_is_told_what_is_done(pipe, clip):
+    told = []
+
+    class Bar(list):
+        def set_postfix_str(self, text, refresh):
+            told.append((text.split(" loss ")[0], refresh))
+
+    motion = {"guided_steps": 1, "inner_steps": 2, "interval": 1, "sf": 2, "block": 1}
+    pipe("a cat", input_video=clip, motion=motion, seed=3, **{**RUN, "progress_bar_cmd": Bar})
+    assert told == [("guided 1/1, motion", False), ("sampling", False), ("sampling", False)]
+
+
+def test_an_empty_prompt_is_told_in_one_warning(pipe, caplog):
+    pipe(" ", seed=3, **RUN)
+    assert [r.message for r in caplog.records] == ["prompt is empty: the model chooses what the video shows"]
+
+
 @pytest.mark.parametrize("name", ["progress_bar_cmd", "callback_on_step_end", "observer"])
 def test_what_cannot_be_called_is_refused_by_name(pipe, name):
     with pytest.raises(TypeError, match=f"{name} must be a function or None; got 5"):

@@ -4,13 +4,13 @@ import inspect
 import io
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from shlex import quote
 
 import pytest
 
@@ -20,6 +20,7 @@ from diffsynth.cli import download as download_command
 from diffsynth.cli.completion import commands_of
 from diffsynth.cli.console import Console
 from diffsynth.cli.main import COMMANDS, main
+from diffsynth.cli.parser import build_parser
 from diffsynth.configs import options
 from diffsynth.configs.caches import CACHES
 from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, checkpoint_folder
@@ -32,6 +33,7 @@ from diffsynth.evaluation.trackers import METHODS
 from diffsynth.jobs import models, publish, task
 from diffsynth.jobs.download import DownloadError
 from diffsynth.jobs.publish import check_folder
+from diffsynth.jobs.task import task_options
 from diffsynth.models.attention import BACKENDS
 from diffsynth.models.model_manager import DTYPES
 from diffsynth.motion import MotionGuidance
@@ -102,7 +104,12 @@ def test_every_command_has_help_with_options_and_all_but_none_examples(command, 
         (["transfer", "none.mp4", "--prompt", "x"], 2, "video file none.mp4 does not exist"),
         (["compare", "none.mp4", "b.mp4", "-o", "c.mp4"], 2, "video file none.mp4 does not exist"),
         (["batch", "none.jsonl", "-o", "out"], 2, "jobs file none.jsonl does not exist"),
-        (["inspect", __file__, "--model", "2B"], 2, "2B is neither a checkpoint folder nor one of the names"),
+        (["inspect", sys.executable, "--model", "2B"], 2, "2B is neither a checkpoint folder nor one of the"),
+        (["inspect", sys.executable, "--model", "wan2.2"], 2, "one of the names nano, 1.3b, 14b"),
+        (["inspect", __file__], 2, "test_cli.py is a text and no video"),
+        (["inspect", "golden"], 2, "folder golden holds no images (.png, "),
+        (["plan", "--model", "14b", "--preset", "turbo"], 2, "preset must be one of exact, balanced, fast"),
+        (["transfer", sys.executable, "--prompt", "x", "-o", "conftest.py"], 2, "output conftest.py exists"),
     ],
 )
 def test_what_is_missing_is_known_before_torch_is_imported(arguments, code, message):
@@ -110,9 +117,25 @@ def test_what_is_missing_is_known_before_torch_is_imported(arguments, code, mess
         "import sys; from diffsynth.cli.main import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", probe, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    here = Path(__file__).parent
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
     assert result.stdout == f"{code} False\n"
     assert message in result.stderr
+
+
+def test_a_missing_device_is_told_before_the_model_that_is_chosen(clip, tmp_path, capsys):
+    asked = ["transfer", clip, "--prompt", "x", "--models-dir", tmp_path, "--device", "cuda:99"]
+    assert main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastvmt: device 'cuda:99' ")
+
+
+def test_an_interrupt_while_the_command_is_imported_is_one_line():
+    stop = "class Stop:\n def find_spec(self, name, *_):\n  if 'cli' in name: raise KeyboardInterrupt"
+    code = f"import sys\n{stop}\nsys.meta_path.insert(0, Stop())\n"
+    code += "from diffsynth.__main__ import start; sys.exit(start())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "fastvmt: interrupted\n")
 
 
 def test_an_interrupt_while_torch_is_imported_is_one_line(monkeypatch, capsys):
@@ -439,7 +462,9 @@ def test_overwrite_replaces_a_video_and_a_failed_run_keeps_it(transferring, tmp_
     assert (out.read_bytes(), visible(tmp_path)) == (b"precious", [kept.name, "out.mp4"])
     message = capsys.readouterr().err
     assert "the video could not be written: disk full" in message
-    assert f"its final latents are kept: fastvmt decode {quote(str(kept))} -o OUT.mp4 makes it" in message
+    assert (
+        f"its final latents are kept: fastvmt decode {shlex.quote(str(kept))} -o OUT.mp4 makes it" in message
+    )
     model = transferring[transferring.index("--model") + 1]
     assert main(["decode", kept, "-o", tmp_path / "late.mp4", "--model", model]) == 0
     assert main([*transferring, "--overwrite"]) == 0
@@ -709,7 +734,23 @@ def test_plan_predicts_a_published_run_without_its_weights(tmp_path, capsys):
     assert main([*arguments, "--mode", "No_transfer"]) == 0
     assert "0 of guidance" in capsys.readouterr().out
     assert main([*arguments, "--vram", "0.8"]) == 1
-    assert "needs at least" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "needs at least" in told
+    assert "--vram is 0.8" in told
+    assert main(["plan", "--model", "1.3b", "--vram", "3"]) == 1
+    assert "--motion-coarse 2 (" in capsys.readouterr().err
+
+
+def test_plan_ends_with_the_command_that_runs_it(capsys):
+    given = ["--model", "14b", "--vram", "12", "--width", "640", "--no-tiled", "--motion-block", "12"]
+    given += ["--align=-3,0,1.5", "--tile-size", "20,30", "--tile-stride", "10,15"]
+    assert main(["plan", *given]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    told = shlex.split(last.removeprefix("to run it: fastvmt "))
+    again = vars(build_parser().parse_args([*told, "--overwrite"]))
+    asked = task_options(vars(build_parser().parse_args(["plan", *given])))
+    assert task_options(again) == {"prompt": "...", **asked}
+    assert (again["model"], again["vram_budget_gb"]) == ("14b", 12)
 
 
 def test_plan_takes_a_loaded_model_s_own_numbers(tiny_checkpoint, capsys):

@@ -90,8 +90,9 @@ def test_without_a_reference_the_example_moves_as_a_shipped_clip_does(tiny_check
 def test_a_missing_checkpoint_ends_with_the_download_command_and_no_traceback(tmp_path, script, arguments):
     result = run(script, *arguments, cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.endswith("does not exist; fetch it with: fastvmt download 1.3b\n")
-    assert "Traceback" not in result.stderr
+    *usage, line = result.stderr.splitlines()
+    assert "does not exist; fetch it with: fastvmt download 1.3b" in line
+    assert len(usage) <= (2 if script == "convert_weights.py" else 0)
 
 
 def test_the_hosted_demo_starts_the_page_under_its_own_name():

@@ -180,6 +180,7 @@ def test_losses_are_curves_and_none_are_refused():
     assert (list(first.get_xdata()), list(first.get_ydata())) == ([1, 1.5], [1, 0.5])
     assert (second.get_xdata()[0], list(second.get_ydata())) == (2, [1, 0, 0.25])
     assert first.get_color() == second.get_color()
+    assert axes.get_ylim() == (0, 1.3)  # the first point of a step is not on the border
     for nothing in ([], [[0.0]]):
         with pytest.raises(ValueError, match="losses must hold numbers above 0"):
             loss_curves(nothing)

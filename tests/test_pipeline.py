@@ -232,6 +232,8 @@ def test_an_observer_is_told_of_every_stage_and_step(pipe, clip):
     (cost,) = pipe.costs
     assert [list(losses) for losses in cost.losses] == [list(e.losses) for e in seen if e.losses]
     assert set(cost.stage_seconds) == {"encode text", "encode video", "decode"}
+    rows = [line[:14].strip() for line in repr(cost).splitlines()[1:]]
+    assert rows == ["encode text", "encode video", "denoising", "decode", "guidance", "peak memory"]
 
 
 @pytest.mark.slow

@@ -1,10 +1,14 @@
 """The figure of cost against error."""
 
+import math
+from pathlib import Path
+
 import pytest
 
 from benchmarks.quality.scatter import pareto_figure, pareto_front
 from benchmarks.quality.statistics import Interval
 from diffsynth.evaluation.figures import BLUE, RED
+from docs.make_pareto import lever_points
 
 
 def test_the_front_is_what_nothing_beats():
@@ -37,3 +41,12 @@ def test_points_on_the_front_are_red_and_others_blue_and_a_legend_names_them():
 def test_no_points_are_refused():
     with pytest.raises(ValueError, match="points must hold at least one method"):
         pareto_figure({}, "x", "y")
+
+
+def test_reuse_and_guided_steps_are_read_from_the_tables_of_the_document():
+    points = lever_points((Path(__file__).parents[1] / "docs" / "quality.md").read_text())
+    cost, error = points["8 guided steps"]
+    assert (cost, error.value) == (119, pytest.approx(11.95, abs=0.01))
+    assert points["interval 5"][1].low == pytest.approx(3.83, abs=0.01)
+    assert math.isnan(points["interval 1"][1].low)
+    assert not any("window" in name for name in points)

@@ -167,6 +167,17 @@ def test_help_lists_the_options_one_a_line(name):
         assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "True"
 
 
+def test_help_of_the_call_lists_its_arguments_and_has_an_example():
+    from diffsynth import MotionGuidance, WanVideoPipeline
+
+    told = inspect.getdoc(WanVideoPipeline.__call__)
+    for name in ("prompt", "input_video", "checkpoint_dir", "arguments"):
+        assert re.search(rf"^    {name}.*: ", told, re.MULTILINE)
+    assert "\nExample:\n    frames = pipe(" in told
+    assert "pipe = WanVideoPipeline.from_pretrained(" in WanVideoPipeline.__doc__
+    assert "Example: `pipe(..., motion=MotionGuidance(" in MotionGuidance.__doc__
+
+
 @pytest.mark.slow
 def test_a_wrong_argument_of_the_call_is_found_by_a_type_checker(tmp_path):
     calls = {

@@ -18,6 +18,7 @@ from diffsynth.configs.options import (
     RunOptions,
     SavingOptions,
     Shorthands,
+    call_options,
 )
 
 NOT_OFFERED = ("output_type", "motion")  # a command writes a file; motion has an option for each number
@@ -26,6 +27,18 @@ NOT_OFFERED = ("output_type", "motion")  # a command writes a file; motion has a
 def flag(name: str) -> str:
     """Return the option of a name: "num_frames" -> "--num-frames"."""
     return "--" + name.replace("_", "-")
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """Return the words of the command line that give an option a value."""
+    if isinstance(value, bool):
+        return [flag(name if value else f"no_{name}")]
+    stated = call_options().get(name)
+    name = (stated and stated[0].short) or name
+    parts = value if isinstance(value, tuple) else (value,)
+    text = ",".join(str(part).removesuffix(".0") for part in parts)
+    # A value such as -3,0,1 would be read as an option.
+    return [f"{flag(name)}={text}"] if text.startswith("-") else [flag(name), text]
 
 
 def reader(kind: Kind) -> Callable[[str], Any]:

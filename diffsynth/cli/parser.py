@@ -97,7 +97,7 @@ where it stopped.""",
 # What --help shows of the commands that have some eighty options.
 _COMMON = (
     "reference", "jobs", "output", "output_dir", "prompt", "input_image", "model", "preset", "mode", "seed",
-    "num_inference_steps", "num_frames", "motion_scale", "offload", "resume", "gif", "vram", "help",
+    "num_inference_steps", "num_frames", "motion_scale", "offload", "vram_budget_gb", "resume", "gif", "help",
     "help_all",
 )  # fmt: skip
 
@@ -290,7 +290,6 @@ def _add_plan(parser: Parser) -> None:
     speed, text = reader(Number(above=0)), "TFLOP/s that one computes, with --gpus (400)"
     add("--tflops", type=speed, default=400, metavar="X", help=text)
     add("--gb-per-s", type=speed, default=200, metavar="X", help="GB/s that one sends, with --gpus (200)")
-    add("--vram", type=number, metavar="GB", help="memory of the device; no limit")
     add_call_options(parser)
 
 

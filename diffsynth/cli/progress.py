@@ -98,10 +98,7 @@ class StageProgress:
             self._console.note(event.stage)
         elif event.stage == "guidance":
             self._guided = event.step
-            self._doing = f"guided {event.step}/{event.steps}"
-            if len(event.losses) > 1 and event.losses[0]:
-                # Of this step's own losses: those of other noise levels do not compare.
-                self._doing += f", motion loss {event.losses[-1] / event.losses[0] - 1:+.0%}"
+            self._doing = event.words
             self._show(event.step - 1, None)
         else:
             if event.step > self._guided:

@@ -95,8 +95,5 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
     if key is not None:
         where = "" if str(root) == "models" else f" --models-dir {root}"
         raise FileNotFoundError(f"{folders[-1]} does not exist; fetch it with: fastvmt download {key}{where}")
-    if here.name.lower().startswith("wan2"):
-        fetch = f"hf download Wan-AI/{here.name} --local-dir {here}"
-        raise FileNotFoundError(f"{here} does not exist; fetch a Wan checkpoint with: {fetch}")
     names = ", ".join(["nano", *PUBLISHED])
     raise FileNotFoundError(f"{name} is neither a checkpoint folder nor one of the names {names}")

@@ -94,6 +94,8 @@ class MotionGuidance:
 
     Lengths in tokens are counted on the grid that the DiT sees, which `coarse` makes coarser.
 
+    Example: `pipe(..., motion=MotionGuidance(guided_steps=6))`; `motion={"guided_steps": 6}` keeps a model's.
+
     Raises:
         ValueError: a number is not allowed; the message names it.
     """

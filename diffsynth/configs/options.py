@@ -224,7 +224,7 @@ class Shorthands(CheckedOptions):
     tea_cache_l1_thresh: float | None = option(OrNone(Number(least=0)), "threshold of TeaCache")
     tea_cache_model_id: str = option(Text(), "whose coefficients TeaCache takes", default="")
     vram_budget_gb: float | None = option(
-        OrNone(Number(above=0, most=100_000)), "memory of the device that the run may use, GB of 2**30 bytes"
+        OrNone(Number(above=0, most=100_000)), "device memory for the run, GB of 2**30 bytes", short="vram"
     )
 
 

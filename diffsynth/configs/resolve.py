@@ -151,6 +151,8 @@ def resolve_prompts(
         ValueError: a list is empty, a prompt is too long, or the lists have different lengths.
     """
     prompts = _texts("prompt", prompt)
+    if not all(text.strip() for text in prompts):
+        logger.warning("prompt is empty: the model chooses what the video shows")
     if negative_prompt is None:
         negative_prompt = defaults["negative_prompt"] or ""
     negatives = _texts("negative_prompt", negative_prompt)

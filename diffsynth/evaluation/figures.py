@@ -38,7 +38,7 @@ def loss_curves(losses: Sequence[Sequence[float]]) -> "Figure":
         raise ValueError("losses must hold numbers above 0; a run without guidance has none")
     figure = new_figure(8.6, 3.4)
     axes = figure.add_subplot(xlabel="guided step", ylabel="motion loss / the step's first")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.3)  # a loss may rise at the highest noise
     for step, values in enumerate(losses):
         times = [step + 1 + index / len(values) for index in range(len(values))]
         axes.plot(times, [value / (values[0] or 1) for value in values], ".-", color=BLUE)

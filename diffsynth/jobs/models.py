@@ -15,6 +15,7 @@ from diffsynth.jobs.errors import RunFailedError
 from diffsynth.models.attention import use_attention
 from diffsynth.models.checkpoint_files import CheckpointError
 from diffsynth.pipelines.wan_video import WanVideoPipeline
+from diffsynth.vram_management import choose_device
 
 
 def load_options(asked: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> LoadOptions:
@@ -49,6 +50,8 @@ def choose_model(
     Raises:
         FileNotFoundError: there is no model of this name.
     """
+    if options is not None and options.device is not None:
+        choose_device(options.device)  # what is wrong with it comes before the note
     if name is not None:
         return checkpoint_folder(name, root)
     if options is not None and options.dit is not None and len(parts_of(options)) == 3:

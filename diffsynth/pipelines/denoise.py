@@ -52,6 +52,17 @@ class RunEvent:
     reference: Tensor | None = None
     interrupted: bool = False
 
+    @property
+    def words(self) -> str:
+        """What is done, as progress shows it: "guided 3/10, motion loss -37%"."""
+        if self.stage != "guidance":
+            return self.stage
+        text = f"guided {self.step}/{self.steps}"
+        if len(self.losses) > 1 and self.losses[0]:
+            # Of this step's own losses: those of other noise levels do not compare.
+            text += f", motion loss {self.losses[-1] / self.losses[0] - 1:+.0%}"
+        return text
+
 
 def denoise(
     latents: Tensor,

@@ -4,10 +4,11 @@ If memory runs out, a stage is repeated one rung down the ladder of settings.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -208,12 +209,27 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
 def checked_callables(
     progress_bar_cmd: Progress | None, observer: Observer | None, callback_on_step_end: object
 ) -> tuple[Progress, Observer]:
-    """Return progress bar and observer; a None is replaced by a function that does nothing."""
+    """Return progress bar and observer, which tells a bar such as tqdm's what is done. None does nothing."""
     called = {"progress_bar_cmd": progress_bar_cmd, "observer": observer}
     for name, call in {**called, "callback_on_step_end": callback_on_step_end}.items():
         if call is not None and not callable(call):
             raise TypeError(f"{name} must be a function or None; got {call!r:.80}")
-    return progress_bar_cmd or iter, observer or (lambda _event: None)
+    bars: list[Any] = [None]
+    stages = [""]
+
+    def bar(steps: Iterable[int]) -> Iterable[int]:
+        bars[:] = [(progress_bar_cmd or iter)(steps)]
+        return bars[0]
+
+    def tell(event: RunEvent) -> None:
+        ends_guided = (stages[0], event.stage) == ("guidance", "sampling")  # what guidance did stays shown
+        if event.steps and not ends_guided and hasattr(bars[0], "set_postfix_str"):
+            bars[0].set_postfix_str(event.words, refresh=False)
+        stages[:] = [event.stage]
+        if observer is not None:
+            observer(event)
+
+    return bar, tell
 
 
 def noise_generator(options: RunOptions) -> torch.Generator:

@@ -25,14 +25,7 @@ from diffsynth.models.model_manager import ModelManager, check_dtype
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.pipelines.components import (
-    WIDE_DTYPES,
-    Components,
-    load_checkpoint,
-    models_of,
-    reference_facts,
-    tokenizer_of,
-)
+from diffsynth.pipelines import components
 from diffsynth.pipelines.decode import Frames
 from diffsynth.pipelines.denoise import RunEvent, replaced_latents
 from diffsynth.pipelines.generate import GeneratedVideo, Observer, checked_callables, generate
@@ -55,7 +48,13 @@ Callback = Callable[["WanVideoPipeline", int, Tensor, dict[str, Tensor]], dict[s
 
 
 class WanVideoPipeline:
-    """Videos from texts, pictures and videos with Wan. Build it by `from_pretrained` or `from_model_manager`.
+    """Motion transfer with Wan: a video that moves as a reference does and shows what a prompt says.
+
+    Build it by `from_pretrained` or `from_model_manager`, then call it; without a reference, texts suffice:
+
+        pipe = WanVideoPipeline.from_pretrained("1.3b")
+        frames = pipe("a red fox in fresh snow", input_video=VideoData("ref.mp4"))
+        save_video(frames, "fox.mp4")
 
     Attributes:
         models: the models (see `Components`), the prompter and their devices.
@@ -75,7 +74,7 @@ class WanVideoPipeline:
         models = {"dit": dit, "text_encoder": text_encoder, "vae": vae, **more}
         residency = Residency(models, choose_device(device))
         residency.offload = "low_noise_dit" in more  # one expert at a time
-        self.models = Components(**models, prompter=prompter, residency=residency)
+        self.models = components.Components(**models, prompter=prompter, residency=residency)
         self.defaults = RunDefaults() if defaults is None else defaults
         self._manager: ModelManager | None = None
         self._interrupted = threading.Event()
@@ -105,10 +104,11 @@ class WanVideoPipeline:
         """
         if use_usp:
             raise ValueError("use_usp=True is not supported: one pipeline computes on one device")
-        found = models_of(model_manager)
+        found = components.models_of(model_manager)
         models: Any = {name: entry.model for name, entry in found.items()}
-        prompter = WanPrompter(tokenizer_of(found["text_encoder"], tokenizer_path), models["dit"].text_len)
-        models |= {"prompter": prompter, "device": model_manager.device if device is None else device}
+        tokenizer = components.tokenizer_of(found["text_encoder"], tokenizer_path)
+        models["prompter"] = WanPrompter(tokenizer, models["dit"].text_len)
+        models["device"] = model_manager.device if device is None else device
         pipe = cls(**models, defaults=run_defaults(found["dit"].files[0].parent, models["dit"]))
         pipe._manager = model_manager
         return pipe.to(torch_dtype=torch_dtype)
@@ -138,8 +138,8 @@ class WanVideoPipeline:
             CheckpointError: a file is damaged or of another kind.
         """
         chosen = choose_device(device)
-        vae_dtype = check_dtype(vae_dtype, WIDE_DTYPES)
-        manager = load_checkpoint(path, chosen, torch_dtype, vae_dtype, loras or {}, parts)
+        vae_dtype = check_dtype(vae_dtype, components.WIDE_DTYPES)
+        manager = components.load_checkpoint(path, chosen, torch_dtype, vae_dtype, loras or {}, parts)
         return cls.from_model_manager(manager, device=chosen)
 
     @property
@@ -302,15 +302,36 @@ class WanVideoPipeline:
         input_video: Video | None = None,
         **arguments: Any,
     ) -> Frames | list[Frames]:
-        """Generate a video for each prompt; see `run` for arguments and errors.
+        """Generate a video for each prompt; with input_video it moves as that reference does.
+
+        Args:
+            prompt: what the video should show; several for several videos from the same noise.
+            negative_prompt: what it should not show; the checkpoint's by default.
+            input_video: the reference; its first num_frames frames, centre-cropped and resized.
+            input_image: the picture that the video begins with, likewise fitted; end_image: ends with.
+            progress_bar_cmd: wraps the denoising steps, as tqdm does; set_postfix_str is told what is done.
+            callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); may return new ones.
+            observer: called with a `RunEvent` when a stage begins and after each of its steps.
+            test_latency, latency_dir: append what each video cost, a JSON line, to latency_dir/latency.jsonl.
+            checkpoint_dir: folder in which the run is saved regularly, when it stops or fails, and before
+                decoding. The same call continues it with the same results. Signals raise `RunInterrupted`.
+            checkpoint_every, checkpoint_minutes: steps, and minutes, from save to save; what comes first.
+            resume: continue an unfinished run; False discards it.
+            arguments: options, stated by `RunOptions` and `Shorthands`, listed in docs/api.md; by default the
+                preset's, else the checkpoint's (`defaults`), the reference's, the published method's.
 
         Returns:
             One video, or a list of them for a list of prompts, by output_type: "pil" a list of images; "np"
             uint8 [T, H, W, 3]; "pt" float32 [1, 3, T, H, W] in [-1, 1]; "latent" float32 [1, C, F, h, w].
+
+        Raises:
+            ValueError, TypeError: before any model runs: an argument is not allowed, or not the saved run's.
+
+        Example:
+            frames = pipe("a red fox", input_video=VideoData("ref.mp4"), mode="AMF", seed=0)
         """
         self._videos = self.run(prompt, negative_prompt, input_video, **arguments)
-        frames = [video.frames for video in self._videos]
-        return frames[0] if isinstance(prompt, str) else frames
+        return self._videos[0].frames if isinstance(prompt, str) else [made.frames for made in self._videos]
 
     def run(
         self,
@@ -331,28 +352,7 @@ class WanVideoPipeline:
         resume: bool = True,
         **options: "Unpack[CallOptions]",
     ) -> list[GeneratedVideo]:
-        """Generate a video for each prompt, as the call does, and return what each was made by as well.
-
-        Args:
-            prompt: what the video should show; several for several videos from the same noise.
-            negative_prompt: what it should not show; the checkpoint's by default.
-            input_video: the reference; its first num_frames frames, centre-cropped and resized.
-            input_image: the picture that the video begins with, likewise fitted; end_image: ends with.
-            progress_bar_cmd: wraps the denoising steps, as tqdm does.
-            callback_on_step_end: called with (pipe, step, timestep, {"latents": ...}); may return new ones.
-            observer: called with a `RunEvent` when a stage begins and after each of its steps.
-            test_latency, latency_dir: append what each video cost, a JSON line, to latency_dir/latency.jsonl.
-            checkpoint_dir: folder in which the run is saved regularly, when it stops or fails, and before
-                decoding. The same call continues it with the same results. Signals raise `RunInterrupted`.
-            checkpoint_every, checkpoint_minutes: steps, and minutes, from save to save; what comes first.
-            resume: continue an unfinished run; False discards it.
-            options: stated by `RunOptions` and `Shorthands`, listed in docs/api.md; by default the preset's,
-                else the checkpoint's (`defaults`), the reference's, the published method's.
-
-        Raises:
-            ValueError, TypeError: an argument that is not allowed, before any model runs; also an unfinished
-                run in checkpoint_dir that differs in an argument, the reference or the weights.
-        """
+        """Generate a video for each prompt, as the call does, and return what each was made by as well."""
         progress, observer = checked_callables(progress_bar_cmd, observer, callback_on_step_end)
         prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
         if ignored := unknown_words([text for text, _ in prompts], self.defaults.words):
@@ -364,7 +364,7 @@ class WanVideoPipeline:
         folder = None if checkpoint_dir is None else files.writable_folder("checkpoint_dir", checkpoint_dir)
         if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
             options["seed"] = saved_seed(folder)
-        run = resolve(options, self.defaults, reference_facts(input_video), self.models.facts())
+        run = resolve(options, self.defaults, components.reference_facts(input_video), self.models.facts())
         self.models.check_pictures(input_image is not None, end_image is not None)
         named = zip(PICTURES, (input_image, end_image), strict=True)
         pictures = [read_picture(picture, name) for name, picture in named if picture is not None]

@@ -134,7 +134,7 @@ class RunPlan:
         lines += [
             f"{self.peak / GB:.2f} GB of tensors and {kept} for the device itself; {budget}",
             f"minutes, predicted: {', '.join(minutes)}",
-            "settings: " + ", ".join(f"{name}={value}" for name, value in self.chosen().items()),
+            f"settings: {self.settings}",
             f"cost: {self.cost.sampling_ffe:.4g} FFE of sampling + {self.cost.guidance_ffe:.4g} of guidance "
             f"= {self.cost.total_ffe:.4g}; {self.cost.flops / 1e15:.4g} PFLOP and "
             f"{self.cost.vae_flops / 1e15:.3g} of the VAE",

@@ -16,9 +16,12 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.vram_management import Residency
 from diffsynth.vram_management.streaming import tensors_of
 
-# What the guidance pass keeps: everything; each block's input and its self-attention's result, so that the
-# rest is computed again for a gradient; its input alone; these inputs on the CPU.
-KEEPING = ("none", "attention", "block", "offload")
+# What the guidance pass keeps; the rest is computed again for a gradient.
+_KEPT = {
+    "none": "everything", "attention": "each block's input and its self-attention's result",
+    "block": "each block's input", "offload": "each block's input in CPU memory",
+}  # fmt: skip
+KEEPING = tuple(_KEPT)
 # Tiles of the VAE are not made smaller than this, in latent units: their borders would show.
 SMALLEST_TILE = 8
 
@@ -35,6 +38,16 @@ class Settings:
     offload: bool = False  # each model is on the device in its own stages only
     resident_blocks: int | None = None  # of the DiT, while the others stream; None: all, without streaming
     stream_text_encoder: bool = False  # its blocks stream
+
+    def __str__(self) -> str:
+        where = "each on the device in its own stages" if self.offload else "all on the device"
+        if self.resident_blocks is not None:
+            where += f", the DiT's blocks but {self.resident_blocks} streamed"
+        return (
+            f"guidance keeps {_KEPT[self.checkpoint]}; prompts in {'one call' if self.batch_cfg else 'turn'}"
+            f"; VAE {'in tiles' if self.tiled else 'whole'}; models {where}"
+            f"{', the text encoder streamed' if self.stream_text_encoder else ''}"
+        )
 
     def place(self, residency: Residency) -> None:
         """Have the models of a pipeline where the settings say."""

@@ -18,7 +18,7 @@ from diffsynth.vram_management import memory_peaks, peak_memory, reset_peak_memo
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class RunCost:
     """Cost of one denoising run; `seed`, `time_guidance` and `time_gen` are named as in the released code.
 
@@ -45,6 +45,17 @@ class RunCost:
     losses: list[tuple[float, ...]] = field(default_factory=list)
     stage_seconds: dict[str, float] = field(default_factory=dict)
     stage_memory: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return a table."""
+        seconds = self.stage_seconds | {"denoising": self.time_gen}
+        rows = [f"{name:<14}{seconds[name]:8.1f} s" for name in sorted(seconds, key="decode".__eq__)]
+        return "\n".join([
+            f"RunCost: {self.mode}, {self.num_inference_steps} steps, seed {self.seed}", *rows,
+            f"{'guidance':<14}{sum(self.time_guidance):8.1f} s of the denoising: {self.gradient_evaluations} "
+            f"gradients in {len(self.time_guidance)} steps",
+            f"{'peak memory':<14}{self.peak_memory / 2**30:8.2f} GB",
+        ])  # fmt: skip
 
     def add_guidance(self, seconds: float, record: OptimizationRecord) -> None:
         """Count a guided step and log its losses."""
