@@ -19,8 +19,8 @@ from diffsynth.jobs.task import run_seconds
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
-from diffsynth.webui.app import CLIP_FOLDERS
 from diffsynth.webui.gallery import compared, find_run, past_runs, poster
+from diffsynth.webui.page import CLIP_FOLDERS
 from diffsynth.webui.previews import fit_colours, latent_frames
 from diffsynth.webui.queue import (
     CANCELLED,
@@ -133,7 +133,8 @@ def test_a_run_tells_its_stages_losses_and_previews(session, clip):
 
 def test_the_prompt_and_its_button_come_first_and_defaults_are_told(session):
     pytest.importorskip("gradio")
-    from diffsynth.webui.app import Page, build
+    from diffsynth.webui.app import build
+    from diffsynth.webui.page import Page
 
     page = Page(session, JobQueue(1))
     labels = [c["props"].get("label") or c["props"].get("value") for c in build(page).config["components"]]
@@ -143,7 +144,7 @@ def test_the_prompt_and_its_button_come_first_and_defaults_are_told(session):
 
 def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, queue):
     pytest.importorskip("gradio")
-    from diffsynth.webui.app import Page
+    from diffsynth.webui.page import Page
 
     run = make_video(session, checked_request(SMALL), clip, QueuedJob())
     page = Page(session, queue, shared=False)
