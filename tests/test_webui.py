@@ -301,7 +301,24 @@ def test_what_is_told_is_no_html_of_visitors():
     assert "<b>" not in panel.message("<b>bold</b>", "error")
     waiting = panel.running(RunProgress(stage="<script>"), "running", 0, 0.0)
     assert "<script>" not in waiting
-    assert "2 runs come first" in panel.running(RunProgress(), "waiting", 2, 0.0)
+    assert "2 runs before yours" in panel.running(RunProgress(), "waiting", 2, 0.0)
+
+
+def test_two_clicks_are_two_runs_and_the_panel_says_that_one_waits(session, queue):
+    pytest.importorskip("gradio")
+    from diffsynth.webui.page import Page
+
+    page, gate, visitor = Page(session, queue), threading.Event(), SimpleNamespace(session_hash="a visitor")
+    queue.submit(lambda _: gate.wait(PATIENCE), "of another", "another")
+    values = ["a cat", "", "exact", "No_transfer", 3, 0.75, 2, 1, 32, 32, 5, 0, 0, 0, "crop", None, None]
+    clicks = [page.generate(visitor, None, *values) for _ in range(2)]
+    assert "1 run before yours" in next(clicks[0])[0]
+    (both, first), (same, id_too) = next(clicks[1])[:2], next(clicks[0])[:2]
+    assert (both, first) == (same, id_too)
+    assert "1 run of yours after this one" in both
+    gate.set()
+    names = [[*outputs][-1][4][0] for outputs in clicks]
+    assert len(set(names)) == 2
 
 
 # Uploads.

@@ -83,6 +83,9 @@ def build(page: Page) -> Any:
         made = [status, job_id, *shown, past, seen]
         counted = [preset, mode, *numbers, *part, past]
         gr.on([field.change for field in counted], page.expected, asked, expected, api_name=False)
+        for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
+            handler.__annotations__["request"] = gr.Request
+        many["trigger_mode"] = "multiple"
         go.click(page.generate, [reference, *asked, picture, seen], made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
@@ -91,7 +94,6 @@ def build(page: Page) -> Any:
             return page.open_past(event.value["caption"], names)
 
         open_past.__annotations__["event"] = gr.SelectData  # by which gradio knows what to pass
-        Page.enter.__annotations__["request"] = gr.Request
         past.select(open_past, seen, [status, *shown], api_name=False)
         demo.load(page.enter, None, [seen, past, is_owner, owners], api_name=False)
     return demo.queue(max_size=4 * VISITORS)

@@ -61,40 +61,45 @@ class Page:
         clips = sorted(path for folder in CLIP_FOLDERS for path in folder.glob("*.mp4"))
         self.clips = [self._shown(path) for path in clips]
 
-    def generate(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
+    def generate(self, request: Any, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of a run until it ends: panel, id of the job, videos, files, gallery."""
 
         *options, picture, seen = values
+        visitor = request.session_hash
 
         def start() -> QueuedJob:
-            request = self._request(options)
-            reference = None
-            if uploaded is not None and request["mode"] != NO_TRANSFER:
+            asked, reference = self._request(options), None
+            if uploaded is not None and asked["mode"] != NO_TRANSFER:
                 reference = self._kept(uploaded)
             pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
-            check_budget(self.session, request, reference)
-            if ignored := unknown_words([request["prompt"]], self.session.pipe.defaults.words):
+            check_budget(self.session, asked, reference)
+            if ignored := unknown_words([asked["prompt"]], self.session.pipe.defaults.words):
                 self._gradio.Warning(ignored)
             return self.queue.submit(
-                lambda job: make_video(self.session, request, reference, job, pictures), request["prompt"]
+                lambda job: make_video(self.session, asked, reference, job, pictures),
+                asked["prompt"],
+                visitor,
             )
 
         def show(run: PastRun) -> tuple:
-            names = None if seen is None else [*seen, run.video.name]
-            return (*self._files_of(run), self.gallery(names), names)
+            if seen is not None:
+                seen.append(run.video.name)  # the same list that the visitor's other runs add to
+            return (*self._files_of(run), self.gallery(seen), seen)
 
         yield from self._follow(start, show, num_shown=5)
 
-    def inspect(self, uploaded: str | None, *values: Any) -> Iterator[tuple]:
+    def inspect(self, request: Any, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of reading a reference's motion: panel, id of the job, video of the motion."""
 
         def start() -> QueuedJob:
             if uploaded is None:
                 raise ValueError("choose or upload a reference video first")
             # The prompt has no influence on a reference's motion, but it must not be empty.
-            request, reference = self._request(("motion", *values[1:])), self._kept(uploaded)
+            asked, reference = self._request(("motion", *values[1:])), self._kept(uploaded)
             return self.queue.submit(
-                lambda job: show_motion(self.session, request, reference, job), "its motion"
+                lambda job: show_motion(self.session, asked, reference, job),
+                "its motion",
+                request.session_hash,
             )
 
         def show(path: Path) -> tuple[str, str]:
@@ -166,14 +171,19 @@ class Page:
     def _follow(
         self, start: Callable[[], QueuedJob], show: Callable[[Any], tuple], num_shown: int
     ) -> Iterator[tuple]:
-        """Queue a job, and yield (panel, job id, *shown outputs) several times a second until it ends."""
+        """Queue a job, and yield (panel, job id, *shown outputs) several times a second until it ends.
+
+        Panel and id are those of the visitor's first unfinished job, whichever of them is followed.
+        """
         unchanged = [self._gradio.skip()] * num_shown
         try:
             job = start()
             while not job.future.done():
                 job.followed()
-                ahead = self.queue.ahead(job)
-                yield (panel.running(job.progress, job.state, ahead, job.seconds), job.id, *unchanged)
+                own = [one for one in self.queue.unfinished() if one.visitor == job.visitor] or [job]
+                first, ahead = own[0], self.queue.ahead(own[0])
+                text = panel.running(first.progress, first.state, ahead, first.seconds, len(own) - 1)
+                yield (text, first.id, *unchanged)
                 time.sleep(1 / LOOKS_PER_SECOND)
             error = job.error()
             status, *shown = (None, *unchanged) if error else show(job.result())

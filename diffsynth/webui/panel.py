@@ -51,11 +51,13 @@ def failure_text(error: BaseException) -> str:
     return f"The run failed: {text[:_LONGEST]}"
 
 
-def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> str:
-    """Return the panel of an unfinished job."""
+def running(progress: RunProgress, state: str, ahead: int, seconds: float, behind: int = 0) -> str:
+    """Return the panel of an unfinished job, before which others run; `behind` of the same visitor wait."""
+    queued = message(f"Waiting: {_runs(behind)} of yours after this one.") if behind else ""
     if state == WAITING:
-        others = "1 run comes" if ahead == 1 else f"{ahead} runs come"
-        return message(f"Waiting: {others} first." if ahead else "Waiting for the model.")
+        return (
+            message(f"Waiting: {_runs(ahead)} before yours." if ahead else "Waiting for the model.") + queued
+        )
     pictures = ""
     if progress.preview is not None:
         data = base64.b64encode(progress.preview).decode()
@@ -69,7 +71,11 @@ def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> st
             "<figcaption>motion loss</figcaption></figure>"
         )
     told = f'{_stages(progress.stage)}{_bar(progress)}<p class="fv-line">{_line(progress, seconds)}</p>'
-    return f'<div class="fv-run">{told}<div class="fv-pictures">{pictures}</div></div>'
+    return f'{queued}<div class="fv-run">{told}<div class="fv-pictures">{pictures}</div></div>'
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
 
 
 def finished(run: PastRun) -> str:
