@@ -36,14 +36,23 @@ def build(page: Page) -> Any:
     with gr.Blocks(title="FastVMT", analytics_enabled=False, fill_width=True) as demo:
         gr.HTML(f"<h1>FastVMT</h1><p>A video's motion, a prompt's content. Model: {session.folder.name}</p>")
         job_id, seen, is_owner = gr.State(None), gr.State([]), gr.State(value=False)
-        with gr.Row():
-            with gr.Column(scale=2):
+        with gr.Row(elem_id="main"):
+            with gr.Column(elem_id="ask"):
                 prompts = _SHAPES if defaults.words else _SCENES
                 prompt = gr.Textbox(label="Prompt", lines=2, placeholder=prompts[0], elem_id="prompt")
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go")
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
                 expected = gr.HTML(elem_id="expected")
+                status = gr.HTML(panel.IDLE, elem_id="panel")
+            with gr.Column(elem_id="made"):
+                plays = {"interactive": False, "loop": True, "autoplay": True}
+                both = gr.Video(label="Reference | result", show_label=False, **plays)
+                with gr.Row():
+                    result = gr.Video(label="Result", elem_id="result", height=280, **plays)
+                    motion = gr.Video(label="Motion", elem_id="motion", height=280, **plays)
+                files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
+            with gr.Column(elem_id="options"):
                 reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
                 look = gr.Button("Show the motion", elem_id="look")
                 tries = [list(example) for example in zip(page.clips, cycle(prompts), strict=False)]
@@ -65,14 +74,6 @@ def build(page: Page) -> Any:
                     )
                     seed = gr.Number(-1, precision=0, label="Seed (-1: a new one)", elem_id="seed")
                 negative, strength, scale, numbers, part = _more(gr, defaults)
-            with gr.Column(scale=3):
-                status = gr.HTML(panel.IDLE, elem_id="panel")
-                plays = {"interactive": False, "loop": True, "autoplay": True}
-                both = gr.Video(label="Reference | result", show_label=False, **plays)
-                with gr.Row():
-                    result = gr.Video(label="Result", elem_id="result", height=280, **plays)
-                    motion = gr.Video(label="Motion", elem_id="motion", height=280, **plays)
-                files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
         past = gr.Gallery(
             label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
         )

@@ -21,7 +21,7 @@ _OF_DENOISING = ("guidance", "sampling")
 _CLEAR = (ValueError, TypeError, FileNotFoundError, MemoryRanOutError, QueueFullError)
 _LONGEST = 600  # characters of an error
 
-IDLE = '<div class="fv-idle">The result appears here: the motion of the reference, what a prompt says.</div>'
+IDLE = '<div class="fv-idle">Choose a video whose motion is used, and say what the new one shows.</div>'
 CSS = Path(__file__).with_name("page.css").read_text()
 
 
