@@ -123,6 +123,17 @@ def test_an_example_fills_reference_and_prompt_and_empty_boxes_are_hidden(server
         assert place["y"] + place["height"] < 800
 
 
+def test_the_status_of_a_run_is_seen_without_a_scroll_on_a_phone(server, browser):
+    size = browser.get_window_size()
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.get(server[0])
+    go, panel = (find(browser, name).rect for name in ("#go", "#panel"))
+    assert go["y"] < panel["y"] < 844 - 100
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.set_window_size(size["width"], size["height"])
+
+
 def test_the_motion_of_an_uploaded_reference_is_shown(page):
     click(page, "#look")
     panel_says(page, "where it moves")

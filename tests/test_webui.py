@@ -19,7 +19,7 @@ from diffsynth.jobs.task import run_seconds
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
-from diffsynth.webui.gallery import compared, find_run, past_runs, poster
+from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, paths_drawn, poster
 from diffsynth.webui.page import CLIP_FOLDERS
 from diffsynth.webui.previews import fit_colours, latent_frames
 from diffsynth.webui.queue import (
@@ -92,6 +92,17 @@ def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(sess
     assert "seed 3" in panel.finished(run)
 
 
+def test_the_paths_of_reference_and_result_are_drawn(session, tmp_path):
+    clip = next(path for folder in CLIP_FOLDERS for path in folder.glob("bounce.mp4"))
+    record = make_video(session, checked_request(SMALL), clip, QueuedJob()).record
+    video = publish(list(VideoData(clip)), tmp_path / "bounce.mp4", record)
+    path = paths_drawn(PastRun(video=video, record=record), tmp_path)
+    with VideoData(path) as drawn:
+        assert drawn.shape()[1] > 1.9 * 320
+    (noise,) = past_runs(session.output_dir, 1)
+    assert paths_drawn(noise, tmp_path) is None
+
+
 def test_a_second_run_of_the_same_kind_takes_a_name_of_its_own(session, clip):
     first, second = (make_video(session, checked_request(SMALL), clip, QueuedJob()) for _ in range(2))
     assert first.video != second.video
@@ -137,7 +148,10 @@ def test_the_prompt_and_its_button_come_first_and_defaults_are_told(session):
     from diffsynth.webui.page import Page
 
     page = Page(session, JobQueue(1))
-    labels = [c["props"].get("label") or c["props"].get("value") for c in build(page).config["components"]]
+    parts = [c["props"] for c in build(page).config["components"]]
+    places = [part.get("elem_id") for part in parts]
+    assert places[places.index("go") :][:4] == ["go", "cancel", "expected", "panel"]  # without a scroll
+    labels = [part.get("label") or part.get("value") for part in parts]
     assert labels.index("Prompt") < labels.index("Generate") < labels.index("Reference")
     assert f"Steps (0: {session.pipe.defaults['num_inference_steps']})" in labels
 
@@ -317,7 +331,7 @@ def test_two_clicks_are_two_runs_and_the_panel_says_that_one_waits(session, queu
     assert (both, first) == (same, id_too)
     assert "1 run of yours after this one" in both
     gate.set()
-    names = [[*outputs][-1][4][0] for outputs in clicks]
+    names = [[*outputs][-1][5][0] for outputs in clicks]
     assert len(set(names)) == 2
 
 

@@ -79,7 +79,7 @@ def build(page: Page) -> Any:
         )
         owners = _owners_row(gr, page, is_owner, status)
         asked = [prompt, negative, preset, mode, seed, strength, numbers[0], scale, *numbers[1:], *part]
-        shown = [both, result, files]
+        shown = [both, result, motion, files]
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
         made = [status, job_id, *shown, past, seen]
         counted = [preset, mode, *numbers, *part, past]

@@ -14,6 +14,8 @@ from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import ReferenceOptions
 from diffsynth.data import VideoData, save_video
 from diffsynth.data.files import written_whole
+from diffsynth.data.tensors import Video
+from diffsynth.evaluation.followed import with_paths
 from diffsynth.evaluation.grid import side_by_side
 from diffsynth.jobs.task import open_reference
 from diffsynth.runs.identity import sha256_of_video
@@ -75,17 +77,40 @@ def compared(run: PastRun, cache: Path) -> Path:
     It shows the result alone if the reference is missing or has changed.
     """
     path = cache / f"{_video_hash(run)}-side-by-side.mp4"
+    return path if path.is_file() else _save_row(run, _videos_of(run), path)
+
+
+def paths_drawn(run: PastRun, cache: Path) -> Path | None:
+    """Return the path of a video as `compared` makes it, with the paths of the objects drawn into it.
+
+    None unless reference and result show one object each, in front of a plain background.
+    """
+    path = cache / f"{_video_hash(run)}-paths.mp4"
     if path.is_file():
         return path
+    videos = _videos_of(run)
+    drawn = with_paths(videos) if len(videos) > 1 else None
+    return None if drawn is None else _save_row(run, drawn, path)
+
+
+def _videos_of(run: PastRun) -> dict[str, Video]:
+    """Return the frames of the reference, if it is there unchanged, and of the result."""
     with VideoData(run.video) as video:
         height, width = video.shape()
-        videos = {"result": video.raw_data()}
+        result = video.raw_data()
     reference = run.record.reference
     if reference is not None:
         with suppress(OSError, ValueError, TypeError):
-            frames = _reference_frames(reference, height, width, len(videos["result"]))
-            videos = {"reference": frames, **videos}
-    shown = side_by_side(videos, height=max(_COMPARED_HEIGHT, min(height, 480)))
+            return {
+                "reference": _reference_frames(reference, height, width, len(result)),
+                "result": result,
+            }
+    return {"result": result}
+
+
+def _save_row(run: PastRun, videos: Mapping[str, Video], path: Path) -> Path:
+    height = max(_COMPARED_HEIGHT, min(run.record.video["height"], 480))
+    shown = side_by_side(videos, height=height)
     return save_video(shown, path, fps=run.record.video["fps"], quality=8)
 
 

@@ -13,7 +13,7 @@ from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.options import PICTURES
 from diffsynth.configs.resolve import unknown_words
 from diffsynth.webui import panel
-from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, poster
+from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, paths_drawn, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.session import Session, check_budget, expected_minutes, make_video, planned, show_motion
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent.parent
 CLIP_FOLDERS = (_PACKAGE / "embedded" / "data", _PACKAGE.parent / "examples" / "data")
 LOOKS_PER_SECOND = 4
+_PATHS = "Motion: the object's path in red, the reference's in blue"
 # The options that the page has, in its order.
 _FIELDS = (
     "prompt", "negative_prompt", "preset", "mode", "seed", "denoising_strength", "num_inference_steps",
@@ -63,7 +64,6 @@ class Page:
 
     def generate(self, request: Any, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of a run until it ends: panel, id of the job, videos, files, gallery."""
-
         *options, picture, seen = values
         visitor = request.session_hash
 
@@ -86,7 +86,7 @@ class Page:
                 seen.append(run.video.name)  # the same list that the visitor's other runs add to
             return (*self._files_of(run), self.gallery(seen), seen)
 
-        yield from self._follow(start, show, num_shown=5)
+        yield from self._follow(start, show, num_shown=6)
 
     def inspect(self, request: Any, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of reading a reference's motion: panel, id of the job, video of the motion."""
@@ -103,7 +103,8 @@ class Page:
             )
 
         def show(path: Path) -> tuple[str, str]:
-            return panel.message("Colours and arrows: where it moves, and how far.", "done"), str(path)
+            motion = self._gradio.update(value=str(path), label="Motion of the reference")
+            return panel.message("Colours and arrows: where it moves, and how far.", "done"), motion
 
         yield from self._follow(start, show, num_shown=1)
 
@@ -156,7 +157,7 @@ class Page:
                 raise ValueError("that run is not yours")
             return self._files_of(find_run(self.session.output_dir, name))
         except (ValueError, OSError) as error:
-            return (panel.failed(error), *[self._gradio.skip()] * 3)
+            return (panel.failed(error), *[self._gradio.skip()] * 4)
 
     def _request(self, values: Sequence[Any]) -> dict[str, Any]:
         asked = dict(zip(_FIELDS, values, strict=True))
@@ -199,7 +200,9 @@ class Page:
 
     def _files_of(self, run: PastRun) -> tuple:
         video, both = self._shown(run.video), str(compared(run, self.session.cache))
-        return panel.finished(run), both, video, [video, self._shown(run.record_file)]
+        paths = paths_drawn(run, self.session.cache)
+        motion = self._gradio.update(value=paths and str(paths), label=_PATHS)
+        return panel.finished(run), both, video, motion, [video, self._shown(run.record_file)]
 
     def _shown(self, path: Path) -> str:
         """Return the path of a copy in the cache, the only folder that the server serves."""
