@@ -25,7 +25,9 @@ from diffsynth.runs.record import describe_model
 from diffsynth.webui.gallery import PastRun, past_runs
 from diffsynth.webui.previews import Previews
 from diffsynth.webui.queue import QueuedJob
-from diffsynth.webui.uploads import UploadLimits
+from diffsynth.webui.uploads import HASH_LENGTH, UploadLimits, safe_stem
+
+_WORDS = 4  # of the prompt, in a file's name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +145,10 @@ def make_video(
     if reference is None and request["mode"] != NO_TRANSFER:
         raise ValueError("upload a reference video, or choose the mode without transfer")
     session.output_dir.mkdir(parents=True, exist_ok=True)  # it may have been deleted since
-    task = replace(make_task(request, reference, session.folder, pictures), folder=session.output_dir)
+    words = safe_stem(" ".join(request["prompt"].lower().split()[:_WORDS]), "video")
+    source = "" if reference is None else f"-{reference.stem[: -HASH_LENGTH - 1]}"
+    task = make_task(request, reference, session.folder, pictures)
+    task = replace(task, folder=session.output_dir, stem=words + source)
 
     def observe(event: RunEvent) -> None:
         job.check()
