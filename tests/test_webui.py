@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -92,6 +93,27 @@ def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(sess
     assert "seed 3" in panel.finished(run)
 
 
+def test_the_settings_of_a_past_run_ask_for_it_again(session, clip, queue, places):
+    pytest.importorskip("gradio")
+    from diffsynth.webui.page import Page
+
+    asked = checked_request({**SMALL, "prompt": "A  red fox/runs", "motion_scale": 2, "end": 0.5})
+    kept = keep(shutil.copy(clip, places[0] / "my clip.mp4"), places)
+    run = make_video(session, asked, kept, QueuedJob())
+    assert run.video.name == "a-red-fox-runs-my-clip-seed3.mp4"
+    page = Page(session, queue)
+    assert run.record.prompt in [caption for _, caption in page.gallery(None)[0]]
+    _, reference, *values, picture = page.settings(run.video.name, None)
+    request = page._request(values)
+    assert {name: request[name] for name in asked} == {**asked, "prompt": run.record.prompt}
+    assert (picture, Path(reference).read_bytes()) == (None, clip.read_bytes())
+    assert keep_upload(shutil.copy(reference, places[0]), *places, UploadLimits()) == kept
+    assert "not yours" in page.settings(run.video.name, [])[0]
+    assert "choose one of the past runs" in page.settings(None, None)[0]
+    kept.unlink()
+    assert "is not there any more" in page.settings(run.video.name, None)[0]
+
+
 def test_the_paths_of_reference_and_result_are_drawn(session, tmp_path):
     clip = next(path for folder in CLIP_FOLDERS for path in folder.glob("bounce.mp4"))
     record = make_video(session, checked_request(SMALL), clip, QueuedJob()).record
@@ -164,8 +186,9 @@ def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, q
     page = Page(session, queue, shared=False)
 
     def enter(**params):
-        seen, gallery, is_owner, _ = page.enter(SimpleNamespace(query_params=params))
-        return seen, [name for _, name in gallery], is_owner
+        seen, gallery, names, is_owner, _ = page.enter(SimpleNamespace(query_params=params))
+        assert len(gallery) == len(names)
+        return seen, names, is_owner
 
     assert enter() == enter(owner="") == enter(owner="a guess") == ([], [], False)
     seen, names, is_owner = enter(owner=page.owner_key)
@@ -331,8 +354,8 @@ def test_two_clicks_are_two_runs_and_the_panel_says_that_one_waits(session, queu
     assert (both, first) == (same, id_too)
     assert "1 run of yours after this one" in both
     gate.set()
-    names = [[*outputs][-1][5][0] for outputs in clicks]
-    assert len(set(names)) == 2
+    names = [[*outputs][-1][6] for outputs in clicks]
+    assert sorted(names) == ["a-cat-seed3-2.mp4", "a-cat-seed3.mp4"]
 
 
 # Uploads.

@@ -36,6 +36,7 @@ def build(page: Page) -> Any:
     with gr.Blocks(title="FastVMT", analytics_enabled=False, fill_width=True) as demo:
         gr.HTML(f"<h1>FastVMT</h1><p>A video's motion, a prompt's content. Model: {session.folder.name}</p>")
         job_id, seen, is_owner = gr.State(None), gr.State([]), gr.State(value=False)
+        names, chosen = gr.State([]), gr.State(None)
         with gr.Row(elem_id="main"):
             with gr.Column(elem_id="ask"):
                 prompts = _SHAPES if defaults.words else _SCENES
@@ -52,6 +53,7 @@ def build(page: Page) -> Any:
                     result = gr.Video(label="Result", elem_id="result", height=280, **plays)
                     motion = gr.Video(label="Motion", elem_id="motion", height=280, **plays)
                 files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
+                again = gr.Button("Use these settings again", elem_id="use")
             with gr.Column(elem_id="options"):
                 reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
                 look = gr.Button("Show the motion", elem_id="look")
@@ -79,9 +81,9 @@ def build(page: Page) -> Any:
         )
         owners = _owners_row(gr, page, is_owner, status)
         asked = [prompt, negative, preset, mode, seed, strength, numbers[0], scale, *numbers[1:], *part]
-        shown = [both, result, motion, files]
+        shown = [both, result, motion, files, chosen]
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
-        made = [status, job_id, *shown, past, seen]
+        made = [status, job_id, *shown, past, names, seen]
         counted = [preset, mode, *numbers, *part, past]
         gr.on([field.change for field in counted], page.expected, asked, expected, api_name=False)
         for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
@@ -91,12 +93,13 @@ def build(page: Page) -> Any:
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
 
-        def open_past(names: list[str] | None, event: Any) -> tuple:
-            return page.open_past(event.value["caption"], names)
+        def open_past(names: list[str], seen: list[str] | None, event: Any) -> tuple:
+            return page.open_past(names[event.index], seen)
 
         open_past.__annotations__["event"] = gr.SelectData  # by which gradio knows what to pass
-        past.select(open_past, seen, [status, *shown], api_name=False)
-        demo.load(page.enter, None, [seen, past, is_owner, owners], api_name=False)
+        past.select(open_past, [names, seen], [status, *shown], api_name=False)
+        again.click(page.settings, [chosen, seen], [status, reference, *asked, picture], api_name=False)
+        demo.load(page.enter, None, [seen, past, names, is_owner, owners], api_name=False)
     return demo.queue(max_size=4 * VISITORS)
 
 

@@ -10,8 +10,11 @@ from typing import Any
 
 from PIL import Image
 
+from diffsynth.configs.defaults import RunDefaults
+from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.fields import fields_of
-from diffsynth.configs.options import ReferenceOptions
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import PICTURES, ReferenceOptions
 from diffsynth.data import VideoData, save_video
 from diffsynth.data.files import written_whole
 from diffsynth.data.tensors import Video
@@ -91,6 +94,31 @@ def paths_drawn(run: PastRun, cache: Path) -> Path | None:
     videos = _videos_of(run)
     drawn = with_paths(videos) if len(videos) > 1 else None
     return None if drawn is None else _save_row(run, drawn, path)
+
+
+def settings_of(run: PastRun, defaults: RunDefaults) -> tuple[dict[str, Any], list[Path | None]]:
+    """Return the options that a run was asked for, by name, and its reference and first picture, if any.
+
+    Raises:
+        ValueError: the reference or the picture is not there any more, or has changed.
+    """
+    record = run.record
+    values = {**record.options, **(record.reference or {}), "preset": record.preset, "prompt": record.prompt}
+    if record.negative_prompt != defaults["negative_prompt"]:
+        values["negative_prompt"] = record.negative_prompt
+    values["mode"] = NO_TRANSFER
+    if (motion := record.options["motion"]) is not None:
+        usual = MotionGuidance.for_mode(
+            motion["mode"], defaults.with_preset(record.preset).motion.get(motion["mode"], {})
+        )
+        values |= {"mode": motion["mode"], "motion_scale": round(motion["lr"][0] / usual.lr[0], 3)}
+    sources: list[Path | None] = [None, None]
+    for place, source in enumerate((record.reference, record.pictures.get(PICTURES[0]))):
+        if source is not None:
+            sources[place] = path = Path(source["path"])
+            if not path.is_file() or sha256_of_video(path) != source["sha256"]:
+                raise ValueError(f"{path.name}, which that run used, is not there any more or has changed")
+    return values, sources
 
 
 def _videos_of(run: PastRun) -> dict[str, Video]:

@@ -13,7 +13,7 @@ from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.options import PICTURES
 from diffsynth.configs.resolve import unknown_words
 from diffsynth.webui import panel
-from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, paths_drawn, poster
+from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, paths_drawn, poster, settings_of
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.session import Session, check_budget, expected_minutes, make_video, planned, show_motion
@@ -63,7 +63,7 @@ class Page:
         self.clips = [self._shown(path) for path in clips]
 
     def generate(self, request: Any, uploaded: str | None, *values: Any) -> Iterator[tuple]:
-        """Yield progress of a run until it ends: panel, id of the job, videos, files, gallery."""
+        """Yield progress of a run until it ends: panel, id of the job, videos, files, its name, gallery."""
         *options, picture, seen = values
         visitor = request.session_hash
 
@@ -84,9 +84,9 @@ class Page:
         def show(run: PastRun) -> tuple:
             if seen is not None:
                 seen.append(run.video.name)  # the same list that the visitor's other runs add to
-            return (*self._files_of(run), self.gallery(seen), seen)
+            return (*self._files_of(run), *self.gallery(seen), seen)
 
-        yield from self._follow(start, show, num_shown=6)
+        yield from self._follow(start, show, num_shown=8)
 
     def inspect(self, request: Any, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of reading a reference's motion: panel, id of the job, video of the motion."""
@@ -127,10 +127,10 @@ class Page:
         return self._gradio.skip()
 
     def enter(self, request: Any) -> tuple:
-        """Return which past runs a visitor may see (None: all), the gallery, and what the owner alone has."""
+        """Return which past runs a visitor may see (None: all), the gallery and what the owner alone has."""
         is_owner = secrets.compare_digest(request.query_params.get("owner", ""), self.owner_key)
         seen: list[str] | None = None if is_owner or self.shared else []
-        return seen, self.gallery(seen), is_owner, self._gradio.update(visible=is_owner)
+        return seen, *self.gallery(seen), is_owner, self._gradio.update(visible=is_owner)
 
     def all_runs(self, is_owner: bool) -> Any:
         """Return the choice of runs that wait and run, for the owner."""
@@ -139,25 +139,42 @@ class Page:
             choices=[(f"{job.state}, {job.seconds:.0f} s: {job.title[:60]}", job.id) for job in jobs]
         )
 
-    def gallery(self, seen: Sequence[str] | None) -> list[tuple[str, str]]:
-        """Return posters and names of past runs, of all of them if `seen` is None."""
-        shown = []
+    def gallery(self, seen: Sequence[str] | None) -> tuple[list[tuple[str, str]], list[str]]:
+        """Return posters and prompts of past runs, of all of them if `seen` is None, and their names."""
+        shown, names = [], []
         for run in past_runs(self.session.output_dir):
             if seen is None or run.video.name in seen:
                 try:
-                    shown.append((str(poster(run, self.session.cache)), run.video.name))
+                    shown.append((str(poster(run, self.session.cache)), run.record.prompt))
+                    names.append(run.video.name)
                 except (OSError, ValueError) as error:
                     logger.warning("%s is left out of the gallery: %s", run.video, error)
-        return shown
+        return shown, names
 
     def open_past(self, name: str, seen: Sequence[str] | None) -> tuple:
-        """Return panel, videos and files of the past run of that name, if the visitor may see it."""
+        """Return panel, videos, files and name of the past run of that name, if the visitor may see it."""
         try:
-            if seen is not None and name not in seen:
-                raise ValueError("that run is not yours")
-            return self._files_of(find_run(self.session.output_dir, name))
+            return self._files_of(self._past(name, seen))
         except (ValueError, OSError) as error:
-            return (panel.failed(error), *[self._gradio.skip()] * 4)
+            return (panel.failed(error), *[self._gradio.skip()] * 5)
+
+    def settings(self, name: str | None, seen: Sequence[str] | None) -> tuple:
+        """Return panel, reference, fields and picture that ask for the run of that name once more."""
+        try:
+            if name is None:
+                raise ValueError("choose one of the past runs first")
+            run = self._past(name, seen)
+            values, sources = settings_of(run, self.session.pipe.defaults)
+            reference, picture = (path and self._shown(path) for path in sources)
+            text = panel.message("The fields have the settings of that run.", "done")
+            return (text, reference, *(values.get(field) for field in _FIELDS), picture)
+        except (ValueError, OSError) as error:
+            return (panel.failed(error), *[self._gradio.skip()] * (len(_FIELDS) + 2))
+
+    def _past(self, name: str, seen: Sequence[str] | None) -> PastRun:
+        if seen is not None and name not in seen:
+            raise ValueError("that run is not yours")
+        return find_run(self.session.output_dir, name)
 
     def _request(self, values: Sequence[Any]) -> dict[str, Any]:
         asked = dict(zip(_FIELDS, values, strict=True))
@@ -202,7 +219,8 @@ class Page:
         video, both = self._shown(run.video), str(compared(run, self.session.cache))
         paths = paths_drawn(run, self.session.cache)
         motion = self._gradio.update(value=paths and str(paths), label=_PATHS)
-        return panel.finished(run), both, video, motion, [video, self._shown(run.record_file)]
+        files = [video, self._shown(run.record_file)]
+        return panel.finished(run), both, video, motion, files, run.video.name
 
     def _shown(self, path: Path) -> str:
         """Return the path of a copy in the cache, the only folder that the server serves."""
