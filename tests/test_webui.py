@@ -93,6 +93,18 @@ def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(sess
     assert "seed 3" in panel.finished(run)
 
 
+def test_a_cancelled_run_is_an_error_for_programs_and_a_warning_for_visitors(session, queue):
+    gradio = pytest.importorskip("gradio")
+    from diffsynth.webui.page import Page
+
+    values = ["a cat", "", "exact", "No_transfer", 3, 0.75, 200, 1, 32, 32, 5, 0, 0, 0, "crop", None, None]
+    said = Page(session, queue).generate(SimpleNamespace(session_hash="a visitor"), None, *values)
+    queue.cancel(next(said)[1])
+    with pytest.warns(UserWarning, match="Cancelled"), pytest.raises(gradio.Error) as raised:
+        list(said)
+    assert not raised.value.visible
+
+
 def test_the_settings_of_a_past_run_ask_for_it_again(session, clip, queue, places):
     pytest.importorskip("gradio")
     from diffsynth.webui.page import Page
@@ -159,6 +171,7 @@ def test_a_run_tells_its_stages_losses_and_previews(session, clip):
     text = panel.running(half, "running", 0, 30.0)
     assert 'role="progressbar"' in text
     assert 'aria-valuenow="50"' in text
+    assert f"motion loss {half.losses[-1] - 1:+.0%}" in text
     assert "about 30 s left" in text
     assert "left" not in panel.running(seen[-1], "running", 0, 60.0)
     assert 'aria-live="polite"' in panel.message("Waiting for the model.")
@@ -175,7 +188,10 @@ def test_the_prompt_and_its_button_come_first_and_defaults_are_told(session):
     assert places[places.index("go") :][:4] == ["go", "cancel", "expected", "panel"]  # without a scroll
     labels = [part.get("label") or part.get("value") for part in parts]
     assert labels.index("Prompt") < labels.index("Generate") < labels.index("Reference")
-    assert f"Steps (0: {session.pipe.defaults['num_inference_steps']})" in labels
+    (steps,) = (part for part in parts if part.get("elem_id") == "steps")
+    assert steps["placeholder"] == str(session.pipe.defaults["num_inference_steps"])
+    (modes,) = (part["choices"] for part in parts if part.get("elem_id") == "mode")
+    assert ("No_transfer: the prompt alone", "No_transfer") in modes
 
 
 def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, queue):
@@ -194,8 +210,9 @@ def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, q
     seen, names, is_owner = enter(owner=page.owner_key)
     assert (seen, is_owner) == (None, True)
     assert run.video.name in names
-    assert "is not yours" in page.open_past(run.video.name, [])[0]
-    assert run.video.name in page.open_past(run.video.name, [run.video.name])[0]
+    chosen = [run.video.name], SimpleNamespace(index=0)
+    assert "is not yours" in page.open_past(chosen[0], [], chosen[1])[0]
+    assert run.video.name in page.open_past(chosen[0], chosen[0], chosen[1])[0]
 
     gate = threading.Event()
     job = queue.submit(lambda _: gate.wait(PATIENCE), "a cat")
@@ -206,7 +223,7 @@ def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, q
     gate.set()
     shared = Page(session, queue)
     assert shared.enter(SimpleNamespace(query_params={}))[0] is None
-    assert not shared.enter(SimpleNamespace(query_params={}))[2]
+    assert not shared.enter(SimpleNamespace(query_params={}))[3]
 
 
 def test_the_time_of_a_run_follows_from_the_newest_one(session, clip, tmp_path):

@@ -26,7 +26,10 @@ _SCENES = (
     "a red fox leaps through fresh snow", "a paper boat on a stormy sea", "an astronaut on a beach at sunset",
     "a hot-air balloon over lavender fields",
 )  # fmt: skip
-_MODES = "effi_AMF: FastVMT; AMF: the same over whole frames; FlowMotion: no backward pass; No_transfer: text"
+_PARTS = (
+    ("start", "Reference from second", "0"), ("end", "to second", "its last"),
+    ("ref_fps", "at frames a second", "its own"),
+)  # fmt: skip
 
 
 def build(page: Page) -> Any:
@@ -57,8 +60,10 @@ def build(page: Page) -> Any:
             with gr.Column(elem_id="options"):
                 reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
                 look = gr.Button("Show the motion", elem_id="look")
-                tries = [list(example) for example in zip(page.clips, cycle(prompts), strict=False)]
-                gr.Examples(tries, [reference, prompt], label="Try one of these", elem_id="examples")
+                clip = gr.Textbox(label="Motion", visible=False)
+                texts = cycle(prompts)
+                tries = [[path, Path(path).stem, next(texts)] for path in page.clips]
+                gr.Examples(tries, [reference, clip, prompt], label="Try one of these", elem_id="examples")
                 picture = gr.Image(
                     label="Picture that the video begins with",
                     type="filepath",
@@ -70,11 +75,9 @@ def build(page: Page) -> Any:
                 preset = gr.Radio(
                     [EXACT, *defaults.presets], value=EXACT, label="Preset", info=_PRESETS, elem_id="preset"
                 )
-                with gr.Row():
-                    mode = gr.Dropdown(
-                        list(MODES), value=DEFAULT_MODE, label="Mode", info=_MODES, elem_id="mode"
-                    )
-                    seed = gr.Number(-1, precision=0, label="Seed (-1: a new one)", elem_id="seed")
+                modes = [(f"{m}: {d.help if d else 'the prompt alone'}", m) for m, d in MODES.items()]
+                mode = gr.Dropdown(modes, value=DEFAULT_MODE, label="Mode", elem_id="mode")
+                seed = gr.Number(precision=0, label="Seed", placeholder="a new one", elem_id="seed")
                 negative, strength, scale, numbers, part = _more(gr, defaults)
         past = gr.Gallery(
             label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
@@ -82,23 +85,22 @@ def build(page: Page) -> Any:
         owners = _owners_row(gr, page, is_owner, status)
         asked = [prompt, negative, preset, mode, seed, strength, numbers[0], scale, *numbers[1:], *part]
         shown = [both, result, motion, files, chosen]
-        many = {"concurrency_limit": VISITORS, "show_progress": "hidden"}
+        many = {"concurrency_limit": VISITORS, "show_progress": "hidden", "trigger_mode": "multiple"}
         made = [status, job_id, *shown, past, names, seen]
         counted = [preset, mode, *numbers, *part, past]
-        gr.on([field.change for field in counted], page.expected, asked, expected, api_name=False)
+        changes = [demo.load, *(field.change for field in counted)]
+        gr.on(changes, page.expected, asked, expected, api_name=False)
+        prompt.change(None, status, status, js="said => said.includes('fv-error') ? '' : said")
         for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
             handler.__annotations__["request"] = gr.Request
-        many["trigger_mode"] = "multiple"
+        Page.open_past.__annotations__["event"] = gr.SelectData
         go.click(page.generate, [reference, *asked, picture, seen], made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
-
-        def open_past(names: list[str], seen: list[str] | None, event: Any) -> tuple:
-            return page.open_past(names[event.index], seen)
-
-        open_past.__annotations__["event"] = gr.SelectData  # by which gradio knows what to pass
-        past.select(open_past, [names, seen], [status, *shown], api_name=False)
+        past.select(page.open_past, [names, seen], [status, *shown], api_name=False)
         again.click(page.settings, [chosen, seen], [status, reference, *asked, picture], api_name=False)
+        empty = [seed, *numbers, *part[:-1]]  # gradio begins with 0 in a field for numbers
+        demo.load(lambda: [None] * len(empty), None, empty, api_name=False)
         demo.load(page.enter, None, [seen, past, names, is_owner, owners], api_name=False)
     return demo.queue(max_size=4 * VISITORS)
 
@@ -116,19 +118,18 @@ def _owners_row(gr: Any, page: Page, is_owner: Any, status: Any) -> Any:
 
 def _more(gr: Any, defaults: RunDefaults) -> tuple[Any, Any, Any, list[Any], list[Any]]:
     """Return the fields that most visitors leave alone: negative prompt, two strengths, sizes, the part."""
-    with gr.Accordion("More (0: the model's own)", open=False):
+    with gr.Accordion("More (empty: as shown)", open=False):
         negative = gr.Textbox(label="Negative prompt", elem_id="negative")
         with gr.Row():
             strength = gr.Slider(0.05, 1, value=defaults["denoising_strength"], label="Denoising strength")
             scale = gr.Slider(0.1, 4, value=1, label="Strength of the motion")
         with gr.Row():
             numbers = [
-                gr.Number(0, precision=0, label=f"{name} (0: {defaults[key]})", elem_id=name.lower())
+                gr.Number(precision=0, label=name, placeholder=str(defaults[key]), elem_id=name.lower())
                 for name, key in _NUMBERS.items()
             ]
         with gr.Row():
-            labels = {"start": "Reference from second", "end": "to second", "ref_fps": "at frames a second"}
-            part = [gr.Number(0, label=label, elem_id=name) for name, label in labels.items()]
+            part = [gr.Number(label=label, placeholder=usual, elem_id=name) for name, label, usual in _PARTS]
             part.append(gr.Dropdown(list(FITS), value="crop", label="Fit", elem_id="fit"))
     return negative, strength, scale, numbers, part
 

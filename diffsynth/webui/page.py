@@ -25,13 +25,14 @@ logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent.parent
 CLIP_FOLDERS = (_PACKAGE / "embedded" / "data", _PACKAGE.parent / "examples" / "data")
 LOOKS_PER_SECOND = 4
+_CANCELLED = "Cancelled; nothing was written."
 _PATHS = "Motion: the object's path in red, the reference's in blue"
 # The options that the page has, in its order.
 _FIELDS = (
     "prompt", "negative_prompt", "preset", "mode", "seed", "denoising_strength", "num_inference_steps",
     "motion_scale", "height", "width", "num_frames", "start", "end", "ref_fps", "fit",
 )  # fmt: skip
-# A field for numbers is never empty: these values leave the choice to the model or the preset.
+# These values leave the choice to the model or the preset, as empty fields do.
 _UNSET = {"seed": -1} | dict.fromkeys(
     ("num_inference_steps", "height", "width", "num_frames", "start", "end", "ref_fps"), 0
 )
@@ -116,7 +117,7 @@ class Page:
         except (ValueError, TypeError):
             return ""
         if minutes is None:
-            return "The first run tells how long others take."
+            return "The first run tells how long others take; fastvmt ui --max-minutes measures it before."
         about = f"{60 * minutes:.0f} s" if minutes < 2 else f"{minutes:.0f} minutes"
         return f"It takes about {about}, less if the reference is short."
 
@@ -151,10 +152,10 @@ class Page:
                     logger.warning("%s is left out of the gallery: %s", run.video, error)
         return shown, names
 
-    def open_past(self, name: str, seen: Sequence[str] | None) -> tuple:
-        """Return panel, videos, files and name of the past run of that name, if the visitor may see it."""
+    def open_past(self, names: Sequence[str], seen: Sequence[str] | None, event: Any) -> tuple:
+        """Return panel, videos, files and name of the past run that was chosen, if the visitor may see it."""
         try:
-            return self._files_of(self._past(name, seen))
+            return self._files_of(self._past(names[event.index], seen))
         except (ValueError, OSError) as error:
             return (panel.failed(error), *[self._gradio.skip()] * 5)
 
@@ -207,13 +208,15 @@ class Page:
             status, *shown = (None, *unchanged) if error else show(job.result())
         except (ValueError, TypeError, RuntimeError, OSError) as problem:
             error, shown = problem, unchanged
-        if isinstance(error, JobCancelledError | CancelledError):
-            status = panel.message("Cancelled; nothing was written.")
+        if cancelled := isinstance(error, JobCancelledError | CancelledError):
+            status = panel.message(_CANCELLED)
+            self._gradio.Warning(_CANCELLED, title="Cancelled")
         elif error is not None:
             status = panel.failed(error)
         yield (status, None, *shown)
         if error is not None:  # so that a program that calls this page sees no success
-            raise self._gradio.Error(str(error) or type(error).__name__, print_exception=False)
+            text = str(error) or type(error).__name__
+            raise self._gradio.Error(text, visible=not cancelled, print_exception=False)
 
     def _files_of(self, run: PastRun) -> tuple:
         video, both = self._shown(run.video), str(compared(run, self.session.cache))

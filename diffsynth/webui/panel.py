@@ -119,7 +119,7 @@ def _line(progress: RunProgress, seconds: float) -> str:
     if progress.guided_steps:
         words.append(f"guided {progress.guided} of {progress.guided_steps}")
     if progress.losses:
-        words.append(f"motion loss {progress.losses[-1]:.4g}")
+        words.append(f"motion loss {progress.losses[-1] - 1:+.0%}")
     words.append(f"{seconds:.0f} s")
     if 0 < progress.step < progress.steps:
         words.append(f"about {seconds * (progress.steps / progress.step - 1):.0f} s left")

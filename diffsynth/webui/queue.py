@@ -27,7 +27,7 @@ class JobCancelledError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProgress:
-    """Progress of a run."""
+    """Progress of a run; losses are those of guided steps, each as its last over its first."""
 
     stage: str = "start"
     step: int = 0
