@@ -152,7 +152,7 @@ def test_a_video_is_made_shown_and_written_with_its_record(page, server):
     for name in ("#result", "#motion"):
         video = find(page, f"{name} video")
         until(page, lambda _, v=video: page.execute_script("return arguments[0].readyState >= 2", v))
-    assert "path in red" in page.find_element("css selector", "#motion").text
+    assert "the reference's" in page.find_element("css selector", "#motion").text
     (path,) = server[1].glob("*.mp4")
     record = json.loads(path.with_suffix(".mp4.json").read_text())
     assert record["prompt"] == "a blue star on a yellow background"

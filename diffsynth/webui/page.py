@@ -26,7 +26,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CLIP_FOLDERS = (_PACKAGE / "embedded" / "data", _PACKAGE.parent / "examples" / "data")
 LOOKS_PER_SECOND = 4
 _CANCELLED = "Cancelled; nothing was written."
-_PATHS = "Motion: the object's path in red, the reference's in blue"
+_PATHS = "Paths; blue: the reference's"
 # The options that the page has, in its order.
 _FIELDS = (
     "prompt", "negative_prompt", "preset", "mode", "seed", "denoising_strength", "num_inference_steps",
