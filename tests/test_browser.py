@@ -116,11 +116,25 @@ def test_an_example_fills_reference_and_prompt_and_empty_boxes_are_hidden(server
     click(browser, "#examples tbody tr:nth-child(2)")
     find(browser, "#reference video")
     until(browser, lambda b: b.find_element("css selector", "#prompt textarea").get_property("value"))
+    steps = browser.find_element("css selector", "#steps input")
+    until(browser, lambda _: steps.get_property("value") == "")
+    assert steps.get_attribute("placeholder") == "25"
     boxes = [browser.find_element("css selector", name) for name in ("#result", "#motion", "#files")]
     assert [box.is_displayed() for box in boxes] == [False] * 3
     for name in ("#prompt", "#go"):
         place = browser.find_element("css selector", name).rect
         assert place["y"] + place["height"] < 800
+
+
+def test_the_status_of_a_run_is_seen_without_a_scroll_on_a_phone(server, browser):
+    size = browser.get_window_size()
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.get(server[0])
+    go, panel = (find(browser, name).rect for name in ("#go", "#panel"))
+    assert go["y"] < panel["y"] < 844 - 100
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.set_window_size(size["width"], size["height"])
 
 
 def test_the_motion_of_an_uploaded_reference_is_shown(page):
@@ -135,8 +149,10 @@ def test_a_video_is_made_shown_and_written_with_its_record(page, server):
     click(page, "#go")
     panel_says(page, "fv-stages")
     panel_says(page, "fv-result")
-    video = find(page, "#result video")
-    until(page, lambda _: page.execute_script("return arguments[0].readyState >= 2", video))
+    for name in ("#result", "#motion"):
+        video = find(page, f"{name} video")
+        until(page, lambda _, v=video: page.execute_script("return arguments[0].readyState >= 2", v))
+    assert "the reference's" in page.find_element("css selector", "#motion").text
     (path,) = server[1].glob("*.mp4")
     record = json.loads(path.with_suffix(".mp4.json").read_text())
     assert record["prompt"] == "a blue star on a yellow background"
@@ -189,6 +205,37 @@ def test_who_runs_the_page_cancels_the_run_of_another(page, server):
 def test_a_past_run_is_shown_again(page):
     click(page, "#past button img")
     panel_says(page, "fv-result")
+
+
+def test_the_settings_of_a_past_run_fill_the_fields(page):
+    fill(page, "#prompt textarea", "another prompt")
+    click(page, "#use")
+    panel_says(page, "settings of that run")
+    values = [
+        ("#prompt textarea", "a blue star on a yellow background"),
+        ("#seed input", "7"),
+        ("#steps input", "4"),
+    ]
+    for name, value in values:
+        until(page, lambda b, n=name, v=value: find(b, n).get_property("value") == v)
+
+
+def test_two_clicks_are_two_runs_and_words_and_losses_are_told(page, server):
+    before = len(list(server[1].glob("*.mp4")))
+    click(page, "#go")
+    panel_says(page, "motion loss [-+][0-9]+%")
+    click(page, "#go")
+    panel_says(page, "1 run of yours after this one")
+    until(page, lambda _: len(list(server[1].glob("*.mp4.json"))) == before + 2)
+    panel_says(page, "fv-result")
+
+
+def test_what_is_wrong_is_said_and_goes_when_the_prompt_changes(page):
+    page.find_element("css selector", "#prompt textarea").clear()
+    click(page, "#go")
+    panel_says(page, "prompt is empty")
+    fill(page, "#prompt textarea", "a red square")
+    until(page, lambda b: "fv-error" not in find(b, "#panel").get_property("innerHTML"))
 
 
 def test_what_is_wrong_is_said_and_nothing_was_wrong_in_the_browser(page):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 import time
 from argparse import Namespace
@@ -20,8 +21,8 @@ from diffsynth.jobs.task import run_seconds
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
-from diffsynth.webui.app import CLIP_FOLDERS
-from diffsynth.webui.gallery import compared, find_run, past_runs, poster
+from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, paths_drawn, poster
+from diffsynth.webui.page import CLIP_FOLDERS
 from diffsynth.webui.previews import fit_colours, latent_frames
 from diffsynth.webui.queue import (
     CANCELLED,
@@ -94,6 +95,50 @@ def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(sess
     assert "seed 3" in panel.finished(run)
 
 
+def test_a_cancelled_run_is_an_error_for_programs_and_a_warning_for_visitors(session, queue):
+    gradio = pytest.importorskip("gradio")
+    from diffsynth.webui.page import Page
+
+    values = ["a cat", "", "exact", "No_transfer", 3, 0.75, 200, 1, 32, 32, 5, 0, 0, 0, "crop", None, None]
+    said = Page(session, queue).generate(SimpleNamespace(session_hash="a visitor"), None, *values)
+    queue.cancel(next(said)[1])
+    with pytest.warns(UserWarning, match="Cancelled"), pytest.raises(gradio.Error) as raised:
+        list(said)
+    assert not raised.value.visible
+
+
+def test_the_settings_of_a_past_run_ask_for_it_again(session, clip, queue, places):
+    pytest.importorskip("gradio")
+    from diffsynth.webui.page import Page
+
+    asked = checked_request({**SMALL, "prompt": "A  red fox/runs", "motion_scale": 2, "end": 0.5})
+    kept = keep(shutil.copy(clip, places[0] / "my clip.mp4"), places)
+    run = make_video(session, asked, kept, QueuedJob())
+    assert run.video.name == "a-red-fox-runs-my-clip-seed3.mp4"
+    page = Page(session, queue)
+    assert run.record.prompt in [caption for _, caption in page.gallery(None)[0]]
+    _, reference, *values, picture = page.settings(run.video.name, None)
+    request = page._request(values)
+    assert {name: request[name] for name in asked} == {**asked, "prompt": run.record.prompt}
+    assert (picture, Path(reference).read_bytes()) == (None, clip.read_bytes())
+    assert keep_upload(shutil.copy(reference, places[0]), *places, UploadLimits()) == kept
+    assert "not yours" in page.settings(run.video.name, [])[0]
+    assert "choose one of the past runs" in page.settings(None, None)[0]
+    kept.unlink()
+    assert "is not there any more" in page.settings(run.video.name, None)[0]
+
+
+def test_the_paths_of_reference_and_result_are_drawn(session, tmp_path):
+    clip = next(path for folder in CLIP_FOLDERS for path in folder.glob("bounce.mp4"))
+    record = make_video(session, checked_request(SMALL), clip, QueuedJob()).record
+    video = publish(list(VideoData(clip)), tmp_path / "bounce.mp4", record)
+    path = paths_drawn(PastRun(video=video, record=record), tmp_path)
+    with VideoData(path) as drawn:
+        assert drawn.shape()[1] > 1.9 * 320
+    (noise,) = past_runs(session.output_dir, 1)
+    assert paths_drawn(noise, tmp_path) is None
+
+
 def test_a_second_run_of_the_same_kind_takes_a_name_of_its_own(session, clip):
     first, second = (make_video(session, checked_request(SMALL), clip, QueuedJob()) for _ in range(2))
     assert first.video != second.video
@@ -128,6 +173,7 @@ def test_a_run_tells_its_stages_losses_and_previews(session, clip):
     text = panel.running(half, "running", 0, 30.0)
     assert 'role="progressbar"' in text
     assert 'aria-valuenow="50"' in text
+    assert f"motion loss {half.losses[-1] - 1:+.0%}" in text
     assert "about 30 s left" in text
     assert "left" not in panel.running(seen[-1], "running", 0, 60.0)
     assert 'aria-live="polite"' in panel.message("Waiting for the model.")
@@ -135,31 +181,40 @@ def test_a_run_tells_its_stages_losses_and_previews(session, clip):
 
 def test_the_prompt_and_its_button_come_first_and_defaults_are_told(session):
     pytest.importorskip("gradio")
-    from diffsynth.webui.app import Page, build
+    from diffsynth.webui.app import build
+    from diffsynth.webui.page import Page
 
     page = Page(session, JobQueue(1))
-    labels = [c["props"].get("label") or c["props"].get("value") for c in build(page).config["components"]]
+    parts = [c["props"] for c in build(page).config["components"]]
+    places = [part.get("elem_id") for part in parts]
+    assert places[places.index("go") :][:4] == ["go", "cancel", "expected", "panel"]  # without a scroll
+    labels = [part.get("label") or part.get("value") for part in parts]
     assert labels.index("Prompt") < labels.index("Generate") < labels.index("Reference")
-    assert f"Steps (0: {session.pipe.defaults['num_inference_steps']})" in labels
+    (steps,) = (part for part in parts if part.get("elem_id") == "steps")
+    assert steps["placeholder"] == str(session.pipe.defaults["num_inference_steps"])
+    (modes,) = (part["choices"] for part in parts if part.get("elem_id") == "mode")
+    assert ("No_transfer: the prompt alone", "No_transfer") in modes
 
 
 def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, queue):
     pytest.importorskip("gradio")
-    from diffsynth.webui.app import Page
+    from diffsynth.webui.page import Page
 
     run = make_video(session, checked_request(SMALL), clip, QueuedJob())
     page = Page(session, queue, shared=False)
 
     def enter(**params):
-        seen, gallery, is_owner, _ = page.enter(SimpleNamespace(query_params=params))
-        return seen, [name for _, name in gallery], is_owner
+        seen, gallery, names, is_owner, _ = page.enter(SimpleNamespace(query_params=params))
+        assert len(gallery) == len(names)
+        return seen, names, is_owner
 
     assert enter() == enter(owner="") == enter(owner="a guess") == ([], [], False)
     seen, names, is_owner = enter(owner=page.owner_key)
     assert (seen, is_owner) == (None, True)
     assert run.video.name in names
-    assert "is not yours" in page.open_past(run.video.name, [])[0]
-    assert run.video.name in page.open_past(run.video.name, [run.video.name])[0]
+    chosen = [run.video.name], SimpleNamespace(index=0)
+    assert "is not yours" in page.open_past(chosen[0], [], chosen[1])[0]
+    assert run.video.name in page.open_past(chosen[0], chosen[0], chosen[1])[0]
 
     gate = threading.Event()
     job = queue.submit(lambda _: gate.wait(PATIENCE), "a cat")
@@ -170,7 +225,7 @@ def test_a_visitor_sees_the_own_runs_and_the_owner_those_of_all(session, clip, q
     gate.set()
     shared = Page(session, queue)
     assert shared.enter(SimpleNamespace(query_params={}))[0] is None
-    assert not shared.enter(SimpleNamespace(query_params={}))[2]
+    assert not shared.enter(SimpleNamespace(query_params={}))[3]
 
 
 def test_the_time_of_a_run_follows_from_the_newest_one(session, clip, tmp_path):
@@ -343,7 +398,24 @@ def test_what_is_told_is_no_html_of_visitors():
     assert "<b>" not in panel.message("<b>bold</b>", "error")
     waiting = panel.running(RunProgress(stage="<script>"), "running", 0, 0.0)
     assert "<script>" not in waiting
-    assert "2 runs come first" in panel.running(RunProgress(), "waiting", 2, 0.0)
+    assert "2 runs before yours" in panel.running(RunProgress(), "waiting", 2, 0.0)
+
+
+def test_two_clicks_are_two_runs_and_the_panel_says_that_one_waits(session, queue):
+    pytest.importorskip("gradio")
+    from diffsynth.webui.page import Page
+
+    page, gate, visitor = Page(session, queue), threading.Event(), SimpleNamespace(session_hash="a visitor")
+    queue.submit(lambda _: gate.wait(PATIENCE), "of another", "another")
+    values = ["a cat", "", "exact", "No_transfer", 3, 0.75, 2, 1, 32, 32, 5, 0, 0, 0, "crop", None, None]
+    clicks = [page.generate(visitor, None, *values) for _ in range(2)]
+    assert "1 run before yours" in next(clicks[0])[0]
+    (both, first), (same, id_too) = next(clicks[1])[:2], next(clicks[0])[:2]
+    assert (both, first) == (same, id_too)
+    assert "1 run of yours after this one" in both
+    gate.set()
+    names = [[*outputs][-1][6] for outputs in clicks]
+    assert sorted(names) == ["a-cat-seed3-2.mp4", "a-cat-seed3.mp4"]
 
 
 # Uploads.

@@ -35,7 +35,8 @@ def server(tmp_path_factory):
     """(address, its session) of a page with a tiny model."""
     import uvicorn
 
-    from diffsynth.webui.app import Page, make_app, temporary_folders
+    from diffsynth.webui.app import make_app, temporary_folders
+    from diffsynth.webui.page import Page
     from diffsynth.webui.session import open_session
 
     folder = tmp_path_factory.mktemp("server")

@@ -62,18 +62,23 @@ def fitted(reference: Video, frames: Video) -> list[Image.Image]:
 
 
 def beside_reference(videos: Mapping[str, Video], height: int = 256) -> list[Image.Image]:
-    """Place videos of equal size in a row, `height` pixels high; draw paths if each shows only one object.
+    """Place videos in a row, `height` pixels high, with paths if `with_paths` can draw them."""
+    return side_by_side(with_paths(videos) or videos, height)
+
+
+def with_paths(videos: Mapping[str, Video]) -> dict[str, Video] | None:
+    """Draw paths into videos of equal size; None unless each shows only one object.
 
     The first video is the reference; its path is drawn into the others as well.
     """
     tracks = {name: one_object(frames) for name, frames in videos.items()}
     paths = [track.centroids for track in tracks.values() if track is not None]
     if len(paths) < len(tracks):
-        return side_by_side(videos, height)
+        return None
     drawn: dict[str, Video] = {}
     for (name, frames), path in zip(videos.items(), paths, strict=True):
         drawn[name] = draw_trajectories(frames, [path] if path is paths[0] else [path, paths[0]])
-    return side_by_side(drawn, height)
+    return drawn
 
 
 def looped(frames: list[Image.Image], fps: float | None) -> list[Image.Image]:

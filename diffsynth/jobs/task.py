@@ -68,6 +68,7 @@ class VideoTask:
         size: number, height and width of the frames.
         output: path of the video file; None to make a new name in `folder`.
         folder: folder of the video file if `output` is None.
+        stem: beginning of that file's name; None for one of the reference and the mode.
         overwrite: whether to replace `output` if it exists.
         saving: arguments of the run that save its progress; empty if it is not saved.
         job: hash of the request, for the record.
@@ -80,6 +81,7 @@ class VideoTask:
     size: tuple[int, int, int]
     output: Path | None = None
     folder: Path = Path()
+    stem: str | None = None
     overwrite: bool = False
     saving: Mapping[str, Any] = field(default_factory=dict)
     job: str | None = None
@@ -291,7 +293,7 @@ def run_task(
             job=task.job,
             pictures=task.pictures,
         )
-        name = f"{reference_stem(task)}-{made.options.mode}-seed{made.options.seed}"
+        name = f"{task.stem or f'{reference_stem(task)}-{made.options.mode}'}-seed{made.options.seed}"
         try:
             output = task.output or task.folder / f"{name}.mp4"
             path = publish(frames, output, record, overwrite=task.overwrite)

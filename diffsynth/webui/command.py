@@ -8,7 +8,8 @@ from diffsynth.cli.console import Console
 from diffsynth.jobs.errors import RunFailedError, UsageError
 from diffsynth.jobs.models import load_options
 from diffsynth.jobs.publish import check_folder
-from diffsynth.webui.app import Page, import_gradio, make_app, temporary_folders
+from diffsynth.webui.app import make_app, temporary_folders
+from diffsynth.webui.page import Page, import_gradio
 from diffsynth.webui.queue import JobQueue
 from diffsynth.webui.security import is_local, read_auth
 from diffsynth.webui.session import open_session

@@ -10,10 +10,15 @@ from typing import Any
 
 from PIL import Image
 
+from diffsynth.configs.defaults import RunDefaults
+from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.fields import fields_of
-from diffsynth.configs.options import ReferenceOptions
+from diffsynth.configs.guidance import MotionGuidance
+from diffsynth.configs.options import PICTURES, ReferenceOptions
 from diffsynth.data import VideoData, save_video
 from diffsynth.data.files import written_whole
+from diffsynth.data.tensors import Video
+from diffsynth.evaluation.followed import with_paths
 from diffsynth.evaluation.grid import side_by_side
 from diffsynth.jobs.task import open_reference
 from diffsynth.runs.identity import sha256_of_video
@@ -75,17 +80,65 @@ def compared(run: PastRun, cache: Path) -> Path:
     It shows the result alone if the reference is missing or has changed.
     """
     path = cache / f"{_video_hash(run)}-side-by-side.mp4"
+    return path if path.is_file() else _save_row(run, _videos_of(run), path)
+
+
+def paths_drawn(run: PastRun, cache: Path) -> Path | None:
+    """Return the path of a video as `compared` makes it, with the paths of the objects drawn into it.
+
+    None unless reference and result show one object each, in front of a plain background.
+    """
+    path = cache / f"{_video_hash(run)}-paths.mp4"
     if path.is_file():
         return path
+    videos = _videos_of(run)
+    drawn = with_paths(videos) if len(videos) > 1 else None
+    return None if drawn is None else _save_row(run, drawn, path)
+
+
+def settings_of(run: PastRun, defaults: RunDefaults) -> tuple[dict[str, Any], list[Path | None]]:
+    """Return the options that a run was asked for, by name, and its reference and first picture, if any.
+
+    Raises:
+        ValueError: the reference or the picture is not there any more, or has changed.
+    """
+    record = run.record
+    values = {**record.options, **(record.reference or {}), "preset": record.preset, "prompt": record.prompt}
+    if record.negative_prompt != defaults["negative_prompt"]:
+        values["negative_prompt"] = record.negative_prompt
+    values["mode"] = NO_TRANSFER
+    if (motion := record.options["motion"]) is not None:
+        usual = MotionGuidance.for_mode(
+            motion["mode"], defaults.with_preset(record.preset).motion.get(motion["mode"], {})
+        )
+        values |= {"mode": motion["mode"], "motion_scale": round(motion["lr"][0] / usual.lr[0], 3)}
+    sources: list[Path | None] = [None, None]
+    for place, source in enumerate((record.reference, record.pictures.get(PICTURES[0]))):
+        if source is not None:
+            sources[place] = path = Path(source["path"])
+            if not path.is_file() or sha256_of_video(path) != source["sha256"]:
+                raise ValueError(f"{path.name}, which that run used, is not there any more or has changed")
+    return values, sources
+
+
+def _videos_of(run: PastRun) -> dict[str, Video]:
+    """Return the frames of the reference, if it is there unchanged, and of the result."""
     with VideoData(run.video) as video:
         height, width = video.shape()
-        videos = {"result": video.raw_data()}
+        result = video.raw_data()
     reference = run.record.reference
     if reference is not None:
         with suppress(OSError, ValueError, TypeError):
-            frames = _reference_frames(reference, height, width, len(videos["result"]))
-            videos = {"reference": frames, **videos}
-    shown = side_by_side(videos, height=max(_COMPARED_HEIGHT, min(height, 480)))
+            return {
+                "reference": _reference_frames(reference, height, width, len(result)),
+                "result": result,
+            }
+    return {"result": result}
+
+
+def _save_row(run: PastRun, videos: Mapping[str, Video], path: Path) -> Path:
+    height = max(_COMPARED_HEIGHT, min(run.record.video["height"], 480))
+    shown = side_by_side(videos, height=height)
     return save_video(shown, path, fps=run.record.video["fps"], quality=8)
 
 

@@ -21,7 +21,7 @@ _OF_DENOISING = ("guidance", "sampling")
 _CLEAR = (ValueError, TypeError, FileNotFoundError, MemoryRanOutError, QueueFullError)
 _LONGEST = 600  # characters of an error
 
-IDLE = '<div class="fv-idle">The result appears here: the motion of the reference, what a prompt says.</div>'
+IDLE = '<div class="fv-idle">Choose a video whose motion is used, and say what the new one shows.</div>'
 CSS = Path(__file__).with_name("page.css").read_text()
 
 
@@ -51,11 +51,13 @@ def failure_text(error: BaseException) -> str:
     return f"The run failed: {text[:_LONGEST]}"
 
 
-def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> str:
-    """Return the panel of an unfinished job."""
+def running(progress: RunProgress, state: str, ahead: int, seconds: float, behind: int = 0) -> str:
+    """Return the panel of an unfinished job, before which others run; `behind` of the same visitor wait."""
+    queued = message(f"Waiting: {_runs(behind)} of yours after this one.") if behind else ""
     if state == WAITING:
-        others = "1 run comes" if ahead == 1 else f"{ahead} runs come"
-        return message(f"Waiting: {others} first." if ahead else "Waiting for the model.")
+        return (
+            message(f"Waiting: {_runs(ahead)} before yours." if ahead else "Waiting for the model.") + queued
+        )
     pictures = ""
     if progress.preview is not None:
         data = base64.b64encode(progress.preview).decode()
@@ -69,7 +71,11 @@ def running(progress: RunProgress, state: str, ahead: int, seconds: float) -> st
             "<figcaption>motion loss</figcaption></figure>"
         )
     told = f'{_stages(progress.stage)}{_bar(progress)}<p class="fv-line">{_line(progress, seconds)}</p>'
-    return f'<div class="fv-run">{told}<div class="fv-pictures">{pictures}</div></div>'
+    return f'{queued}<div class="fv-run">{told}<div class="fv-pictures">{pictures}</div></div>'
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
 
 
 def finished(run: PastRun) -> str:
@@ -113,7 +119,7 @@ def _line(progress: RunProgress, seconds: float) -> str:
     if progress.guided_steps:
         words.append(f"guided {progress.guided} of {progress.guided_steps}")
     if progress.losses:
-        words.append(f"motion loss {progress.losses[-1]:.4g}")
+        words.append(f"motion loss {progress.losses[-1] - 1:+.0%}")
     words.append(f"{seconds:.0f} s")
     if 0 < progress.step < progress.steps:
         words.append(f"about {seconds * (progress.steps / progress.step - 1):.0f} s left")

@@ -27,7 +27,7 @@ class JobCancelledError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProgress:
-    """Progress of a run."""
+    """Progress of a run; losses are those of guided steps, each as its last over its first."""
 
     stage: str = "start"
     step: int = 0
@@ -42,14 +42,15 @@ class QueuedJob:
     """A piece of work in a queue.
 
     Attributes:
-        title: says whose work it is.
+        title: says what the work is.
+        visitor: says whose it is.
         id: random text that cannot be guessed, so that no visitor cancels the job of another.
         progress: progress of the run.
         future: future of the result.
     """
 
-    def __init__(self, title: str = "") -> None:
-        self.title = title
+    def __init__(self, title: str = "", visitor: str = "") -> None:
+        self.title, self.visitor = title, visitor
         self.id = secrets.token_urlsafe(16)
         self.progress = RunProgress()
         self.future: Future = Future()
@@ -142,9 +143,9 @@ class JobQueue:
         self._unfinished: dict[str, QueuedJob] = {}
         self._lock = threading.Lock()
 
-    def submit(self, work: Callable[[QueuedJob], Any], title: str = "") -> QueuedJob:
+    def submit(self, work: Callable[[QueuedJob], Any], title: str = "", visitor: str = "") -> QueuedJob:
         """Queue the work; QueueFullError if too many jobs wait already."""
-        job = QueuedJob(title)
+        job = QueuedJob(title, visitor)
         with self._lock:
             waiting = max(0, len(self._unfinished) - 1)
             if waiting >= self._most_waiting:

@@ -25,7 +25,9 @@ from diffsynth.runs.record import describe_model
 from diffsynth.webui.gallery import PastRun, past_runs
 from diffsynth.webui.previews import Previews
 from diffsynth.webui.queue import QueuedJob
-from diffsynth.webui.uploads import UploadLimits
+from diffsynth.webui.uploads import UploadLimits, safe_stem
+
+_WORDS = 4  # of the prompt, in a file's name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +145,10 @@ def make_video(
     if reference is None and request["mode"] != NO_TRANSFER:
         raise ValueError("upload a reference video, or choose the mode without transfer")
     session.output_dir.mkdir(parents=True, exist_ok=True)  # it may have been deleted since
-    task = replace(make_task(request, reference, session.folder, pictures), folder=session.output_dir)
+    words = safe_stem(" ".join(request["prompt"].lower().split()[:_WORDS]), "video")
+    source = "" if reference is None else f"-{reference.stem.rsplit('-', 1)[0]}"  # without its hash
+    task = make_task(request, reference, session.folder, pictures)
+    task = replace(task, folder=session.output_dir, stem=words + source)
 
     def observe(event: RunEvent) -> None:
         job.check()
@@ -151,7 +156,9 @@ def make_video(
         if event.steps == 0:
             job.report(stage=event.stage)
         elif event.stage == "guidance":
-            losses = before.losses + event.losses[-1:]
+            losses = before.losses
+            if len(event.losses) > 1 and event.losses[0]:
+                losses += (event.losses[-1] / event.losses[0],)
             job.report(stage=event.stage, guided=event.step, guided_steps=event.steps, losses=losses)
         else:
             preview = session.previews.of(event) or before.preview

@@ -68,7 +68,8 @@ def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLim
         kind = _kind(source)
         with copy.open("wb") as file:
             shutil.copyfileobj(source, file)
-        kept = kept_in / f"{safe_stem(Path(path).stem)}-{sha256_of_file(copy)[:HASH_LENGTH]}{kind}"
+        digest = sha256_of_file(copy)[:HASH_LENGTH]
+        kept = kept_in / f"{safe_stem(Path(path).stem.removesuffix(f'-{digest}'))}-{digest}{kind}"
         if kept.is_symlink() or not kept.is_file():
             _check_decodes(copy, limits)
             os.replace(copy, kept)
@@ -93,9 +94,9 @@ def keep_picture(path: str | Path, folder: Path, kept_in: Path, limits: UploadLi
     return kept
 
 
-def safe_stem(name: str) -> str:
-    """Return the first 40 letters, digits, dashes and underscores of a name; "reference" if none is left."""
-    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40].strip("-") or "reference"
+def safe_stem(name: str, otherwise: str = "reference") -> str:
+    """Return the first 40 letters, digits, dashes and underscores of a name; `otherwise` if none is left."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:40].strip("-") or otherwise
 
 
 def _open_inside(path: Path, folder: Path, name: str, limits: UploadLimits) -> BinaryIO:
