@@ -108,10 +108,10 @@ def settings_of(run: PastRun, defaults: RunDefaults) -> tuple[dict[str, Any], li
         values["negative_prompt"] = record.negative_prompt
     values["mode"] = NO_TRANSFER
     if (motion := record.options["motion"]) is not None:
-        usual = MotionGuidance.for_mode(
+        declared = MotionGuidance.for_mode(
             motion["mode"], defaults.with_preset(record.preset).motion.get(motion["mode"], {})
         )
-        values |= {"mode": motion["mode"], "motion_scale": round(motion["lr"][0] / usual.lr[0], 3)}
+        values |= {"mode": motion["mode"], "motion_scale": round(motion["lr"][0] / declared.lr[0], 3)}
     sources: list[Path | None] = [None, None]
     for place, source in enumerate((record.reference, record.pictures.get(PICTURES[0]))):
         if source is not None:
