@@ -272,11 +272,7 @@ def _add_ui(parser: Parser) -> None:
     add("--max-upload", type=number, default=200, metavar="MB", help="of a reference (200)")
     add("--max-frames", type=whole, default=2000, metavar="N", help="of a reference (2000)")
     add("--max-minutes", type=number, metavar="N", help="that a run may take (no limit)")
-    add(
-        "--shared",
-        action="store_true",
-        help="visitors see each other's videos; so at 127.0.0.1 without a proxy",
-    )
+    add("--shared", action="store_true", help="visitors see all videos; so at 127.0.0.1 without a proxy")
     add("--max-waiting", type=whole, default=32, metavar="N", help="runs in the queue (32)")
     add_model_options(parser)
 
