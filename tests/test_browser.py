@@ -116,9 +116,9 @@ def test_an_example_fills_reference_and_prompt_and_empty_boxes_are_hidden(server
     click(browser, "#examples tbody tr:nth-child(2)")
     find(browser, "#reference video")
     until(browser, lambda b: b.find_element("css selector", "#prompt textarea").get_property("value"))
-    steps = browser.find_element("css selector", "#steps input")
-    until(browser, lambda _: steps.get_property("value") == "")
-    assert steps.get_attribute("placeholder") == "25"
+    seed = browser.find_element("css selector", "#seed input")
+    until(browser, lambda _: seed.get_property("value") == "")
+    assert seed.get_attribute("placeholder") == "a new one"
     boxes = [browser.find_element("css selector", name) for name in ("#result", "#motion", "#files")]
     assert [box.is_displayed() for box in boxes] == [False] * 3
     for name in ("#prompt", "#go"):

@@ -96,7 +96,7 @@ def paths_drawn(run: PastRun, cache: Path) -> Path | None:
     return None if drawn is None else _save_row(run, drawn, path)
 
 
-def settings_of(run: PastRun, defaults: RunDefaults) -> tuple[dict[str, Any], list[Path | None]]:
+def asked_for(run: PastRun, defaults: RunDefaults) -> tuple[dict[str, Any], list[Path | None]]:
     """Return the options that a run was asked for, by name, and its reference and first picture, if any.
 
     Raises:

@@ -14,7 +14,7 @@ from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.options import PICTURES
 from diffsynth.configs.resolve import unknown_words
 from diffsynth.webui import panel
-from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, paths_drawn, poster, settings_of
+from diffsynth.webui.gallery import PastRun, asked_for, compared, find_run, past_runs, paths_drawn, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
 from diffsynth.webui.requests import checked_request
 from diffsynth.webui.session import Session, check_budget, expected_minutes, make_video, planned, show_motion
@@ -167,7 +167,7 @@ class Page:
             if name is None:
                 raise ValueError("choose one of the past runs first")
             run = self._past(name, seen)
-            values, sources = settings_of(run, self.session.pipe.defaults)
+            values, sources = asked_for(run, self.session.pipe.defaults)
             reference, picture = (path and self._shown(path) for path in sources)
             text = panel.message("The fields have the settings of that run.", "done")
             return (text, reference, *(values.get(field) for field in _FIELDS), picture)
