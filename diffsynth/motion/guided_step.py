@@ -94,9 +94,7 @@ def guided_step(
     descriptor, free = make_descriptor(guidance, dit), condition.free(precise(latents))
     scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
     level = scale * torch.as_tensor(timestep, dtype=torch.float32).reshape(1)
-    mean = None
-    if start is not None and start[1] != sigma:
-        mean = (precise(latents) - precise(start[0])) / (sigma - start[1])
+    mean = _mean_velocity(latents, sigma, start)
     inputs = StepInputs(
         dit=dit, timestep=level, sigma=scale * sigma, null_context=null_context, mean_velocity=mean
     )
@@ -125,3 +123,10 @@ def guided_step(
         moved, record = optimize_latents(latents, objective, guidance, stop, memory)
     logger.debug("guided step at sigma %.4f: losses %s, parts %s", sigma, record.losses, record.parts)
     return torch.where(free == 1, moved, latents), record
+
+
+def _mean_velocity(latents: Tensor, sigma: float, start: tuple[Tensor, float] | None) -> Tensor | None:
+    """Return the mean velocity since the run's start; None without a start or at the start itself."""
+    if start is None or start[1] == sigma:
+        return None
+    return (precise(latents) - precise(start[0])) / (sigma - start[1])

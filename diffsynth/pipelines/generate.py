@@ -100,17 +100,9 @@ def generate(
         latents = None if saved is None else saved.finished(index, cost)
         if latents is None:
             latents, options, all_steps_done = sample(
-                models,
-                index,
-                inputs,
-                options,
-                ladder,
-                cost,
-                on_step=on_step,
-                progress=progress,
-                stop=stop,
-                saved=saved,
-            )
+                models, index, inputs, options, ladder, cost,
+                on_step=on_step, progress=progress, stop=stop, saved=saved,
+            )  # fmt: skip
             if saved is not None and all_steps_done:
                 saved.keep_latents(index, latents, latents_facts(models.vae, options.size, fps, cost))
         try:
