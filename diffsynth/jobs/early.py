@@ -61,8 +61,8 @@ def check_early(options: Mapping[str, Any]) -> None:
         out = options["output"]
         if out is not None and out.is_file() and not options["overwrite"] and out != options["reference"]:
             # A record, beside the video or inside it, may be that of the same request.
-            recorded = out.with_name(f"{out.name}.json").exists() or b"frames_sha256" in out.read_bytes()
-            if not recorded:
+            beside, small = out.with_name(f"{out.name}.json"), out.stat().st_size < 2**26
+            if small and not beside.exists() and b"frames_sha256" not in out.read_bytes():
                 raise UsageError(f"output {out} exists; give another name, or --overwrite")
     model = None if options["command"] == "download" else options.get("model")
     if model is not None:
