@@ -1,9 +1,12 @@
 """Names of the DiT's tensors in the diffusers layout, and the model's arguments read off names and shapes."""
 
+import logging
 import re
 from collections.abc import Mapping
 from math import prod
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 LEAST_PUBLISHED_WIDTH = 1024  # of a DiT; in all that are wider heads are 128 wide
 # Module paths, diffusers -> official. Within a block, the path after `blocks.<i>.`.
@@ -126,6 +129,8 @@ def _check_declared(declared: Mapping[str, Any], found: Mapping[str, Any], num_h
         wrong.append(f"num_heads {num_heads} is declared, but heads of {width} columns make {dim / width:g}")
     if declared.get("model_type") in (("t2v", "ti2v") if takes_picture else ("i2v", "flf2v")):
         which = "take" if takes_picture else "do not take"
-        wrong.append(f"model_type {declared['model_type']!r} is declared, but the weights {which} pictures")
+        logger.warning(
+            "config.json: model_type %r, but the weights %s pictures", declared["model_type"], which
+        )
     if wrong:
         raise ValueError(f"in config.json {'; '.join(wrong)}")
