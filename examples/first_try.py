@@ -31,8 +31,7 @@ def main() -> None:
     without = pipe(args.prompt, seed=args.seed)
     out = save_video(transferred, args.output_dir / "out.mp4", fps=clip.fps, quality=8)
     videos = {"reference": fitted(clip, transferred), "no transfer": without, "transferred": transferred}
-    beside = beside_reference(videos)  # red: the object's path, blue: the reference's
-    beside *= 1 + int(4 * (clip.fps or 12)) // len(beside)  # some four seconds
+    beside = beside_reference(videos) * 3  # red: the object's path, blue: the reference's
     sheet = save_video(beside, args.output_dir / "side_by_side.mp4", fps=clip.fps, quality=8)
     print(f"transferred (64x64): {out}\nlook at: {sheet}; {follow_text(transferred, clip)}")
 
