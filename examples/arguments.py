@@ -4,7 +4,6 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from diffsynth.cli.arguments import add_options, add_run_options
 from diffsynth.configs.checkpoints import checkpoint_folder
@@ -13,17 +12,10 @@ from diffsynth.configs.options import LoadOptions
 CLIP = Path(__file__).parent / "data" / "source.mp4"
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without some sixty lines of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Write the message and leave with exit code 2."""
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Read the command line, with dashes or underscores in options; a missing model is an error."""
     dashed = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), word) for word in sys.argv[1:]]
+    parser.print_usage = lambda *_: None  # type: ignore[method-assign]  # errors are one line, without usage
     args = parser.parse_args(dashed)
     try:
         checkpoint_folder(args.model_dir)
@@ -34,7 +26,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def generation_parser(model_dir: str) -> argparse.ArgumentParser:
     """Return the parser of one generation, by default with the checkpoint in model_dir."""
-    parser = Parser()
+    parser = argparse.ArgumentParser()
     parser.add_argument("--model-dir", default=model_dir, help=f"checkpoint folder ({model_dir})")
     parser.add_argument("--output-dir", type=Path, default=Path("results"), help="for the video (results)")
     parser.add_argument(

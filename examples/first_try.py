@@ -9,7 +9,7 @@ from pathlib import Path
 from diffsynth import VideoData, WanVideoPipeline, save_video
 from diffsynth.cli.arguments import add_options
 from diffsynth.configs.options import RunOptions
-from diffsynth.evaluation.followed import beside_reference, fitted, follow_text, looped
+from diffsynth.evaluation.followed import beside_reference, fitted, follow_text
 
 CLIP = Path(__file__).parent / "data" / "bounce.mp4"
 
@@ -31,7 +31,7 @@ def main() -> None:
     without = pipe(args.prompt, seed=args.seed)
     out = save_video(transferred, args.output_dir / "out.mp4", fps=clip.fps, quality=8)
     videos = {"reference": fitted(clip, transferred), "no transfer": without, "transferred": transferred}
-    beside = looped(beside_reference(videos), clip.fps)  # red: the object's path, blue: the reference's
+    beside = beside_reference(videos) * 3  # red: the object's path, blue: the reference's
     sheet = save_video(beside, args.output_dir / "side_by_side.mp4", fps=clip.fps, quality=8)
     print(f"transferred (64x64): {out}\nlook at: {sheet}; {follow_text(transferred, clip)}")
 

@@ -3,9 +3,10 @@
 python examples/inspect_motion.py REF.mp4 --model_dir models/Wan2.1-T2V-1.3B
 """
 
+import argparse
 from pathlib import Path
 
-from arguments import Parser, parse_arguments
+from arguments import parse_arguments
 
 from diffsynth import MotionGuidance, VideoData, WanVideoPipeline
 from diffsynth.cli.arguments import add_options
@@ -17,7 +18,7 @@ from diffsynth.jobs.task import with_motion
 
 
 def main() -> None:
-    parser = Parser()
+    parser = argparse.ArgumentParser()
     parser.add_argument("reference", type=Path, help="the video to look at")
     parser.add_argument("--model-dir", default="models/Wan2.1-T2V-1.3B", help="checkpoint folder, or nano")
     parser.add_argument("--output", type=Path, default="motion.mp4", help="(motion.mp4)")

@@ -276,7 +276,7 @@ def test_progress_names_the_stages_on_stderr_and_the_summary_is_on_stdout(transf
     out = re.escape(f"{tmp_path}/out.mp4")
     assert re.fullmatch(
         rf"{out}: 5 frames of 32x32 at 15 frames a second, seed 1, [\d.]+ s\n"
-        rf"look at: fastvmt compare \S+ {out} --paths -o beside.mp4.*\n",
+        rf"look at: fastvmt compare \S+ {out} --paths -o {tmp_path}/out-beside.mp4.*\n",
         captured.out,
     )
 
@@ -318,13 +318,13 @@ def test_help_shows_the_options_most_used_and_more_by_group(capsys):
     )
 
 
-def test_a_gif_shows_the_result_beside_the_reference_for_four_seconds(transferring, tmp_path, capsys):
+def test_a_gif_shows_the_result_beside_the_reference_once(transferring, tmp_path, capsys):
     assert main([*transferring, "--gif", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["beside"]
     assert shown == str(tmp_path / "out-beside.gif")
     video = VideoData(shown)
     assert video.shape() == (280, 516)
-    assert len(video) / video.fps >= 4
+    assert len(video) == 5  # a GIF is repeated by what shows it
 
 
 def test_quiet_says_nothing_but_the_result(transferring, capsys):

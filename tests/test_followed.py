@@ -8,7 +8,6 @@ from diffsynth import VideoData
 from diffsynth.evaluation.followed import (
     beside_reference,
     follow_text,
-    looped,
     one_object,
     path_agreement,
     path_words,
@@ -62,11 +61,6 @@ def test_both_paths_are_drawn_into_the_result_only(clips):
     ]
     assert blue_in == [False, True]
     assert (np.abs(frame[:, 260:].astype(int) - red).sum(-1) < 40).any()
-
-
-def test_a_short_video_is_repeated():
-    assert len(looped([0] * 17, 12)) == 51
-    assert len(looped([0] * 100, 12)) == 100
 
 
 @pytest.mark.parametrize(

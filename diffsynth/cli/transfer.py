@@ -1,6 +1,7 @@
 """`fastvmt transfer`: make one video, from options or from the record of an earlier run."""
 
 import os
+import shlex
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import FileOptions, ReferenceOptions
 from diffsynth.data import save_video
-from diffsynth.evaluation.followed import beside_reference, follow_text, looped
+from diffsynth.evaluation.followed import beside_reference, follow_text
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.models import attention_kernel, choose_model, load_options, load_pipeline
 from diffsynth.jobs.publish import check_folder, check_free, check_place, check_space
@@ -129,11 +130,12 @@ def _beside(made: MadeVideo, task: VideoTask, gif: bool, console: Console) -> di
     if task.reference is None or reference is None or not path.is_file():
         return {}
     told = follow_text(frames, reference)
-    shown = f"fastvmt compare {task.reference['path']} {path} --paths -o beside.mp4"
-    if gif:
-        fps = task.file.fps
-        beside = beside_reference({"reference": reference, "result": frames})
-        shown = str(save_video(looped(beside, fps), path.with_name(f"{path.stem}-beside.gif"), fps=fps))
+    beside = path.with_name(f"{path.stem}-beside.{'gif' if gif else 'mp4'}")
+    words = ["fastvmt", "compare", task.reference["path"], str(path), "--paths", "-o", str(beside)]
+    shown = shlex.join(words)
+    if gif:  # which players repeat
+        both = beside_reference({"reference": reference, "result": frames})
+        shown = str(save_video(both, beside, fps=task.file.fps))
     console.say(f"look at: {shown}{'; ' if told else ''}{told or ''}")
     return {"beside": shown} if gif else {}
 

@@ -1,12 +1,10 @@
 """Measure how well a video follows its reference if each shows one object, and show them side by side."""
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
 
-from diffsynth.configs.options import DEFAULT_FPS
 from diffsynth.data import fit_frame
 from diffsynth.data.frames import rgb_frames
 from diffsynth.data.tensors import Video
@@ -15,7 +13,6 @@ from diffsynth.evaluation.grid import side_by_side
 from diffsynth.evaluation.tracking import Track, track_object, video_array
 from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background
 
-LEAST_SECONDS = 4.0  # shortest duration of a looped video
 _LARGEST, _REST = 0.5, 0.06  # largest shares of the picture: of the object, and of the rest of the foreground
 # Largest standard deviation of a plain background, in levels of 255; generated: up to 12, real: 28 or more.
 _PLAIN = 16.0
@@ -79,11 +76,6 @@ def with_paths(videos: Mapping[str, Video]) -> dict[str, Video] | None:
     for (name, frames), path in zip(videos.items(), paths, strict=True):
         drawn[name] = draw_trajectories(frames, [path] if path is paths[0] else [path, paths[0]])
     return drawn
-
-
-def looped(frames: list[Image.Image], fps: float | None) -> list[Image.Image]:
-    """Repeat a video until it lasts LEAST_SECONDS."""
-    return frames * max(1, math.ceil(LEAST_SECONDS * (fps or DEFAULT_FPS) / len(frames)))
 
 
 def follow_text(frames: Video, reference: Video) -> str | None:

@@ -62,8 +62,8 @@ class RunCost:
         self.time_guidance.append(seconds)
         self.gradient_evaluations += record.gradient_evaluations
         self.losses.append(record.losses)
-        losses = "loss " + " -> ".join(f"{loss:.4g}" for loss in record.losses)
-        found = losses if record.losses else "gradients of an earlier step"
+        losses = " -> ".join(f"{loss:.4g}" for loss in record.losses)
+        found = f"loss {losses}" if losses else "gradients of an earlier step"
         logger.info("guided step %d: %s", len(self.time_guidance), found)
 
     def state(self) -> dict[str, object]:
