@@ -185,13 +185,17 @@ def test_the_prompt_and_its_button_come_first_and_defaults_are_told(session):
     from diffsynth.webui.page import Page
 
     page = Page(session, JobQueue(1))
-    parts = [c["props"] for c in build(page).config["components"]]
+    demo = build(page)
+    parts = [c["props"] for c in demo.config["components"]]
     places = [part.get("elem_id") for part in parts]
     assert places[places.index("go") :][:4] == ["go", "cancel", "expected", "panel"]  # without a scroll
     labels = [part.get("label") or part.get("value") for part in parts]
     assert labels.index("Prompt") < labels.index("Generate") < labels.index("Reference")
     (steps,) = (part for part in parts if part.get("elem_id") == "steps")
     assert steps["placeholder"] == str(session.pipe.defaults["num_inference_steps"])
+    (of_preset,) = (f.fn for f in demo.fns.values() if [c.elem_id for c in f.outputs] == ["steps"])
+    fast = session.pipe.defaults.with_preset("fast")
+    assert of_preset("fast")["placeholder"] == str(fast["num_inference_steps"])
     (modes,) = (part["choices"] for part in parts if part.get("elem_id") == "mode")
     assert ("No_transfer: the prompt alone", "No_transfer") in modes
 

@@ -90,6 +90,11 @@ def build(page: Page) -> Any:
         counted = [preset, mode, *numbers, *part, past]
         changes = [demo.load, *(field.change for field in counted)]
         gr.on(changes, page.expected, asked, expected, api_name=False)
+        usual = {
+            name: str(defaults.with_preset(name)["num_inference_steps"])
+            for name in (EXACT, *defaults.presets)
+        }
+        preset.change(lambda name: gr.update(placeholder=usual[name]), preset, numbers[0], api_name=False)
         prompt.change(None, status, status, js="said => said.includes('fv-error') ? '' : said")
         for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
             handler.__annotations__["request"] = gr.Request
