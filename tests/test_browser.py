@@ -231,7 +231,7 @@ def test_two_clicks_are_two_runs_and_words_and_losses_are_told(page, server):
 
 
 def test_what_is_wrong_is_said_and_goes_when_the_prompt_changes(page):
-    page.find_element("css selector", "#prompt textarea").clear()
+    fill(page, "#prompt textarea", " ")
     click(page, "#go")
     panel_says(page, "prompt is empty")
     fill(page, "#prompt textarea", "a red square")
