@@ -99,12 +99,50 @@ def test_a_cancelled_run_is_an_error_for_programs_and_a_warning_for_visitors(ses
     gradio = pytest.importorskip("gradio")
     from diffsynth.webui.page import Page
 
-    values = ["a cat", "", "exact", "No_transfer", 3, 0.75, 200, 1, 32, 32, 5, 0, 0, 0, "crop", None, None]
+    values = [
+        "a cat",
+        "",
+        "exact",
+        "No_transfer",
+        3,
+        0.75,
+        200,
+        1,
+        32,
+        32,
+        5,
+        0,
+        0,
+        0,
+        "crop",
+        None,
+        False,
+        None,
+    ]
     said = Page(session, queue).generate(SimpleNamespace(session_hash="a visitor"), None, *values)
     queue.cancel(next(said)[1])
     with pytest.warns(UserWarning, match="Cancelled"), pytest.raises(gradio.Error) as raised:
         list(said)
     assert not raised.value.visible
+
+
+def test_a_run_without_transfer_is_shown_between_reference_and_result(
+    session, clip, queue, tmp_path, monkeypatch
+):
+    pytest.importorskip("gradio")
+    from diffsynth.webui.page import Page
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    uploaded = shutil.copy(clip, tmp_path / "beside.mp4")
+    values = ["a dog", "", "exact", "effi_AMF", 5, 0.75, 2, 1, 32, 32, 5, 0, 0, 0, "crop", None, True, []]
+    said = Page(session, queue).generate(SimpleNamespace(session_hash="a visitor"), str(uploaded), *values)
+    *_, (_, _, both, *_, names, seen) = said
+    runs = [find_run(session.output_dir, name).record for name in seen]
+    assert [run.options["motion"] is None for run in runs] == [False, True]
+    assert {run.options["seed"] for run in runs} == {5}
+    assert set(seen) <= set(names)
+    with VideoData(both) as shown:
+        assert shown.shape()[1] > 2.9 * 320
 
 
 def test_the_settings_of_a_past_run_ask_for_it_again(session, clip, queue, places):
@@ -411,7 +449,26 @@ def test_two_clicks_are_two_runs_and_the_panel_says_that_one_waits(session, queu
 
     page, gate, visitor = Page(session, queue), threading.Event(), SimpleNamespace(session_hash="a visitor")
     queue.submit(lambda _: gate.wait(PATIENCE), "of another", "another")
-    values = ["a cat", "", "exact", "No_transfer", 3, 0.75, 2, 1, 32, 32, 5, 0, 0, 0, "crop", None, None]
+    values = [
+        "a cat",
+        "",
+        "exact",
+        "No_transfer",
+        3,
+        0.75,
+        2,
+        1,
+        32,
+        32,
+        5,
+        0,
+        0,
+        0,
+        "crop",
+        None,
+        False,
+        None,
+    ]
     clicks = [page.generate(visitor, None, *values) for _ in range(2)]
     assert "1 run before yours" in next(clicks[0])[0]
     (both, first), (same, id_too) = next(clicks[1])[:2], next(clicks[0])[:2]

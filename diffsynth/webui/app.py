@@ -72,6 +72,7 @@ def build(page: Page) -> Any:
                     elem_id="picture",
                     visible=session.pipe.models.takes_picture,
                 )
+                beside = gr.Checkbox(label="Show it without transfer, too (a second run)", elem_id="beside")
                 preset = gr.Radio(
                     [EXACT, *defaults.presets], value=EXACT, label="Preset", info=_PRESETS, elem_id="preset"
                 )
@@ -99,7 +100,7 @@ def build(page: Page) -> Any:
         for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
             handler.__annotations__["request"] = gr.Request
         Page.open_past.__annotations__["event"] = gr.SelectData
-        go.click(page.generate, [reference, *asked, picture, seen], made, api_name="generate", **many)
+        go.click(page.generate, [reference, *asked, picture, beside, seen], made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
         past.select(page.open_past, [names, seen], [status, *shown], api_name=False)

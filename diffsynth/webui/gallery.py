@@ -74,13 +74,21 @@ def poster(run: PastRun, cache: Path) -> Path:
     return path
 
 
-def compared(run: PastRun, cache: Path) -> Path:
+def compared(run: PastRun, cache: Path, without: PastRun | None = None) -> Path:
     """Return the path of a video of reference and result side by side, made once in the cache folder.
 
-    It shows the result alone if the reference is missing or has changed.
+    It shows the result alone if the reference is missing or has changed, and a run without transfer between
+    them if there is one.
     """
-    path = cache / f"{_video_hash(run)}-side-by-side.mp4"
-    return path if path.is_file() else _save_row(run, _videos_of(run), path)
+    names = "-".join(_video_hash(one) for one in (run, without) if one is not None)
+    path = cache / f"{names}-side-by-side.mp4"
+    if path.is_file():
+        return path
+    videos = _videos_of(run)
+    if without is not None:
+        result = videos.pop("result")
+        videos |= {"no transfer": _videos_of(without)["result"], "result": result}
+    return _save_row(run, videos, path)
 
 
 def paths_drawn(run: PastRun, cache: Path) -> Path | None:

@@ -66,7 +66,7 @@ class Page:
 
     def generate(self, request: Any, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of a run until it ends: panel, id of the job, videos, files, its name, gallery."""
-        *options, picture, seen = values
+        *options, picture, beside, seen = values
         visitor = request.session_hash
 
         def start() -> QueuedJob:
@@ -77,16 +77,20 @@ class Page:
             check_budget(self.session, asked, reference)
             if ignored := unknown_words([asked["prompt"]], self.session.pipe.defaults.words):
                 self._gradio.Warning(ignored)
-            return self.queue.submit(
-                lambda job: make_video(self.session, asked, reference, job, pictures),
-                asked["prompt"],
-                visitor,
-            )
 
-        def show(run: PastRun) -> tuple:
+            def make(job: QueuedJob) -> list[PastRun]:
+                runs = [make_video(self.session, asked, reference, job, pictures)]
+                if beside and reference is not None:
+                    plain = {**asked, "mode": NO_TRANSFER, "seed": runs[0].record.options["seed"]}
+                    runs.append(make_video(self.session, plain, None, job, pictures))
+                return runs
+
+            return self.queue.submit(make, asked["prompt"], visitor)
+
+        def show(runs: list[PastRun]) -> tuple:
             if seen is not None:
-                seen.append(run.video.name)  # the same list that the visitor's other runs add to
-            return (*self._files_of(run), *self.gallery(seen), seen)
+                seen.extend(run.video.name for run in runs)  # the list that the visitor's other runs add to
+            return (*self._files_of(*runs), *self.gallery(seen), seen)
 
         yield from self._follow(start, show, num_shown=8)
 
@@ -225,8 +229,8 @@ class Page:
         folders = map(re.escape, map(str, (self.session.output_dir, self.session.cache.parent)))
         return re.sub(rf"({'|'.join(folders)})[/\\]([\w.-]+[/\\])*", "", text)
 
-    def _files_of(self, run: PastRun) -> tuple:
-        video, both = self._shown(run.video), str(compared(run, self.session.cache))
+    def _files_of(self, run: PastRun, without: PastRun | None = None) -> tuple:
+        video, both = self._shown(run.video), str(compared(run, self.session.cache, without))
         paths = paths_drawn(run, self.session.cache)
         motion = self._gradio.update(value=paths and str(paths), label=_PATHS)
         files = [video, self._shown(run.record_file)]
