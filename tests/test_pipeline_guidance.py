@@ -192,8 +192,12 @@ def test_any_number_of_frames_is_guided(pipe, num_frames):
     assert frames.shape == (num_frames, 32, 48, 3)
 
 
-def test_weights_in_bfloat16_move_the_latents_as_in_float32(tiny_checkpoint, pipe):
-    half = WanVideoPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.bfloat16, device="cpu")
+@pytest.mark.parametrize(
+    ("dtype", "weight"), [(torch.bfloat16, 5.0), (torch.float16, 5.0), (torch.float16, 1e7)]
+)
+def test_weights_of_half_width_move_the_latents_as_in_float32(tiny_checkpoint, pipe, dtype, weight):
+    """With the large weight the gradient overflows in float16 unless the loss is scaled down."""
+    half = WanVideoPipeline.from_pretrained(tiny_checkpoint, torch_dtype=dtype, device="cpu")
     torch.manual_seed(0)
     latents, reference, noise = torch.randn(3, 1, 16, 4, 8, 12)
     context, null_context = torch.randn(2, 1, 6, 32)
@@ -202,7 +206,7 @@ def test_weights_in_bfloat16_move_the_latents_as_in_float32(tiny_checkpoint, pip
         "noise": noise,
         "sigma": 0.9,
         "timestep": 900.0,
-        "guidance": MotionGuidance(),
+        "guidance": MotionGuidance(amf_weight=weight),
     }
     step |= {"context": context, "null_context": null_context}
     moves = [guided_step(pipeline.dit, latents, **step)[0] - latents for pipeline in (pipe, half)]

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.models.conditions import NO_CONDITION, ImageCondition
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion.coarse import coarsen, noise_scale
-from diffsynth.motion.descriptors import MotionDescriptor, StepInputs
+from diffsynth.motion.descriptors import Loss, MotionDescriptor, StepInputs
 from diffsynth.motion.heads import precise
 from diffsynth.motion.optimizer import Evaluation, OptimizationRecord, optimize_latents
 from diffsynth.motion.reuse import GradientMemory
 
 logger = logging.getLogger(__name__)
+
+SCALES = (1.0, 2.0**-8, 2.0**-16, 2.0**-24)  # of a loss whose gradient may overflow in float16
 
 
 def make_descriptor(guidance: MotionGuidance, dit: WanModel | None = None) -> MotionDescriptor:
@@ -110,19 +112,31 @@ def guided_step(
         noised = (1 - sigma) * precise(reference) + sigma * precise(noise)
         return descriptor.describe(observe(noised, null_context, reference_condition))
 
-    def objective(x: Tensor) -> Evaluation:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            # The target is passed too, since tile flow must read the windows found in the target.
-            seen = descriptor.describe(observe(leaf, context, condition), target())
-            loss, terms = descriptor.loss(seen, target())
-            (gradient,) = torch.autograd.grad(loss, leaf)
-        return Evaluation(loss.detach(), gradient * free, terms)
+    def loss(x: Tensor) -> Loss:
+        # The target is passed too, since tile flow must read the windows found in the target.
+        seen = descriptor.describe(observe(x, context, condition), target())
+        return descriptor.loss(seen, target())
+
+    scales = [*SCALES] if dit.dtype == torch.float16 else [1.0]
+
+    objective = partial(_evaluated, loss, scales=scales, free=free)
 
     with frozen(dit):
         moved, record = optimize_latents(latents, objective, guidance, stop, memory)
     logger.debug("guided step at sigma %.4f: losses %s, parts %s", sigma, record.losses, record.parts)
     return torch.where(free == 1, moved, latents), record
+
+
+def _evaluated(loss: Callable[[Tensor], Loss], x: Tensor, scales: list[float], free: Tensor) -> Evaluation:
+    """Return a loss and its gradient where latents are free, and drop scales at which it overflows."""
+    while True:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value, terms = loss(leaf)
+            (gradient,) = torch.autograd.grad(scales[0] * value, leaf)
+        if len(scales) == 1 or gradient.isfinite().all():
+            return Evaluation(value.detach(), gradient / scales[0] * free, terms)
+        scales.pop(0)
 
 
 def _mean_velocity(latents: Tensor, sigma: float, start: tuple[Tensor, float] | None) -> Tensor | None:
