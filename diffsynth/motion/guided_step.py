@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from diffsynth.configs.guidance import MotionGuidance
 from diffsynth.models.conditions import NO_CONDITION, ImageCondition
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion.coarse import coarsen, noise_scale
-from diffsynth.motion.descriptors import Loss, MotionDescriptor, StepInputs
+from diffsynth.motion.descriptors import MotionDescriptor, StepInputs
 from diffsynth.motion.heads import precise
 from diffsynth.motion.optimizer import Evaluation, OptimizationRecord, optimize_latents
 from diffsynth.motion.reuse import GradientMemory
@@ -87,12 +87,7 @@ def guided_step(
         ValueError: the latents, the reference and the noise differ in shape, or B is not 1.
         NonFiniteGuidanceError: a loss or gradient is not finite.
     """
-    for name, given in (("reference", reference), ("noise", noise)):
-        if latents.shape[0] != 1 or given.shape != latents.shape:
-            raise ValueError(
-                f"latents and {name} must both be [1, C, F, h, w] of one shape; got "
-                f"{tuple(latents.shape)} and {tuple(given.shape)}"
-            )
+    _check_shapes(latents, reference=reference, noise=noise)
     descriptor, free = make_descriptor(guidance, dit), condition.free(precise(latents))
     scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
     level = scale * torch.as_tensor(timestep, dtype=torch.float32).reshape(1)
@@ -112,14 +107,19 @@ def guided_step(
         noised = (1 - sigma) * precise(reference) + sigma * precise(noise)
         return descriptor.describe(observe(noised, null_context, reference_condition))
 
-    def loss(x: Tensor) -> Loss:
-        # The target is passed too, since tile flow must read the windows found in the target.
-        seen = descriptor.describe(observe(x, context, condition), target())
-        return descriptor.loss(seen, target())
-
     scales = [*SCALES] if dit.dtype == torch.float16 else [1.0]
 
-    objective = partial(_evaluated, loss, scales=scales, free=free)
+    def objective(x: Tensor) -> Evaluation:
+        while True:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                # The target is passed too, since tile flow must read the windows found in the target.
+                seen = descriptor.describe(observe(leaf, context, condition), target())
+                loss, terms = descriptor.loss(seen, target())
+                (gradient,) = torch.autograd.grad(scales[0] * loss, leaf)
+            if len(scales) == 1 or gradient.isfinite().all():
+                return Evaluation(loss.detach(), gradient / scales[0] * free, terms)
+            scales.pop(0)  # the gradient overflows inside the DiT
 
     with frozen(dit):
         moved, record = optimize_latents(latents, objective, guidance, stop, memory)
@@ -127,16 +127,13 @@ def guided_step(
     return torch.where(free == 1, moved, latents), record
 
 
-def _evaluated(loss: Callable[[Tensor], Loss], x: Tensor, scales: list[float], free: Tensor) -> Evaluation:
-    """Return a loss and its gradient where latents are free, and drop scales at which it overflows."""
-    while True:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            value, terms = loss(leaf)
-            (gradient,) = torch.autograd.grad(scales[0] * value, leaf)
-        if len(scales) == 1 or gradient.isfinite().all():
-            return Evaluation(value.detach(), gradient / scales[0] * free, terms)
-        scales.pop(0)
+def _check_shapes(latents: Tensor, **others: Tensor) -> None:
+    for name, other in others.items():
+        if latents.shape[0] != 1 or other.shape != latents.shape:
+            raise ValueError(
+                f"latents and {name} must both be [1, C, F, h, w] of one shape; got "
+                f"{tuple(latents.shape)} and {tuple(other.shape)}"
+            )
 
 
 def _mean_velocity(latents: Tensor, sigma: float, start: tuple[Tensor, float] | None) -> Tensor | None:
