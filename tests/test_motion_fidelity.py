@@ -323,7 +323,7 @@ def test_the_command_prints_a_table_or_json(tmp_path, capsys):
 def test_the_command_says_in_one_line_what_is_missing(tmp_path, capsys):
     arguments = [tmp_path / "a.mp4", tmp_path / "b.mp4", "--clip", tmp_path / "none"]
     for path in arguments[:2]:
-        path.touch()
+        path.write_bytes(b"\0")
     assert evaluate(*arguments) == 2
     assert "there is no CLIP in" in capsys.readouterr().err
     arguments[0].unlink()

@@ -195,7 +195,7 @@ BAD = {
     "chunk": (0, "chunk must be"),
     "mode": ("MOFT", "mode must be one of effi_AMF, AMF, FlowMotion; got 'MOFT'"),
     "block": (-1, "block must be"),
-    "checkpoint": ("all", "checkpoint must be one of auto, none, block, offload"),
+    "checkpoint": ("all", "checkpoint must be one of auto, none, attention, block, offload"),
     "heads": ([], "heads must be"),
     "amf_weight": (-1.0, "amf_weight must be"),
     "variant": ("draft", "variant must be one of"),

@@ -54,7 +54,9 @@ def build(page: Page) -> Any:
                 both = gr.Video(label="Reference | result", show_label=False, **plays)
                 with gr.Row():
                     result = gr.Video(label="Result", elem_id="result", height=280, **plays)
-                    motion = gr.Video(label="Motion", elem_id="motion", height=280, **plays)
+                    motion = gr.Video(
+                        label="Motion; blue: the reference's path", elem_id="motion", height=280, **plays
+                    )
                 files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
                 again = gr.Button("Use these settings again", elem_id="use")
             with gr.Column(elem_id="options"):

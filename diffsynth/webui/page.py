@@ -27,7 +27,6 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CLIP_FOLDERS = (_PACKAGE / "embedded" / "data", _PACKAGE.parent / "examples" / "data")
 LOOKS_PER_SECOND = 4
 _CANCELLED = "Cancelled; nothing was written."
-_PATHS = "Paths; blue: the reference's"
 # The options that the page has, in its order.
 _FIELDS = (
     "prompt", "negative_prompt", "preset", "mode", "seed", "denoising_strength", "num_inference_steps",
@@ -110,8 +109,7 @@ class Page:
             )
 
         def show(path: Path) -> tuple[str, str]:
-            motion = self._gradio.update(value=str(path), label="Motion of the reference")
-            return panel.message("Colours and arrows: where it moves, and how far.", "done"), motion
+            return panel.message("Colours and arrows: where it moves, and how far.", "done"), str(path)
 
         yield from self._follow(start, show, num_shown=1)
 
@@ -232,9 +230,8 @@ class Page:
     def _files_of(self, run: PastRun, without: PastRun | None = None) -> tuple:
         video, both = self._shown(run.video), str(compared(run, self.session.cache, without))
         paths = paths_drawn(run, self.session.cache)
-        motion = self._gradio.update(value=paths and str(paths), label=_PATHS)
         files = [video, self._shown(run.record_file)]
-        return panel.finished(run), both, video, motion, files, run.video.name
+        return panel.finished(run), both, video, paths and str(paths), files, run.video.name
 
     def _shown(self, path: Path) -> str:
         """Return the path of a copy in the cache, the only folder that the server serves."""
