@@ -156,9 +156,7 @@ def try_all(folder: Path) -> dict[str, dict[str, int]]:
     try:
         uploads = uploads_folder(port, clip)
         (uploads / "link.mp4").symlink_to(secret)
-        before = {
-            path: size for path, size in contents(folder).items() if not path.startswith(f"{folder}/tmp/")
-        }
+        before = contents(folder, temporary)
         for attempt in attempts(secret, uploads, port):
             code, text = ask(port, attempt)
             count = table.setdefault(attempt.kind, {"tried": 0, "held": 0})
@@ -169,9 +167,7 @@ def try_all(folder: Path) -> dict[str, dict[str, int]]:
                 print(
                     "NOT HELD", attempt.kind, attempt.path, attempt.headers, code, text[:200], file=sys.stderr
                 )
-        after = {
-            path: size for path, size in contents(folder).items() if not path.startswith(f"{folder}/tmp/")
-        }
+        after = contents(folder, temporary)
         page = ask(port, Attempt("", "/"))[0]
         table["the server afterwards: still up, no file changed"] = {
             "tried": 1,
