@@ -95,30 +95,17 @@ def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(sess
     assert "seed 3" in panel.finished(run)
 
 
+def values_of(prompt, mode, *, seed=3, steps=2, beside=False, seen=None):
+    """Return what the page's fields pass to `Page.generate` after the reference."""
+    sizes, part = [32, 32, 5], [0, 0, 0, "crop"]
+    return [prompt, "", "exact", mode, seed, 0.75, steps, 1, *sizes, *part, None, beside, seen]
+
+
 def test_a_cancelled_run_is_an_error_for_programs_and_a_warning_for_visitors(session, queue):
     gradio = pytest.importorskip("gradio")
     from diffsynth.webui.page import Page
 
-    values = [
-        "a cat",
-        "",
-        "exact",
-        "No_transfer",
-        3,
-        0.75,
-        200,
-        1,
-        32,
-        32,
-        5,
-        0,
-        0,
-        0,
-        "crop",
-        None,
-        False,
-        None,
-    ]
+    values = values_of("a cat", "No_transfer", steps=200)
     said = Page(session, queue).generate(SimpleNamespace(session_hash="a visitor"), None, *values)
     queue.cancel(next(said)[1])
     with pytest.warns(UserWarning, match="Cancelled"), pytest.raises(gradio.Error) as raised:
@@ -134,7 +121,7 @@ def test_a_run_without_transfer_is_shown_between_reference_and_result(
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     uploaded = shutil.copy(clip, tmp_path / "beside.mp4")
-    values = ["a dog", "", "exact", "effi_AMF", 5, 0.75, 2, 1, 32, 32, 5, 0, 0, 0, "crop", None, True, []]
+    values = values_of("a dog", "effi_AMF", seed=5, beside=True, seen=[])
     said = Page(session, queue).generate(SimpleNamespace(session_hash="a visitor"), str(uploaded), *values)
     *_, (_, _, both, *_, names, seen) = said
     runs = [find_run(session.output_dir, name).record for name in seen]
@@ -449,26 +436,7 @@ def test_two_clicks_are_two_runs_and_the_panel_says_that_one_waits(session, queu
 
     page, gate, visitor = Page(session, queue), threading.Event(), SimpleNamespace(session_hash="a visitor")
     queue.submit(lambda _: gate.wait(PATIENCE), "of another", "another")
-    values = [
-        "a cat",
-        "",
-        "exact",
-        "No_transfer",
-        3,
-        0.75,
-        2,
-        1,
-        32,
-        32,
-        5,
-        0,
-        0,
-        0,
-        "crop",
-        None,
-        False,
-        None,
-    ]
+    values = values_of("a cat", "No_transfer")
     clicks = [page.generate(visitor, None, *values) for _ in range(2)]
     assert "1 run before yours" in next(clicks[0])[0]
     (both, first), (same, id_too) = next(clicks[1])[:2], next(clicks[0])[:2]

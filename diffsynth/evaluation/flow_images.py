@@ -170,7 +170,8 @@ def flow_video(
     flow = _checked(flow, 4)
     largest = full_length(flow) if largest is None else largest
     video = list(rgb_frames(frames))
-    return _flow_video(video, _track(video), flow, height, largest)
+    track = _track(video)
+    return _flow_video(video, track, known_tokens(video, flow.shape, track), flow, height, largest)
 
 
 def _track(video: Sequence[Image.Image]) -> Track | None:
@@ -178,9 +179,13 @@ def _track(video: Sequence[Image.Image]) -> Track | None:
 
 
 def _flow_video(
-    video: Sequence[Image.Image], track: Track | None, flow: np.ndarray, height: int | None, largest: float
+    video: Sequence[Image.Image],
+    track: Track | None,
+    known: Sequence[np.ndarray],
+    flow: np.ndarray,
+    height: int | None,
+    largest: float,
 ) -> Iterator[Image.Image]:
-    known = known_tokens(video, flow.shape, track)
     under = video if track is None else draw_trajectories(video, [track.centroids])
     size = legible_size(video[0].size)
     if height is not None:
@@ -218,8 +223,9 @@ def save_flow_video(
 
 def _beside(video: Sequence[Image.Image], flow: np.ndarray) -> Iterator[Image.Image]:
     track, panels = _track(video), list[Image.Image]()
-    for index, left in enumerate(_flow_video(video, track, flow, None, full_length(flow))):
-        panels = panels or colour_panels(flow, left.size, sure=known_tokens(video, flow.shape, track))
+    known = known_tokens(video, flow.shape, track)
+    for index, left in enumerate(_flow_video(video, track, known, flow, None, full_length(flow))):
+        panels = panels or colour_panels(flow, left.size, sure=known)
         both = (left, panels[_step_of_frame(index, len(flow))])
         yield Image.fromarray(np.hstack([np.asarray(picture) for picture in both]))
 
@@ -268,11 +274,10 @@ def flow_sheet(frames: Video, flow: Tensor | np.ndarray, *, sf: int = 4) -> Imag
     video = list(rgb_frames(frames))
     size = (round(video[0].width * SHEET_HEIGHT / video[0].height), SHEET_HEIGHT)
     track = _track(video)
-    drawn = list(_flow_video(video, track, steps, SHEET_HEIGHT, full_length(steps)))
+    known = known_tokens(video, steps.shape, track)
+    drawn = list(_flow_video(video, track, known, steps, SHEET_HEIGHT, full_length(steps)))
     above = [drawn[min(4 * step, len(video) - 1)].resize(size) for step in range(len(steps))]
-    below = [
-        panel.resize(size) for panel in colour_panels(steps, sure=known_tokens(video, steps.shape, track))
-    ]
+    below = [panel.resize(size) for panel in colour_panels(steps, sure=known)]
     return picture_grid([above, below], [[f"frame {4 * s + 1} to {4 * s + 5}" for s in range(len(steps))]])
 
 

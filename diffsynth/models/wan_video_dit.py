@@ -218,12 +218,11 @@ class WanModel(Model):
 
         checkpoint is what is kept for the backward pass: all ("none"), or as in `checkpointing`.
         """
-        tokens = state.tokens
-        if checkpoint != "none":
+        tokens, kept = state.tokens, checkpoint != "none"
+        if kept:
             # Blocks do not read these, but each of them would keep them.
             state = replace(state, tokens=tokens.new_empty(0))
         for block in self.blocks[start:stop]:
-            kept = checkpoint != "none"
             tokens = checkpointed(block, tokens, state, keep=checkpoint) if kept else block(tokens, state)
         return tokens
 

@@ -206,18 +206,20 @@ def checked_callables(
     for name, call in {**called, "callback_on_step_end": callback_on_step_end}.items():
         if call is not None and not callable(call):
             raise TypeError(f"{name} must be a function or None; got {call!r:.80}")
-    bars: list[Any] = [None]
-    stages = [""]
+    shown: Any = None
+    before = ""
 
     def bar(steps: Iterable[int]) -> Iterable[int]:
-        bars[:] = [(progress_bar_cmd or iter)(steps)]
-        return bars[0]
+        nonlocal shown
+        shown = (progress_bar_cmd or iter)(steps)
+        return shown
 
     def tell(event: RunEvent) -> None:
-        ends_guided = (stages[0], event.stage) == ("guidance", "sampling")  # what guidance did stays shown
-        if event.steps and not ends_guided and hasattr(bars[0], "set_postfix_str"):
-            bars[0].set_postfix_str(event.words, refresh=False)
-        stages[:] = [event.stage]
+        nonlocal before
+        ends_guided = (before, event.stage) == ("guidance", "sampling")  # what guidance did stays shown
+        if event.steps and not ends_guided and hasattr(shown, "set_postfix_str"):
+            shown.set_postfix_str(event.words, refresh=False)
+        before = event.stage
         if observer is not None:
             observer(event)
 

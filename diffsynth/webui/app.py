@@ -93,11 +93,11 @@ def build(page: Page) -> Any:
         counted = [preset, mode, *numbers, *part, past]
         changes = [demo.load, *(field.change for field in counted)]
         gr.on(changes, page.expected, asked, expected, api_name=False)
-        usual = {
+        num_steps = {
             name: str(defaults.with_preset(name)["num_inference_steps"])
             for name in (EXACT, *defaults.presets)
         }
-        preset.change(lambda name: gr.update(placeholder=usual[name]), preset, numbers[0], api_name=False)
+        preset.change(lambda name: gr.update(placeholder=num_steps[name]), preset, numbers[0], api_name=False)
         prompt.change(None, status, status, js="said => said.includes('fv-error') ? '' : said")
         for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
             handler.__annotations__["request"] = gr.Request
@@ -137,7 +137,7 @@ def _more(gr: Any, defaults: RunDefaults) -> tuple[Any, Any, Any, list[Any], lis
                 for name, key in _NUMBERS.items()
             ]
         with gr.Row():
-            part = [gr.Number(label=label, placeholder=usual, elem_id=name) for name, label, usual in _PARTS]
+            part = [gr.Number(label=label, placeholder=value, elem_id=name) for name, label, value in _PARTS]
             part.append(gr.Dropdown(list(FITS), value="crop", label="Fit", elem_id="fit"))
     return negative, strength, scale, numbers, part
 
