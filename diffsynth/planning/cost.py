@@ -26,6 +26,7 @@ from diffsynth.models.local_attention import BLOCK, Window, block_plan
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS
 from diffsynth.models.wan_video_vae_tiling import TileGrid
 from diffsynth.planning.memory import Shape, num_tokens, token_grid
+from diffsynth.planning.settings import KEEPING
 from diffsynth.planning.sizes import DiTSize, VAESize
 
 ATTENTION_BACKWARD = 2.5  # of the forward: five products for two
@@ -175,7 +176,7 @@ def guidance_cost(
 def _computed_again(dit: DiTSize, latents: Shape, motion: MotionGuidance, checkpoint: str) -> float:
     """Share of a guided forward that is computed again if the pass keeps what `checkpoint` says."""
     if checkpoint != "attention" or motion.attention_window is not None:
-        return float(checkpoint in ("attention", "block", "offload"))
+        return float(checkpoint in KEEPING[1:])
     tokens = num_tokens(dit, latents, motion.coarse)
     return 1 - 4 * tokens**2 * dit.dim / block_flops(dit, tokens, tokens)
 

@@ -19,7 +19,7 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.planning.memory import decode_bytes, encode_bytes, guided_pass_bytes, sampling_pass_bytes
 from diffsynth.planning.plan import GB, plan_run
-from diffsynth.planning.settings import Settings, following, keeping
+from diffsynth.planning.settings import KEEPING, Settings, following, keeping
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.vram_management import Residency, available_memory, device_memory
 from diffsynth.vram_management.streaming import tensors_of
@@ -155,7 +155,7 @@ class Ladder:
     def _kept(self, sizes: ModelSizes, options: RunOptions, motion: MotionGuidance) -> str:
         """Return the first `checkpoint` setting that fits; not "offload" on a CPU, where it gains nothing."""
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
-        kept = keeping(motion)[: 3 if self._device.type == "cpu" else None]
+        kept = keeping(motion)[: KEEPING.index("offload") if self._device.type == "cpu" else None]
         free = FILL * available_memory(self._device) * self._ranks  # each rank keeps a share
         fits = (name for name in kept if guided_pass_bytes(sizes.dit, latents, motion, name) <= free)
         return next(fits, kept[-1])
