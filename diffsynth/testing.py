@@ -18,7 +18,8 @@ from diffsynth.data import save_video
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-from diffsynth.models.wan_video_vae import WanVideoVAE, WanVideoVAE22
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 
 _TOKENIZER = Path(__file__).with_name("testing_data") / "umt5-xxl"  # of few words
 _TEXT = {"dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 4, "num_layers": 2, "num_buckets": 32}

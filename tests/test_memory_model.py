@@ -15,7 +15,8 @@ from diffsynth.models import checkpointing
 from diffsynth.models.packed_linear import pack_block_linears
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-from diffsynth.models.wan_video_vae import WanVideoVAE, WanVideoVAE22
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.motion import MotionGuidance, guided_step
 from diffsynth.planning import ladder
 from diffsynth.planning.memory import (

@@ -1,6 +1,7 @@
 """The house rules, checked over the source: sizes, imports, prints, literals, light start."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -136,6 +137,57 @@ def test_a_public_name_is_defined_in_one_file():
         if node.col_offset == 0 and not node.name.startswith("_") and not commands:
             defined.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
     assert {name: files for name, files in defined.items() if len(files) > 1} == {}
+
+
+# Where code outside of the project finds what it calls, and the arguments that it may name.
+PUBLIC_PLACES = {
+    "models.wan_video_dit:WanModel": "dim in_dim ffn_dim out_dim text_dim freq_dim eps patch_size num_heads "
+    "num_layers has_image_input text_len",
+    "models.wan_video_dit:WanModel.forward": "x timestep context clip_feature y",
+    "models.wan_video_dit:WanModel.features": "x timestep context block",
+    "models.wan_video_dit_keys:dit_config_from_shapes": "shapes declared",
+    "models.wan_video_vae:WanVideoVAE": "dim z_dim",
+    "models.wan_video_vae:WanVideoVAE.encode": "video tiled tile_size tile_stride",
+    "models.wan_video_vae:WanVideoVAE.decode": "latents tiled tile_size tile_stride",
+    "models.wan_video_vae22:WanVideoVAE22": "dim dec_dim z_dim",
+    "models.wan_video_image_encoder:WanImageEncoder": "",
+    "models.wan_video_text_encoder:WanTextEncoder": "vocab dim dim_attn dim_ffn num_heads num_layers "
+    "num_buckets",
+    "models.wan_video_text_encoder:WanTextEncoder.forward": "ids mask",
+    "pipelines.image_condition:image_condition": "vae image num_frames last_image",
+    "pipelines.experts:is_high_noise": "timestep boundary",
+    "schedulers:make_scheduler": "shift",
+    "schedulers.flow_match:FlowMatchScheduler": "shift sigma_min extra_one_step",
+    "schedulers.flow_match:FlowMatchScheduler.set_timesteps": "denoising_strength shift",
+    "schedulers.flow_match:FlowMatchScheduler.add_noise": "",
+    "schedulers.flow_match:FlowMatchScheduler.step": "",
+    "motion:MotionGuidance": "block window tile tau sf guided_steps inner_steps interval lr amf_weight "
+    "window_weight",
+    "motion:MotionGuidance.released": "",
+    "motion:attention_motion_flow": "q k sf tau",
+    "motion:tile_motion_flow": "q k sf window tile tau windows",
+    "testing:write_checkpoint": "directory size seed",
+    "ModelManager": "torch_dtype device",
+    "ModelManager.load_models": "torch_dtype",
+    "ModelManager.load_lora": "lora_alpha",
+    "ModelManager.unload_lora": "path",
+    "ModelManager.fetch_model": "",
+    "WanVideoPipeline.from_model_manager": "torch_dtype device",
+    "WanVideoPipeline.from_pretrained": "device",
+    "WanVideoPipeline.enable_vram_management": "num_persistent_param_in_dit",
+    "VideoData": "video_file image_folder height width fps start end",
+    "save_video": "fps quality",
+    "save_frames": "",
+}
+
+
+@pytest.mark.parametrize("place", PUBLIC_PLACES)
+def test_public_names_keep_their_places_and_arguments(place):
+    module, _, name = place.rpartition(":")
+    found = importlib.import_module(f"diffsynth.{module}" if module else "diffsynth")
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert set(PUBLIC_PLACES[place].split()) <= set(signature(found).parameters)
 
 
 def test_configs_need_no_torch():

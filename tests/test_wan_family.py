@@ -16,7 +16,8 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_dit_keys import diffusers_module, dit_config_from_shapes
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-from diffsynth.models.wan_video_vae import WanVideoVAE, WanVideoVAE22
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.pipelines import generate, image_condition
 from diffsynth.testing import write_checkpoint
 from diffsynth.vram_management import residency

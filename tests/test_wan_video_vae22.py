@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from diffsynth.models.wan_video_vae import WanVideoVAE22, vae_config_from_shapes
+from diffsynth.models.wan_video_vae import vae_config_from_shapes
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.models.wan_video_vae_keys import diffusers_vae_key_map
 from diffsynth.models.wan_video_vae_layers import average_down, duplicate_up
 

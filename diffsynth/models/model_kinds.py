@@ -26,7 +26,8 @@ from diffsynth.models.wan_video_text_encoder import (
     text_encoder_config_from_shapes,
     transformers_to_official_key,
 )
-from diffsynth.models.wan_video_vae import WanVideoVAE, WanVideoVAE22, vae_config_from_shapes
+from diffsynth.models.wan_video_vae import WanVideoVAE, vae_config_from_shapes
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.models.wan_video_vae_keys import diffusers_vae_key_map
 
 PIECES = "spiece_model"  # the bytes of the tokenizer, in Comfy's files of the text encoder

@@ -9,7 +9,6 @@ Precision: the dtype of the weights; latents, their normalisation, results and b
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from diffsynth.models.tables import table
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, PATCH, Cache, Decoder, Encoder
 from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid, blend
 
-# Statistics of the latents of Wan2.1's published VAE, channel by channel, and those of Wan2.2's.
+# Statistics of the latents of Wan2.1's published VAE, channel by channel.
 PUBLISHED_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -27,20 +26,6 @@ PUBLISHED_MEAN = (
 PUBLISHED_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
-PUBLISHED_MEAN22 = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542,
-    0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109,
-    0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899,
-    -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
-    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-)  # fmt: skip
-PUBLISHED_STD22 = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344,
-    0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804,
-    0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999,
-    0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
-    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
 
 
@@ -233,20 +218,6 @@ class WanVideoVAE(Model):
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.z_dim or 0 in latents.shape:
             raise ValueError(f"latents must be [B, {self.z_dim}, F, h, w], not 0; got {list(latents.shape)}")
-
-
-class WanVideoVAE22(WanVideoVAE):
-    """The VAE of Wan2.2's TI2V-5B: [B, 3, T, H, W] in [-1, 1] <-> latents [B, z, F, H / 16, W / 16].
-
-    Pixels are first folded two by two into channels, each level has a shortcut without weights, and the
-    decoder is wider than the encoder. Calls and all arguments are those of `WanVideoVAE`; the published
-    statistics are for 48 channels.
-    """
-
-    published = PUBLISHED_MEAN22, PUBLISHED_STD22
-
-    def __init__(self, dim: int = 160, dec_dim: int = 256, z_dim: int = 48, **others: Any) -> None:
-        super().__init__(dim, z_dim, dec_dim=dec_dim, **others)
 
 
 def _video_chunks(video: Tensor, step: int) -> Iterator[Tensor]:

@@ -17,7 +17,8 @@ from diffsynth.models.model_manager import LoadedModel, ModelManager, check_dtyp
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-from diffsynth.models.wan_video_vae import WanVideoVAE, WanVideoVAE22
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import WanTokenizer, find_tokenizer, load_tokenizer, tokenizer_from_pieces

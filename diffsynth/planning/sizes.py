@@ -15,7 +15,8 @@ from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
-from diffsynth.models.wan_video_vae import WanVideoVAE, WanVideoVAE22
+from diffsynth.models.wan_video_vae import WanVideoVAE
+from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.vram_management.streaming import tensors_of
 
 PICTURE_TOKENS = 257  # that CLIP makes of a picture
