@@ -36,7 +36,7 @@ from diffsynth.runs.record import describe_device
 from diffsynth.vram_management import Residency, choose_device, device_memory, residency, synchronize
 
 CAPS = (5.8, 8.0, 12.0, 24.0)  # GB, of cards with 6 to 24
-# What a driver, PyTorch and its kernels raise; a part goes on with its next figure.
+# What a driver, PyTorch and its kernels raise; a part continues with its next figure.
 FAULTS = (RuntimeError, ImportError, NotImplementedError, ValueError)
 Emit = Callable[..., None]
 
@@ -197,7 +197,7 @@ def random_models(bench: Bench, size: str) -> dict[str, Any]:
 
 
 def peaks(bench: Bench) -> None:
-    """What the plan for a smaller card predicts, and what the same stages take under such a limit."""
+    """Measure the stages under the memory limit of a smaller card, beside what its plan predicts."""
     frames, rows, cols = bench.latents
     options = RunOptions(
         height=rows * 8, width=cols * 8, num_frames=4 * (frames - 1) + 1, tiled=None,

@@ -1,4 +1,4 @@
-"""What benchmarks/run.py compares: each procedure as the kinds of work it is made of, and how often each."""
+"""The procedures that benchmarks/run.py compares: for each, the kinds of its work and how often each runs."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What a card must show once: figures that were only predicted, in order of worth, in 45 minutes on an H100.
+"""Measure on a card what was only predicted, in order of worth, in 45 minutes on an H100.
 
     python benchmarks/first_card.py                          # the accelerator, at published sizes
     python benchmarks/first_card.py --device cpu --tiny      # all of it at toy sizes, to see that it runs

@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def calls(args: argparse.Namespace) -> dict[str, Callable[[], torch.Tensor]]:
-    """What is compared, by name."""
+    """Return the contenders by name."""
     torch.manual_seed(0)
     device = torch.device(args.device)
     dit = WanModel(

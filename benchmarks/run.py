@@ -116,7 +116,7 @@ def vars_of(kind: Kind) -> dict:
 
 
 def chosen_checkpoint(checkpoint: str, work: Work, latent_shape: tuple[int, int, int]) -> str:
-    """What guidance keeps: with "auto", the most that fits into free memory, if that is known."""
+    """Return which activations guidance keeps: with "auto", the most that fits into free memory."""
     device, size, motion = work.latents.device, DiTSize.of(work.dit), MotionGuidance()
     if checkpoint != "auto" or device.type == "meta" or not available_memory(device):
         return "none" if checkpoint == "auto" else checkpoint

@@ -28,7 +28,7 @@ _WHITE = _TO_XYZ.sum(1)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adherence:
-    """What was asked for and is there, and what is there; shape_seen is None where no object is found."""
+    """Whether the video shows what was asked for, and what it shows; shape_seen is None without an object."""
 
     shape_right: bool
     colour_right: bool

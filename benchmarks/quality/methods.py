@@ -39,8 +39,9 @@ def guided(name: str, motion: MotionGuidance, **arguments: object) -> Method:
 
 
 def standard_methods(pipe: WanVideoPipeline, height: int = 64, width: int = 64) -> list[Method]:
-    """What is compared, for videos of a size in pixels: with a checkpoint's own numbers where it names some,
-    else with the published ones; every mode of the registry is among them.
+    """Return the methods to compare, every mode of the registry among them, for videos of a size in pixels.
+
+    They have the numbers that the checkpoint declares, else the published ones.
     """
     tile_flow = _declared(pipe, "effi_AMF")
     dense = _declared(pipe, "AMF") if "AMF" in pipe.defaults.motion else replace(tile_flow, mode="AMF")

@@ -66,7 +66,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What one run gave. Metrics are None where they mean nothing, or if the run failed: `error` says how.
+    """The results of one run. Metrics are None where they mean nothing, or if the run failed (see `error`).
 
     Errors in pixels (see `metrics`); found: share of frames with an object; *_right: 1 or 0; *_consistency: 1
     is perfect. seconds: the whole call; denoising_seconds, guidance_seconds: parts of it.
@@ -225,7 +225,7 @@ def _make_video(
 
 
 def _full_forwards(pipe: WanVideoPipeline, options: RunOptions, evaluations: int) -> float:
-    """What the denoising of a run cost, by count."""
+    """Return the counted cost of a run's denoising."""
     sizes = ModelSizes.of(pipe.residency.models)
     latents = sizes.latent_shape(options.height, options.width, options.num_frames)
     counted = run_cost(sizes.dit, latents, options, checkpoint="none")

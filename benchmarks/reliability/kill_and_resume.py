@@ -1,4 +1,4 @@
-"""Kill -9 a run at random moments, in every stage, and go on with it: are the frames those of a run that
+"""Kill -9 a run at random moments, in every stage, and resume it: are the frames those of a run that
 nothing happened to, and is a good video file ever broken?
 
     python benchmarks/reliability/kill_and_resume.py \
@@ -166,7 +166,7 @@ def kept_steps(folder: Path) -> int:
 
 
 def trial(args: argparse.Namespace, folder: Path, stage: str, draw: random.Random, whole: dict) -> dict:
-    """Kill one run in a stage, go on with it, and say what came out."""
+    """Kill one run in a stage, resume it, and return the outcome."""
     folder.mkdir()
     shutil.copy(args.old, folder / "out.mp4")
     board = Board()
@@ -197,7 +197,7 @@ def trial(args: argparse.Namespace, folder: Path, stage: str, draw: random.Rando
 
 
 def import_everything(args: argparse.Namespace) -> None:
-    """What a run imports, once for all forks."""
+    """Import the modules of a run, once for all forks."""
     pipe = WanVideoPipeline.from_pretrained(args.model, device="cpu")
     pipe.prompter.encode_prompt("", pipe.text_encoder)
     save_video(np.zeros((1, 16, 16, 3), np.uint8), args.clip.with_name("warm.mp4"))

@@ -15,7 +15,7 @@ from diffsynth.testing import write_checkpoint, write_clip
 
 
 def resident_megabytes() -> float:
-    """What the process holds now (Linux)."""
+    """Return the resources that the process holds now (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 

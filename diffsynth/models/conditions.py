@@ -1,4 +1,4 @@
-"""What pictures give to the DiT of an image model, beside the noised latents."""
+"""The inputs that pictures add to an image model's DiT, beside the noised latents."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class ImageCondition(NamedTuple):
-    """What pictures give to the DiT; all None for a model or a run without pictures.
+    """The inputs of the DiT that come from pictures; all None for a model or a run without pictures.
 
     The first channels of y, which are appended to the latents, are a mask, 1 in the frames of a picture.
     Without y, first_frame is the first latent frame throughout, at timestep 0.

@@ -54,7 +54,7 @@ class RunEvent:
 
     @property
     def words(self) -> str:
-        """What is done, as progress shows it: "guided 3/10, motion loss -37%"."""
+        """The present work as progress bars show it: "guided 3/10, motion loss -37%"."""
         if self.stage != "guidance":
             return self.stage
         text = f"guided {self.step}/{self.steps}"

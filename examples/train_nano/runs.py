@@ -1,4 +1,4 @@
-"""What both trainings share: device, clips in a cache, checkpoints that a killed run continues from."""
+"""Helpers of both trainings: device, clips in a cache, checkpoints that a killed run continues from."""
 
 import json
 import logging
@@ -59,7 +59,7 @@ def save_state(path: Path, state: dict) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """What `save_state` wrote; empty if there is no such file."""
+    """Return the state that `save_state` wrote; empty if there is no such file."""
     return torch.load(path, weights_only=True) if path.exists() else {}
 
 
