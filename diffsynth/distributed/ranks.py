@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from diffsynth.configs.resolve import NEW_SEED
 from diffsynth.distributed.sequence import Mesh, SequenceParallel, spread
+from diffsynth.distributed.sharding import shard
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.checkpoint import saved_seed
 from diffsynth.vram_management import choose_device
@@ -103,16 +104,23 @@ def as_rank(seconds: float) -> Iterator[tuple[int, torch.device]]:
 
 @contextmanager
 def spread_run(
-    pipe: WanVideoPipeline, call: Mapping[str, Any], saving: Mapping[str, Any]
+    pipe: WanVideoPipeline, call: Mapping[str, Any], saving: Mapping[str, Any], sharded: bool = False
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Spread the DiTs of a pipeline over all ranks; yield this rank's arguments of `run` and of saving it.
 
-    All start with rank 0's seed and with the steps that it has saved, which the others copy.
+    All start with rank 0's seed and with the steps that it has saved, which the others copy. With `sharded`,
+    the weights of the DiTs are split, too, for good.
+    Other models are then on the device in their own stages only.
     """
+    if sharded:
+        pipe.residency.offload = True
+        pipe.residency.staying |= set(pipe.models.experts)
     folder, mesh = Path(saving["checkpoint_dir"]), Mesh.over_all(pipe.device.type)
     with ExitStack() as stack:
-        for name in pipe.models.experts:
-            stack.enter_context(spread(getattr(pipe.models, name), mesh))
+        for dit in (getattr(pipe.models, name) for name in pipe.models.experts):
+            if sharded:
+                shard(dit, pipe.device.type)
+            stack.enter_context(spread(dit, mesh))
         seed = call.get("seed")
         if seed in (None, NEW_SEED):
             seed = (saved_seed(folder) if saving["resume"] else None) or secrets.randbelow(2**32)

@@ -126,7 +126,7 @@ class Ladder:
         below = following(
             stage,
             now,
-            accelerator=self._dit is not None and self._device.type != "cpu",
+            accelerator=self._dit is not None and self._device.type != "cpu" and not self._residency.staying,
             num_blocks=0 if self._dit is None else len(self._dit.blocks),
             picture=(options.height // self._vae.spatial_factor, options.width // self._vae.spatial_factor),
         )
