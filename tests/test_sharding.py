@@ -1,9 +1,8 @@
-"""A DiT whose blocks' weights are split over ranks: results as with whole weights, and bytes that a rank holds."""
+"""A DiT whose blocks are split over ranks: results as with whole weights, and bytes that a rank holds."""
 
 import gc
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -61,28 +60,34 @@ def bytes_alive() -> int:
     return sum(found.values())
 
 
-def bytes_between_blocks(sharded: bool) -> tuple[list[int], int, int]:
-    """Bytes alive after each block of a velocity; those of all blocks' weights, and of one's."""
+def bytes_of_a_velocity(sharded: bool) -> tuple[list[int], list[int], int, int]:
+    """Bytes alive after each block and inside of it; those of all blocks' weights, and of one's."""
     gc.freeze()  # what is there already is not looked at again and again
     dit, given, seen = a_dit(num_layers=6), inputs((1, 2, 2)), []
+    inside: list[int] = []
     sizes = [sum(weight.nbytes for weight in block.parameters()) for block in dit.blocks]
     with spread(dit, Mesh.over_all("cpu")), torch.no_grad():
         if sharded:
             shard(dit, "cpu")
         for block in dit.blocks:
             block.register_forward_hook(lambda *_: seen.append(bytes_alive()))
+            block.ffn.register_forward_pre_hook(lambda *_: inside.append(bytes_alive()))
         dit(given["x"], torch.tensor([700.0]), given["context"])
-    return seen, sum(sizes), sizes[0]
+    return seen, inside, sum(sizes), sizes[0]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_rank_holds_its_share_and_the_next_block(size):
-    wholes, splits = (on_ranks(size, bytes_between_blocks, sharded) for sharded in (False, True))
-    for (whole, blocks, block), (split, *_) in zip(wholes, splits, strict=True):
-        held = [blocks - (before - after) for before, after in zip(whole, split, strict=True)]
-        assert max(held[:-1]) <= 1.05 * blocks / size + 1.1 * block
-        assert held[-1] <= 1.05 * blocks / size  # no block is next
-        assert min(held) >= blocks / size * 0.9
+def test_a_rank_holds_its_share_and_the_blocks_at_hand(size):
+    wholes, splits = (on_ranks(size, bytes_of_a_velocity, sharded) for sharded in (False, True))
+    for (*whole, blocks, block), (*split, _, _) in zip(wholes, splits, strict=True):
+        between, inside = (
+            [blocks - (one - several) for one, several in zip(*held, strict=True)]
+            for held in zip(whole, split, strict=True)
+        )
+        assert max(between[:-1]) <= 1.05 * (blocks / size + block)
+        assert between[-1] <= 1.05 * blocks / size  # no block is next
+        assert min(between) >= blocks / size * 0.9
+        assert 1.05 * (blocks / size + 3 * block) >= max(inside) > blocks / size + 2 * block
 
 
 def packed() -> str:
@@ -106,9 +111,7 @@ def test_packed_weights_are_refused():
         (["--dtype", "int8"], "--dtype"),
     ],
 )
-def test_what_does_not_go_with_shares_is_refused_with_both_options(
-    options, named, tmp_path, capsys
-):
+def test_what_does_not_go_with_shares_is_refused_with_both_options(options, named, tmp_path, capsys):
     write_clip(tmp_path / "ref.mp4")
     command = ["transfer", str(tmp_path / "ref.mp4"), "--prompt", "a", "--model", "nano", "--shard"]
     assert main([*command, "-o", str(tmp_path / "out.mp4")]) == 2

@@ -8,11 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from diffsynth.cli.arguments import flag, pictures_of
+from diffsynth.cli.arguments import check_shard, flag, pictures_of
 from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.configs.fields import fields_of
-from diffsynth.configs.options import WIDE_DTYPES, FileOptions, ReferenceOptions
+from diffsynth.configs.options import FileOptions, ReferenceOptions
 from diffsynth.data import save_video
 from diffsynth.evaluation.followed import beside_reference, follow_text
 from diffsynth.jobs.errors import UsageError
@@ -50,14 +50,12 @@ def run(options: Namespace, console: Console) -> int:
         RunFailedError: the model cannot be loaded.
     """
     is_rank = RANK_MARK in os.environ
-    if not is_rank and options.gpus is None:
-        if options.shard:
-            raise UsageError("--shard splits weights over several processes; it needs --gpus N")
+    several = is_rank or options.gpus is not None
+    check_shard(vars(options), several)
+    if not several:
         return _make(options, console)
     if options.output is None or getattr(options, "compile", None):
         raise UsageError("a run on several processes needs -o OUT, and takes no --compile")
-    if options.shard:
-        _check_shard(vars(options))
     from diffsynth.distributed.ranks import as_rank, launch
 
     if not is_rank:
@@ -87,8 +85,6 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
         loaded = load_options(vars(options), recorded.model["setup"])
         task = _repetition(recorded, options, pictures)
         asked = {"repeats": recorded.video["frames_sha256"], "created": recorded.created}
-    if options.shard:
-        _check_shard(vars(options) | asdict(loaded))
     model = describe_model(folder, asdict(loaded))
     job = request_hash(asked, task, model)
     if device is not None and options.checkpoint_dir is None and getattr(options, "resume", None) is None:
@@ -129,18 +125,6 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
     gif = _beside(made, task, options.gif, console)
     console.result({**_facts(path, record), **_compared(recorded, record, console), **gif})
     return DONE
-
-
-def _check_shard(given: Mapping[str, Any]) -> None:
-    """Raise UsageError if an option beside --shard has the DiT's blocks elsewhere, compiled or packed."""
-    names = ("offload", "persistent", "compile", "vram_budget_gb")
-    clashing = [name for name in names if given.get(name) is not None and given[name] is not False]
-    if given.get("dtype") not in (None, *WIDE_DTYPES):
-        clashing.append("dtype")
-    if clashing:
-        raise UsageError(
-            f"--shard keeps a share of the DiT's blocks on each device; it takes no {flag(clashing[0])}"
-        )
 
 
 def _beside(made: MadeVideo, task: VideoTask, gif: bool, console: Console) -> dict[str, str]:

@@ -113,6 +113,7 @@ def spread_run(
     Other models are then on the device in their own stages only.
     """
     if sharded:
+        pipe.residency.stop_streaming()
         pipe.residency.offload = True
         pipe.residency.staying |= set(pipe.models.experts)
     folder, mesh = Path(saving["checkpoint_dir"]), Mesh.over_all(pipe.device.type)

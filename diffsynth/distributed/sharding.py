@@ -1,12 +1,11 @@
 """Weights of a DiT's blocks split over all ranks by FSDP2: each keeps 1/N, for models larger than one GPU.
 
 A block's weights are gathered before it runs, forward and backward, while the block before it computes, and
-freed after it: a rank holds its shares, the block that runs and the next one. Results are those of whole
+freed after it: a rank holds its shares and, while FSDP copies, three blocks. Results are those of whole
 weights.
 """
 
 import warnings
-from itertools import pairwise
 
 import torch.distributed as dist
 from torch import nn
@@ -31,22 +30,13 @@ def shard(dit: WanModel, device_type: str) -> FSDPModule:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", category=UserWarning)
     mesh = dist.init_device_mesh(device_type, (dist.get_world_size(),))
     blocks = [fully_shard(block, mesh=mesh, reshard_after_forward=True) for block in dit.blocks]
-    for block in dit.blocks:
-        register_fsdp_forward_method(block, LAST_OF_PASS)
-    for block, coming in pairwise(blocks):
-        block.set_modules_to_forward_prefetch([coming])
-    holder = _Holder(dit.blocks)
+    for index, block in enumerate(blocks):
+        register_fsdp_forward_method(dit.blocks[index], LAST_OF_PASS)
+        block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 2])
+        # With none, FSDP would choose one: the last block of the pass before.
+        block.set_modules_to_backward_prefetch([blocks[max(index - 1, 0)]])
+    holder = nn.Identity()
+    holder.add_module("blocks", dit.blocks)
     root = fully_shard(holder, mesh=mesh)
-    holder()  # blocks that a called module holds share its streams
+    holder(None)  # blocks in the first module that is called share its streams
     return root
-
-
-class _Holder(nn.Module):
-    """Holds the blocks of a DiT, which are called one by one."""
-
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        super().__init__()
-        self.blocks = blocks
-
-    def forward(self) -> None:
-        """Do nothing; FSDP adds what it does before and after."""
