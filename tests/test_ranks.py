@@ -32,6 +32,7 @@ KINDS = {
         "mode": "AMF", "cache": "first_block", "cache_threshold": 0.05,
         "motion": CALL["motion"] | {"attention_window": (1, 1, 1), "checkpoint": "block"},
     },
+    "VAE in tiles": {"tiled": True, "tile_size": (4, 5), "tile_stride": (2, 5)},
     "FlowMotion": {"mode": "FlowMotion", "motion": {"guided_steps": 2}},
 }  # fmt: skip
 

@@ -115,7 +115,7 @@ def test_what_does_not_go_with_shares_is_refused_with_both_options(options, name
     write_clip(tmp_path / "ref.mp4")
     command = ["transfer", str(tmp_path / "ref.mp4"), "--prompt", "a", "--model", "nano", "--shard"]
     assert main([*command, "-o", str(tmp_path / "out.mp4")]) == 2
-    assert "it needs --gpus N" in capsys.readouterr().err
+    assert "blocks in each process; it needs --gpus N" in capsys.readouterr().err
     assert main([*command, "-o", str(tmp_path / "out.mp4"), "--gpus", "2", *options]) == 2
     told = capsys.readouterr().err
     assert "--shard" in told

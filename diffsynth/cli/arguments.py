@@ -173,11 +173,8 @@ def _lora(text: str) -> tuple[str, float]:
 
 def check_shard(given: Mapping[str, Any], several: bool) -> None:
     """Raise UsageError if --shard is given for one process, or with what has the DiT's blocks elsewhere."""
-    if not given["shard"]:
-        return
-    if not several:
-        raise UsageError("--shard splits weights over several processes; it needs --gpus N")
-    for name in ("offload", "persistent", "compile", "vram_budget_gb", "dtype"):
-        if (value := given.get(name)) not in (None, *WIDE_DTYPES) and value is not False:
-            clashing = option_words(name, value)[0]
-            raise UsageError(f"--shard keeps a share of the DiT's blocks on each GPU; it takes no {clashing}")
+    others = ("offload", "persistent", "compile", "vram_budget_gb", "dtype")
+    clashing = [name for name in others if str(given.get(name)) not in ("None", "False", *WIDE_DTYPES)]
+    if given["shard"] and (clashing or not several):
+        problem = f"takes no {option_words(clashing[0], 1)[0]}" if clashing else "needs --gpus N"
+        raise UsageError(f"--shard keeps a share of the DiT's blocks in each process; it {problem}")

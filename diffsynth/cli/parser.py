@@ -284,7 +284,7 @@ def _add_plan(parser: Parser) -> None:
     add_models_dir(parser)
     add("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
     add("--gpus", type=reader(Whole(1)), metavar="N", help="predict the run over N of them, too")
-    add("--shard", action="store_true", help="as for transfer, with --gpus")
+    add("--shard", action="store_const", const=True, help="as for transfer, with --gpus")
     speed, text = reader(Number(above=0)), "TFLOP/s that one computes, with --gpus (400)"
     add("--tflops", type=speed, default=400, metavar="X", help=text)
     add("--gb-per-s", type=speed, default=200, metavar="X", help="GB/s that one sends, with --gpus (200)")

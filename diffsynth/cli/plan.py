@@ -49,8 +49,8 @@ def run(options: Namespace, console: Console) -> int:
             told = told.replace(name, option)
         raise RunFailedError(told) from error
     console.say(str(plan))
-    given = {name: getattr(options, name) for name in ("model", "models_dir", "dtype", "gpus")} | asked
-    given |= {"shard": True} if options.shard else {}
+    names = ("model", "models_dir", "dtype", "gpus", "shard")
+    given = {name: getattr(options, name) for name in names} | asked
     shown = [item for item in given.items() if item[1] not in (None, Path("models"))]
     words = [word for item in shown for word in option_words(*item)]
     command = f'fastvmt transfer REF.mp4 --prompt "..." -o OUT.mp4 {shlex.join(words)}'.rstrip()

@@ -35,7 +35,7 @@ def plan_ranks(
 ) -> RankPlan:
     """Predict a planned run on several ranks, each of so many TFLOP/s that sends so many GB/s.
 
-    With `shard`, each keeps a share of the DiT's blocks, and gathers them as they run, forward and backward.
+    With `shard`, each keeps a share of the DiT's blocks, and gathers them for each pass.
     """
     dit, run, motion = sizes.dit, plan.options, plan.options.motion
     latents = sizes.latent_shape(run.height, run.width, run.num_frames)
@@ -45,12 +45,14 @@ def plan_ranks(
     others, blocks = (ranks - 1) / ranks, dit.weights.blocks
     settings = replace(plan.settings, offload=True) if shard else plan.settings
 
+    held = dit.weights.rest + sum(blocks) / ranks if shard else 0  # in all stages
+
     def peak(stage: StageMemory) -> float:
-        spread = stage.stage in ("guidance", "sampling")
-        weights = stage.weights + (dit.weights.rest + sum(blocks) / ranks if shard else 0)
-        if shard and spread:  # the block that runs, FSDP's copy of it, and the next one
-            weights += 3 * max(blocks) - dit.weights.total
-        return weights + (alone + (stage.activations - alone) / ranks if spread else stage.activations)
+        if stage.stage not in ("guidance", "sampling"):
+            return stage.total + held
+        # Shares, the block that runs, FSDP's copy of it, and the next one.
+        weights = held + 3 * max(blocks) if shard else stage.weights
+        return weights + alone + (stage.activations - alone) / ranks
 
     memory = max(map(peak, predict_stages(sizes, run, settings, motion is not None)))
     step = velocity_bytes(dit, latents, group) * (1 if halves else prompts)
@@ -68,10 +70,8 @@ def plan_ranks(
         total = 2 * dit.in_dim * prod(latents) / motion.coarse**2 * FLOAT * others
         gradient = forward * (3 if again else 2) + 2 * (features + weights) + total
         sent += references * (forward + features + weights) + gradients * gradient
-    seconds = plan.cost.flops / (tflops * 1e12 * ranks) + sent / (gb_per_s * 1e9)
-    return RankPlan(
-        ranks=ranks, memory=round(memory), step_bytes=step, gradient_bytes=gradient, seconds=seconds
-    )
+    time = plan.cost.flops / (tflops * 1e12 * ranks) + sent / (gb_per_s * 1e9)
+    return RankPlan(ranks=ranks, memory=round(memory), step_bytes=step, gradient_bytes=gradient, seconds=time)
 
 
 def block_bytes(dit: DiTSize, grid: Shape, ranks: int, windowed: bool = False) -> float:

@@ -119,8 +119,6 @@ class PackedLinear(nn.Module):
 class Model(nn.Module):
     """A model of a pipeline: its place is that of its first weight, which is never packed."""
 
-    fingerprint: str | None = None  # of its whole weights, if this process holds only a share of them
-
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype that it computes in; linear layers may be stored in another one."""
