@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from test_sequence_parallel import GUIDANCE, a_dit, inputs
 from torch.autograd.graph import saved_tensors_hooks
@@ -13,6 +14,7 @@ from diffsynth.configs.options import RunOptions
 from diffsynth.distributed import collectives
 from diffsynth.distributed.predict import plan_ranks, velocity_bytes
 from diffsynth.distributed.sequence import Mesh, spread
+from diffsynth.distributed.sharding import shard
 from diffsynth.motion import guided_step
 from diffsynth.planning.plan import plan_run
 from diffsynth.planning.sizes import DiTSize, ModelSizes, published_sizes
@@ -39,10 +41,16 @@ def sent(counted: list[float]) -> None:
         setattr(collectives, name, counting)
 
 
-def counted_run(ranks: bool) -> tuple[float, float, int]:
-    """Bytes sent for a velocity and for a guided step with one gradient, and bytes kept for the gradient."""
-    dit, given, counted, kept = a_dit(ffn_dim=130), inputs(GRID), [], {}
-    if ranks:
+def counted_run(ranks: bool, sharded: bool = False) -> tuple[float, float, int]:
+    """Bytes sent for a velocity and for a guided step with one gradient, and bytes kept for the gradient.
+
+    With `sharded`, weights are split, and their bytes alone are counted.
+    """
+    dit, given, counted, kept = a_dit(ffn_dim=96 if sharded else 130), inputs(GRID), [], {}
+    if sharded:
+        name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        setattr(dist, name, counting_gather(getattr(dist, name), counted))
+    elif ranks:
         sent(counted)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,6 +60,8 @@ def counted_run(ranks: bool) -> tuple[float, float, int]:
 
     parameters = list(dit.parameters())
     with spread(dit, Mesh.over_all("cpu")) if ranks else nullcontext():
+        if sharded:
+            shard(dit, "cpu")
         with torch.no_grad():
             dit(given["x"], torch.tensor([700.0]), given["context"])
         velocity = sum(counted)
@@ -59,6 +69,14 @@ def counted_run(ranks: bool) -> tuple[float, float, int]:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             guided_step(dit, x, sigma=0.7, timestep=700.0, guidance=GUIDANCE, **given)
     return velocity, sum(counted) - velocity, sum(size for size, _ in kept.values())
+
+
+def counting_gather(real: Any, counted: list[float]) -> Any:
+    def gather(output: torch.Tensor, own: torch.Tensor, **named: Any) -> Any:
+        counted.append(output.nbytes - own.nbytes)
+        return real(output, own, **named)
+
+    return gather
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -78,6 +96,34 @@ def test_bytes_are_as_predicted_and_each_rank_keeps_its_share(size):
         # At a byte a second: a step's velocity, its look at the reference and one gradient.
         assert velocity + guided == pytest.approx(predicted.seconds, rel=0.02)
         assert kept <= (1 / size + 0.1) * alone[2]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_bytes_of_split_weights_are_as_predicted(size):
+    models = published_sizes("1.3b")
+    sizes = ModelSizes(
+        name="small", dit=DiTSize.of(a_dit()), text_encoder=models.text_encoder, vae=models.vae
+    )
+    run = RunOptions(
+        height=GRID[1] * 16, width=GRID[2] * 16, num_frames=21, motion=GUIDANCE, num_inference_steps=1,
+        cfg_scale=1.0,
+    )  # fmt: skip
+    plan = plan_run(sizes, run, with_reference=True)
+    whole, split = (plan_ranks(sizes, plan, size, 1e30, 1e-9, shard) for shard in (False, True))
+    for velocity, guided, _ in on_ranks(size, counted_run, True, True):
+        # Tensors of one row are sent whole by each rank: 2 % of so small a block.
+        assert velocity == pytest.approx(split.step_bytes - whole.step_bytes, rel=0.03)
+        assert velocity + guided == pytest.approx(split.seconds - whole.seconds, rel=0.03)
+
+
+def test_split_weights_are_a_share_of_the_blocks_and_three_of_them():
+    sizes = published_sizes("14b")
+    plan = plan_run(sizes, RunOptions(height=480, width=832, num_frames=81), with_reference=False)
+    blocks, rest = sizes.dit.weights.blocks, sizes.dit.weights.rest
+    whole, split = (plan_ranks(sizes, plan, 8, 400, 200, shard) for shard in (False, True))
+    sampling = next(stage for stage in plan.stages if stage.stage == "sampling")
+    assert split.memory >= sum(blocks) / 8 + 3 * max(blocks) + rest + sampling.activations / 8
+    assert split.memory < whole.memory - sum(blocks) * 7 / 8
 
 
 def test_a_plan_over_ranks_shrinks_activations_and_time():

@@ -32,13 +32,16 @@ KINDS = {
         "mode": "AMF", "cache": "first_block", "cache_threshold": 0.05,
         "motion": CALL["motion"] | {"attention_window": (1, 1, 1), "checkpoint": "block"},
     },
+    "VAE in tiles": {"tiled": True, "tile_size": (4, 5), "tile_stride": (2, 5)},
     "FlowMotion": {"mode": "FlowMotion", "motion": {"guided_steps": 2}},
 }  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
 
 
-def made(checkpoint: Path, folder: Path, changes: dict[str, Any], stop_after: int = 99) -> Any:
+def made(
+    checkpoint: Path, folder: Path, changes: dict[str, Any], stop_after: int = 99, sharded: bool = False
+) -> Any:
     """Final latents of a run, and the steps that it made; None if it was stopped."""
     pipe, steps = WanVideoPipeline.from_pretrained(checkpoint, device="cpu"), []
     clip = np.random.default_rng(0).integers(0, 256, (9, 48, 80, 3), np.uint8)
@@ -51,7 +54,8 @@ def made(checkpoint: Path, folder: Path, changes: dict[str, Any], stop_after: in
 
     call, saving = CALL | changes | {"output_type": "latent"}, {"checkpoint_dir": folder, "resume": True}
     ranks = dist.is_initialized()
-    with spread_run(pipe, call, saving) if ranks else nullcontext((call, saving)) as (call, saving):
+    several = spread_run(pipe, call, saving, sharded) if ranks else nullcontext((call, saving))
+    with several as (call, saving):
         try:
             (video,) = pipe.run(**call, **saving, input_video=clip, observer=observe, progress_bar_cmd=iter)
         except InterruptedError:
@@ -59,8 +63,10 @@ def made(checkpoint: Path, folder: Path, changes: dict[str, Any], stop_after: in
     return video.latents, steps
 
 
-def all_made(checkpoint: Path, folder: Path) -> dict[str, Any]:
-    return {name: made(checkpoint, folder / name, changes)[0] for name, changes in KINDS.items()}
+def all_made(checkpoint: Path, folder: Path, sharded: bool = False) -> dict[str, Any]:
+    return {
+        name: made(checkpoint, folder / name, changes, sharded=sharded)[0] for name, changes in KINDS.items()
+    }
 
 
 @pytest.mark.parametrize("size", [1, 2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))])
@@ -71,11 +77,19 @@ def test_final_latents_are_those_of_one_process(size, tiny_checkpoint, tmp_path)
             assert (found[name] - one).abs().max() <= 1e-5 * one.abs().max(), name
 
 
-def test_a_run_continues_on_another_number_of_ranks(tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_final_latents_of_split_weights_are_those_of_whole_ones(size, tiny_checkpoint, tmp_path):
+    whole = on_ranks(size, all_made, tiny_checkpoint, tmp_path / "whole")
+    split = on_ranks(size, all_made, tiny_checkpoint, tmp_path / "split", True)
+    for found, expected in zip(split, whole, strict=True):
+        assert all(torch.equal(found[name], expected[name]) for name in KINDS)
+
+
+def test_a_run_continues_on_another_number_of_ranks_and_with_split_weights(tiny_checkpoint, tmp_path):
     changes = KINDS["dense, windowed, a cache"]
     one, _ = made(tiny_checkpoint, tmp_path / "one", changes)
     assert on_ranks(2, made, tiny_checkpoint, tmp_path / "run", changes, 2) == [None, None]
-    for several, steps in on_ranks(3, made, tiny_checkpoint, tmp_path / "run", changes):
+    for several, steps in on_ranks(3, made, tiny_checkpoint, tmp_path / "run", changes, 99, True):
         assert steps == [3, 4]
         assert (several - one).abs().max() <= 1e-5 * one.abs().max()
     assert made(tiny_checkpoint, tmp_path / "run", changes)[1] == []  # its latents are there

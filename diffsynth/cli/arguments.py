@@ -1,7 +1,7 @@
 """The options of the command line, generated from the dataclasses in configs/ that state them."""
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffsynth.configs.kinds import CacheKind
 from diffsynth.configs.options import (
     MOTION_PREFIX,
     PICTURES,
+    WIDE_DTYPES,
     FileOptions,
     LoadOptions,
     ReferenceOptions,
@@ -20,6 +21,7 @@ from diffsynth.configs.options import (
     Shorthands,
     call_options,
 )
+from diffsynth.jobs.errors import UsageError
 
 NOT_OFFERED = ("output_type", "motion")  # a command writes a file; motion has an option for each number
 
@@ -167,3 +169,12 @@ def _lora(text: str) -> tuple[str, float]:
     if not Path(file).is_file():
         raise argparse.ArgumentTypeError(f"the LoRA {file} does not exist")
     return str(Path(file).resolve()), number(strength)
+
+
+def check_shard(given: Mapping[str, Any], several: bool) -> None:
+    """Raise UsageError if --shard is given for one process, or with what has the DiT's blocks elsewhere."""
+    others = ("offload", "persistent", "compile", "vram_budget_gb", "dtype")
+    clashing = [name for name in others if str(given.get(name)) not in ("None", "False", *WIDE_DTYPES)]
+    if given["shard"] and (clashing or not several):
+        problem = f"takes no {option_words(clashing[0], 1)[0]}" if clashing else "needs --gpus N"
+        raise UsageError(f"--shard keeps a share of the DiT's blocks in each process; it {problem}")

@@ -217,6 +217,7 @@ def _add_transfer(parser: Parser) -> None:
     add("--from", dest="record", type=Path, metavar="RECORD", help="repeat a record's run")
     add("--force", action="store_true", help="with --from: although something changed")
     add("--gpus", type=reader(Whole(1)), metavar="N", help="spread the run over N processes")
+    add("--shard", action="store_true", help="with several processes: each keeps a share of the DiT's blocks")
     wait, text = reader(Number(above=0)), "seconds after which a process without answer ends the run (600)"
     add("--rank-timeout", type=wait, default=600, metavar="S", help=text)
     _add_run(parser)
@@ -283,6 +284,7 @@ def _add_plan(parser: Parser) -> None:
     add_models_dir(parser)
     add("--dtype", choices=DTYPES, help="of the weights (bfloat16)")
     add("--gpus", type=reader(Whole(1)), metavar="N", help="predict the run over N of them, too")
+    add("--shard", action="store_const", const=True, help="as for transfer, with --gpus")
     speed, text = reader(Number(above=0)), "TFLOP/s that one computes, with --gpus (400)"
     add("--tflops", type=speed, default=400, metavar="X", help=text)
     add("--gb-per-s", type=speed, default=200, metavar="X", help="GB/s that one sends, with --gpus (200)")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from diffsynth.cli.arguments import option_words
+from diffsynth.cli.arguments import check_shard, option_words
 from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.checkpoints import published_key
 from diffsynth.configs.defaults import published_defaults
@@ -28,6 +28,7 @@ _OPTIONS = {
 
 def run(options: Namespace, console: Console) -> int:
     """Print the plan; RunFailedError if no settings fit, which says what would help."""
+    check_shard(vars(options), options.gpus is not None)
     dtype = torch.bfloat16 if options.dtype is None else getattr(torch, options.dtype)
     if options.model is not None and (key := published_key(options.model)):
         sizes, defaults = published_sizes(key, dtype), published_defaults(key)
@@ -48,7 +49,8 @@ def run(options: Namespace, console: Console) -> int:
             told = told.replace(name, option)
         raise RunFailedError(told) from error
     console.say(str(plan))
-    given = {name: getattr(options, name) for name in ("model", "models_dir", "dtype", "gpus")} | asked
+    names = ("model", "models_dir", "dtype", "gpus", "shard")
+    given = {name: getattr(options, name) for name in names} | asked
     shown = [item for item in given.items() if item[1] not in (None, Path("models"))]
     words = [word for item in shown for word in option_words(*item)]
     command = f'fastvmt transfer REF.mp4 --prompt "..." -o OUT.mp4 {shlex.join(words)}'.rstrip()
@@ -57,7 +59,7 @@ def run(options: Namespace, console: Console) -> int:
     if options.gpus is not None:
         from diffsynth.distributed.predict import plan_ranks
 
-        of_rank = plan_ranks(sizes, plan, options.gpus, options.tflops, options.gb_per_s)
+        of_rank = plan_ranks(sizes, plan, options.gpus, options.tflops, options.gb_per_s, options.shard)
         console.say(str(of_rank))
         several = {"of_rank": asdict(of_rank)}
     console.result(json.loads(plan.to_json()) | {"command": command} | several)

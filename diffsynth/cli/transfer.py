@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from diffsynth.cli.arguments import flag, pictures_of
+from diffsynth.cli.arguments import check_shard, flag, pictures_of
 from diffsynth.cli.console import DONE, Console
 from diffsynth.cli.progress import run_watched, saving_arguments
 from diffsynth.configs.fields import fields_of
@@ -50,7 +50,9 @@ def run(options: Namespace, console: Console) -> int:
         RunFailedError: the model cannot be loaded.
     """
     is_rank = RANK_MARK in os.environ
-    if not is_rank and options.gpus is None:
+    several = is_rank or options.gpus is not None
+    check_shard(vars(options), several)
+    if not several:
         return _make(options, console)
     if options.output is None or getattr(options, "compile", None):
         raise UsageError("a run on several processes needs -o OUT, and takes no --compile")
@@ -111,7 +113,8 @@ def _make(options: Namespace, console: Console, rank: int = 0, device: str | Non
     else:
         from diffsynth.distributed.ranks import spread_run
 
-        with spread_run(pipe, task.call, task.saving) as (call, saving), attention_kernel(loaded):
+        several = spread_run(pipe, task.call, task.saving, options.shard)
+        with several as (call, saving), attention_kernel(loaded):
             task = replace(task, call=call, saving=saving)
             if rank:
                 pipe.run(**task.arguments, progress_bar_cmd=iter)

@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 
 from diffsynth.configs.resolve import NEW_SEED
-from diffsynth.distributed.sequence import Mesh, SequenceParallel, spread
+from diffsynth.distributed.sequence import Mesh, SequenceParallel, replaced, spread
+from diffsynth.distributed.sharding import shard
+from diffsynth.distributed.tiles import spread_blend
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.checkpoint import saved_seed
 from diffsynth.vram_management import choose_device
@@ -50,9 +52,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         if failure.exitcode > 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        raise RuntimeError(
-            f"rank {rank} was ended by {name}; the same command continues after the last saved step"
-        ) from error
+        told = f"rank {rank} was ended by {name}; the same command continues after the last saved step"
+        raise RuntimeError(told) from error
     return 0
 
 
@@ -94,25 +95,32 @@ def as_rank(seconds: float) -> Iterator[tuple[int, torch.device]]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         store.set("told", "")
         if silent:
-            raise RuntimeError(
-                f"rank(s) {silent} did not answer for {seconds:g} s; finished steps are saved"
-            ) from error
+            told = f"rank(s) {silent} did not answer for {seconds:g} s; finished steps are saved"
+            raise RuntimeError(told) from error
         raise
     dist.destroy_process_group()
 
 
 @contextmanager
 def spread_run(
-    pipe: WanVideoPipeline, call: Mapping[str, Any], saving: Mapping[str, Any]
+    pipe: WanVideoPipeline, call: Mapping[str, Any], saving: Mapping[str, Any], sharded: bool = False
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Spread the DiTs of a pipeline over all ranks; yield this rank's arguments of `run` and of saving it.
+    """Spread the models of a pipeline over all ranks; yield this rank's arguments of `run` and of saving it.
 
-    All start with rank 0's seed and with the steps that it has saved, which the others copy.
+    All start with rank 0's seed and with the steps that it has saved, which the others copy. With `sharded`,
+    the DiTs' weights are split, for good, and other models are on the device in their own stages only.
     """
+    if sharded:
+        pipe.residency.stop_streaming()
+        pipe.residency.offload = True
+        pipe.residency.staying |= set(pipe.models.experts)
     folder, mesh = Path(saving["checkpoint_dir"]), Mesh.over_all(pipe.device.type)
     with ExitStack() as stack:
-        for name in pipe.models.experts:
-            stack.enter_context(spread(getattr(pipe.models, name), mesh))
+        stack.enter_context(replaced((pipe.vae, "blend", spread_blend)))
+        for dit in (getattr(pipe.models, name) for name in pipe.models.experts):
+            if sharded:
+                shard(dit, pipe.device.type)
+            stack.enter_context(spread(dit, mesh))
         seed = call.get("seed")
         if seed in (None, NEW_SEED):
             seed = (saved_seed(folder) if saving["resume"] else None) or secrets.randbelow(2**32)
@@ -122,6 +130,6 @@ def spread_run(
             for file in folder.glob("*.safetensors"):
                 copyfile(file, copy / file.name)
             saving = {**saving, "checkpoint_dir": copy, "checkpoint_every": 10**9}
-            call["output_type"] = "latent"
+            call["output_type"] = "latent" if call.get("output_type") == "latent" else "pt"
         dist.barrier()  # before rank 0 saves anything
         yield dict(call), dict(saving)

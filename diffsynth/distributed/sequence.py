@@ -14,7 +14,7 @@ Latents, texts, time, caches and results are equal on all P ranks. Axes are name
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -89,9 +89,8 @@ class SequenceParallel:
         return q, k
 
     def local_features(
-        self, x: Tensor, timestep: Tensor, context: Tensor, *, block: int = 14,
-        clip_feature: Tensor | None = None, y: Tensor | None = None, attention_window: Window | None = None,
-        checkpoint: str = "none",
+        self, x: Tensor, *inputs: Tensor, block: int = 14, attention_window: Window | None = None,
+        checkpoint: str = "none", **named: Any,
     ) -> tuple[Tensor, Tensor, Grid]:  # fmt: skip
         """Return q and k [B, n, N, d] of this rank's tokens, and the grid of all; arguments as `features`.
 
@@ -99,7 +98,7 @@ class SequenceParallel:
         """
         self.group = self.mesh.world
         check_equal(x, "the latents", self.group)
-        state = self._embed(sum_gradients(x, self.group), timestep, context, clip_feature, y)
+        state = self._embed(sum_gradients(x, self.group), *inputs, **named)
         state = replace(state, attention_window=attention_window)
         tokens = WanModel.run_blocks(self.dit, state, block, checkpoint)
         return *cast(DiTBlock, self.dit.blocks[block]).queries_keys(tokens, state), state.grid
@@ -131,9 +130,7 @@ class SequenceParallel:
         seen = exchanged(seen.movedim(1, 0), self.group).movedim(0, 2).flatten(2, 3)
         return layer.o(seen[:, :, :heads].flatten(2))
 
-    def _by_prompt(
-        self, run: Callable[..., Tensor], *inputs: Tensor | None, **named: Tensor | None
-    ) -> Tensor:
+    def _by_prompt(self, run: Callable[..., Tensor], *inputs: Any, **named: Any) -> Tensor:
         """Run each of two samples on its half of the ranks, or a single sample on all ranks."""
         prompts, given = self.mesh.prompts, [*inputs, *named.values()]
         if prompts is None or all(tensor is None or len(tensor) != 2 for tensor in given):
@@ -144,16 +141,13 @@ class SequenceParallel:
         named = dict(zip(named, parts[len(inputs) :], strict=True))
         return collected(run(*parts[: len(inputs)], **named), prompts)
 
-    def _velocity(
-        self, x: Tensor, timestep: Tensor, context: Tensor, clip_feature: Tensor | None = None,
-        y: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        state = self._embed(x, timestep, context, clip_feature, y)
+    def _velocity(self, *inputs: Any, **named: Any) -> Tensor:
+        state = self._embed(*inputs, **named)
         patches = self.dit.head(WanModel.run_blocks(self.dit, state), state.time)
         return self.dit.unpatchify(self._whole(patches, state.grid), state.grid)
 
     def _embed(
-        self, x: Tensor, timestep: Tensor, context: Tensor, clip_feature: Tensor | None, y: Tensor | None
+        self, x: Tensor, timestep: Tensor, context: Tensor, clip_feature: Any = None, y: Tensor | None = None
     ) -> DiTState:
         """Return the state of this rank's tokens; only the frames that hold them are embedded."""
         frames, rows, cols = (n // p for n, p in zip(x.shape[2:], self.dit.patch_size, strict=True))
@@ -196,21 +190,24 @@ class SequenceParallel:
         return collected(x.transpose(0, 1), self.group)[: prod(grid)].transpose(0, 1)
 
 
-@contextmanager
-def spread(dit: WanModel, mesh: Mesh) -> Iterator[None]:
+def spread(dit: WanModel, mesh: Mesh) -> AbstractContextManager[None]:
     """Spread a DiT with equal weights on all ranks over a mesh in this context, which sets `dit.spread`."""
     parallel = SequenceParallel(dit, mesh)
-    replaced: list[tuple[Any, str]] = [
-        (dit, name) for name in ("forward", "features", "run_blocks", "spread")
-    ]
+    names = ("forward", "features", "run_blocks", "spread")
+    layers = [cast(DiTBlock, block).self_attn for block in dit.blocks]
+    return replaced(
+        *((dit, name, getattr(parallel, name, parallel)) for name in names),
+        *((layer, "forward", partial(parallel.attend, layer)) for layer in layers),
+    )
+
+
+@contextmanager
+def replaced(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Replace attributes of objects, each given with its name and new value, in this context."""
     try:
-        for owner, name in replaced:
-            setattr(owner, name, getattr(parallel, name, parallel))
-        for block in dit.blocks:
-            layer = cast(DiTBlock, block).self_attn
-            layer.forward = partial(parallel.attend, layer)  # type: ignore[method-assign]
-            replaced.append((layer, "forward"))
+        for owner, name, value in attributes:
+            setattr(owner, name, value)
         yield
     finally:
-        for owner, name in replaced:
+        for owner, name, _ in attributes:
             vars(owner).pop(name, None)

@@ -49,6 +49,7 @@ class WanVideoVAE(Model):
     """
 
     published: tuple[tuple[float, ...], tuple[float, ...]] = (PUBLISHED_MEAN, PUBLISHED_STD)
+    blend = staticmethod(blend)
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class WanVideoVAE(Model):
         num_latents = -(-(num_frames - 1) // self.temporal_factor) + 1
         size = batch, self.z_dim, num_latents, *shape
         latents = torch.zeros(size, dtype=torch.float32, device=self.device)
-        return blend(TileGrid.of(shape, tiled, tile_size, tile_stride), latents, 1, encode_tile)
+        return self.blend(TileGrid.of(shape, tiled, tile_size, tile_stride), latents, 1, encode_tile)
 
     def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance [B, z, F, h, w], float32, not normalised; else as `encode`."""
@@ -174,7 +175,7 @@ class WanVideoVAE(Model):
         def decode_tile(tile: Tile) -> Iterator[Tensor]:
             return self._pixel_chunks(latents[tile.area()], num_frames)
 
-        return blend(grid, video, self.spatial_factor, decode_tile).clamp_(-1, 1)
+        return self.blend(grid, video, self.spatial_factor, decode_tile).clamp_(-1, 1)
 
     def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the frames of `decode` one first, then `temporal_factor` at a time: [B, 3, t, H, W], float32.

@@ -69,7 +69,6 @@ class Ladder:
         self._given_up: list[str] = []
         self._dit = cast(WanModel | None, self._residency.models.get("dit"))
         self._spread = getattr(self._dit, "spread", None)
-        self._ranks = 1 if self._spread is None else self._spread.size
 
     def begin(self, options: RunOptions, vram_gb: float | None, *, with_reference: bool) -> RunOptions:
         """Return the options of a run with all settings decided; if vram_gb is given, also move the models.
@@ -126,7 +125,7 @@ class Ladder:
         below = following(
             stage,
             now,
-            accelerator=self._dit is not None and self._device.type != "cpu",
+            accelerator=self._dit is not None and self._device.type != "cpu" and not self._residency.staying,
             num_blocks=0 if self._dit is None else len(self._dit.blocks),
             picture=(options.height // self._vae.spatial_factor, options.width // self._vae.spatial_factor),
         )
@@ -156,7 +155,7 @@ class Ladder:
         """Return the first `checkpoint` setting that fits; not "offload" on a CPU, where it gains nothing."""
         latents = sizes.latent_shape(options.height, options.width, options.num_frames)
         kept = keeping(motion)[: KEEPING.index("offload") if self._device.type == "cpu" else None]
-        free = FILL * available_memory(self._device) * self._ranks  # each rank keeps a share
+        free = FILL * available_memory(self._device) * getattr(self._spread, "size", 1)  # a share on each
         fits = (name for name in kept if guided_pass_bytes(sizes.dit, latents, motion, name) <= free)
         return next(fits, kept[-1])
 

@@ -34,6 +34,7 @@ class Residency:
         self.models = dict(models)
         self.device = device
         self.offload = False
+        self.staying: set[str] = set()  # names of models that stay on the device, also with offload
         self._turn = threading.RLock()
         self._taken = False
         self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}
@@ -118,7 +119,7 @@ class Residency:
     def rest(self, *names: str) -> None:
         """Move the named models (all by default) to the CPU and free their device memory."""
         with self._turn:
-            for name in names or self.models:
+            for name in set(names or self.models) - self.staying:
                 for tensor, home in self._homes.pop(name, ()):
                     tensor.data = home
                 self.models[name].to("cpu")
