@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffsynth.models.attention import attention
-from diffsynth.models.local_attention import Grid, Window, local_attention
+from diffsynth.models.attention import AttentionBackend, attention
+from diffsynth.models.local_attention import BlockPlan, Grid, TilePlan, Window, local_attention
 
 SLICE_TOKENS = 4096  # of a feed-forward without gradients; enough to keep a GPU busy
 
@@ -37,9 +37,9 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
 def rotary_table(
     grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Unit complex numbers that turn the pairs of a head: grid (F, H, W) -> [S, 1, head_dim / 2].
+    """Cosines and sines that turn the pairs of a head: grid (F, H, W) -> [S, 1, head_dim / 2, 2].
 
-    Of the complex columns, the last d // 6 belong to the column, as many before to the row, the others to the
+    Of the pairs, the last d // 6 belong to the column, as many before to the row, the others to the
     frame. It is computed on the CPU, in float64, which not every device has.
     """
     spatial = head_dim // 6
@@ -49,13 +49,18 @@ def rotary_table(
         exponent = torch.arange(columns, dtype=torch.float64) / max(columns, 1)
         angles.append(torch.outer(position, 10000.0**-exponent))
     turned = torch.cat(angles, dim=-1)[:, None]
-    return torch.polar(torch.ones_like(turned), turned).to(dtype.to_complex()).to(device)
+    return torch.stack([turned.cos(), turned.sin()], dim=-1).to(dtype).to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply a rotary table [S, 1, d/2] to x [B, S, N, d]; pairs (2i, 2i+1) are complex numbers."""
-    pairs = torch.view_as_complex(x.to(rope.dtype.to_real()).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    """Apply a rotary table [S, 1, d/2, 2] to x [B, S, N, d]; pairs (2i, 2i+1) are complex numbers."""
+    pairs = x.to(rope.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses real numbers, and not complex ones
+        (real, imaginary), (cosine, sine) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -127,11 +132,17 @@ class SelfAttention(Projections):
         q = rotate(self.heads(self.norm_q(self.q(x))), rope)
         return q, rotate(self.heads(self.norm_k(self.k(x))), rope)
 
-    def forward(self, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None,
+        plan: TilePlan | BlockPlan | None = None, backend: AttentionBackend | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attend within x [B, S, D] of a grid (F, H, W), to all tokens or a window (`local_attention`)."""
         q, k = self.queries_keys(x, rope)
         v = self.heads(self.v(x))
-        seen = attention(q, k, v) if window is None else local_attention(q, k, v, grid=grid, window=window)
+        if window is None:
+            seen = attention(q, k, v, backend=backend)
+        else:
+            seen = local_attention(q, k, v, grid=grid, window=window, plan=plan, backend=backend)
         return self.o(seen.flatten(2))
 
 
@@ -144,12 +155,15 @@ class CrossAttention(Projections):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, context: Tensor, image_context: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, image_context: Tensor | None,
+        backend: AttentionBackend | None = None,
+    ) -> Tensor:  # fmt: skip
         q, k = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(context)))
-        out = attention(q, k, self.heads(self.v(context)))
+        out = attention(q, k, self.heads(self.v(context)), backend=backend)
         if image_context is not None:
             k_img = self.heads(self.norm_k_img(self.k_img(image_context)))
-            out = out + attention(q, k_img, self.heads(self.v_img(image_context)))
+            out = out + attention(q, k_img, self.heads(self.v_img(image_context)), backend=backend)
         return self.o(out.flatten(2))
 
 
