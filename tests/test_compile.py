@@ -1,5 +1,6 @@
 """Compiled blocks: one graph each, until a size, a window or the need of a gradient is new."""
 
+import shutil
 import sys
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from diffsynth.models import attention as attention_module
+from diffsynth.models import compiled as compiled_module
 from diffsynth.models import wan_video_dit
 from diffsynth.models.attention import AttentionBackend, use_attention
 from diffsynth.models.compile_blocks import compile_blocks
@@ -153,3 +155,67 @@ def test_another_kernel_is_used_from_the_next_call_on(compiled, monkeypatch):
     assert (other - plain).abs().max() > 1e-3
     assert torch.equal(velocity(dit), plain)
     attention_module._resolve.cache_clear()
+
+
+@pytest.fixture(params=["aot_eager", "inductor"])
+def fusing(request, monkeypatch):
+    """What is fused on CUDA, compiled here; the functions that were."""
+    if request.param == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler here, and there is none")
+    seen, compile_it = set(), compiled_module.compiled
+
+    def compiled(function):
+        seen.add(function.__qualname__)
+        return compile_it(function, request.param)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled_module, "runs_fused", lambda _: True)
+    monkeypatch.setattr(compiled_module, "compiled", compiled)
+    yield seen
+    torch._dynamo.reset()
+
+
+def test_fused_functions_are_the_written_ones_within_the_rounding_of_bfloat16(fusing, monkeypatch):
+    dit, grads = make_dit().bfloat16(), {}
+    for kept in ("none", "attention", "block"):
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled_module, "runs_fused", lambda _: False)
+            expected = gradient(dit, checkpoint=kept)
+        grads[kept] = gradient(dit, checkpoint=kept)
+        assert F.cosine_similarity(grads[kept].flatten(), expected.flatten(), dim=0) > 0.999
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled_module, "runs_fused", lambda _: False)
+            plain = velocity(dit)
+        torch.testing.assert_close(velocity(dit), plain, atol=2e-2, rtol=2e-2)
+    assert fusing == {"LayerNorm.forward", "RMSNorm.forward", "gated"}
+    assert all(torch.equal(grads["none"], other) for other in grads.values())
+
+
+def test_fused_functions_are_not_compiled_again_from_the_second_size_on(fusing):
+    counters, dit = torch._dynamo.utils.counters, make_dit().bfloat16()
+    for rows in (8, 12):
+        velocity(dit, rows)
+    before = counters["stats"]["unique_graphs"]
+    for rows in (16, 10, 8):
+        velocity(dit, rows)
+    assert counters["stats"]["unique_graphs"] == before
+    assert fusing
+
+
+def test_fused_functions_are_part_of_a_compiled_block(compiled, monkeypatch):
+    make, new_graphs = compiled
+    monkeypatch.setattr(compiled_module, "runs_fused", lambda _: True)
+    velocity(make(make_dit()), 8)
+    assert new_graphs() <= 2  # and the norm of the head
+
+
+def test_results_that_must_repeat_are_not_fused(monkeypatch):
+    x = torch.empty(1, device="meta")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(compiled_module, "can_fuse", lambda _: True)
+    assert compiled_module.runs_fused(x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not compiled_module.runs_fused(x)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,8 +1,7 @@
 """torch.compile for the DiT's blocks: one block is compiled, all of them run its code.
 
-A block is one graph. Shapes are fixed (dynamic=False): a new size or window, and calls with gradients besides those
-without, compile anew.
-What each of these warm-ups took is logged.
+A block is one graph. Shapes are fixed (dynamic=False): a new size or window, and calls with gradients besides
+those without, compile anew. What each of these warm-ups took is logged.
 """
 
 import logging

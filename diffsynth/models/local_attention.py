@@ -7,7 +7,6 @@ Axes: B batch, S = F*H*W tokens by frame, row, column, N heads, D head width, T 
 L keys of a tile.
 """
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import ATTENTION_WINDOW, Window
 from diffsynth.models.attention import AttentionBackend, attention
-from diffsynth.models.compiled import compiled
+from diffsynth.models.compiled import can_fuse, compiled
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -79,7 +78,7 @@ def local_attention(
 def local_plan(grid: Grid, window: Window, like: Tensor, head_dim: int) -> "TilePlan | BlockPlan":
     """Return which tokens are computed together; made once per grid and window, for inputs like a tensor."""
     fits = like.dtype in FLEX_DTYPES and head_dim >= FLEX_LEAST_WIDTH
-    make = block_plan if like.is_cuda and fits and _has_triton() else tile_plan
+    make = block_plan if like.is_cuda and fits and can_fuse(like.device) else tile_plan
     return make(grid, window, like.device)
 
 
@@ -235,11 +234,6 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kernel: K
     """Local attention by a kernel called as `flex_attention` is: [B, S, N, D] -> [B, S, N, D]."""
     in_order = (x.index_select(1, plan.order).transpose(1, 2) for x in (q, k, v))
     return kernel(*in_order, block_mask=plan.mask).transpose(1, 2).index_select(1, plan.positions)
-
-
-@lru_cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _flex_attention() -> Kernel:

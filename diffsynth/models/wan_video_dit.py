@@ -28,7 +28,6 @@ from diffsynth.models.wan_video_dit_layers import (
     SelfAttention,
     gated,
     linear_in,
-    modulate,
     modulation_of,
     precise_dtype,
     rotary_table,
@@ -69,26 +68,20 @@ class DiTBlock(nn.Module):
         """Return the normed, rotated q and k [B, S, N, d] of this block's self-attention, and no more."""
         shift, scale, *_ = modulation_of(self.modulation, state.modulation)
         return self.self_attn.queries_keys(
-            modulate(self.norm1(tokens), shift, scale).to(state.context.dtype), state.rope
+            self.norm1(tokens, shift, scale, dtype=state.context.dtype), state.rope
         )
 
     def forward(self, tokens: Tensor, state: DiTState) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_of(self.modulation, state.modulation)
         dtype = state.context.dtype
         # No name here holds the inputs of attention and feed-forward: their memory is free after each.
-        y = self.self_attn(
-            modulate(self.norm1(tokens), shift1, scale1).to(dtype),
-            state.rope,
-            state.grid,
-            state.attention_window,
-            state.attention_plan,
-            state.backend,
-        )
+        where = (state.rope, state.grid, state.attention_window, state.attention_plan, state.backend)
+        y = self.self_attn(self.norm1(tokens, shift1, scale1, dtype=dtype), *where)
         tokens = gated(tokens, y, gate1)
         tokens = tokens + self.cross_attn(
-            self.norm3(tokens).to(dtype), state.context, state.image_context, state.backend
+            self.norm3(tokens, dtype=dtype), state.context, state.image_context, state.backend
         )
-        y = self.ffn(modulate(self.norm2(tokens), shift2, scale2).to(dtype))
+        y = self.ffn(self.norm2(tokens, shift2, scale2, dtype=dtype))
         return gated(tokens, y, gate2)
 
 
@@ -104,7 +97,7 @@ class Head(nn.Module):
     def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
         """Map tokens [B, S, D] with time [B, D] or [B, T, D] -> [B, S, out_features]."""
         shift, scale = modulation_of(self.modulation, time.unsqueeze(-2))
-        return linear_in(tokens.dtype, self.head, modulate(self.norm(tokens), shift, scale))
+        return linear_in(tokens.dtype, self.head, self.norm(tokens, shift, scale))
 
 
 class WanModel(Model):

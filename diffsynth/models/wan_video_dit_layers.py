@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffsynth.models.attention import AttentionBackend, attention
+from diffsynth.models.compiled import fused
 from diffsynth.models.local_attention import BlockPlan, Grid, TilePlan, Window, local_attention
 
 SLICE_TOKENS = 4096  # of a feed-forward without gradients; enough to keep a GPU busy
@@ -71,17 +72,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(precise_dtype(x.dtype)), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+    @fused
+    def forward(self, x: Tensor, num_heads: int = 1, rope: Tensor | None = None) -> Tensor:
+        """Norm x [..., D]; with `rope`, [B, S, D] is then split into heads and rotated: [B, S, N, d]."""
+        x = F.rms_norm(x.to(precise_dtype(x.dtype)), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return x if rope is None else rotate(x.unflatten(-1, (num_heads, -1)), rope)
 
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm that computes in the dtype of its input, whatever the weights are stored in."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+    @fused
+    def forward(self, x: Tensor, *shift_scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Norm x [..., D], `modulate` it if shift and scale are given, and cast it to `dtype`."""
+        weight, bias = (None if own is None else own.to(x.dtype) for own in (self.weight, self.bias))
+        normed = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return (modulate(normed, *shift_scale) if shift_scale else normed).to(dtype or x.dtype)
 
 
 def modulation_of(own: Tensor, time: Tensor) -> list[Tensor]:
@@ -91,15 +97,12 @@ def modulation_of(own: Tensor, time: Tensor) -> list[Tensor]:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return x * (1 + scale) + shift for tokens [B, S, D]; both are [B, T, 1, D], each for S / T in a row."""
-    if shift.shape[1] == 1:  # without views, whose strides compiled code would take for another input
-        return torch.addcmul(shift[:, 0], x, 1 + scale[:, 0])
     return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)), 1 + scale).flatten(1, 2)
 
 
+@fused
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """Return x + y * gate for tokens [B, S, D] and a gate [B, T, 1, D], as in `modulate`."""
-    if gate.shape[1] == 1:
-        return torch.addcmul(x, y.to(x.dtype), gate[:, 0])
     parts = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, parts), y.to(x.dtype).unflatten(1, parts), gate).flatten(1, 2)
 
@@ -129,8 +132,7 @@ class SelfAttention(Projections):
 
     def queries_keys(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Return normed and rotated q and k, each [B, S, N, d], of x [B, S, D]."""
-        q = rotate(self.heads(self.norm_q(self.q(x))), rope)
-        return q, rotate(self.heads(self.norm_k(self.k(x))), rope)
+        return self.norm_q(self.q(x), self.num_heads, rope), self.norm_k(self.k(x), self.num_heads, rope)
 
     def forward(
         self, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None,
