@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 @lru_cache
 def compiled(function: Callable[..., Any], backend: str = "inductor", dynamic: bool | None = None) -> Any:
     """Return the function, compiled at its first call; dynamic=None: for all sizes from the second one on."""
-    limits = torch._dynamo.config  # eight sizes or so; more would run uncompiled
+    limits = torch._dynamo.config  # eight variants by default; further sizes would run uncompiled
     limits.recompile_limit = max(limits.recompile_limit, 64)
     return torch.compile(function, backend=backend, dynamic=dynamic)
 
