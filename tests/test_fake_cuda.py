@@ -122,3 +122,10 @@ def test_streamed_blocks_take_what_is_planned_and_go_home(seen):
     assert 0.99 < found["plan"] / found["peak"] < 1.03
     assert found["left"] < REMAINS
     assert found["weights_on"] == ["cpu"]
+
+
+def test_fused_functions_move_a_third_of_the_bytes(seen):
+    as_written, fused = seen("passes").values()
+    assert as_written["moved"] < 0.42e12
+    assert fused["moved"] < 0.15e12
+    assert fused["flops"] == as_written["flops"]

@@ -84,7 +84,7 @@ def query_and_key_are_swapped(patch):
 
 @fault("q and k")
 def attention_window_is_dropped(patch):
-    def everywhere(q, k, v, *, grid, window):  # noqa: ARG001
+    def everywhere(q, k, v, **_):
         return attention.attention(q, k, v)
 
     patch.setattr(wan_video_dit_layers, "local_attention", everywhere)
@@ -93,11 +93,12 @@ def attention_window_is_dropped(patch):
 @fault("q and k")
 def rotary_frequencies_are_a_little_high(patch):
     right = wan_video_dit.rotary_table
-    patch.setattr(
-        wan_video_dit,
-        "rotary_table",
-        lambda *given: torch.polar(right(*given).abs(), right(*given).angle() * 1.01),
-    )
+
+    def higher(*given):
+        turned = torch.view_as_complex(right(*given))
+        return torch.view_as_real(torch.polar(turned.abs(), turned.angle() * 1.01))
+
+    patch.setattr(wan_video_dit, "rotary_table", higher)
 
 
 @fault("DiT forward")

@@ -2,7 +2,7 @@
 
 `spread` replaces methods of a loaded DiT and of its self-attention layers. These dimensions are split:
 
-    tokens [B, S, D], rotary table [S, 1, d/2]   S, into P consecutive shares of n = ceil(S / P) tokens
+    tokens [B, S, D], rotary table [S, 1, d/2, 2]  S, into P consecutive shares of n = ceil(S / P) tokens
     q, k, v [B, n, N, d]                         N inside attention, by all-to-all, if P divides N or a window
                                                  is set (N is then zero-padded); otherwise q stays split over
                                                  S, and k and v are gathered
@@ -114,7 +114,7 @@ class SequenceParallel:
         return self._by_prompt(run, **{name: getattr(state, name) for name in names})
 
     def attend(
-        self, layer: SelfAttention, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None
+        self, layer: SelfAttention, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None, *_: Any
     ) -> Tensor:
         """As `SelfAttention.forward`, for the tokens x [B, n, D] of this rank among those of all."""
         ranks, num_tokens, heads = dist.get_world_size(self.group), prod(grid), layer.num_heads

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,9 +31,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _flash_attn(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _flash_attn(release: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if release == 2:  # by statements: compiled code cannot call import_module
+        from flash_attn import flash_attn_func
+    else:
+        from flash_attn_interface import flash_attn_func
     exact = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
-    out = import_module(module).flash_attn_func(q, k, v, **exact)
+    out = flash_attn_func(q, k, v, **exact)
     # Releases differ in whether the log-sum-exp comes along.
     return out[0] if isinstance(out, tuple) else out
 
@@ -98,14 +101,14 @@ _HALF_ON_CUDA: dict[str, Any] = {"devices": ("cuda",), "dtypes": HALF_TYPES}
 # In order of preference.
 BACKENDS: dict[str, AttentionBackend] = {
     "flash_attn_3": AttentionBackend(
-        run=partial(_flash_attn, "flash_attn_interface"),
+        run=partial(_flash_attn, 3),
         module="flash_attn_interface",
         install="build it from the hopper folder of the flash-attention repository",
         **_HALF_ON_CUDA,
         max_head_dim=256,
     ),
     "flash_attn_2": AttentionBackend(
-        run=partial(_flash_attn, "flash_attn"),
+        run=partial(_flash_attn, 2),
         module="flash_attn",
         install="pip install flash-attn --no-build-isolation",
         **_HALF_ON_CUDA,
@@ -164,13 +167,22 @@ def _resolve(
     raise AssertionError("sdpa serves every call")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> Tensor:
+def choose_attention(
+    device: str, dtype: torch.dtype, head_dim: int, needs_grad: bool, name: str | None = None
+) -> AttentionBackend:
+    """Return the backend for such inputs; ValueError if the named one is unknown or cannot serve them."""
+    name = name or _chosen.get() or os.environ.get("DIFFSYNTH_ATTENTION") or None
+    return _resolve(name, device, dtype, head_dim, needs_grad)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | AttentionBackend | None = None) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v, unmasked.
 
     Args:
         q: [B, S, N, D] (batch, tokens, heads, head width).
         k, v: [B, L, N, D].
-        backend: name of a kernel, which takes precedence over `use_attention`.
+        backend: name of a kernel, which takes precedence over `use_attention`; or the kernel that
+            `choose_attention` returned, as compiled code cannot choose one.
 
     Returns:
         [B, S, N, D].
@@ -178,6 +190,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) ->
     Raises:
         ValueError: a backend that was named is unknown, or cannot serve these inputs.
     """
-    name = backend or _chosen.get() or os.environ.get("DIFFSYNTH_ATTENTION") or None
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return _resolve(name, q.device.type, q.dtype, q.shape[-1], needs_grad).run(q, k, v)
+    if not isinstance(backend, AttentionBackend):
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        backend = choose_attention(q.device.type, q.dtype, q.shape[-1], needs_grad, backend)
+    return backend.run(q, k, v)

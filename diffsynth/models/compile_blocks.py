@@ -1,24 +1,22 @@
 """torch.compile for the DiT's blocks: one block is compiled, all of them run its code.
 
-Shapes are fixed (dynamic=False): a new size, and calls with gradients besides those without, compile anew.
-What each of these warm-ups took is logged.
+A block is one graph. Shapes are fixed (dynamic=False): a new size or window, and calls with gradients besides
+those without, compile anew. What each of these warm-ups took is logged.
 """
 
 import logging
 import time
-import warnings
 from collections.abc import Callable
 from types import MethodType
 
 import torch
 from torch import Tensor
 
+from diffsynth.models.compiled import compiled
 from diffsynth.models.wan_video_dit import DiTBlock, DiTState, WanModel
 
 logger = logging.getLogger(__name__)
 
-# Both are true of what attention does before its kernel, run uncompiled, and nothing that a user can change.
-EXPECTED = r"\s*Dynamo (does not know how to trace|detected a call to a `functools.lru_cache`)"
 Forward = Callable[[DiTBlock, Tensor, DiTState], Tensor]
 
 
@@ -33,18 +31,17 @@ def compile_blocks(dit: WanModel, backend: str = "inductor") -> None:
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         raise ValueError(f"backend must be one of {', '.join(known)}; got {backend!r}")
-    warnings.filterwarnings("ignore", message=EXPECTED, category=UserWarning)
     # The function of the class, so that blocks share its code, and not the module's call, whose hooks come
     # and go from run to run without compiled code noticing.
-    compiled = _compiled(DiTBlock.forward, backend)
+    run = _compiled(DiTBlock.forward, backend)
     for block in dit.blocks:
         if "forward" not in vars(block):
-            block.forward = MethodType(compiled, block)
+            block.forward = MethodType(run, block)
 
 
 def _compiled(forward: Forward, backend: str) -> Forward:
     """The compiled function, which logs the seconds of calls that compiled anything."""
-    run = torch.compile(forward, backend=backend, dynamic=False)
+    run = compiled(forward, backend, dynamic=False)
     counters = torch._dynamo.utils.counters
 
     def timed(block: DiTBlock, tokens: Tensor, state: DiTState) -> Tensor:

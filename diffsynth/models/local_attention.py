@@ -7,7 +7,6 @@ Axes: B batch, S = F*H*W tokens by frame, row, column, N heads, D head width, T 
 L keys of a tile.
 """
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffsynth.configs.fields import check_value
 from diffsynth.configs.guidance import ATTENTION_WINDOW, Window
-from diffsynth.models.attention import attention
+from diffsynth.models.attention import AttentionBackend, attention
+from diffsynth.models.compiled import can_fuse, compiled
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -39,7 +39,10 @@ FLEX_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLEX_LEAST_WIDTH = 16  # of a head
 
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Window) -> Tensor:
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Window,
+    plan: "TilePlan | BlockPlan | None" = None, backend: AttentionBackend | None = None,
+) -> Tensor:  # fmt: skip
     """Return softmax(q k^T / sqrt(D)) v over the keys near each query; differentiable.
 
     Masks and indices are made once per grid and window. A window over the whole grid gives `attention`.
@@ -48,6 +51,8 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
         q, k, v: [B, S, N, D], as the result.
         grid: (F, H, W) in tokens.
         window: (frames, rows, columns) that a token sees to each side.
+        plan: what `local_plan` returns for it, where compiled code cannot make one.
+        backend: as in `attention`, for a window over the whole grid.
 
     Raises:
         ValueError: the window is not allowed, or the grid has another number of tokens.
@@ -60,15 +65,21 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, *, grid: Grid, window: Wind
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if all(reach >= side - 1 for reach, side in zip(window, grid, strict=True)):
-        return attention(q, k, v)
-    fits = q.dtype in FLEX_DTYPES and q.shape[-1] >= FLEX_LEAST_WIDTH
-    if q.is_cuda and fits and _has_triton():
-        return attend_in_blocks(q, k, v, block_plan(grid, window, q.device), _compiled_flex())
-    plan = tile_plan(grid, window, q.device)
+        return attention(q, k, v, backend=backend)
+    plan = plan or local_plan(grid, window, q, q.shape[-1])
+    if isinstance(plan, BlockPlan):
+        return attend_in_blocks(q, k, v, plan, _flex_attention())
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         # Each key is copied to every tile that sees it: these copies are made again, not kept.
         return checkpoint(attend_in_tiles, q, k, v, plan, use_reentrant=False, preserve_rng_state=False)
     return attend_in_tiles(q, k, v, plan)
+
+
+def local_plan(grid: Grid, window: Window, like: Tensor, head_dim: int) -> "TilePlan | BlockPlan":
+    """Return which tokens are computed together; made once per grid and window, for inputs like a tensor."""
+    fits = like.dtype in FLEX_DTYPES and head_dim >= FLEX_LEAST_WIDTH
+    make = block_plan if like.is_cuda and fits and can_fuse(like.device) else tile_plan
+    return make(grid, window, like.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,14 +236,7 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kernel: K
     return kernel(*in_order, block_mask=plan.mask).transpose(1, 2).index_select(1, plan.positions)
 
 
-@lru_cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@lru_cache
-def _compiled_flex() -> Kernel:
-    """Uncompiled it would make all S x S logits."""
+def _flex_attention() -> Kernel:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return flex_attention if torch.compiler.is_compiling() else compiled(flex_attention, dynamic=False)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from diffsynth.models.attention import AttentionBackend, choose_attention
 from diffsynth.models.checkpointing import checkpointed
-from diffsynth.models.local_attention import Window
+from diffsynth.models.local_attention import BlockPlan, TilePlan, Window, local_plan
 from diffsynth.models.packed_linear import Model
 from diffsynth.models.wan_video_dit_layers import (
     CrossAttention,
@@ -27,7 +28,6 @@ from diffsynth.models.wan_video_dit_layers import (
     SelfAttention,
     gated,
     linear_in,
-    modulate,
     modulation_of,
     precise_dtype,
     rotary_table,
@@ -45,8 +45,10 @@ class DiTState:
     context: Tensor  # [B, L, D] in the weights' dtype
     image_context: Tensor | None  # [B, L_img, D]
     grid: tuple[int, int, int]  # (F, H, W)
-    rope: Tensor  # [S, 1, d/2], complex
+    rope: Tensor  # [S, 1, d/2, 2]
     attention_window: Window | None = None  # how far self-attention looks; None for everywhere
+    attention_plan: TilePlan | BlockPlan | None = None  # for this window, as compiled blocks cannot make it
+    backend: AttentionBackend | None = None  # of attention; None: chosen at each call, if not compiled
 
 
 class DiTBlock(nn.Module):
@@ -66,22 +68,20 @@ class DiTBlock(nn.Module):
         """Return the normed, rotated q and k [B, S, N, d] of this block's self-attention, and no more."""
         shift, scale, *_ = modulation_of(self.modulation, state.modulation)
         return self.self_attn.queries_keys(
-            modulate(self.norm1(tokens), shift, scale).to(state.context.dtype), state.rope
+            self.norm1(tokens, shift, scale, dtype=state.context.dtype), state.rope
         )
 
     def forward(self, tokens: Tensor, state: DiTState) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_of(self.modulation, state.modulation)
         dtype = state.context.dtype
         # No name here holds the inputs of attention and feed-forward: their memory is free after each.
-        y = self.self_attn(
-            modulate(self.norm1(tokens), shift1, scale1).to(dtype),
-            state.rope,
-            state.grid,
-            state.attention_window,
-        )
+        where = (state.rope, state.grid, state.attention_window, state.attention_plan, state.backend)
+        y = self.self_attn(self.norm1(tokens, shift1, scale1, dtype=dtype), *where)
         tokens = gated(tokens, y, gate1)
-        tokens = tokens + self.cross_attn(self.norm3(tokens).to(dtype), state.context, state.image_context)
-        y = self.ffn(modulate(self.norm2(tokens), shift2, scale2).to(dtype))
+        tokens = tokens + self.cross_attn(
+            self.norm3(tokens, dtype=dtype), state.context, state.image_context, state.backend
+        )
+        y = self.ffn(self.norm2(tokens, shift2, scale2, dtype=dtype))
         return gated(tokens, y, gate2)
 
 
@@ -97,7 +97,7 @@ class Head(nn.Module):
     def forward(self, tokens: Tensor, time: Tensor) -> Tensor:
         """Map tokens [B, S, D] with time [B, D] or [B, T, D] -> [B, S, out_features]."""
         shift, scale = modulation_of(self.modulation, time.unsqueeze(-2))
-        return linear_in(tokens.dtype, self.head, modulate(self.norm(tokens), shift, scale))
+        return linear_in(tokens.dtype, self.head, self.norm(tokens, shift, scale))
 
 
 class WanModel(Model):
@@ -196,14 +196,19 @@ class WanModel(Model):
         modulation = linear_in(stream, self.time_projection[1], F.silu(time))
         # Rows past the prompt are zero before the text MLP and attended to: the official model has no mask.
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.text_len - context.shape[1]))
+        context, head_dim = self.text_embedding(padded), self.dim // self.num_heads
+        sources = (tokens, modulation, context, next(self.blocks.parameters()))
+        needs_grad = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
         return DiTState(
-            tokens=tokens.flatten(2).transpose(1, 2).to(stream),
+            # Token after token in memory: all blocks keep this layout, and norms would copy another one.
+            tokens=tokens.flatten(2).transpose(1, 2).contiguous().to(stream),
             time=time,
             modulation=modulation.unflatten(-1, (6, self.dim)),
-            context=self.text_embedding(padded),
+            context=context,
             image_context=None if clip_feature is None else self.img_emb(clip_feature.to(self.dtype)),
             grid=grid,
-            rope=rotary_table(grid, self.dim // self.num_heads, x.device, stream),
+            rope=rotary_table(grid, head_dim, x.device, stream),
+            backend=choose_attention(x.device.type, self.dtype, head_dim, needs_grad),
         )
 
     def run_blocks(
@@ -290,7 +295,9 @@ class WanModel(Model):
         if not 0 <= block < self.num_layers:
             raise ValueError(f"block must be in 0..{self.num_layers - 1} for this DiT; got {block}")
         state = self.embed(x, timestep, context, clip_feature, y)
-        state = replace(state, attention_window=attention_window)
+        if attention_window is not None:
+            plan = local_plan(state.grid, attention_window, state.context, self.dim // self.num_heads)
+            state = replace(state, attention_window=attention_window, attention_plan=plan)
         tokens = self.run_blocks(state, block, checkpoint)
         q, k = cast(DiTBlock, self.blocks[block]).queries_keys(tokens, state)
         return q.unflatten(1, state.grid), k.unflatten(1, state.grid)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffsynth.models.attention import attention
-from diffsynth.models.local_attention import Grid, Window, local_attention
+from diffsynth.models.attention import AttentionBackend, attention
+from diffsynth.models.compiled import fused
+from diffsynth.models.local_attention import BlockPlan, Grid, TilePlan, Window, local_attention
 
 SLICE_TOKENS = 4096  # of a feed-forward without gradients; enough to keep a GPU busy
 
@@ -37,9 +38,9 @@ def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
 def rotary_table(
     grid: tuple[int, int, int], head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Unit complex numbers that turn the pairs of a head: grid (F, H, W) -> [S, 1, head_dim / 2].
+    """Cosines and sines that turn the pairs of a head: grid (F, H, W) -> [S, 1, head_dim / 2, 2].
 
-    Of the complex columns, the last d // 6 belong to the column, as many before to the row, the others to the
+    Of the pairs, the last d // 6 belong to the column, as many before to the row, the others to the
     frame. It is computed on the CPU, in float64, which not every device has.
     """
     spatial = head_dim // 6
@@ -49,13 +50,18 @@ def rotary_table(
         exponent = torch.arange(columns, dtype=torch.float64) / max(columns, 1)
         angles.append(torch.outer(position, 10000.0**-exponent))
     turned = torch.cat(angles, dim=-1)[:, None]
-    return torch.polar(torch.ones_like(turned), turned).to(dtype.to_complex()).to(device)
+    return torch.stack([turned.cos(), turned.sin()], dim=-1).to(dtype).to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply a rotary table [S, 1, d/2] to x [B, S, N, d]; pairs (2i, 2i+1) are complex numbers."""
-    pairs = torch.view_as_complex(x.to(rope.dtype.to_real()).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    """Apply a rotary table [S, 1, d/2, 2] to x [B, S, N, d]; pairs (2i, 2i+1) are complex numbers."""
+    pairs = x.to(rope.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses real numbers, and not complex ones
+        (real, imaginary), (cosine, sine) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -66,17 +72,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.to(precise_dtype(x.dtype)), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+    @fused
+    def forward(self, x: Tensor, num_heads: int = 1, rope: Tensor | None = None) -> Tensor:
+        """Norm x [..., D]; with `rope`, [B, S, D] is then split into heads and rotated: [B, S, N, d]."""
+        x = F.rms_norm(x.to(precise_dtype(x.dtype)), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return x if rope is None else rotate(x.unflatten(-1, (num_heads, -1)), rope)
 
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm that computes in the dtype of its input, whatever the weights are stored in."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+    @fused
+    def forward(self, x: Tensor, *shift_scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Norm x [..., D], `modulate` it if shift and scale are given, and cast it to `dtype`."""
+        weight, bias = (None if own is None else own.to(x.dtype) for own in (self.weight, self.bias))
+        normed = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return (modulate(normed, *shift_scale) if shift_scale else normed).to(dtype or x.dtype)
 
 
 def modulation_of(own: Tensor, time: Tensor) -> list[Tensor]:
@@ -86,15 +97,12 @@ def modulation_of(own: Tensor, time: Tensor) -> list[Tensor]:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return x * (1 + scale) + shift for tokens [B, S, D]; both are [B, T, 1, D], each for S / T in a row."""
-    if shift.shape[1] == 1:  # without views, whose strides compiled code would take for another input
-        return torch.addcmul(shift[:, 0], x, 1 + scale[:, 0])
     return torch.addcmul(shift, x.unflatten(1, (shift.shape[1], -1)), 1 + scale).flatten(1, 2)
 
 
+@fused
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """Return x + y * gate for tokens [B, S, D] and a gate [B, T, 1, D], as in `modulate`."""
-    if gate.shape[1] == 1:
-        return torch.addcmul(x, y.to(x.dtype), gate[:, 0])
     parts = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, parts), y.to(x.dtype).unflatten(1, parts), gate).flatten(1, 2)
 
@@ -124,14 +132,19 @@ class SelfAttention(Projections):
 
     def queries_keys(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Return normed and rotated q and k, each [B, S, N, d], of x [B, S, D]."""
-        q = rotate(self.heads(self.norm_q(self.q(x))), rope)
-        return q, rotate(self.heads(self.norm_k(self.k(x))), rope)
+        return self.norm_q(self.q(x), self.num_heads, rope), self.norm_k(self.k(x), self.num_heads, rope)
 
-    def forward(self, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, grid: Grid, window: Window | None = None,
+        plan: TilePlan | BlockPlan | None = None, backend: AttentionBackend | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attend within x [B, S, D] of a grid (F, H, W), to all tokens or a window (`local_attention`)."""
         q, k = self.queries_keys(x, rope)
         v = self.heads(self.v(x))
-        seen = attention(q, k, v) if window is None else local_attention(q, k, v, grid=grid, window=window)
+        if window is None:
+            seen = attention(q, k, v, backend=backend)
+        else:
+            seen = local_attention(q, k, v, grid=grid, window=window, plan=plan, backend=backend)
         return self.o(seen.flatten(2))
 
 
@@ -144,12 +157,15 @@ class CrossAttention(Projections):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, context: Tensor, image_context: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor, image_context: Tensor | None,
+        backend: AttentionBackend | None = None,
+    ) -> Tensor:  # fmt: skip
         q, k = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(context)))
-        out = attention(q, k, self.heads(self.v(context)))
+        out = attention(q, k, self.heads(self.v(context)), backend=backend)
         if image_context is not None:
             k_img = self.heads(self.norm_k_img(self.k_img(image_context)))
-            out = out + attention(q, k_img, self.heads(self.v_img(image_context)))
+            out = out + attention(q, k_img, self.heads(self.v_img(image_context)), backend=backend)
         return self.o(out.flatten(2))
 
 

@@ -144,6 +144,18 @@ def both_prompts(name: str) -> dict[str, Any]:
         }
 
 
+def passes(name: str) -> dict[str, Any]:
+    """What a forward pass moves besides its products, as written and with fused functions."""
+    seen = {}
+    for fuse in (False, True):
+        with traced(fuse) as trace, torch.no_grad():
+            dit, given = make_dit(name), step_inputs()
+            trace.restart()
+            dit(given["latents"], torch.tensor([900.0]), given["context"])
+            seen[f"passes {name} fuse={fuse}"] = {**counted(trace), "moved": trace.moved}
+    return seen
+
+
 def vae_stages(dtype: torch.dtype, device: str) -> dict[str, Any]:
     seen = {}
     with traced() as trace, torch.no_grad():
@@ -213,6 +225,8 @@ def main() -> None:
         ),
         "plain 14b": lambda: denoising("14b", "cuda:0", None, sampler="euler"),
         "both": lambda: both_prompts("1.3b"),
+        "passes": lambda: passes("1.3b"),
+        "passes 14b": lambda: passes("14b"),
         "vae": lambda: vae_stages(torch.float32, "cuda:1"),
         "text": text_encoder,
         "streamed": lambda: streamed("14b", 4, "block"),

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from diffsynth.models import attention, checkpointing
+from diffsynth.models import attention, checkpointing, compiled
 from diffsynth.vram_management import residency
 from diffsynth.vram_management.streaming import ImmediateCopies
 
@@ -42,11 +42,12 @@ class Trace(MemoryMeter):
         doubles: place -> operations there on the device in 64-bit floating point.
         devices: names of the devices on which anything was made.
         math_attention: calls of attention that no fused kernel serves.
+        moved: bytes that all other operations read and write; of a fused function, its inputs and results.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.math_attention = 0
+        self.flops = self.math_attention = self.moved = self._inside = 0
         self.waits: Counter[str] = Counter()
         self.doubles: Counter[str] = Counter()
         self.devices: set[str] = set()
@@ -54,7 +55,7 @@ class Trace(MemoryMeter):
     def restart(self) -> None:
         """Begin to count anew; tensors that are alive stay counted."""
         super().restart()
-        self.flops = self.math_attention = 0
+        self.flops = self.math_attention = self.moved = 0
         self.waits.clear()
         self.doubles.clear()
         self.devices.clear()
@@ -62,6 +63,25 @@ class Trace(MemoryMeter):
     def wait(self, kind: str) -> None:
         """Count a moment at which the CPU waits for the device."""
         self.waits[f"{kind} {place()}"] += 1
+
+    def as_one(self, function: Any) -> Any:
+        """Return the function with all its operations counted as one kernel."""
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            self._inside += 1
+            try:
+                result = function(*inputs, **named)
+            finally:
+                self._inside -= 1
+            self._move(inputs, named, result)
+            return result
+
+        return run
+
+    def _move(self, *values: Any) -> None:
+        if not self._inside:
+            tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_cuda]
+            self.moved += sum(x.numel() * x.element_size() for x in tensors)
 
     def room(self, size: int) -> None:
         """Count work space that a kernel takes and hands back."""
@@ -93,6 +113,9 @@ class Trace(MemoryMeter):
                     self.doubles[f"{name} {place()}"] += 1
                 if out.untyped_storage()._cdata not in given:
                     self.add(out)
+        views = all(x.untyped_storage()._cdata in given for x in outputs) and not function._schema.is_mutable
+        if operation not in flop_registry and not views and not name.startswith(("empty", "new_empty")):
+            self._move(args, kwargs, result)
         if operation in flop_registry:
             self.flops += flop_registry[operation](*args, **kwargs, out_val=result)
         if name == "_scaled_dot_product_flash_attention_backward":
@@ -163,8 +186,10 @@ class CopiesBeside(ImmediateCopies):
 
 
 @contextmanager
-def traced() -> Iterator[Trace]:
+def traced(fuse: bool = False) -> Iterator[Trace]:
     """Inside this context "cuda:0" and "cuda:1" take tensors, which have no data, and all is counted.
+
+    With `fuse`, functions that would be compiled on a card count as one kernel, but are run as written.
 
     Replaced is only what needs a driver: page-locking, streams, and how many bytes are free. Inputs of blocks
     that wait on the CPU are forgotten there and made again.
@@ -195,6 +220,9 @@ def traced() -> Iterator[Trace]:
         stack.enter_context(patch.object(FakeTensor, "numpy", lambda _: np.zeros(1), create=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         trace = Trace()
+        stack.enter_context(patch.object(compiled, "can_fuse", lambda _: fuse))
+        stack.enter_context(patch.object(compiled, "compiled", trace.as_one))
+        stack.enter_context(patch.object(F, "rms_norm", trace.as_one(F.rms_norm)))
 
         def read_all(tensor: FakeTensor) -> list[float]:
             trace.wait("numbers read")  # all in one copy
