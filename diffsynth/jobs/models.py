@@ -1,6 +1,6 @@
 """Which model a task uses, and how it is loaded."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -56,10 +56,11 @@ def choose_model(
         return checkpoint_folder(name, root)
     if options is not None and options.dit is not None and len(parts_of(options)) == 3:
         return Path(options.dit) if Path(options.dit).is_dir() else Path(options.dit).parent
-    for key, folder in complete_models(root):
-        dit = PUBLISHED[key].dit_kwargs
+    for key, checkpoint in sorted(PUBLISHED.items(), key=lambda item: -item[1].num_parameters):
+        folder, dit = Path(root) / checkpoint.folder, checkpoint.dit_kwargs
         needs = dit["in_dim"] != dit["out_dim"]
-        if needs or dit.get("has_clean_first_frame", False) if picture else not needs:
+        fits = needs or dit.get("has_clean_first_frame", False) if picture else not needs
+        if fits and folder.is_dir() and not missing_files(folder, checkpoint):
             note(f"model: {key}, the largest complete one below {root} (--model chooses another)")
             return folder
     embedded, kind, other = (
@@ -70,14 +71,6 @@ def choose_model(
         f"{kind} below {root} is complete; fetch one with: fastvmt download {other}"
     )
     return checkpoint_folder(embedded)
-
-
-def complete_models(root: str | Path) -> Iterator[tuple[str, Path]]:
-    """Yield name and folder of the published models that are complete below root, the largest first."""
-    for key, checkpoint in sorted(PUBLISHED.items(), key=lambda item: -item[1].num_parameters):
-        folder = Path(root) / checkpoint.folder
-        if folder.is_dir() and not missing_files(folder, checkpoint):
-            yield key, folder
 
 
 def parts_of(options: LoadOptions) -> dict[str, str]:

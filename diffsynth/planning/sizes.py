@@ -150,8 +150,7 @@ class ModelSizes:
     @property
     def takes_picture(self) -> bool:
         """Return whether the video may begin with a picture."""
-        dit = self.dit
-        return dit.has_clean_first_frame or self.vae.patch > 1 or dit.in_dim > dit.out_dim
+        return self.dit.has_clean_first_frame or self.vae.patch > 1 or self.dit.in_dim > self.dit.out_dim
 
     def facts(self) -> ModelFacts:
         """Return the facts that decide options of a run."""

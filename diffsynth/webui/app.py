@@ -15,7 +15,7 @@ from diffsynth.webui.page import Page, import_gradio
 from diffsynth.webui.security import Guard
 from diffsynth.webui.session import Session
 
-_STRENGTH = "denoising_strength"  # the slider's, which cannot be empty
+_STRENGTH = "denoising_strength"  # a slider, which cannot be empty
 VISITORS = 40  # pages that are served at a time; their runs wait in one queue
 _NUMBERS = {"Steps": "num_inference_steps", "Height": "height", "Width": "width", "Frames": "num_frames"}
 _PRESETS = "exact: the full method; balanced and fast: less computation, a little less likeness"
@@ -145,7 +145,6 @@ def _hints(session: Session, preset: str = EXACT) -> dict[str, dict[str, Any]]:
 
 def _more(gr: Any, session: Session) -> tuple[Any, Any, Any, list[Any], list[Any]]:
     """Return the fields that most visitors leave alone: negative prompt, two strengths, sizes, the part."""
-    hints = _hints(session)
     with gr.Accordion("More (empty: as shown)", open=False):
         negative = gr.Textbox(label="Negative prompt", elem_id="negative")
         with gr.Row():
@@ -153,7 +152,7 @@ def _more(gr: Any, session: Session) -> tuple[Any, Any, Any, list[Any], list[Any
             scale = gr.Slider(0.1, 4, value=1, label="Strength of the motion")
         with gr.Row():
             numbers = [
-                gr.Number(precision=0, label=name, elem_id=name.lower(), **hints[key])
+                gr.Number(precision=0, label=name, elem_id=name.lower(), **_hints(session)[key])
                 for name, key in _NUMBERS.items()
             ]
         with gr.Row():

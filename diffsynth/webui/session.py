@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from diffsynth.configs.checkpoints import EMBEDDED, checkpoint_folder, published_key
+from diffsynth.configs.checkpoints import EMBEDDED, PUBLISHED, checkpoint_folder, published_key
 from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER, flow_modes
 from diffsynth.configs.fields import fields_of
@@ -18,7 +16,8 @@ from diffsynth.configs.options import DEFAULT_FPS, LoadOptions, ReferenceOptions
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.evaluation.flow_images import save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
-from diffsynth.jobs.models import attention_kernel, choose_model, complete_models, load_pipeline, parts_of
+from diffsynth.jobs.download import missing_files
+from diffsynth.jobs.models import attention_kernel, choose_model, load_pipeline, parts_of
 from diffsynth.jobs.task import make_task, open_reference, run_seconds, run_task
 from diffsynth.pipelines.components import reference_facts
 from diffsynth.pipelines.denoise import RunEvent
@@ -54,9 +53,8 @@ class Session:
     def open(self) -> tuple[WanVideoPipeline, Previews]:
         """Load the model and return it with its previews; only the queue's thread may call this."""
         if self.folder not in self.memory:
-            self.memory.clear()  # one model at a time
+            self.memory.clear()  # one model at a time; PyTorch uses its memory again
             gc.collect()
-            torch.cuda.empty_cache()
             pipe = load_pipeline(self.folder, self.loaded)
             self.memory[self.folder] = pipe, Previews(pipe)
         return self.memory[self.folder]
@@ -102,13 +100,14 @@ def open_session(
 
 def other_sessions(session: Session, models_dir: str | Path) -> Iterator[Session]:
     """Yield sessions of the other complete models and the embedded ones; none of them is loaded yet."""
-    folders = [*(folder for _, folder in complete_models(models_dir)), *map(checkpoint_folder, EMBEDDED)]
     fits_one = session.loaded.loras or parts_of(session.loaded)
-    for folder in () if fits_one else folders:
-        if folder.name != session.folder.name:
-            key, model = published_key(folder), describe_model(folder, asdict(session.loaded))
+    published = [Path(models_dir) / checkpoint.folder for checkpoint in PUBLISHED.values()]
+    for folder in () if fits_one else (*published, *map(checkpoint_folder, EMBEDDED)):
+        key = published_key(folder)
+        if folder.name != session.folder.name and not (key and missing_files(folder, PUBLISHED[key])):
             models = {} if key else load_pipeline(folder, LoadOptions(device="cpu")).residency.models
             sizes = published_sizes(key) if key else ModelSizes.of(models)
+            model = describe_model(folder, asdict(session.loaded))
             yield replace(session, folder=folder, defaults=run_defaults(folder), sizes=sizes, model=model)
 
 
