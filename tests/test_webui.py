@@ -101,7 +101,7 @@ def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(sess
 def values_of(prompt, mode, *, seed=3, steps=2, beside=False, model="tiny", seen=None):
     """Return what the page's fields pass to `Page.generate` after the reference."""
     sizes, part = [32, 32, 5], [0, 0, 0, "crop"]
-    return [prompt, "", "exact", mode, seed, 0.75, steps, 1, *sizes, *part, model, None, beside, seen]
+    return [prompt, "", "exact", mode, seed, 0.75, steps, 1, *sizes, *part, None, beside, model, seen]
 
 
 def test_a_cancelled_run_is_an_error_for_programs_and_a_warning_for_visitors(session, queue):
@@ -131,7 +131,7 @@ def test_runs_of_two_models_share_the_queue_and_one_model_is_in_memory(session, 
     assert folders == chosen
     assert earlier() is None
     assert session.open()[0].defaults.words is None
-    assert "takes about" in page.expected(*values_of("red", "No_transfer", model=chosen[0])[:-3])
+    assert "takes about" in page.expected(*values_of("red", "No_transfer")[:-4], chosen[0])
     assert page.settings(names[0], None)[-2] == chosen[0]
     for name in ("../tiny", str(session.folder), 3):
         assert (

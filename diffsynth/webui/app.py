@@ -105,7 +105,8 @@ def build(page: Page) -> Any:
         for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
             handler.__annotations__["request"] = gr.Request
         Page.open_past.__annotations__["event"] = gr.SelectData
-        go.click(page.generate, [reference, *asked, picture, beside, seen], made, api_name="generate", **many)
+        sent = [reference, *asked[:-1], picture, beside, model, seen]  # the newest last: programs count
+        go.click(page.generate, sent, made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
         past.select(page.open_past, [names, seen], [status, *shown], api_name=False)

@@ -66,11 +66,11 @@ class Page:
 
     def generate(self, request: Any, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of a run until it ends: panel, id of the job, videos, files, its name, gallery."""
-        *options, picture, beside, seen = values
+        *options, picture, beside, model, seen = values
         visitor = request.session_hash
 
         def start() -> QueuedJob:
-            (session, asked), reference = self._request(options), None
+            (session, asked), reference = self._request([*options, model]), None
             if uploaded is not None and asked["mode"] != NO_TRANSFER:
                 reference = self._kept(uploaded)
             pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
