@@ -126,6 +126,19 @@ def test_an_example_fills_reference_and_prompt_and_empty_boxes_are_hidden(server
         assert place["y"] + place["height"] < 800
 
 
+def test_another_model_brings_its_defaults_and_the_field_for_a_picture(server, browser):
+    browser.get(server[0])
+    find(browser, "#examples")
+    assert not browser.find_elements("css selector", "#picture")
+    click(browser, "#model input")
+    named = "//*[@id='model']//li[contains(., 'TI2V')]"
+    until(browser, lambda b: next(iter(b.find_elements("xpath", named)), None)).click()
+    find(browser, "#picture")
+    until(browser, lambda b: "knows 84 words" in b.find_element("css selector", "#model").text)
+    place = browser.find_element("css selector", "#go").rect
+    assert place["y"] + place["height"] < 800
+
+
 def test_the_status_of_a_run_is_seen_without_a_scroll_on_a_phone(server, browser):
     size = browser.get_window_size()
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}

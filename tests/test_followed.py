@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth import VideoData
+from diffsynth.evaluation import followed
 from diffsynth.evaluation.followed import (
     beside_reference,
     follow_text,
@@ -12,6 +13,7 @@ from diffsynth.evaluation.followed import (
     path_agreement,
     path_words,
 )
+from diffsynth.evaluation.tracking import track_object
 from diffsynth.testing import write_clip
 
 
@@ -33,6 +35,24 @@ def test_other_videos_have_none(clips):
     assert one_object(np.full((5, 32, 32, 3), 200, np.uint8)) is None
     ramp = clips[0].frames.astype(float) * np.linspace(0.3, 1, clips[0].frames.shape[2])[:, None]
     assert one_object(ramp.astype(np.uint8)) is None  # a background that is not plain
+
+
+def test_the_object_of_a_video_is_looked_for_once(clips, monkeypatch):
+    looked = []
+
+    def track(video):
+        looked.append(len(video))
+        return track_object(video)
+
+    monkeypatch.setattr(followed, "track_object", track)
+    film = np.concatenate([clips[0].frames, clips[0].frames[::-1]])
+    first = one_object(list(film))
+    assert one_object(film) is first is not None
+    assert looked == [3, 18]  # frames apart first
+    busy = film.copy()
+    busy[:, :20, :20] = busy[:, -20:, -20:] = (0, 160, 0)  # two more objects
+    assert one_object(busy) is None
+    assert looked == [3, 18, 3]
 
 
 def test_agreement_is_a_distance_and_a_cosine():

@@ -271,7 +271,7 @@ def test_the_page_takes_a_picture(command, tmp_path):
         cache=tmp_path,
         limits=limits,
     )
-    assert session.pipe.models.takes_picture
+    assert session.open()[0].models.takes_picture
     kept = keep_picture(tmp_path / "me.png", tmp_path, session.references, limits)
     assert Image.open(kept).tobytes() == PICTURE.tobytes()
     small = {

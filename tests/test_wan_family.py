@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffsynth import ModelManager, WanVideoPipeline
+from diffsynth.configs.defaults import run_defaults
 from diffsynth.models.checkpoint_files import CheckpointError
 from diffsynth.models.model_kinds import expert_of
 from diffsynth.models.wan_video_dit import WanModel
@@ -267,6 +268,15 @@ def lora_file(path, seed=0):
         {f"diffusion_model.{LAYER}.lora_A.weight": down, f"diffusion_model.{LAYER}.lora_B.weight": up}, path
     )
     return up @ down
+
+
+def test_a_published_pair_runs_with_its_published_defaults(checkpoint, tmp_path):
+    folder = tmp_path / "Wan2.2-T2V-A14B"  # the name alone tells that it is published
+    shutil.copytree(checkpoint("tiny-a14b"), folder)
+    pipe = WanVideoPipeline.from_pretrained(folder, device="cpu")
+    named = ("num_inference_steps", "sigma_shift", "cfg_scale", "low_noise_cfg_scale", "boundary")
+    assert [pipe.defaults[name] for name in named] == [40, 12.0, 4.0, 3.0, 0.875]
+    assert pipe.defaults == run_defaults(folder)
 
 
 def test_each_expert_takes_the_lora_of_its_name(checkpoint, tmp_path, caplog):

@@ -2,9 +2,11 @@
 
 import base64
 import json
+import re
 import shutil
 import threading
 import time
+import weakref
 from argparse import Namespace
 from concurrent.futures import CancelledError
 from dataclasses import replace
@@ -23,7 +25,7 @@ from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
 from diffsynth.webui.gallery import PastRun, compared, find_run, past_runs, paths_drawn, poster
 from diffsynth.webui.page import CLIP_FOLDERS
-from diffsynth.webui.previews import fit_colours, latent_frames
+from diffsynth.webui.previews import Previews, fit_colours, latent_frames
 from diffsynth.webui.queue import (
     CANCELLED,
     DONE,
@@ -42,6 +44,7 @@ from diffsynth.webui.session import (
     expected_minutes,
     make_video,
     open_session,
+    other_sessions,
     planned,
     show_motion,
 )
@@ -95,10 +98,10 @@ def test_a_request_becomes_a_video_with_its_record_and_shows_in_the_gallery(sess
     assert "seed 3" in panel.finished(run)
 
 
-def values_of(prompt, mode, *, seed=3, steps=2, beside=False, seen=None):
+def values_of(prompt, mode, *, seed=3, steps=2, beside=False, model="tiny", seen=None):
     """Return what the page's fields pass to `Page.generate` after the reference."""
     sizes, part = [32, 32, 5], [0, 0, 0, "crop"]
-    return [prompt, "", "exact", mode, seed, 0.75, steps, 1, *sizes, *part, None, beside, seen]
+    return [prompt, "", "exact", mode, seed, 0.75, steps, 1, *sizes, *part, None, beside, model, seen]
 
 
 def test_a_cancelled_run_is_an_error_for_programs_and_a_warning_for_visitors(session, queue):
@@ -111,6 +114,53 @@ def test_a_cancelled_run_is_an_error_for_programs_and_a_warning_for_visitors(ses
     with pytest.warns(UserWarning, match="Cancelled"), pytest.raises(gradio.Error) as raised:
         list(said)
     assert not raised.value.visible
+
+
+def test_runs_of_two_models_share_the_queue_and_one_model_is_in_memory(session, queue, tmp_path):
+    pytest.importorskip("gradio")
+    from diffsynth.webui.page import Page
+
+    page = Page(session, queue, *other_sessions(session, tmp_path))
+    assert list(page.sessions) == ["tiny", "Wan2.1-T2V-nano", "Wan2.2-TI2V-nano"]
+    visitor, earlier = SimpleNamespace(session_hash="a visitor"), weakref.ref(session.open()[0])
+    chosen = ["Wan2.1-T2V-nano", "tiny"]
+    clicks = [page.generate(visitor, None, *values_of("red", "No_transfer", model=name)) for name in chosen]
+    assert len({next(click)[1] for click in clicks}) == 1  # the second waits
+    names = [list(click)[-1][6] for click in clicks]
+    folders = [Path(find_run(session.output_dir, name).record.model["folder"]).name for name in names]
+    assert folders == chosen
+    assert earlier() is None
+    assert session.open()[0].defaults.words is None
+    assert "takes about" in page.expected(*values_of("red", "No_transfer")[:-4], chosen[0])
+    assert page.settings(names[0], None)[-2] == chosen[0]
+    for name in ("../tiny", str(session.folder), 3):
+        assert (
+            "model must be one of tiny"
+            in next(page.generate(visitor, None, *values_of("a", "AMF", model=name)))[0]
+        )
+    loras = replace(session, loaded=LoadOptions(loras={"a.safetensors": 1.0}))
+    assert list(other_sessions(loras, tmp_path)) == []  # they fit one model
+
+
+def test_the_fields_show_the_defaults_of_the_chosen_model(session, tmp_path):
+    pytest.importorskip("gradio")
+    from diffsynth.webui.app import build
+    from diffsynth.webui.page import Page
+
+    nano, with_picture = other_sessions(session, tmp_path)
+    demo = build(Page(session, JobQueue(1), nano, with_picture))
+    changes = [one for one in demo.fns.values() if "model" in [field.elem_id for field in one.outputs]]
+    names = [field.elem_id for field in changes[0].outputs]
+    hints = {
+        s.folder.name: dict(zip(names, changes[0].fn(s.folder.name, "fast"), strict=True))
+        for s in (nano, with_picture, session)
+    }
+    seen = hints["Wan2.1-T2V-nano"]
+    assert re.fullmatch(r"64x64, 17 frames; knows 28 words: a, .*, checkered", seen["model"]["info"])
+    assert seen["prompt"]["placeholder"] == "a blue star on a yellow background"
+    assert seen["steps"]["placeholder"] == str(nano.defaults.with_preset("fast")["num_inference_steps"])
+    assert hints["tiny"]["prompt"]["placeholder"] == "a red fox leaps through fresh snow"
+    assert [hint["picture"]["visible"] for hint in hints.values()] == [False, True, False]
 
 
 def test_a_run_without_transfer_is_shown_between_reference_and_result(
@@ -143,9 +193,9 @@ def test_the_settings_of_a_past_run_ask_for_it_again(session, clip, queue, place
     page = Page(session, queue)
     assert run.record.prompt in [caption for _, caption in page.gallery(None)[0]]
     _, reference, *values, picture = page.settings(run.video.name, None)
-    request = page._request(values)
+    of_model, request = page._request(values)
     assert {name: request[name] for name in asked} == {**asked, "prompt": run.record.prompt}
-    assert (picture, Path(reference).read_bytes()) == (None, clip.read_bytes())
+    assert (picture, of_model, Path(reference).read_bytes()) == (None, session, clip.read_bytes())
     assert keep_upload(shutil.copy(reference, places[0]), *places, UploadLimits()) == kept
     assert "not yours" in page.settings(run.video.name, [])[0]
     assert "choose one of the past runs" in page.settings(None, None)[0]
@@ -217,10 +267,10 @@ def test_the_prompt_and_its_button_come_first_and_defaults_are_told(session):
     labels = [part.get("label") or part.get("value") for part in parts]
     assert labels.index("Prompt") < labels.index("Generate") < labels.index("Reference")
     (steps,) = (part for part in parts if part.get("elem_id") == "steps")
-    assert steps["placeholder"] == str(session.pipe.defaults["num_inference_steps"])
-    (of_preset,) = (f.fn for f in demo.fns.values() if [c.elem_id for c in f.outputs] == ["steps"])
-    fast = session.pipe.defaults.with_preset("fast")
-    assert of_preset("fast")["placeholder"] == str(fast["num_inference_steps"])
+    assert steps["placeholder"] == str(session.open()[0].defaults["num_inference_steps"])
+    hint = next(one.fn for one in demo.fns.values() if "model" in [field.elem_id for field in one.outputs])
+    fast = session.open()[0].defaults.with_preset("fast")
+    assert hint("tiny", "fast")[3]["placeholder"] == str(fast["num_inference_steps"])
     (modes,) = (part["choices"] for part in parts if part.get("elem_id") == "mode")
     assert ("No_transfer: the prompt alone", "No_transfer") in modes
 
@@ -272,8 +322,10 @@ def test_the_time_of_a_run_follows_from_the_newest_one(session, clip, tmp_path):
 
 
 def test_the_speed_is_measured_without_a_word_about_the_prompt(session, monkeypatch, caplog):
-    monkeypatch.setattr(session.pipe, "defaults", replace(session.pipe.defaults, words=("a", "red")))
-    assert _pace(session.pipe) > 0
+    monkeypatch.setattr(
+        session.open()[0], "defaults", replace(session.open()[0].defaults, words=("a", "red"))
+    )
+    assert _pace(session.open()[0]) > 0
     assert "the model knows" not in caplog.text
 
 
@@ -286,14 +338,14 @@ def test_the_motion_of_a_reference_is_made_once(session, clip):
 
 
 def test_previews_give_the_colours_of_what_was_encoded(session):
-    colours = fit_colours(session.pipe)
-    assert colours.shape == (session.pipe.vae.z_dim + 1, 3)
-    latents = torch.zeros(1, session.pipe.vae.z_dim, 2, 4, 6)
+    colours = fit_colours(session.open()[0])
+    assert colours.shape == (session.open()[0].vae.z_dim + 1, 3)
+    latents = torch.zeros(1, session.open()[0].vae.z_dim, 2, 4, 6)
     frames = latent_frames(latents, torch.cat([colours[:-1] * 0, torch.tensor([[1.0, 0.0, -1.0]])]))
     assert [frame.size for frame in frames] == [(6, 4)] * 2
     assert frames[0].getpixel((0, 0)) == (255, 128, 0)
     event = RunEvent(stage="sampling", step=1, steps=2, clean=torch.full_like(latents, torch.nan))
-    assert session.previews.of(event) is not None
+    assert Previews(session.open()[0]).of(event) is not None
 
 
 # What is asked for.
@@ -413,7 +465,8 @@ def test_all_runs_are_shown_only_where_no_proxy_serves_others(host, allowed, sha
 
     seen = {}
     monkeypatch.setattr(command, "open_session", lambda *_given, **_named: None)
-    monkeypatch.setattr(command, "Page", lambda *_given, **named: seen.update(named))
+    monkeypatch.setattr(command, "other_sessions", lambda *_given: [])
+    monkeypatch.setattr(command, "Page", lambda _session, _queue, **named: seen.update(named))
     monkeypatch.setattr(command, "make_app", None)  # the end of this test
     asked = {"auth": "a:b", "auth_file": None, "max_upload": 1, "max_frames": 9, "host": host, "port": 0}
     asked |= {"output_dir": tmp_path, "max_waiting": 1, "model": None, "models_dir": "models"}

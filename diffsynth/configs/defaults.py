@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from diffsynth.configs.cache_tables import MagRatios
-from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, PUBLISHED_PRESETS
+from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, PUBLISHED_PRESETS, published_key
 from diffsynth.configs.fields import check_value, options_of
 from diffsynth.configs.guidance import MotionGuidance, changed_numbers, check_heads
 from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, call_options
@@ -116,8 +116,8 @@ def run_defaults(folder: Path, dit: Blocks | None = None) -> RunDefaults:
         raise ValueError(f"{path}: {SECTION!r}: words must be a list of texts; it is {words!r:.200}")
     options = {name: value for name, value in section.items() if name not in _OTHERS}
     others = {name: value for name, value in section.items() if name in _OTHERS}
-    name = folder.resolve().name
-    key = next((key for key, checkpoint in PUBLISHED.items() if checkpoint.folder == name), None)
+    place = folder.resolve()  # of an expert, or of a DiT in the diffusers layout: inside the checkpoint's
+    key = published_key(place) or published_key(place.parent)
     published = RunDefaults() if key is None else published_defaults(key)
     return replace(published, **{"options": {**published.options, **options}, **others})
 

@@ -167,34 +167,28 @@ def flow_video(
     Raises:
         ValueError: at the call, as `flow_to_image`.
     """
-    flow = _checked(flow, 4)
-    largest = full_length(flow) if largest is None else largest
-    video = list(rgb_frames(frames))
-    track = _track(video)
-    return _flow_video(video, track, known_tokens(video, flow.shape, track), flow, height, largest)
+    return _drawn(list(rgb_frames(frames)), _checked(flow, 4), height, largest)[1]
 
 
-def _track(video: Sequence[Image.Image]) -> Track | None:
-    return one_object(video) if len(video) > 1 else None
-
-
-def _flow_video(
-    video: Sequence[Image.Image],
-    track: Track | None,
-    known: Sequence[np.ndarray],
-    flow: np.ndarray,
-    height: int | None,
-    largest: float,
-) -> Iterator[Image.Image]:
+def _drawn(
+    video: Sequence[Image.Image], flow: np.ndarray, height: int | None = None, longest: float | None = None
+) -> tuple[list[np.ndarray], Iterator[Image.Image]]:
+    """Return the tokens that `known_tokens` returns, and the pictures of `flow_video`."""
+    track = one_object(video) if len(video) > 1 else None
+    known, largest = known_tokens(video, flow.shape, track), longest or full_length(flow)
     under = video if track is None else draw_trajectories(video, [track.centroids])
     size = legible_size(video[0].size)
     if height is not None:
         size = (round(video[0].width * height / video[0].height), height)
-    for step, group in groupby(range(len(video)), lambda index: _step_of_frame(index, len(flow))):
-        sure = known[step]
-        layers = (_colour_layer(flow[step], largest, size, sure), _arrow_layer(flow[step], size, sure=sure))
-        for index in group:
-            yield over(fit_frame(under[index], size[1], size[0]), *layers)
+
+    def pictures() -> Iterator[Image.Image]:
+        for step, group in groupby(range(len(video)), lambda index: _step_of_frame(index, len(flow))):
+            sure, moves = known[step], flow[step]
+            layers = (_colour_layer(moves, largest, size, sure), _arrow_layer(moves, size, sure=sure))
+            for index in group:
+                yield over(fit_frame(under[index], size[1], size[0]), *layers)
+
+    return known, pictures()
 
 
 def save_flow_video(
@@ -222,9 +216,8 @@ def save_flow_video(
 
 
 def _beside(video: Sequence[Image.Image], flow: np.ndarray) -> Iterator[Image.Image]:
-    track, panels = _track(video), list[Image.Image]()
-    known = known_tokens(video, flow.shape, track)
-    for index, left in enumerate(_flow_video(video, track, known, flow, None, full_length(flow))):
+    (known, drawn), panels = _drawn(video, flow), list[Image.Image]()
+    for index, left in enumerate(drawn):
         panels = panels or colour_panels(flow, left.size, sure=known)
         both = (left, panels[_step_of_frame(index, len(flow))])
         yield Image.fromarray(np.hstack([np.asarray(picture) for picture in both]))
@@ -273,9 +266,8 @@ def flow_sheet(frames: Video, flow: Tensor | np.ndarray, *, sf: int = 4) -> Imag
     steps = neighbour_flow(flow, sf)
     video = list(rgb_frames(frames))
     size = (round(video[0].width * SHEET_HEIGHT / video[0].height), SHEET_HEIGHT)
-    track = _track(video)
-    known = known_tokens(video, steps.shape, track)
-    drawn = list(_flow_video(video, track, known, steps, SHEET_HEIGHT, full_length(steps)))
+    known, pictures = _drawn(video, steps, SHEET_HEIGHT)
+    drawn = list(pictures)
     above = [drawn[min(4 * step, len(video) - 1)].resize(size) for step in range(len(steps))]
     below = [panel.resize(size) for panel in colour_panels(steps, sure=known)]
     return picture_grid([above, below], [[f"frame {4 * s + 1} to {4 * s + 5}" for s in range(len(steps))]])

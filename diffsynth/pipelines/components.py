@@ -18,7 +18,6 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.prompters import WanPrompter
 from diffsynth.prompters.tokenizer import WanTokenizer, find_tokenizer, load_tokenizer, tokenizer_from_pieces
@@ -104,8 +103,7 @@ class Components:
     @property
     def takes_picture(self) -> bool:
         """Return whether the video may begin with a picture."""
-        is_ti2v = self.dit.has_clean_first_frame or isinstance(self.vae, WanVideoVAE22)
-        return is_ti2v or self.dit.in_dim > self.dit.out_dim
+        return ModelSizes.of(self.residency.models).takes_picture
 
     def check_pictures(self, has_first: bool, has_last: bool) -> None:
         """Raise ValueError if a picture is missing that the model needs, or passed that it does not take."""

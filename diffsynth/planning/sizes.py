@@ -63,6 +63,7 @@ class DiTSize:
     weights: WeightBytes
     block_parameters: int
     context_len: int
+    has_clean_first_frame: bool
     widened: int = 0
 
     @classmethod
@@ -145,6 +146,11 @@ class ModelSizes:
             vae=VAESize.of(cast(WanVideoVAE, models["vae"])),
             image_encoder=_bytes(models["image_encoder"]) if "image_encoder" in models else 0,
         )
+
+    @property
+    def takes_picture(self) -> bool:
+        """Return whether the video may begin with a picture."""
+        return self.dit.has_clean_first_frame or self.vae.patch > 1 or self.dit.in_dim > self.dit.out_dim
 
     def facts(self) -> ModelFacts:
         """Return the facts that decide options of a run."""

@@ -7,13 +7,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from diffsynth.configs.defaults import EXACT, RunDefaults
+from diffsynth.configs.defaults import EXACT
 from diffsynth.configs.descriptors import DEFAULT_MODE
 from diffsynth.configs.options import FITS, MODES
 from diffsynth.webui import panel
 from diffsynth.webui.page import Page, import_gradio
 from diffsynth.webui.security import Guard
+from diffsynth.webui.session import Session
 
+_STRENGTH = "denoising_strength"  # a slider, which cannot be empty
 VISITORS = 40  # pages that are served at a time; their runs wait in one queue
 _NUMBERS = {"Steps": "num_inference_steps", "Height": "height", "Width": "width", "Frames": "num_frames"}
 _PRESETS = "exact: the full method; balanced and fast: less computation, a little less likeness"
@@ -34,16 +36,16 @@ _PARTS = (
 
 def build(page: Page) -> Any:
     """Return the gradio Blocks of the page."""
-    gr, session = import_gradio(), page.session
-    defaults = session.pipe.defaults
+    gr, hints = import_gradio(), _hints(page.session)
     with gr.Blocks(title="FastVMT", analytics_enabled=False, fill_width=True) as demo:
-        gr.HTML(f"<h1>FastVMT</h1><p>A video's motion, a prompt's content. Model: {session.folder.name}</p>")
+        with gr.Row(elem_id="top"):
+            gr.HTML("<h1>FastVMT</h1><p>A video's motion, a prompt's content.</p>")
+            model = gr.Dropdown(list(page.sessions), label="Model", elem_id="model", **hints["model"])
         job_id, seen, is_owner = gr.State(None), gr.State([]), gr.State(value=False)
         names, chosen = gr.State([]), gr.State(None)
         with gr.Row(elem_id="main"):
             with gr.Column(elem_id="ask"):
-                prompts = _SHAPES if defaults.words else _SCENES
-                prompt = gr.Textbox(label="Prompt", lines=2, placeholder=prompts[0], elem_id="prompt")
+                prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt", **hints["prompt"])
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go")
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
@@ -63,7 +65,7 @@ def build(page: Page) -> Any:
                 reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
                 look = gr.Button("Show the motion", elem_id="look")
                 clip = gr.Textbox(label="Motion", visible=False)
-                texts = cycle(prompts)
+                texts = cycle(_SHAPES if page.session.defaults.words else _SCENES)
                 tries = [[path, Path(path).stem, next(texts)] for path in page.clips]
                 gr.Examples(tries, [reference, clip, prompt], label="Try one of these", elem_id="examples")
                 picture = gr.Image(
@@ -72,37 +74,39 @@ def build(page: Page) -> Any:
                     sources=["upload", "clipboard"],
                     height=240,
                     elem_id="picture",
-                    visible=session.pipe.models.takes_picture,
+                    **hints["picture"],
                 )
                 beside = gr.Checkbox(label="Show it without transfer, too (a second run)", elem_id="beside")
-                preset = gr.Radio(
-                    [EXACT, *defaults.presets], value=EXACT, label="Preset", info=_PRESETS, elem_id="preset"
-                )
+                preset = gr.Radio(label="Preset", info=_PRESETS, elem_id="preset", **hints["preset"])
                 modes = [(f"{m}: {d.help if d else 'the prompt alone'}", m) for m, d in MODES.items()]
                 mode = gr.Dropdown(modes, value=DEFAULT_MODE, label="Mode", elem_id="mode")
                 seed = gr.Number(precision=0, label="Seed", placeholder="a new one", elem_id="seed")
-                negative, strength, scale, numbers, part = _more(gr, defaults)
+                negative, strength, scale, numbers, part = _more(gr, page.session)
         past = gr.Gallery(
             label="Past runs", columns=8, fit_columns=False, allow_preview=False, elem_id="past"
         )
         owners = _owners_row(gr, page, is_owner, status)
-        asked = [prompt, negative, preset, mode, seed, strength, numbers[0], scale, *numbers[1:], *part]
+        more = [*numbers[1:], *part, model]
+        asked = [prompt, negative, preset, mode, seed, strength, numbers[0], scale, *more]
         shown = [both, result, motion, files, chosen]
         many = {"concurrency_limit": VISITORS, "show_progress": "hidden", "trigger_mode": "multiple"}
         made = [status, job_id, *shown, past, names, seen]
-        counted = [preset, mode, *numbers, *part, past]
+        counted = [model, preset, mode, *numbers, *part, past]
         changes = [demo.load, *(field.change for field in counted)]
         gr.on(changes, page.expected, asked, expected, api_name=False)
-        num_steps = {
-            name: str(defaults.with_preset(name)["num_inference_steps"])
-            for name in (EXACT, *defaults.presets)
-        }
-        preset.change(lambda name: gr.update(placeholder=num_steps[name]), preset, numbers[0], api_name=False)
+
+        def hint(*chosen: str) -> list[dict]:
+            return [gr.update(**hints) for hints in _hints(page.session_of(chosen[0]), chosen[1]).values()]
+
+        hinted = [model, prompt, preset, *numbers, picture]
+        gr.on([model.change, preset.change], hint, [model, preset], hinted, api_name=False)
+        model.input(lambda name: page.session_of(name).defaults[_STRENGTH], model, strength, api_name=False)
         prompt.change(None, status, status, js="said => said.includes('fv-error') ? '' : said")
         for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
             handler.__annotations__["request"] = gr.Request
         Page.open_past.__annotations__["event"] = gr.SelectData
-        go.click(page.generate, [reference, *asked, picture, beside, seen], made, api_name="generate", **many)
+        sent = [reference, *asked[:-1], picture, beside, model, seen]  # the newest last: programs count
+        go.click(page.generate, sent, made, api_name="generate", **many)
         look.click(page.inspect, [reference, *asked], [status, job_id, motion], api_name="inspect", **many)
         stop.click(page.cancel, job_id, status, api_name="cancel", queue=False)
         past.select(page.open_past, [names, seen], [status, *shown], api_name=False)
@@ -124,16 +128,32 @@ def _owners_row(gr: Any, page: Page, is_owner: Any, status: Any) -> Any:
     return row
 
 
-def _more(gr: Any, defaults: RunDefaults) -> tuple[Any, Any, Any, list[Any], list[Any]]:
+def _hints(session: Session, preset: str = EXACT) -> dict[str, dict[str, Any]]:
+    """Return what fields show of a model and a preset: arguments of the fields, in the page's order."""
+    presets, words = [EXACT, *session.defaults.presets], session.defaults.words
+    preset = preset if preset in presets else EXACT
+    defaults = session.defaults.with_preset(preset)
+    told = f"{defaults['width']}x{defaults['height']}, {defaults['num_frames']} frames"
+    told += "" if words is None else f"; knows {len(words)} words: {', '.join(words)}"
+    return {
+        "model": {"value": session.folder.name, "info": told},
+        "prompt": {"placeholder": (_SHAPES if words else _SCENES)[0]},
+        "preset": {"choices": presets, "value": preset},
+        **{key: {"placeholder": str(defaults[key])} for key in _NUMBERS.values()},
+        "picture": {"visible": True} if session.sizes.takes_picture else {"visible": False, "value": None},
+    }
+
+
+def _more(gr: Any, session: Session) -> tuple[Any, Any, Any, list[Any], list[Any]]:
     """Return the fields that most visitors leave alone: negative prompt, two strengths, sizes, the part."""
     with gr.Accordion("More (empty: as shown)", open=False):
         negative = gr.Textbox(label="Negative prompt", elem_id="negative")
         with gr.Row():
-            strength = gr.Slider(0.05, 1, value=defaults["denoising_strength"], label="Denoising strength")
+            strength = gr.Slider(0.05, 1, value=session.defaults[_STRENGTH], label="Denoising strength")
             scale = gr.Slider(0.1, 4, value=1, label="Strength of the motion")
         with gr.Row():
             numbers = [
-                gr.Number(precision=0, label=name, placeholder=str(defaults[key]), elem_id=name.lower())
+                gr.Number(precision=0, label=name, elem_id=name.lower(), **_hints(session)[key])
                 for name, key in _NUMBERS.items()
             ]
         with gr.Row():

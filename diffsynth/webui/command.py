@@ -12,7 +12,7 @@ from diffsynth.webui.app import make_app, temporary_folders
 from diffsynth.webui.page import Page, import_gradio
 from diffsynth.webui.queue import JobQueue
 from diffsynth.webui.security import is_local, read_auth
-from diffsynth.webui.session import open_session
+from diffsynth.webui.session import open_session, other_sessions
 from diffsynth.webui.uploads import UploadLimits
 
 
@@ -51,7 +51,8 @@ def run(options: Namespace, console: Console) -> int:
             max_minutes=options.max_minutes,
         )
         alone = is_local(options.host) and not options.allow_host  # otherwise a proxy serves others
-        page = Page(session, queue, shared=options.shared or alone)
+        others = other_sessions(session, options.models_dir)
+        page = Page(session, queue, *others, shared=options.shared or alone)
         app = make_app(page, auth, host=options.host, allowed_hosts=options.allow_host)
         address = f"http://{options.host}:{listening.getsockname()[1]}"
         console.note(f"the page is at {address}; videos go to {output_dir}; Ctrl-C ends")

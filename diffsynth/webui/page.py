@@ -27,10 +27,10 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CLIP_FOLDERS = (_PACKAGE / "embedded" / "data", _PACKAGE.parent / "examples" / "data")
 LOOKS_PER_SECOND = 4
 _CANCELLED = "Cancelled; nothing was written."
-# The options that the page has, in its order.
+# The options that the page has, in its order, and the model.
 _FIELDS = (
     "prompt", "negative_prompt", "preset", "mode", "seed", "denoising_strength", "num_inference_steps",
-    "motion_scale", "height", "width", "num_frames", "start", "end", "ref_fps", "fit",
+    "motion_scale", "height", "width", "num_frames", "start", "end", "ref_fps", "fit", "model",
 )  # fmt: skip
 # These values leave the choice to the model or the preset, as empty fields do.
 _UNSET = {"seed": -1} | dict.fromkeys(
@@ -50,14 +50,15 @@ def import_gradio() -> Any:
 
 
 class Page:
-    """Handlers of the page's buttons, for one session and one queue.
+    """Handlers of the page's buttons, for the sessions of its models, the first one chosen, and one queue.
 
     `shared`: every visitor sees all past runs, not the own ones alone. Who opens the page with ?owner= and
     the `owner_key` sees all runs and may cancel any.
     """
 
-    def __init__(self, session: Session, queue: JobQueue, *, shared: bool = True) -> None:
+    def __init__(self, session: Session, queue: JobQueue, *others: Session, shared: bool = True) -> None:
         self.session, self.queue, self.shared = session, queue, shared
+        self.sessions = {one.folder.name: one for one in (session, *others)}
         self.owner_key = secrets.token_urlsafe(16)
         self._gradio = import_gradio()
         clips = sorted(path for folder in CLIP_FOLDERS for path in folder.glob("*.mp4"))
@@ -65,23 +66,23 @@ class Page:
 
     def generate(self, request: Any, uploaded: str | None, *values: Any) -> Iterator[tuple]:
         """Yield progress of a run until it ends: panel, id of the job, videos, files, its name, gallery."""
-        *options, picture, beside, seen = values
+        *options, picture, beside, model, seen = values
         visitor = request.session_hash
 
         def start() -> QueuedJob:
-            asked, reference = self._request(options), None
+            (session, asked), reference = self._request([*options, model]), None
             if uploaded is not None and asked["mode"] != NO_TRANSFER:
                 reference = self._kept(uploaded)
             pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
-            check_budget(self.session, asked, reference)
-            if ignored := unknown_words([asked["prompt"]], self.session.pipe.defaults.words):
+            check_budget(session, asked, reference)
+            if ignored := unknown_words([asked["prompt"]], session.defaults.words):
                 self._gradio.Warning(ignored)
 
             def make(job: QueuedJob) -> list[PastRun]:
-                runs = [make_video(self.session, asked, reference, job, pictures)]
+                runs = [make_video(session, asked, reference, job, pictures)]
                 if beside and reference is not None:
                     plain = {**asked, "mode": NO_TRANSFER, "seed": runs[0].record.options["seed"]}
-                    runs.append(make_video(self.session, plain, None, job, pictures))
+                    runs.append(make_video(session, plain, None, job, pictures))
                 return runs
 
             return self.queue.submit(make, asked["prompt"], visitor)
@@ -100,10 +101,10 @@ class Page:
             if uploaded is None:
                 raise ValueError("choose or upload a reference video first")
             # The prompt has no influence on a reference's motion, but it must not be empty.
-            asked, reference = self._request(("motion", *values[1:])), self._kept(uploaded)
-            check_budget(self.session, asked, reference)
+            (session, asked), reference = self._request(("motion", *values[1:])), self._kept(uploaded)
+            check_budget(session, asked, reference)
             return self.queue.submit(
-                lambda job: show_motion(self.session, asked, reference, job),
+                lambda job: show_motion(session, asked, reference, job),
                 "its motion",
                 request.session_hash,
             )
@@ -116,8 +117,8 @@ class Page:
     def expected(self, *values: Any) -> str:
         """Return how long a run would take; empty if the values are refused. No reference is read for it."""
         try:
-            run = planned(self.session, self._request(("a run", *values[1:])))
-            minutes = expected_minutes(self.session, run)
+            session, asked = self._request(("a run", *values[1:]))
+            minutes = expected_minutes(session, planned(session, asked))
         except (ValueError, TypeError):
             return ""
         if minutes is None:
@@ -169,23 +170,32 @@ class Page:
             if name is None:
                 raise ValueError("choose one of the past runs first")
             run = self._past(name, seen)
-            values, sources = asked_for(run, self.session.pipe.defaults)
+            of_run = (s for s in self.sessions.values() if s.model["folder"] == run.record.model["folder"])
+            session = next(of_run, self.session)
+            values, sources = asked_for(run, session.defaults)
             reference, picture = (path and self._shown(path) for path in sources)
             text = panel.message("The fields have the settings of that run.", "done")
+            values["model"] = session.folder.name
             return (text, reference, *(values.get(field) for field in _FIELDS), picture)
         except (ValueError, OSError) as error:
             return (self._bare(panel.failed(error)), *[self._gradio.skip()] * (len(_FIELDS) + 2))
+
+    def session_of(self, model: str | None) -> Session:
+        """Return the session of a model by its name, by default the first; ValueError for another name."""
+        if model is not None and model not in self.sessions:
+            raise ValueError(f"model must be one of {', '.join(self.sessions)}; got {model!r:.80}")
+        return self.session if model is None else self.sessions[model]
 
     def _past(self, name: str, seen: Sequence[str] | None) -> PastRun:
         if seen is not None and name not in seen:
             raise ValueError("that run is not yours")
         return find_run(self.session.output_dir, name)
 
-    def _request(self, values: Sequence[Any]) -> dict[str, Any]:
+    def _request(self, values: Sequence[Any]) -> tuple[Session, dict[str, Any]]:
         asked = dict(zip(_FIELDS, values, strict=True))
-        return checked_request(
-            {name: v for name, v in asked.items() if v is not None and v != _UNSET.get(name)}
-        )
+        session = self.session_of(asked.pop("model"))
+        given = {name: v for name, v in asked.items() if v is not None and v != _UNSET.get(name)}
+        return session, checked_request(given)
 
     def _kept(self, uploaded: str, keep: Callable[..., Path] = keep_upload) -> Path:
         arrived = Path(os.environ["GRADIO_TEMP_DIR"])
@@ -224,7 +234,8 @@ class Page:
 
     def _bare(self, text: str) -> str:
         """Return a text for visitors, in which files of the server have their names alone."""
-        folders = map(re.escape, map(str, (self.session.output_dir, self.session.cache.parent)))
+        models = (one.folder.parent for one in self.sessions.values())
+        folders = map(re.escape, map(str, (self.session.output_dir, self.session.cache.parent, *models)))
         return re.sub(rf"({'|'.join(folders)})[/\\]([\w.-]+[/\\])*", "", text)
 
     def _files_of(self, run: PastRun, without: PastRun | None = None) -> tuple:

@@ -1,26 +1,30 @@
 """What the web page does with the model: it makes videos and shows the motion of a reference."""
 
+import gc
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffsynth.configs.checkpoints import EMBEDDED, PUBLISHED, checkpoint_folder, published_key
+from diffsynth.configs.defaults import RunDefaults, run_defaults
 from diffsynth.configs.descriptors import DEFAULT_MODE, NO_TRANSFER, flow_modes
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.options import DEFAULT_FPS, LoadOptions, ReferenceOptions, RunOptions, call_options
 from diffsynth.configs.resolve import motion_for, resolve
 from diffsynth.evaluation.flow_images import save_flow_video
 from diffsynth.evaluation.reference_flow import reference_flow
-from diffsynth.jobs.models import attention_kernel, choose_model, load_pipeline
+from diffsynth.jobs.download import missing_files
+from diffsynth.jobs.models import attention_kernel, choose_model, load_pipeline, parts_of
 from diffsynth.jobs.task import make_task, open_reference, run_seconds, run_task
 from diffsynth.pipelines.components import reference_facts
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.planning.cost import run_cost
 from diffsynth.planning.plan import resolve_plan
-from diffsynth.planning.sizes import ModelSizes
+from diffsynth.planning.sizes import ModelSizes, published_sizes
 from diffsynth.runs.record import describe_model
 from diffsynth.webui.gallery import PastRun, past_runs
 from diffsynth.webui.previews import Previews
@@ -32,18 +36,28 @@ _WORDS = 4  # of the prompt, in a file's name
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """A loaded model and the folders of its videos; `pace` is this machine's speed in FLOP/s, if measured."""
+    """A model, the folders of its videos, and what is in memory; `pace` is the first model's in FLOP/s."""
 
-    pipe: WanVideoPipeline
     folder: Path
+    defaults: RunDefaults
+    sizes: ModelSizes
     loaded: LoadOptions
     model: Mapping[str, Any]
     output_dir: Path
     cache: Path
     limits: UploadLimits
-    previews: Previews
+    memory: dict[Path, tuple[WanVideoPipeline, Previews]]
     max_minutes: float | None = None
     pace: float | None = None
+
+    def open(self) -> tuple[WanVideoPipeline, Previews]:
+        """Load the model and return it with its previews; only the queue's thread may call this."""
+        if self.folder not in self.memory:
+            self.memory.clear()  # one model at a time; PyTorch uses its memory again
+            gc.collect()
+            pipe = load_pipeline(self.folder, self.loaded)
+            self.memory[self.folder] = pipe, Previews(pipe)
+        return self.memory[self.folder]
 
     @property
     def references(self) -> Path:
@@ -70,28 +84,41 @@ def open_session(
     folder = choose_model(model, models_dir, lambda _note: None)
     pipe = load_pipeline(folder, loaded)
     return Session(
-        pipe=pipe,
         folder=folder,
+        defaults=pipe.defaults,
+        sizes=ModelSizes.of(pipe.residency.models),
         loaded=loaded,
         model=describe_model(folder, asdict(loaded)),
         output_dir=output_dir,
         cache=cache,
         limits=limits,
-        previews=Previews(pipe),
+        memory={folder: (pipe, Previews(pipe))},
         max_minutes=max_minutes,
         pace=None if max_minutes is None else _pace(pipe),
     )
+
+
+def other_sessions(session: Session, models_dir: str | Path) -> Iterator[Session]:
+    """Yield sessions of the other complete models and the embedded ones; none of them is loaded yet."""
+    fits_one = session.loaded.loras or parts_of(session.loaded)
+    published = [Path(models_dir) / checkpoint.folder for checkpoint in PUBLISHED.values()]
+    for folder in () if fits_one else (*published, *map(checkpoint_folder, EMBEDDED)):
+        key = published_key(folder)
+        if folder.name != session.folder.name and not (key and missing_files(folder, PUBLISHED[key])):
+            models = {} if key else load_pipeline(folder, LoadOptions(device="cpu")).residency.models
+            sizes = published_sizes(key) if key else ModelSizes.of(models)
+            model = describe_model(folder, asdict(session.loaded))
+            yield replace(session, folder=folder, defaults=run_defaults(folder), sizes=sizes, model=model)
 
 
 def _pace(pipe: WanVideoPipeline) -> float:
     """Measure the speed of a run with one step and a few frames, in FLOP/s."""
     call = {"num_frames": 5, "num_inference_steps": 1, "mode": NO_TRANSFER, "output_type": "latent"}
     (made,) = pipe.run("a", progress_bar_cmd=None, **call)  # type: ignore[arg-type]  # a mapping
-    return _operations(pipe, made.options) / made.cost.time_gen
+    return _operations(ModelSizes.of(pipe.residency.models), made.options) / made.cost.time_gen
 
 
-def _operations(pipe: WanVideoPipeline, run: RunOptions) -> float:
-    sizes = ModelSizes.of(pipe.residency.models)
+def _operations(sizes: ModelSizes, run: RunOptions) -> float:
     return run_cost(sizes.dit, sizes.latent_shape(run.height, run.width, run.num_frames), run).flops
 
 
@@ -107,20 +134,21 @@ def check_budget(session: Session, request: Mapping[str, Any], reference: Path |
 
 
 def expected_minutes(session: Session, run: RunOptions) -> float | None:
-    """Estimate a run's minutes from the measured pace, else the newest run's; None if there is neither."""
+    """Estimate a run's minutes by this model's newest run, else the measured pace; None without either."""
     pace = session.pace
-    for past in past_runs(session.output_dir, 1) if pace is None else ():
+    for past in past_runs(session.output_dir):
         if past.record.model["folder"] == session.model["folder"]:
             with suppress(ValueError, TypeError):  # from a version with other options
                 made = RunOptions.from_json(past.record.options)
-                pace = _operations(session.pipe, made) / run_seconds(past.record)
-    return None if pace is None else _operations(session.pipe, run) / pace / 60
+                pace = _operations(session.sizes, made) / run_seconds(past.record)
+            break
+    return None if pace is None else _operations(session.sizes, run) / pace / 60
 
 
 def planned(session: Session, request: Mapping[str, Any]) -> RunOptions:
     """Return the options of a request whose reference is not read: it has the video's size and length."""
     call = {name: value for name, value in request.items() if name in call_options()}
-    return resolve_plan(call, session.pipe.defaults, session.pipe.models.facts())
+    return resolve_plan(call, session.defaults, session.sizes.facts())
 
 
 def _resolved(
@@ -129,9 +157,9 @@ def _resolved(
     """Return the resolved options of a request in which `changes` replace options of the call."""
     call = {name: value for name, value in request.items() if name in call_options()} | changes
     if reference is None:
-        return resolve(call, session.pipe.defaults, None, session.pipe.models.facts())
+        return resolve(call, session.defaults, None, session.sizes.facts())
     with open_reference(reference, fields_of(ReferenceOptions, request)) as video:
-        return resolve(call, session.pipe.defaults, reference_facts(video), session.pipe.models.facts())
+        return resolve(call, session.defaults, reference_facts(video), session.sizes.facts())
 
 
 def make_video(
@@ -150,6 +178,9 @@ def make_video(
     task = make_task(request, reference, session.folder, pictures)
     task = replace(task, folder=session.output_dir, stem=words + source)
 
+    job.report(stage="load the model")
+    pipe, previews = session.open()
+
     def observe(event: RunEvent) -> None:
         job.check()
         before = job.progress
@@ -161,11 +192,11 @@ def make_video(
                 losses += (event.losses[-1] / event.losses[0],)
             job.report(stage=event.stage, guided=event.step, guided_steps=event.steps, losses=losses)
         else:
-            preview = session.previews.of(event) or before.preview
+            preview = previews.of(event) or before.preview
             job.report(stage=event.stage, step=event.step, steps=event.steps, preview=preview)
 
-    with job.interruptible(session.pipe.interrupt):
-        video, record, *_ = run_task(session.pipe, task, session.model, session.loaded, observe)
+    with job.interruptible(pipe.interrupt):
+        video, record, *_ = run_task(pipe, task, session.model, session.loaded, observe)
     return PastRun(video=video, record=record)
 
 
@@ -183,5 +214,5 @@ def show_motion(session: Session, request: Mapping[str, Any], reference: Path, j
     sized = open_reference(reference, used, height=run.height, width=run.width)
     with sized as video, attention_kernel(session.loaded):
         video.set_length(run.num_frames)
-        flow = reference_flow(session.pipe, video, motion=motion)
+        flow = reference_flow(session.open()[0], video, motion=motion)
         return save_flow_video(flow, path, sf=motion.sf, frames=video, fps=video.fps or DEFAULT_FPS)
