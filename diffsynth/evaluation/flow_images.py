@@ -169,13 +169,14 @@ def flow_video(
     """
     flow = _checked(flow, 4)
     largest = full_length(flow) if largest is None else largest
+    return _flow_video(*_seen(frames, flow), flow, height, largest)
+
+
+def _seen(frames: Video, flow: np.ndarray) -> tuple[list[Image.Image], Track | None, list[np.ndarray]]:
+    """Return a video's frames, the track of its only object, and what of the flow is drawn."""
     video = list(rgb_frames(frames))
-    track = _track(video)
-    return _flow_video(video, track, known_tokens(video, flow.shape, track), flow, height, largest)
-
-
-def _track(video: Sequence[Image.Image]) -> Track | None:
-    return one_object(video) if len(video) > 1 else None
+    track = one_object(video) if len(video) > 1 else None
+    return video, track, known_tokens(video, flow.shape, track)
 
 
 def _flow_video(
@@ -217,13 +218,12 @@ def save_flow_video(
         ValueError: P does not fit sf, or there is only one latent frame.
     """
     flow = neighbour_flow(amf, sf)
-    shown = colour_panels(flow) if frames is None else _beside(list(rgb_frames(frames)), flow)
+    shown = colour_panels(flow) if frames is None else _beside(frames, flow)
     return save_video(shown, path, fps=fps, quality=8)
 
 
-def _beside(video: Sequence[Image.Image], flow: np.ndarray) -> Iterator[Image.Image]:
-    track, panels = _track(video), list[Image.Image]()
-    known = known_tokens(video, flow.shape, track)
+def _beside(frames: Video, flow: np.ndarray) -> Iterator[Image.Image]:
+    (video, track, known), panels = _seen(frames, flow), list[Image.Image]()
     for index, left in enumerate(_flow_video(video, track, known, flow, None, full_length(flow))):
         panels = panels or colour_panels(flow, left.size, sure=known)
         both = (left, panels[_step_of_frame(index, len(flow))])
@@ -271,10 +271,8 @@ def flow_sheet(frames: Video, flow: Tensor | np.ndarray, *, sf: int = 4) -> Imag
         ValueError: as `neighbour_flow`.
     """
     steps = neighbour_flow(flow, sf)
-    video = list(rgb_frames(frames))
+    video, track, known = _seen(frames, steps)
     size = (round(video[0].width * SHEET_HEIGHT / video[0].height), SHEET_HEIGHT)
-    track = _track(video)
-    known = known_tokens(video, steps.shape, track)
     drawn = list(_flow_video(video, track, known, steps, SHEET_HEIGHT, full_length(steps)))
     above = [drawn[min(4 * step, len(video) - 1)].resize(size) for step in range(len(steps))]
     below = [panel.resize(size) for panel in colour_panels(steps, sure=known)]

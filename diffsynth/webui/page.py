@@ -12,12 +12,11 @@ from typing import Any
 
 from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.options import PICTURES
-from diffsynth.configs.resolve import unknown_words
 from diffsynth.webui import panel
 from diffsynth.webui.gallery import PastRun, asked_for, compared, find_run, past_runs, paths_drawn, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
 from diffsynth.webui.requests import checked_request
-from diffsynth.webui.session import Session, check_budget, expected_minutes, make_video, planned, show_motion
+from diffsynth.webui.session import Session, check_budget, expected_minutes, make_video, resolved, show_motion
 from diffsynth.webui.uploads import keep_picture, keep_upload
 
 logger = logging.getLogger(__name__)
@@ -74,8 +73,6 @@ class Page:
                 reference = self._kept(uploaded)
             pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
             check_budget(self.session, asked, reference)
-            if ignored := unknown_words([asked["prompt"]], self.session.pipe.defaults.words):
-                self._gradio.Warning(ignored)
 
             def make(job: QueuedJob) -> list[PastRun]:
                 runs = [make_video(self.session, asked, reference, job, pictures)]
@@ -116,7 +113,7 @@ class Page:
     def expected(self, *values: Any) -> str:
         """Return how long a run would take; empty if the values are refused. No reference is read for it."""
         try:
-            run = planned(self.session, self._request(("a run", *values[1:])))
+            run = resolved(self.session, self._request(("a run", *values[1:])))
             minutes = expected_minutes(self.session, run)
         except (ValueError, TypeError):
             return ""
@@ -208,6 +205,8 @@ class Page:
                 text = panel.running(first.progress, first.state, ahead, first.seconds, len(own) - 1)
                 yield (text, first.id, *unchanged)
                 time.sleep(1 / LOOKS_PER_SECOND)
+                while not job.warnings.empty():
+                    self._gradio.Warning(self._bare(job.warnings.get().getMessage()))
             error = job.error()
             status, *shown = (None, *unchanged) if error else show(job.result())
         except (ValueError, TypeError, RuntimeError, OSError) as problem:

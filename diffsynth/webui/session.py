@@ -97,7 +97,7 @@ def _operations(pipe: WanVideoPipeline, run: RunOptions) -> float:
 
 def check_budget(session: Session, request: Mapping[str, Any], reference: Path | None) -> None:
     """Raise ValueError if the run of a request is expected to take longer than session.max_minutes."""
-    run = None if session.max_minutes is None else _resolved(session, request, reference)
+    run = None if session.max_minutes is None else resolved(session, request, reference)
     minutes = None if run is None else expected_minutes(session, run)
     if minutes is not None and session.max_minutes is not None and minutes > session.max_minutes:
         raise ValueError(
@@ -117,19 +117,16 @@ def expected_minutes(session: Session, run: RunOptions) -> float | None:
     return None if pace is None else _operations(session.pipe, run) / pace / 60
 
 
-def planned(session: Session, request: Mapping[str, Any]) -> RunOptions:
-    """Return the options of a request whose reference is not read: it has the video's size and length."""
-    call = {name: value for name, value in request.items() if name in call_options()}
-    return resolve_plan(call, session.pipe.defaults, session.pipe.models.facts())
-
-
-def _resolved(
-    session: Session, request: Mapping[str, Any], reference: Path | None, **changes: Any
+def resolved(
+    session: Session, request: Mapping[str, Any], reference: Path | None = None, **changes: Any
 ) -> RunOptions:
-    """Return the resolved options of a request in which `changes` replace options of the call."""
+    """Return the resolved options of a request in which `changes` replace options of the call.
+
+    Without a reference, one of the video's size and length is assumed.
+    """
     call = {name: value for name, value in request.items() if name in call_options()} | changes
     if reference is None:
-        return resolve(call, session.pipe.defaults, None, session.pipe.models.facts())
+        return resolve_plan(call, session.pipe.defaults, session.pipe.models.facts())
     with open_reference(reference, fields_of(ReferenceOptions, request)) as video:
         return resolve(call, session.pipe.defaults, reference_facts(video), session.pipe.models.facts())
 
@@ -173,7 +170,7 @@ def show_motion(session: Session, request: Mapping[str, Any], reference: Path, j
     """Render the flow that a request would transfer to a video file in the cache, and return its path."""
     mode = request["mode"] if request["mode"] in flow_modes() else DEFAULT_MODE
     used = fields_of(ReferenceOptions, request)
-    run = _resolved(session, request, reference, mode=mode)
+    run = resolved(session, request, reference, mode=mode)
     motion = motion_for(session.folder, mode)
     asked = f"{reference.name} {run.height} {run.width} {run.num_frames} {motion} {used}"
     path = session.cache / f"motion-{hashlib.sha256(asked.encode()).hexdigest()[:20]}.mp4"
