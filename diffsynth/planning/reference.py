@@ -109,7 +109,7 @@ def warn_of_reference(pixels: Tensor, fps: float | None = None) -> tuple[bool, l
     sudden = (change > CUT) & (change > CUT_JUMP * (1 + beside)) & (len(change) > 1)
     still, cuts = len(change) > 0 and float(change.max()) < STILL, [int(at) + 1 for at in sudden.nonzero()]
     moving = [i + 1 for i, value in enumerate(change.tolist()) if value >= STILL and i + 1 not in cuts]
-    late = bool(moving) and moving[0] > LATE * len(change)
+    late = bool(moving) and moving[0] > max(1, LATE * len(change))
     if still:
         logger.warning("nothing moves in the reference: there is no motion to transfer")
     elif moving and (start := moving[0] if late else not cuts and comes_in(levels)):
