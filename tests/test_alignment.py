@@ -1,18 +1,22 @@
 """A reference is laid onto the object of a picture: both places are found, or the reference stays."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks.quality.picture_motion import SPRITES, make_pair
+from diffsynth import VideoData, WanVideoPipeline
+from diffsynth.configs.defaults import RunDefaults
 from diffsynth.configs.kinds import AlignmentKind
 from diffsynth.configs.options import RunOptions
 from diffsynth.evaluation.tracking import track_object
 from diffsynth.motion import MotionGuidance
 from diffsynth.planning.alignment import align, shift
-from diffsynth.planning.reference import reference_pixels
+from diffsynth.planning.reference import reference_pixels, warn_of_reference
 
 HEIGHT, WIDTH, FRAMES = 96, 128, 9
 
@@ -138,3 +142,75 @@ def test_the_option_reads_what_the_command_passes():
     for wrong in ("left", [1], (1, 2, True), {"a": 1}, 5, None, ("1", "2")):
         with pytest.raises(ValueError, match=r"align must be object, none, or pixels to the right"):
             RunOptions(align=wrong)
+
+
+def told_of(caplog, frames, fps=None):
+    """The warnings that a reference gives."""
+    caplog.clear()
+    warn_of_reference(tensor(frames), fps)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_mover_that_comes_in_later_is_told_with_its_frame(caplog):
+    enters = [Image.fromarray(scene(40, -40 + 6 * t, 12)) for t in range(25)]
+    (message,) = told_of(caplog, enters, fps=10)
+    assert message == "what moves is not yet in the reference before frame 6 (0.6 s); start leaves that out"
+    assert told_of(caplog, enters[9:]) == []
+    there_and_back = [Image.fromarray(scene(48, 64 + max(0, 4 * (t - 14)), 10)) for t in range(25)]
+    assert not any("not yet" in told for told in told_of(caplog, there_and_back))
+
+
+@pytest.mark.parametrize("move", ["pan", "zoom"])
+def test_a_clip_in_which_only_the_camera_moves_is_told(caplog, move):
+    world = Image.fromarray(scene(0, 0, 0, "noise")[:12, :16]).resize((384, 288), Image.Resampling.BICUBIC)
+    boxes = [(4 * t, 2 * t, 256 + 4 * t, 192 + 2 * t) for t in range(FRAMES)]
+    if move == "zoom":
+        boxes = [(2 * t, 1.5 * t, 384 - 2 * t, 288 - 1.5 * t) for t in range(FRAMES)]
+    frames = [world.resize((128, 96), Image.Resampling.BILINEAR, box) for box in boxes]
+    (message,) = told_of(caplog, frames)
+    assert message == "only the camera moves in the reference: what is transferred is its pan or zoom"
+    for t, frame in enumerate(frames):  # and something large that moves against it
+        frame.paste((250, 40, 20), (80 - 8 * t, 20, 130 - 8 * t, 80))
+    assert told_of(caplog, frames) == []
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_a_few_frames_are_looked_at_without_a_fault(caplog, frames):
+    assert told_of(caplog, video()[:frames]) == []
+    faint = [Image.new("RGB", (WIDTH, HEIGHT), (90 + 2 * t,) * 3) for t in range(frames)]
+    assert not any("not yet" in text for text in told_of(caplog, faint))
+
+
+@pytest.mark.parametrize("name", ["bounce", "circle", "zigzag", "source"])
+def test_nothing_is_told_of_the_shipped_clips(caplog, name):
+    path = Path(__file__).parent.parent / "examples" / "data" / f"{name}.mp4"
+    clip = VideoData(path, height=64, width=64)
+    assert told_of(caplog, list(clip)[:17], clip.fps) == []
+
+
+def test_nothing_is_told_of_the_benchs_ordinary_pairs(caplog):
+    for index in range(16):
+        pair = make_pair(index, SPRITES, False)
+        assert told_of(caplog, [Image.fromarray(frame) for frame in pair.reference]) == []
+
+
+def test_a_reference_that_the_vae_cannot_read_is_told_before_the_first_step(caplog):
+    pipe = WanVideoPipeline.from_pretrained("nano-ti2v", device="cpu")
+    rough = np.random.default_rng(0).integers(0, 255, (17, 64, 64, 3), dtype=np.uint8)
+    run = {"num_inference_steps": 1, "seed": 0, "progress_bar_cmd": None, "output_type": "latent"}
+    for reference, count in ((rough, 1), (make_pair(0, SPRITES, False).reference, 0)):
+        caplog.clear()
+        told_at_first_step = []
+
+        def note(event, told=told_at_first_step):
+            if event.stage == "sampling":
+                told.append(caplog.text.count("the model cannot read this reference"))
+
+        pipe("a fox", input_video=reference, observer=note, **run)
+        assert told_at_first_step == [count]
+    pipe.defaults = RunDefaults(
+        options={**pipe.defaults.options, "reads_db": None}, motion=pipe.defaults.motion
+    )
+    caplog.clear()
+    pipe("a fox", input_video=rough, **run)
+    assert "cannot read" not in caplog.text

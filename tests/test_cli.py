@@ -609,7 +609,9 @@ def test_without_a_model_the_largest_complete_one_is_taken_else_nano_and_that_is
     assert models.choose_model(None, tmp_path, Console().note).name == "Wan2.1-T2V-nano"
     assert "fetch one with: fastvmt download 1.3b" in capsys.readouterr().err
     assert models.choose_model(None, tmp_path, Console().note, picture=True).name == "Wan2.2-TI2V-nano"
-    assert "fetch one with: fastvmt download wan2.2-ti2v-5b" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "photographs and real clips need a published model" in told
+    assert "fetch one with: fastvmt download wan2.2-ti2v-5b" in told
     for checkpoint in PUBLISHED.values():
         (tmp_path / checkpoint.folder).mkdir()
     missing = {checkpoint.folder: ["config.json: missing"] for checkpoint in PUBLISHED.values()}

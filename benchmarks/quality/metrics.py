@@ -119,7 +119,7 @@ def temporal_consistency(frames: Video, track: Track) -> tuple[float, float]:
         raise ValueError(
             f"frames {list(video.shape)} must be two or more, and of the track's {list(track.masks.shape)}"
         )
-    thick = _widened(track.masks)
+    thick = widened(track.masks)
     steady, still = [], []
     for t in range(len(video) - 1):
         outside = ~(thick[t] | thick[t + 1])
@@ -134,7 +134,7 @@ def temporal_consistency(frames: Video, track: Track) -> tuple[float, float]:
     return float(np.mean(steady)), float(np.mean(still)) if still else 1.0
 
 
-def _widened(masks: np.ndarray) -> np.ndarray:
+def widened(masks: np.ndarray) -> np.ndarray:
     """Masks [T, H, W] and the pixels beside them, corners included."""
     padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
     height, width = masks.shape[1:]

@@ -5,7 +5,7 @@ A published checkpoint has `PUBLISHED_DEFAULTS`. Any checkpoint may declare its 
     "fastvmt": {"num_inference_steps": 25, "height": 64, "width": 64, "num_frames": 17,
                 "motion": {"effi_AMF": {"block": 4, "tau": 4.0}},
                 "presets": {"fast": {"sampler": "unipc", "motion": {"effi_AMF": {"guided_steps": 6}}}},
-                "words": ["a", "red", "circle"], "dtype": "float32"}
+                "words": ["a", "red", "circle"], "dtype": "float32", "reads_db": 27.5}
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from diffsynth.configs.cache_tables import MagRatios
 from diffsynth.configs.checkpoints import PUBLISHED, PUBLISHED_DEFAULTS, PUBLISHED_PRESETS, published_key
-from diffsynth.configs.fields import check_value, options_of
+from diffsynth.configs.fields import Number, Option, check_value, options_of
 from diffsynth.configs.guidance import MotionGuidance, changed_numbers, check_heads
 from diffsynth.configs.options import FileOptions, LoadOptions, RunOptions, call_options
 
@@ -24,6 +24,7 @@ SECTION = "fastvmt"
 EXACT = "exact"
 Numbers = Mapping[str, Mapping[str, Any]]
 _STATED = {**call_options(), **options_of(FileOptions), "dtype": options_of(LoadOptions)["dtype"]}
+_STATED["reads_db"] = (Option(kind=Number(above=0), help="PSNR of the VAE that guidance needs, in dB"), None)
 # What a checkpoint or preset may declare.
 _DECLARABLE = {*options_of(RunOptions), "cache_threshold", "fps", "negative_prompt"}
 _DECLARABLE -= {"motion", "seed", "output_type", "rand_device"}
@@ -89,7 +90,7 @@ def run_defaults(folder: Path, dit: Blocks | None = None) -> RunDefaults:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     section = config.get(SECTION, {}) if isinstance(config, dict) else {}
-    known = {*_DECLARABLE, "dtype", *_OTHERS}
+    known = {*_DECLARABLE, "dtype", "reads_db", *_OTHERS}
     if not isinstance(section, dict) or not section.keys() <= known:
         raise ValueError(f"{path}: {SECTION!r} may hold {', '.join(sorted(known))}; it has {section!r:.200}")
     presets = section.get("presets", {})

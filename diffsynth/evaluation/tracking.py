@@ -11,9 +11,7 @@ import numpy as np
 
 from diffsynth.data.frames import rgb_frames
 from diffsynth.data.tensors import Video
-from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background, largest_patches
-
-LEAST_AREA = 0.005  # of the picture
+from diffsynth.planning.objects import LEAST_AREA, LEAST_DISTANCE, distance_from_background, largest_patches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

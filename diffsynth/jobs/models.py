@@ -67,7 +67,8 @@ def choose_model(
         ("nano-ti2v", " for pictures", "wan2.2-ti2v-5b") if picture else ("nano", "", "1.3b")
     )
     note(
-        f"model: {embedded}, the bundled demo model{kind} (64x64 pixels, 17 frames), since no checkpoint"
+        f"model: {embedded}, the bundled demo model{kind} (64x64 pixels, 17 frames; shapes and emoji, while "
+        "photographs and real clips need a published model), since no checkpoint"
         f"{kind} below {root} is complete; fetch one with: fastvmt download {other}"
     )
     return checkpoint_folder(embedded)

@@ -22,6 +22,7 @@ from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.image_condition import encode_pictures
 from diffsynth.pipelines.sample import Progress, StepConsumer, sample
 from diffsynth.planning.ladder import Ladder
+from diffsynth.planning.reference import warn_of_reading
 from diffsynth.runs.checkpoint import SavedRun
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.latents import keep_latents, latents_facts
@@ -58,6 +59,7 @@ def generate(
     pictures: Sequence[Image.Image],
     options: RunOptions,
     ladder: Ladder,
+    reads_db: float | None = None,
     *,
     on_step: StepConsumer,
     observer: Observer,
@@ -77,6 +79,7 @@ def generate(
         pictures: the picture that the video begins with and, if there are two, the one that it ends with.
         options: resolved options; the ladder decides those that are still open.
         ladder: settings for when memory runs out.
+        reads_db: PSNR in dB of the first frame below which a reference is said to be unreadable.
         on_step: consumes what the denoising loop yields, after guidance and after each step.
         observer: called when any other stage begins: encoding texts and video, decoding.
         progress: wraps the range of denoising steps, as tqdm does.
@@ -87,7 +90,7 @@ def generate(
     noise_generator(options)  # fails before a model runs
     inputs = None if saved is None else saved.inputs
     if inputs is None:
-        inputs, options = encode(models, prompts, pixels, pictures, options, ladder, observer)
+        inputs, options = encode(models, prompts, pixels, pictures, options, ladder, observer, reads_db)
         if saved is not None:
             saved.keep_inputs(inputs)
     videos: list[GeneratedVideo] = []
@@ -138,6 +141,7 @@ def encode(
     options: RunOptions,
     ladder: Ladder,
     observer: Observer,
+    reads_db: float | None = None,
 ) -> tuple[RunInputs, RunOptions]:
     """Encode texts, reference and pictures, and draw noise; return also the options in force afterwards."""
     texts = {"positive": [prompt for prompt, _ in prompts]}
@@ -160,6 +164,9 @@ def encode(
     def encode_video(pixels: Tensor, options: RunOptions) -> Tensor:
         with models.residency.using("vae"):
             latents = models.vae.encode(pixels, **options.tiling)
+            if reads_db is not None:
+                again = models.vae.decode(latents[:, :, :1], **options.tiling)
+                warn_of_reading(pixels[:, :, :1], again, reads_db)
             return finite(latents, f"the VAE's encoder (in {models.vae.dtype})")
 
     with timed("encode text"):

@@ -377,7 +377,7 @@ class WanVideoPipeline:
             frames = pixels, pictures
             with open_run(folder, saving, self.residency, prompts, *frames, run, self.interrupt) as saved:
                 videos = generate(
-                    *(self.models, prompts, *frames, run, ladder),
+                    *(self.models, prompts, *frames, run, ladder, self.defaults["reads_db"]),
                     on_step=partial(self._on_step, callback_on_step_end, observer),
                     observer=observer,
                     progress=progress,

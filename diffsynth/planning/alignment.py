@@ -37,7 +37,8 @@ def align(pixels: Tensor, picture: Tensor) -> Alignment | None:
         (right, down, scale) for `shift`; None if one of the two objects is not found with confidence.
     """
     video = chunks_to_uint8([pixels], pixels.shape[2])
-    mover = _spot(distance_from_background(video, slice(1))) or _spot(_from_median(video))
+    from_rest = np.linalg.norm(video[:1] - np.median(video, axis=0), axis=-1)  # where the camera rests
+    mover = _spot(distance_from_background(video, slice(1))) or _spot(from_rest)
     still = chunks_to_uint8([picture[:, :, None]], 1)
     turned = still.swapaxes(1, 2)
     shown = _spot(distance_from_background(still)) or _spot(_from_ends(still))
@@ -68,12 +69,6 @@ def shift(pixels: Tensor, alignment: Alignment) -> Tensor:
     *moved, rest = functional.grid_sample(ground, grid, padding_mode="border", align_corners=False)
     inside = (grid[0].abs() <= 1).all(-1)
     return torch.where(inside, torch.stack(moved), rest).transpose(0, 1)[None].contiguous()
-
-
-def _from_median(video: np.ndarray) -> np.ndarray:
-    """Return how far the first frame is from the median over time, the background where the camera rests."""
-    difference = video[:1].astype(np.float32) - np.median(video, axis=0).astype(np.float32)
-    return np.sqrt(np.square(difference).sum(-1))
 
 
 def _from_ends(picture: np.ndarray) -> np.ndarray:

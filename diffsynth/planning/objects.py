@@ -10,6 +10,7 @@ import numpy as np
 SHADES = (0.65, 1.45)
 # Distances in RGB, 0 to 441. What is nearer to the background is background, whatever the object's colour.
 LEAST_DISTANCE = 30.0
+LEAST_AREA = 0.005  # of the picture, of an object
 _BIN = 16  # RGB levels that count as one colour when the background is looked for
 _CANDIDATES = 12
 _SPARSE = 2  # rows and columns between the pixels that are looked at for it

@@ -12,7 +12,6 @@ from typing import Any
 
 from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.options import PICTURES
-from diffsynth.configs.resolve import unknown_words
 from diffsynth.webui import panel
 from diffsynth.webui.gallery import PastRun, asked_for, compared, find_run, past_runs, paths_drawn, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
@@ -75,8 +74,6 @@ class Page:
                 reference = self._kept(uploaded)
             pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
             check_budget(session, asked, reference)
-            if ignored := unknown_words([asked["prompt"]], session.defaults.words):
-                self._gradio.Warning(ignored)
 
             def make(job: QueuedJob) -> list[PastRun]:
                 runs = [make_video(session, asked, reference, job, pictures)]
@@ -218,6 +215,8 @@ class Page:
                 text = panel.running(first.progress, first.state, ahead, first.seconds, len(own) - 1)
                 yield (text, first.id, *unchanged)
                 time.sleep(1 / LOOKS_PER_SECOND)
+                while not job.warnings.empty():
+                    self._gradio.Warning(self._bare(job.warnings.get().getMessage()))
             error = job.error()
             status, *shown = (None, *unchanged) if error else show(job.result())
         except (ValueError, TypeError, RuntimeError, OSError) as problem:

@@ -3,6 +3,7 @@
 The work of a job is a function of its `QueuedJob`, to which it reports progress and by which it is cancelled.
 """
 
+import logging
 import secrets
 import threading
 import time
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 from typing import Any
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
@@ -46,6 +49,7 @@ class QueuedJob:
         visitor: says whose it is.
         id: random text that cannot be guessed, so that no visitor cancels the job of another.
         progress: progress of the run.
+        warnings: log records of the run that its visitor is told.
         future: future of the result.
     """
 
@@ -53,6 +57,7 @@ class QueuedJob:
         self.title, self.visitor = title, visitor
         self.id = secrets.token_urlsafe(16)
         self.progress = RunProgress()
+        self.warnings: SimpleQueue[logging.LogRecord] = SimpleQueue()
         self.future: Future = Future()
         self._started: float | None = None
         self._ended: float | None = None
@@ -127,10 +132,14 @@ class QueuedJob:
     def run(self, work: Callable[["QueuedJob"], Any]) -> Any:
         """Do the work; the queue calls this."""
         self._started = time.monotonic()
+        handler, own = QueueHandler(self.warnings), threading.get_ident()
+        handler.addFilter(lambda record: record.levelno >= logging.WARNING and record.thread == own)
+        logging.getLogger("diffsynth").addHandler(handler)
         try:
             self.check()
             return work(self)
         finally:
+            logging.getLogger("diffsynth").removeHandler(handler)
             self._ended = time.monotonic()
 
 

@@ -23,6 +23,7 @@ PATTERNS = ("striped", "checkered", "mottled")
 SUPERSAMPLING = 2
 # A background covers half a picture beyond each edge, so that the camera may pan.
 BEYOND = 0.5
+_FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,7 @@ def make_sprite_clip(
     mirrored = rng.random(len(names)) < 0.5
     height, width = motion.frames.shape[1:3]
     world, place = _draw_world(rng, mean_colour(names[-1]), SUPERSAMPLING * min(height, width))
-    grounds = _camera_views(world, motion.layers[0], height, width)
+    grounds = camera_views(world, motion.layers[0], height, width)
     frames = np.empty_like(motion.frames)
     for t, ground in enumerate(grounds):
         picture = ground
@@ -177,7 +178,7 @@ def _pattern(rng: np.random.Generator, name: str, rows: np.ndarray, columns: np.
     return (0.85 + 0.15 * np.tanh(3 * wave))[..., None]
 
 
-def _camera_views(world: Image.Image, camera: np.ndarray, height: int, width: int) -> list[Image.Image]:
+def camera_views(world: Image.Image, camera: np.ndarray, height: int, width: int) -> list[Image.Image]:
     """Return what the camera shows of the background, frame by frame, at SUPERSAMPLING times the size.
 
     camera [T, 2, 3] maps (row, column, 1) of the world, in units of the shorter side, to pixels.
@@ -207,8 +208,11 @@ def _pillow_map(matrix: np.ndarray, scale: float, offset: np.ndarray) -> tuple[f
 
 def _with_sprite(picture: Image.Image, name: str, mirrored: bool, layer: np.ndarray) -> Image.Image:
     image = sprite(name)
-    if mirrored:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return with_cut_out(picture, image.transpose(_FLIP) if mirrored else image, layer)
+
+
+def with_cut_out(picture: Image.Image, image: Image.Image, layer: np.ndarray) -> Image.Image:
+    """Return a picture of SUPERSAMPLING times the size with an RGBA image where `layer` [2, 3] takes it."""
     radius = SUPERSAMPLING * np.sqrt(np.linalg.det(layer[:, :2]))
     # At the size that it is seen in: sampling without a filter skips pixels of larger ones.
     factor = min(1.0, 2 * radius / max(image.size))
