@@ -18,7 +18,7 @@ from diffsynth.evaluation.flow_images import colour_panels, known_tokens, neighb
 from diffsynth.evaluation.grid import picture_grid
 from diffsynth.motion.coarse import noise_scale
 from diffsynth.runs.record import read_record
-from diffsynth.schedulers.flow_match import flow_match_sigmas
+from diffsynth.schedulers import FlowMatchScheduler
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,8 +103,11 @@ def method_diagram() -> "Figure":
 
 def schedule_figure() -> "Figure":
     """Draw the noise level of each step, guided ones as dots: published numbers, and the nano model's."""
-    published = flow_match_sigmas(50, 0.75, 7.0).tolist()
-    nano = flow_match_sigmas(25, 1.0, 3.0).tolist()
+    scheduler = FlowMatchScheduler()
+    scheduler.set_timesteps(50, 0.75, 7.0)
+    published = scheduler.sigmas.tolist()
+    scheduler.set_timesteps(25, 1.0, 3.0)
+    nano = scheduler.sigmas.tolist()
     coarse = [sigma * noise_scale(sigma, 2) for sigma in published[:10]]
     figure = new_figure(8.6, 3.4)
     axes = figure.add_subplot(xlabel="denoising step", ylabel="noise level", ylim=(0, 1))

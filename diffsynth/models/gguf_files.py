@@ -94,21 +94,16 @@ def _five_bits(blocks: Tensor, start: int) -> Tensor:
     return _nibbles(blocks[:, start + 4 :]).flatten(1) | high << 4
 
 
-def _groups(blocks: Tensor, numbers: Tensor) -> Tensor:
-    """Return d scale n - m minimum, [n, 8, 32]: twelve bytes hold eight scales and minima of six bits."""
+def _groups(blocks: Tensor, start: int, high_bits: Tensor | int = 0) -> Tensor:
+    """Return d scale n - m minimum, [n, 8, 32]: twelve bytes hold eight scales and minima of six bits.
+
+    The low bits of the numbers are the bytes from `start` on.
+    """
+    numbers = _nibbles(blocks[:, start:].unflatten(1, (4, 32))).flatten(1, 2) | high_bits
     low, middle, high = blocks[:, 4:16].split(4, dim=1)
     scales = torch.cat([low & 63, high & 15 | low >> 6 << 4], dim=1)[..., None]
     minima = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4], dim=1)[..., None]
     return _halves(blocks, 0)[..., None] * scales * numbers - _halves(blocks, 2)[..., None] * minima
-
-
-def _q4_k(blocks: Tensor) -> Tensor:
-    return _groups(blocks, _nibbles(blocks[:, 16:].unflatten(1, (4, 32))).flatten(1, 2))
-
-
-def _q5_k(blocks: Tensor) -> Tensor:
-    numbers = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).flatten(1, 2)
-    return _groups(blocks, numbers | _bits(blocks[:, 16:48], 8).mT << 4)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
@@ -126,7 +121,7 @@ UNPACK: Mapping[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "Q4_1": (20, lambda blocks: _halves(blocks, 0) * _nibbles(blocks[:, 4:]).flatten(1) + _halves(blocks, 2)),
     "Q5_0": (22, lambda blocks: _halves(blocks, 0) * (_five_bits(blocks, 2).float() - 16)),
     "Q5_1": (24, lambda blocks: _halves(blocks, 0) * _five_bits(blocks, 4) + _halves(blocks, 2)),
-    "Q4_K": (144, _q4_k),
-    "Q5_K": (176, _q5_k),
+    "Q4_K": (144, lambda blocks: _groups(blocks, 16)),
+    "Q5_K": (176, lambda blocks: _groups(blocks, 48, _bits(blocks[:, 16:48], 8).mT << 4)),
     "Q6_K": (210, _q6_k),
 }

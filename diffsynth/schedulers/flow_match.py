@@ -16,33 +16,6 @@ from diffsynth.configs.fields import Number, Whole, check_value
 from diffsynth.configs.guidance import shifted_level
 
 
-def flow_match_sigmas(
-    num_inference_steps: int,
-    denoising_strength: float,
-    shift: float,
-    *,
-    sigma_min: float = 0.0,
-    sigma_max: float = 1.0,
-    endpoint: bool = False,
-) -> Tensor:
-    """Return the shifted noise levels of a run, float64 [num_inference_steps], descending.
-
-    u is evenly spaced from sigma_min + denoising_strength * (sigma_max - sigma_min) to sigma_min, which is
-    included only if `endpoint` is true; sigma = shift * u / (1 + (shift - 1) * u).
-    A strength below 1 keeps the number of steps and spreads them over the shorter range.
-
-    Raises:
-        ValueError: steps below 1 or not whole, strength outside (0, 1], shift not above 0.
-    """
-    check_value("num_inference_steps", Whole(1), num_inference_steps)
-    check_value("denoising_strength", Number(above=0, most=1), denoising_strength)
-    check_value("shift", Number(above=0), shift)
-    start = sigma_min + denoising_strength * (sigma_max - sigma_min)
-    points = num_inference_steps if endpoint else num_inference_steps + 1
-    u = torch.linspace(start, sigma_min, points, dtype=torch.float64)[:num_inference_steps]
-    return shifted_level(u, shift)
-
-
 def nearest_step(timesteps: Tensor, timestep: float | Tensor) -> int:
     """Return the index of the entry of `timesteps` [N] nearest to `timestep`; the first one in a tie.
 
@@ -113,18 +86,21 @@ class FlowMatchScheduler:
     ) -> None:
         """Compute the tables of one run. `shift` applies to this call only; None means the default shift.
 
+        u is evenly spaced from sigma_min + denoising_strength * (sigma_max - sigma_min) to sigma_min, which
+        is left out with `extra_one_step`; sigma = shift * u / (1 + (shift - 1) * u).
+        A strength below 1 keeps the number of steps and spreads them over the shorter range.
+
         Raises:
-            ValueError: see flow_match_sigmas.
+            ValueError: steps below 1 or not whole, strength outside (0, 1], shift not above 0.
         """
-        sigmas = flow_match_sigmas(
-            num_inference_steps,
-            denoising_strength,
-            self.shift if shift is None else shift,
-            sigma_min=self.sigma_min,
-            sigma_max=self.sigma_max,
-            endpoint=not self.extra_one_step,
-        )
-        self.set_sigmas(sigmas.tolist())
+        shift = self.shift if shift is None else shift
+        check_value("num_inference_steps", Whole(1), num_inference_steps)
+        check_value("denoising_strength", Number(above=0, most=1), denoising_strength)
+        check_value("shift", Number(above=0), shift)
+        start = self.sigma_min + denoising_strength * (self.sigma_max - self.sigma_min)
+        points = num_inference_steps + self.extra_one_step
+        u = torch.linspace(start, self.sigma_min, points, dtype=torch.float64)[:num_inference_steps]
+        self.set_sigmas(shifted_level(u, shift).tolist())
 
     def set_sigmas(self, sigmas: Sequence[float]) -> None:
         """Set the tables of one run from its noise levels, which descend, are at most 1 and above 0."""

@@ -25,7 +25,7 @@ from train_vae import SIZE as VAE_SIZE
 from diffsynth.models.attention import BACKENDS, AttentionBackend, use_attention
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
-from diffsynth.schedulers.flow_match import flow_match_sigmas
+from diffsynth.schedulers import FlowMatchScheduler
 from diffsynth.vram_management import choose_device
 
 STEPS, SUBSTEPS = 8, 3
@@ -58,8 +58,9 @@ def with_low_rank(teacher: WanModel) -> tuple[WanModel, dict[str, LowRank]]:
 
 def levels() -> Tensor:
     """Noise levels [STEPS * SUBSTEPS + 1] of the teacher's run; every SUBSTEPS-th is one of the student's."""
-    sigmas = flow_match_sigmas(STEPS * SUBSTEPS, USUAL["denoising_strength"], USUAL["sigma_shift"])
-    return torch.cat([sigmas.float(), torch.zeros(1)])
+    scheduler = FlowMatchScheduler(USUAL["sigma_shift"])
+    scheduler.set_timesteps(STEPS * SUBSTEPS, USUAL["denoising_strength"])
+    return torch.cat([scheduler.sigmas, torch.zeros(1)])
 
 
 @torch.no_grad()
