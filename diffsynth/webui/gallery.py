@@ -137,10 +137,10 @@ def _videos_of(run: PastRun) -> dict[str, Video]:
     reference = run.record.reference
     if reference is not None:
         with suppress(OSError, ValueError, TypeError):
-            return {
-                "reference": _reference_frames(reference, height, width, len(result)),
-                "result": result,
-            }
+            path, used = Path(reference["path"]), fields_of(ReferenceOptions, reference)
+            if sha256_of_video(path) == reference["sha256"]:
+                with open_reference(path, used, height=height, width=width) as opened:
+                    return {"reference": list(islice(opened, len(result))), "result": result}
     return {"result": result}
 
 
@@ -148,15 +148,6 @@ def _save_row(run: PastRun, videos: Mapping[str, Video], path: Path) -> Path:
     height = max(_COMPARED_HEIGHT, min(run.record.video["height"], 480))
     shown = side_by_side(videos, height=height)
     return save_video(shown, path, fps=run.record.video["fps"], quality=8)
-
-
-def _reference_frames(reference: Mapping[str, Any], height: int, width: int, count: int) -> list[Image.Image]:
-    """Return the frames of a recorded reference, or raise ValueError if the file has changed."""
-    path = Path(reference["path"])
-    if sha256_of_video(path) != reference["sha256"]:
-        raise ValueError(f"{path} is not the recorded reference")
-    with open_reference(path, fields_of(ReferenceOptions, reference), height=height, width=width) as video:
-        return list(islice(video, count))
 
 
 def _run_of(record_file: Path) -> PastRun | None:
