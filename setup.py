@@ -39,6 +39,7 @@ setup(
         "diffsynth": [
             "py.typed",
             "configs/*.json",
+            "configs/*.pyi",
             "evaluation/*.safetensors",
             "testing_data/*/*",
             "webui/*.css",

@@ -29,7 +29,6 @@ from diffsynth.configs.descriptors import DESCRIPTORS
 from diffsynth.configs.fields import load, options_of
 from diffsynth.configs.resolve import resolve, resolve_prompts
 from diffsynth.data import frames, writer
-from diffsynth.evaluation.trackers import METHODS
 from diffsynth.jobs import models, publish, task
 from diffsynth.jobs.download import DownloadError
 from diffsynth.jobs.publish import check_folder
@@ -172,7 +171,6 @@ def test_the_version_is_the_package_s(capsys):
 def test_names_that_configs_state_are_those_of_the_rooms():
     assert tuple(BACKENDS) == options.ATTENTION
     assert set(options.DTYPES) == {str(dtype).removeprefix("torch.") for dtype in DTYPES} - {"float64"}
-    assert parser.TRACKERS == METHODS
     assert options.FITS == frames.FITS
     assert options.DEFAULT_FPS == writer.DEFAULT_FPS
     for path in [*options.SAMPLERS.values(), *(cache.rule for cache in CACHES.values())]:
@@ -703,11 +701,11 @@ def test_inspect_draws_the_losses_of_a_record(clip, tiny_checkpoint, tmp_path, c
 def test_evaluate_measures_a_video_against_itself(tmp_path, capsys):
     pytest.importorskip("cv2")
     clip = write_clip(tmp_path / "a.mp4", num_frames=4, height=64, width=64)
-    assert main(["evaluate", clip, clip, "--grid", "6", "--tracker", "lk", "--json"]) == 0
+    assert main(["evaluate", clip, clip, "--grid", "6", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["frames_compared"] == 4
     assert values["motion_fidelity_at_same_place"] == pytest.approx(1)
-    assert main(["evaluate", clip, clip, "--grid", "6", "--tracker", "lk"]) == 0
+    assert main(["evaluate", clip, clip, "--grid", "6"]) == 0
     assert re.search(r"^motion fidelity at same place +1\.0000$", capsys.readouterr().out, re.MULTILINE)
 
 

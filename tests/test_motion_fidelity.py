@@ -2,17 +2,23 @@
 
 import importlib.util
 import json
-import logging
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.quality import cotracker
 from diffsynth import save_video
 from diffsynth.cli.main import main
 from diffsynth.evaluation.motion_fidelity import motion_fidelity, paired_fidelity, tracklet_fidelity
-from diffsynth.evaluation.trackers import COTRACKER_WEIGHTS, Tracklets, track_points
+from diffsynth.evaluation.trackers import Tracklets, track_points
+
+
+def lk(grid):
+    return partial(track_points, grid=grid)
+
 
 needs_cv2 = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None, reason='needs OpenCV: pip install "fastvmt[eval]"'
@@ -67,7 +73,7 @@ def straight(velocity, count=3, num_frames=9):
 @pytest.mark.parametrize("velocity", [(1.3, -2.7), (-0.4, 0.25), (4.0, 3.5)])
 def test_lucas_kanade_follows_a_known_translation_to_a_third_of_a_pixel(velocity):
     clip = texture_clip(velocity)
-    found = track_points(clip, method="lk", grid=12)
+    found = track_points(clip, grid=12)
     assert found.points.shape == (144, 9, 2)
     assert found.points.dtype == np.float32
     assert found.points[0, 0] == pytest.approx((64 / 24, 96 / 24))
@@ -82,7 +88,7 @@ def test_lucas_kanade_follows_a_known_translation_to_a_third_of_a_pixel(velocity
 
 @needs_cv2
 def test_a_point_that_leaves_the_picture_is_lost_for_good_and_stays_inside():
-    found = track_points(texture_clip((0, 6)), method="lk", grid=12)
+    found = track_points(texture_clip((0, 6)), grid=12)
     right = found.points[:, 0, 1] > 80
     assert not found.visible[right, -1].any()
     assert (np.diff(found.visible.astype(int), axis=1) <= 0).all()
@@ -93,8 +99,8 @@ def test_a_point_that_leaves_the_picture_is_lost_for_good_and_stays_inside():
 @needs_cv2
 def test_a_video_is_true_to_itself_and_the_opposite_of_itself_backwards():
     clip = texture_clip((1.5, 2))
-    assert motion_fidelity(clip, clip, tracker="lk", grid=15) == pytest.approx(1, abs=1e-5)
-    assert motion_fidelity(clip[::-1], clip, tracker="lk", grid=15) < -0.95
+    assert motion_fidelity(clip, clip, tracker=lk(15)) == pytest.approx(1, abs=1e-5)
+    assert motion_fidelity(clip[::-1], clip, tracker=lk(15)) < -0.95
 
 
 @needs_cv2
@@ -102,27 +108,27 @@ def test_appearance_size_and_speed_do_not_count_but_direction_does():
     clip = texture_clip((1.5, 2))
     alike = texture_clip((3, 4), seed=7, height=96, width=80)
     across = texture_clip((2, -1.5), seed=7)
-    assert motion_fidelity(alike, clip, tracker="lk", grid=15) > 0.98
-    assert motion_fidelity(255 - clip, clip, tracker="lk", grid=15) > 0.99
-    assert abs(motion_fidelity(across, clip, tracker="lk", grid=15)) < 0.15
+    assert motion_fidelity(alike, clip, tracker=lk(15)) > 0.98
+    assert motion_fidelity(255 - clip, clip, tracker=lk(15)) > 0.99
+    assert abs(motion_fidelity(across, clip, tracker=lk(15))) < 0.15
 
 
 @needs_cv2
 def test_a_still_video_shares_nothing_with_a_moving_one():
     still = texture_clip((0, 0))
-    assert motion_fidelity(still, texture_clip((1.5, 2)), tracker="lk", grid=10) == pytest.approx(0, abs=0.02)
-    assert motion_fidelity(still, texture_clip((0, 0), seed=3), tracker="lk", grid=10) == pytest.approx(1)
+    assert motion_fidelity(still, texture_clip((1.5, 2)), tracker=lk(10)) == pytest.approx(0, abs=0.02)
+    assert motion_fidelity(still, texture_clip((0, 0), seed=3), tracker=lk(10)) == pytest.approx(1)
 
 
 @needs_cv2
 def test_a_video_without_texture_has_no_tracklets_and_is_named():
     plain = np.full((5, 48, 48, 3), 90, np.uint8)
-    assert not track_points(plain, method="lk", grid=6).visible[:, 1:].any()
+    assert not track_points(plain, grid=6).visible[:, 1:].any()
     clip = texture_clip((1, 1), num_frames=5, height=48, width=48)
     with pytest.raises(ValueError, match="generated: none of 36 tracklets is seen in 50% of its steps"):
-        motion_fidelity(plain, clip, tracker="lk", grid=6)
+        motion_fidelity(plain, clip, tracker=lk(6))
     with pytest.raises(ValueError, match="reference: none of 36"):
-        motion_fidelity(clip, plain, tracker="lk", grid=6)
+        motion_fidelity(clip, plain, tracker=lk(6))
 
 
 def test_the_score_is_half_the_published_sum():
@@ -209,20 +215,15 @@ def test_tracklets_that_cannot_be_compared_are_refused():
         Tracklets(points=np.zeros((3, 4, 2), np.float32), visible=np.ones((3, 5), bool))
 
 
-def test_wrong_options_of_the_tracker_are_named():
-    clip = np.zeros((2, 32, 32, 3), np.uint8)
-    with pytest.raises(ValueError, match="method must be one of auto, lk, cotracker; got 'raft'"):
-        track_points(clip, method="raft")
+def test_a_wrong_grid_is_named():
     with pytest.raises(ValueError, match="grid must be an integer of at least 1, got 0"):
-        track_points(clip, grid=0)
-    with pytest.raises(ValueError, match=r"checkpoint w\.pth is CoTracker's: method 'lk' has no weights"):
-        track_points(clip, method="lk", checkpoint="w.pth")
+        track_points(np.zeros((2, 32, 32, 3), np.uint8), grid=0)
 
 
 def test_without_opencv_the_extra_to_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match=r'pip install "fastvmt\[eval\]"'):
-        track_points(np.zeros((2, 32, 32, 3), np.uint8), method="lk")
+        track_points(np.zeros((2, 32, 32, 3), np.uint8))
 
 
 @pytest.fixture
@@ -247,57 +248,46 @@ def weights_of(column, row):
     return {"weight": torch.tensor([[float(column), float(row)]]), "bias": torch.zeros(1)}
 
 
-def test_cotracker_is_asked_and_answers_in_columns_and_rows(hub, monkeypatch, tmp_path, caplog):
+def test_cotracker_is_asked_and_answers_in_columns_and_rows(hub, monkeypatch, tmp_path):
     write_package(tmp_path, monkeypatch)
-    torch.save({"model": weights_of(3, -1)}, hub / "checkpoints" / COTRACKER_WEIGHTS)
+    torch.save({"model": weights_of(3, -1)}, hub / "checkpoints" / cotracker.WEIGHTS)
     clip = np.full((4, 20, 40, 3), 200, np.uint8)
-    with caplog.at_level(logging.INFO):
-        found = track_points(clip, grid=2, device="cpu")
-    assert "points are tracked by cotracker" in caplog.text
+    found = cotracker.track(cotracker.load_cotracker(device="cpu"), clip, grid=2)
     starts = np.array([[5, 10], [5, 30], [15, 10], [15, 30]])
     assert found.points[:, 0] == pytest.approx(starts)
     assert found.points[:, 3] == pytest.approx(starts + np.array([-3, 9]))
     assert found.visible.tolist() == [[True, True, True, False]] * 4
-    own = tmp_path / "own.pth"
-    torch.save(weights_of(0, 1), own)
-    found = track_points(clip, grid=2, checkpoint=own, device="cpu")
-    assert found.points[:, 3] == pytest.approx(starts + np.array([3, 0]))
+    torch.save(weights_of(0, 1), tmp_path / "own.pth")
+    model = cotracker.load_cotracker(tmp_path / "own.pth", "cpu")
+    assert cotracker.track(model, clip, grid=2).points[:, 3] == pytest.approx(starts + np.array([3, 0]))
+    moved = motion_fidelity(clip, clip, tracker=partial(cotracker.track, model, grid=2))
+    assert moved == pytest.approx(1)
 
 
 def test_cotracker_is_found_in_the_cache_of_torch_hub(hub):
-    repository = hub / "facebookresearch_co-tracker_main"
+    repository = hub / cotracker.REPOSITORY
     repository.mkdir()
     (repository / "hubconf.py").write_text(
         STUB + "\ndef cotracker3_offline(pretrained):\n    return CoTrackerPredictor(None, 60, False)\n"
     )
-    torch.save(weights_of(1, 0), hub / "checkpoints" / COTRACKER_WEIGHTS)
-    found = track_points(np.full((3, 20, 20, 3), 200, np.uint8), method="cotracker", grid=1, device="cpu")
+    torch.save(weights_of(1, 0), hub / "checkpoints" / cotracker.WEIGHTS)
+    model = cotracker.load_cotracker(device="cpu")
+    found = cotracker.track(model, np.full((3, 20, 20, 3), 200, np.uint8), grid=1)
     assert found.points[0] == pytest.approx(np.array([[10, 10], [10, 11], [10, 12]]))
 
 
-@needs_cv2
-@pytest.mark.usefixtures("hub")
-def test_without_cotracker_auto_takes_lucas_kanade_and_says_so(caplog):
-    with caplog.at_level(logging.INFO):
-        found = track_points(texture_clip((1, 1)), grid=4)
-    assert "points are tracked by lk (there is no " in caplog.text
-    assert found.visible[:, -1].any()
-
-
 def test_missing_or_foreign_parts_of_cotracker_are_named(hub, monkeypatch, tmp_path):
-    clip = np.zeros((2, 32, 32, 3), np.uint8)
     with pytest.raises(FileNotFoundError, match=r"scaled_offline.pth do not exist: put https://.* there"):
-        track_points(clip, method="cotracker", device="cpu")
+        cotracker.load_cotracker()
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth do not exist"):
-        track_points(clip, checkpoint="nowhere.pth", device="cpu")
-    weights = hub / "checkpoints" / COTRACKER_WEIGHTS
-    torch.save({"other": torch.zeros(1)}, weights)
+        cotracker.load_cotracker("nowhere.pth")
+    torch.save({"other": torch.zeros(1)}, hub / "checkpoints" / cotracker.WEIGHTS)
     if importlib.util.find_spec("cotracker") is None:
         with pytest.raises(ImportError, match=r"install https://github\.com/facebookresearch/co-tracker"):
-            track_points(clip, method="cotracker", device="cpu")
+            cotracker.load_cotracker()
     write_package(tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match=r"is not CoTracker3's scaled_offline.pth"):
-        track_points(clip, method="cotracker", device="cpu")
+    with pytest.raises(ValueError, match=r"are not CoTracker3's scaled_offline.pth"):
+        cotracker.load_cotracker()
 
 
 def evaluate(*arguments):
@@ -308,7 +298,7 @@ def evaluate(*arguments):
 def test_the_command_prints_a_table_or_json(tmp_path, capsys):
     save_video(texture_clip((1.5, 2)), tmp_path / "own.mp4", fps=8)
     save_video(texture_clip((1.5, 2), seed=1, num_frames=7), tmp_path / "other.mp4", fps=8)
-    arguments = [tmp_path / "own.mp4", tmp_path / "other.mp4", "--tracker", "lk", "--grid", "12"]
+    arguments = [tmp_path / "own.mp4", tmp_path / "other.mp4", "--grid", "12"]
     assert evaluate(*arguments, "--json") == 0
     values = json.loads(capsys.readouterr().out)
     assert values["frames_compared"] == 7

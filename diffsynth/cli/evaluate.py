@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from itertools import islice
-from typing import Any
 
 from diffsynth.cli.console import DONE, Console
 from diffsynth.configs.fields import fields_of
@@ -30,8 +29,7 @@ def run(options: Namespace, console: Console) -> int:
     reference = open_reference(options.reference, used, height=height, width=width)
     count = min(len(generated), len(reference))
     frames, others = (list(islice(video, count)) for video in (generated, reference))
-    tracking: dict[str, Any] = {name: getattr(options, name) for name in ("grid", "checkpoint", "device")}
-    own, other = (track_points(video, method=options.tracker, **tracking) for video in (frames, others))
+    own, other = (track_points(video, grid=options.grid) for video in (frames, others))
     backwards = Tracklets(points=other.points[:, ::-1], visible=other.visible[:, ::-1])
     values: dict[str, float | int] = {
         "frames_compared": count,

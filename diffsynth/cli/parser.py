@@ -27,7 +27,6 @@ from diffsynth.jobs.download import SOURCES
 from diffsynth.jobs.errors import UsageError
 from diffsynth.version import __version__
 
-TRACKERS = ("auto", "lk", "cotracker")
 ENDS = ("shortest", "longest")
 _REFERENCE = "a video file, or a folder of images"
 _OVERWRITE = "replace OUT if it exists"
@@ -254,10 +253,8 @@ def _add_evaluate(parser: Parser) -> None:
     add("reference", type=Path, metavar="REF", help="the video whose motion it follows")
     add("--prompt", help="what the video should show; measured with a CLIP")
     add("--clip", type=Path, metavar="DIR", help="folder of a CLIP")
-    add("--tracker", choices=TRACKERS, default="auto", help="auto: cotracker if it is there")
-    add("--checkpoint", type=Path, metavar="FILE", help="CoTracker's weights")
     add("--grid", type=whole, default=40, metavar="N", help="points in a row and column (40)")
-    add("--device", default="auto", help="where CLIP and CoTracker run (auto)")
+    add("--device", default="auto", help="where CLIP runs (auto)")
     add_options(parser, ReferenceOptions, "what is used of the reference; as for transfer")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm  # a widget in notebooks
 
 from diffsynth.configs.defaults import RunDefaults, run_defaults
-from diffsynth.configs.options import PICTURES, CallArguments, CallOptions, SavingOptions
+from diffsynth.configs.options import PICTURES, SavingOptions
 from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_prompts, unknown_words
 from diffsynth.data import VideoData, files
 from diffsynth.data.frames import Picture, checked_int, read_picture
@@ -40,7 +40,7 @@ from diffsynth.schedulers import FlowMatchScheduler, make_scheduler
 from diffsynth.vram_management import Residency, choose_device
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from diffsynth.configs.call_types import CallArguments, CallOptions, Unpack
 
 logger = logging.getLogger(__name__)
 
