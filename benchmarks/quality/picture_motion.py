@@ -37,7 +37,7 @@ from diffsynth import WanVideoPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "train_nano"))
 from sprite_package import HELD_OUT_SPRITES, SPRITES
-from sprite_scenes import SpriteClip, make_sprite_clip
+from sprite_scenes import MOTION, SpriteClip, make_sprite_clip
 
 from benchmarks.synthetic.clips import PLAIN, make_clip
 
@@ -73,7 +73,7 @@ def make_pair(index: int, names: Sequence[str], apart: bool, references: str = "
     rng = np.random.default_rng((PAIRS_KIND, index))
     unlike = references == "unlike" or (references == "half" and index % 2 == 1)
     kind = KINDS[index // (2 if references == "half" else 1) % len(KINDS)] if unlike else "ordinary"
-    camera = replace(PLAIN, camera=1.0) if kind == CAMERA_MOVE else PLAIN
+    camera = replace(PLAIN, radius=MOTION.radius, camera=float(kind == CAMERA_MOVE))
     motion = make_clip((PAIRS_KIND, index), options=camera)
     first, second = map(str, rng.choice(names, 2, replace=False))
     if unlike:

@@ -51,6 +51,7 @@ class SceneOptions:
         shaded: probability of a shaded background; likewise checkered.
         camera: probability of a pan or a zoom.
         still: probability of an object at rest.
+        radius: smallest and largest of an object at the start, in units of the picture's shorter side.
 
     Raises:
         ValueError: a name is unknown, or a probability is not from 0 to 1.
@@ -66,11 +67,12 @@ class SceneOptions:
     spin: float = 0.2
     growth: float = 0.15
     still: float = 0.04
+    radius: tuple[float, float] = RADIUS
 
     def __post_init__(self) -> None:
         _check_names("shapes", self.shapes, KNOWN_SHAPES)
         _check_names("trajectories", self.trajectories, tuple(PATHS))
-        for field in fields(self)[2:]:
+        for field in fields(self)[2:-1]:
             value = getattr(self, field.name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{field.name} must be a probability, 0 to 1; got {value!r}")
@@ -225,7 +227,7 @@ def _draw_object(
         colour=chosen["colour"] or colour,
         texture=texture,
         trajectory=chosen["trajectory"] or trajectory,
-        radius=float(rng.uniform(*RADIUS)),
+        radius=float(rng.uniform(*options.radius)),
     )
 
 

@@ -4,7 +4,7 @@ The motion comes from `make_clip`: its maps from an object's coordinates to pixe
 replaced.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,8 @@ SCENERY: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
 }
 PATTERNS = ("striped", "checkered", "mottled")
 SUPERSAMPLING = 2
+# Objects are four tokens wide or more, since smaller ones melt, and simple motion is most frequent.
+MOTION = SceneOptions(radius=(0.24, 0.31), second_object=0.08, camera=0.1, spin=0.1, growth=0.08)
 # A background covers half a picture beyond each edge, so that the camera may pan.
 BEYOND = 0.5
 _FLIP = Image.Transpose.FLIP_LEFT_RIGHT
@@ -39,7 +41,7 @@ class SpriteScenes:
 
     sprites: tuple[str, ...] = SPRITES
     shapes_only: float = 0.25
-    motion: SceneOptions = field(default_factory=SceneOptions)
+    motion: SceneOptions = MOTION
     second_is_shape: float = 0.3
 
 
