@@ -24,8 +24,8 @@ CUT = 12.0  # at least, and by CUT_JUMP more than in the frames around it
 CUT_JUMP = 1.8
 SIDE, GRID = 64, 32  # pixels of the shorter side at which a reference is looked at, and rows for its camera
 # A camera's move leaves at most so much of the change unexplained (six real clips: 0.20 and more), and
-# changes the picture so evenly (clips of one object: 0.27 and less).
-UNEXPLAINED, EVENLY = 0.15, 0.35
+# changes the picture so evenly (clips of one object: 0.42 and less; normally distributed changes: 0.64).
+UNEXPLAINED, EVENLY = 0.15, 0.5
 
 
 def reference_pixels(
