@@ -164,7 +164,7 @@ def published(tmp_path, monkeypatch):
     sizes = published_sizes("1.3b")
     published_facts = sizes.facts()
 
-    def resolved(_models, prompts, _pixels, _pictures, options, _ladder, **_others):
+    def resolved(_models, prompts, _pixels, _pictures, options, *_rest, **_others):
         frames = [Image.new("RGB", (options.width, options.height))] * 2
         cost = RunCost(options.seed, options.mode, options.num_inference_steps)
         return [

@@ -276,7 +276,7 @@ def test_models_are_placed_where_the_next_rung_says():
     placed = []
 
     class Placing:
-        device, offload, streaming = torch.device("meta"), False, ()
+        device, offload, streaming, staying = torch.device("meta"), False, (), ()
         models: ClassVar = {"dit": SimpleNamespace(blocks=[torch.nn.Linear(2, 2)] * 4)}
 
         def rest(self):

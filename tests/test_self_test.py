@@ -130,8 +130,8 @@ def sines_come_before_cosines(patch):
 
 @fault("DiT forward")
 def shift_and_scale_are_swapped(patch):
-    right = wan_video_dit.modulate
-    patch.setattr(wan_video_dit, "modulate", lambda x, shift, scale: right(x, scale, shift))
+    right = wan_video_dit_layers.modulate
+    patch.setattr(wan_video_dit_layers, "modulate", lambda x, shift, scale: right(x, scale, shift))
 
 
 @fault("text encoder")
