@@ -44,7 +44,6 @@ def plan_ranks(
     group, alone = (ranks // 2 if halves else ranks), run_bytes(dit, latents)
     others, blocks = (ranks - 1) / ranks, dit.weights.blocks
     settings = replace(plan.settings, offload=True) if shard else plan.settings
-
     held = dit.weights.rest + sum(blocks) / ranks if shard else 0  # in all stages
 
     def peak(stage: StageMemory) -> float:

@@ -1,7 +1,7 @@
 """Past runs, found in the output folder by their records, and pictures of them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -46,11 +46,14 @@ class PastRun:
 
 def past_runs(folder: Path, most: int = MOST_SHOWN) -> list[PastRun]:
     """Return the `most` latest runs in a folder, newest first. Damaged records and links are left out."""
-    if not folder.is_dir():
-        return []
-    files = [path for path in folder.iterdir() if path.name.endswith(_SUFFIXES)]
+    return list(read_runs(folder, most))
+
+
+def read_runs(folder: Path, most: int = MOST_SHOWN) -> Iterator[PastRun]:
+    """As `past_runs`, but each record is read when it is asked for."""
+    files = [path for path in folder.iterdir() if path.name.endswith(_SUFFIXES)] if folder.is_dir() else []
     files.sort(key=lambda path: path.lstat().st_mtime_ns, reverse=True)
-    return list(islice(filter(None, map(_run_of, files)), most))
+    return islice(filter(None, map(_run_of, files)), most)
 
 
 def find_run(folder: Path, name: str) -> PastRun:

@@ -26,7 +26,7 @@ from diffsynth.planning.cost import run_cost
 from diffsynth.planning.plan import resolve_plan
 from diffsynth.planning.sizes import ModelSizes, published_sizes
 from diffsynth.runs.record import describe_model
-from diffsynth.webui.gallery import PastRun, past_runs
+from diffsynth.webui.gallery import PastRun, read_runs
 from diffsynth.webui.previews import Previews
 from diffsynth.webui.queue import QueuedJob
 from diffsynth.webui.uploads import UploadLimits, safe_stem
@@ -136,7 +136,7 @@ def check_budget(session: Session, request: Mapping[str, Any], reference: Path |
 def expected_minutes(session: Session, run: RunOptions) -> float | None:
     """Estimate a run's minutes by this model's newest run, else the measured pace; None without either."""
     pace = session.pace
-    for past in past_runs(session.output_dir):
+    for past in read_runs(session.output_dir):
         if past.record.model["folder"] == session.model["folder"]:
             with suppress(ValueError, TypeError):  # from a version with other options
                 made = RunOptions.from_json(past.record.options)
