@@ -104,6 +104,11 @@ class RunOptions:
     sigmas: tuple[float, ...] | None = option(
         OrNone(Levels(), "none"), "noise levels, one a step, instead of steps, strength and shift"
     )
+    refine: float | None = option(
+        OrNone(Number(above=0, most=1), "none"),
+        "noise the finished sample so far and denoise it once more without transfer, in as large a share of "
+        "the steps: details that guidance costs come back",
+    )
     align: Any = option(
         AlignmentKind(),
         "where a picture's object lies elsewhere than what moves in the reference, the reference is moved "
@@ -159,6 +164,22 @@ class RunOptions:
     def guided(self) -> range:
         """The indices of the guided steps."""
         return range(0) if self.motion is None else self.motion.guided_range(self.num_inference_steps)
+
+    @property
+    def second_pass(self) -> "RunOptions | None":
+        """The options of the pass that `refine` adds to a run with motion; None if there is none."""
+        if self.refine is None or self.motion is None:
+            return None
+        return replace(
+            self,
+            num_inference_steps=max(1, round(self.refine * self.num_inference_steps)),
+            denoising_strength=self.refine,
+            seed=(self.seed + 1) % 2**32,
+            refine=None,
+            motion=None,
+            cache=None,
+            sigmas=None,
+        )
 
     @property
     def levels(self) -> list[float]:
