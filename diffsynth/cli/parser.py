@@ -31,67 +31,14 @@ ENDS = ("shortest", "longest")
 _REFERENCE = "a video file, or a folder of images"
 _OVERWRITE = "replace OUT if it exists"
 
-_EXAMPLES = {
-    "": """
-  fastvmt transfer ref.mp4 --prompt "a blue star on a yellow background" -o out.mp4
-  fastvmt transfer --from out.mp4.json -o again.mp4
-  fastvmt inspect ref.mp4
-  fastvmt doctor
-
-exit codes: 0 done, 1 failed, 2 bad arguments (nothing heavy has run), 130 interrupted""",
-    "transfer": """
-  fastvmt transfer ref.mp4 --prompt "a red fox in fresh snow" -o fox.mp4
-  fastvmt transfer ref.mp4 --prompt "a red fox" --preset fast --motion-scale 1.5 --seed 3
-  fastvmt transfer ref.mp4 --prompt "a red fox" --model 14b --offload --mode AMF --motion-guided-steps 6
-  fastvmt transfer --mode No_transfer --prompt "a red fox" -o fox.mp4     from text alone
-  fastvmt transfer ref.mp4 --prompt "a red fox" -o fox.mp4 --resume        a long run that may be stopped
-  fastvmt transfer --from fox.mp4.json -o again.mp4                       the same run once more
-
-Beside the video stands its record, fox.mp4.json, with all that the run was; the video holds it, too.""",
-    "inspect": """
-  fastvmt inspect ref.mp4 -o ref-motion
-  fastvmt inspect ref.mp4 --model 1.3b --mode AMF --sigma 0.5
-  fastvmt inspect out.mp4.json                                            the losses of a run""",
-    "compare": """
-  fastvmt compare ref.mp4 slow.mp4 fast.mp4 -o compare.mp4
-  fastvmt compare ref.mp4 out.mp4 --paths -o paths.mp4
-  fastvmt compare ref.mp4 out.mp4 --labels reference result -o compare.mp4 --height 320""",
-    "evaluate": """
-  fastvmt evaluate out.mp4 ref.mp4
-  fastvmt evaluate out.mp4 ref.mp4 --prompt "a red fox" --clip models/clip --json""",
-    "plan": """
-  fastvmt plan --model 14b --height 480 --width 832 --frames 81 --vram 24
-  fastvmt plan --model 1.3b --preset fast --json""",
-    "download": """
-  fastvmt download 1.3b
-  fastvmt download all --models-dir /data/models --source huggingface""",
-    "doctor": """
-  fastvmt doctor
-  fastvmt doctor --device cuda
-  fastvmt doctor --json""",
-    "batch": """
-  fastvmt batch jobs.jsonl -o results --preset balanced
-  fastvmt batch jobs.csv -o results --model 1.3b
-
-a line of jobs.jsonl:
-  {"reference": "ref.mp4", "prompt": "a red fox", "seed": 3, "motion_tau": 2, "output": "fox.mp4"}
-the first lines of jobs.csv:
-  reference,prompt,seed
-  ref.mp4,a red fox,3
-
-Keys are the options of `fastvmt transfer`; options given here hold for all jobs that do not name them.
-References are relative to the jobs file, outputs are inside the output folder. Started again, it continues
-where it stopped.""",
-    "decode": """
-  fastvmt decode .fox.mp4.run/latents-0123456789ab-001.safetensors -o fox.mp4 --model 14b""",
-    "ui": """
-  fastvmt ui
-  fastvmt ui --model 1.3b --offload -o videos
-  fastvmt ui --host 0.0.0.0 --auth studio:secret""",
-    "completion": """
-  eval "$(fastvmt completion bash)"          in ~/.bashrc; likewise zsh in ~/.zshrc, after compinit
-  fastvmt completion fish > ~/.config/fish/completions/fastvmt.fish""",
-}
+# By command, in sections that begin with its name in brackets; [] is the help of `fastvmt` itself.
+_EXAMPLES = dict(
+    re.findall(
+        r"^\[(\w*)\](.*?)\n+(?=\[|\Z)",
+        Path(__file__).with_name("examples.txt").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+)
 
 # What --help shows of the commands that have some eighty options.
 _COMMON = (
