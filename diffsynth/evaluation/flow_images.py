@@ -226,24 +226,22 @@ def _beside(video: Sequence[Image.Image], flow: np.ndarray) -> Iterator[Image.Im
 def colour_panels(
     flow: np.ndarray,
     size: tuple[int, int] | None = None,
-    largest: float | None = None,
     sure: Sequence[np.ndarray] | None = None,
 ) -> list[Image.Image]:
     """Draw the colours of each step of a flow [F - 1, H, W, 2] with arrows on white, and the wheel.
 
-    size is (width, height) in pixels, `largest` as for `flow_to_image` for all steps. Tokens fade to white
-    where `sure`, [H, W] from 0 to 1 for each step, is low.
+    size is (width, height) in pixels. Tokens fade to white where `sure`, [H, W] from 0 to 1 for each step, is
+    low.
     """
     height, width = flow.shape[1:3]
     size = legible_size((width * PIXELS_PER_TOKEN, height * PIXELS_PER_TOKEN)) if size is None else size
-    largest = full_length(flow) if largest is None else largest
     sure = [np.ones((height, width))] * len(flow) if sure is None else sure
+    largest = full_length(flow)
     strengths = [_strength(step, largest) * known for step, known in zip(flow, sure, strict=True)]
-    # Of each corner, how much is drawn in its quarter of the picture.
-    total, rows, cols = np.sum(strengths, 0), -(-height // 2), -(-width // 2)
-    quarters = {(0, 0): total[:rows, :cols], (0, 1): total[:rows, -cols:]}
-    quarters |= {(1, 0): total[-rows:, :cols], (1, 1): total[-rows:, -cols:]}
-    bottom, right = min(reversed(quarters), key=lambda corner: quarters[corner].sum())
+    # Of each corner, from the lower right one on, how much is drawn in its quarter of the picture.
+    total, quarters = np.sum(strengths, 0), (slice(-(-height // 2)), slice(-(-width // 2)))
+    drawn_in = [total[::down, ::along][quarters].sum() for down, along in product((-1, 1), repeat=2)]
+    bottom, right = divmod(3 - int(np.argmin(drawn_in)), 2)
     panels = []
     for step, known, strength in zip(flow, sure, strengths, strict=True):
         colours = _colours(step, strength).resize(size, Image.Resampling.NEAREST)
