@@ -214,7 +214,7 @@ def _add_ui(parser: Parser) -> None:
     more = "another name of the page, as of a proxy"
     add("--allow-host", action="append", default=[], metavar="NAME", help=more)
     add("-o", "--output-dir", default="videos", metavar="DIR", help="folder of the videos (videos)")
-    add("--max-upload", type=number, default=200, metavar="MB", help="of a reference (200)")
+    add("--max-upload", type=reader(Number(above=0)), default=200, metavar="MB", help="of a reference (200)")
     add("--max-frames", type=whole, default=2000, metavar="N", help="of a reference (2000)")
     add("--max-minutes", type=number, metavar="N", help="that a run may take (no limit)")
     add("--shared", action="store_true", help="visitors see all videos; so at 127.0.0.1 without a proxy")

@@ -26,7 +26,6 @@ def run(options: Namespace, console: Console) -> int:
     """
     try:
         auth = read_auth(options.auth, options.auth_file)
-        limits = UploadLimits(megabytes=options.max_upload, frames=options.max_frames)
     except ValueError as error:
         raise UsageError(str(error)) from error
     import_gradio()
@@ -47,7 +46,7 @@ def run(options: Namespace, console: Console) -> int:
             load_options(vars(options)),
             output_dir=output_dir.resolve(),
             cache=cache,
-            limits=limits,
+            limits=UploadLimits(megabytes=options.max_upload, frames=options.max_frames),
             max_minutes=options.max_minutes,
         )
         alone = is_local(options.host) and not options.allow_host  # otherwise a proxy serves others
