@@ -32,13 +32,8 @@ _REFERENCE = "a video file, or a folder of images"
 _OVERWRITE = "replace OUT if it exists"
 
 # By command, in sections that begin with its name in brackets; [] is the help of `fastvmt` itself.
-_EXAMPLES = dict(
-    re.findall(
-        r"^\[(\w*)\](.*?)\n+(?=\[|\Z)",
-        Path(__file__).with_name("examples.txt").read_text(),
-        re.MULTILINE | re.DOTALL,
-    )
-)
+_TEXT = Path(__file__).with_name("examples.txt").read_text()
+_EXAMPLES = dict(re.findall(r"(?ms)^\[(\w*)\](.*?)\n+(?=\[|\Z)", _TEXT))
 
 # What --help shows of the commands that have some eighty options.
 _COMMON = (

@@ -167,15 +167,13 @@ class ModelSizes:
 
 
 @lru_cache(maxsize=8)
-def published_sizes(
-    name: str, torch_dtype: torch.dtype = torch.bfloat16, vae_dtype: torch.dtype = torch.float32
-) -> ModelSizes:
+def published_sizes(name: str, torch_dtype: torch.dtype = torch.bfloat16) -> ModelSizes:
     """Return the sizes of a published checkpoint, a key of `PUBLISHED`; none of its files is needed."""
     if name not in PUBLISHED:
         raise ValueError(f"model must be one of {', '.join(PUBLISHED)}; got {name!r}")
     with torch.device("meta"):
         dit = WanModel(**PUBLISHED[name].dit_kwargs)
-        vae = (WanVideoVAE22() if dit.out_dim == 48 else WanVideoVAE()).to(vae_dtype)
+        vae = WanVideoVAE22() if dit.out_dim == 48 else WanVideoVAE()
         clip = _parameters(WanImageEncoder()) if dit.has_image_input else 0
         compute = torch.bfloat16 if torch_dtype in PACKED_DTYPES else torch_dtype
         if torch_dtype in PACKED_DTYPES:
