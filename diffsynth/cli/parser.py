@@ -31,9 +31,9 @@ ENDS = ("shortest", "longest")
 _REFERENCE = "a video file, or a folder of images"
 _OVERWRITE = "replace OUT if it exists"
 
-# By command, in sections that begin with its name in brackets; [] is the help of `fastvmt` itself.
-_TEXT = Path(__file__).with_name("examples.txt").read_text()
-_EXAMPLES = dict(re.findall(r"(?ms)^\[(\w*)\](.*?)\n+(?=\[|\Z)", _TEXT))
+# A section a command: its name in brackets, its usage if it has its own, examples. The first is of `fastvmt`.
+_SECTION = re.compile(r"^\[(\w*)\] ?([^\n]*)(.*?)\n+(?=\[|\Z)", re.MULTILINE | re.DOTALL)
+_TOLD = {m[1]: m for m in _SECTION.finditer(Path(__file__).with_name("examples.txt").read_text())}
 
 # What --help shows of the commands that have some eighty options.
 _COMMON = (
@@ -41,14 +41,6 @@ _COMMON = (
     "num_inference_steps", "num_frames", "motion_scale", "offload", "vram_budget_gb", "resume", "gif", "help",
     "help_all",
 )  # fmt: skip
-
-_USAGES = {
-    "transfer": "[REF] --prompt PROMPT [-o OUT]",
-    "inspect": "REF [-o DIR]",
-    "plan": "[--model MODEL] [--vram GB]",
-    "batch": "JOBS -o DIR",
-    "decode": "LATENTS -o OUT",
-}
 
 
 # Examples keep their line breaks, and options have a column that most of them fit in.
@@ -109,7 +101,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="fastvmt",
         description="Video motion transfer without training: a reference's motion, a prompt's content.",
-        examples=_EXAMPLES[""],
+        examples=_TOLD[""][3],
     )
     parser.add_argument("--version", action="version", version=f"fastvmt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -122,10 +114,11 @@ def build_parser() -> Parser:
 
     def command(name: str, text: str) -> Parser:
         # The long lists of options are told below, by group.
-        usage = f"fastvmt {name} {_USAGES[name]} [options]" if name in _USAGES else None
+        _, usage, examples = _TOLD[name].groups()
+        usage = f"fastvmt {name} {usage} [options]" if usage else None
         common = _COMMON if name in ("transfer", "batch", "plan") else ()
         told: dict[str, Any] = {"help": text, "description": text, "usage": usage, "common": common}
-        return commands.add_parser(name, parents=[shared], examples=_EXAMPLES[name], **told)
+        return commands.add_parser(name, parents=[shared], examples=examples, **told)
 
     _add_transfer(command("transfer", "Make a video that moves as a reference does and shows a prompt."))
     _add_inspect(command("inspect", "Show the motion that a reference would transfer; generates nothing."))
