@@ -87,18 +87,11 @@ def guided_step(
         ValueError: the latents, the reference and the noise differ in shape, or B is not 1.
         NonFiniteGuidanceError: a loss or gradient is not finite.
     """
-    for name, other in (("reference", reference), ("noise", noise)):
-        if latents.shape[0] != 1 or other.shape != latents.shape:
-            raise ValueError(
-                f"latents and {name} must both be [1, C, F, h, w] of one shape; got "
-                f"{tuple(latents.shape)} and {tuple(other.shape)}"
-            )
+    _check_shapes(latents, reference=reference, noise=noise)
     descriptor, free = make_descriptor(guidance, dit), condition.free(precise(latents))
     scale = noise_scale(sigma, guidance.coarse)  # averaging latents averages their noise as well
     level = scale * torch.as_tensor(timestep, dtype=torch.float32).reshape(1)
-    mean = None  # at the start itself
-    if start is not None and start[1] != sigma:
-        mean = (precise(latents) - precise(start[0])) / (sigma - start[1])
+    mean = _mean_velocity(latents, sigma, start)
     inputs = StepInputs(
         dit=dit, timestep=level, sigma=scale * sigma, null_context=null_context, mean_velocity=mean
     )
@@ -132,3 +125,19 @@ def guided_step(
         moved, record = optimize_latents(latents, objective, guidance, stop, memory)
     logger.debug("guided step at sigma %.4f: losses %s, parts %s", sigma, record.losses, record.parts)
     return torch.where(free == 1, moved, latents), record
+
+
+def _check_shapes(latents: Tensor, **others: Tensor) -> None:
+    for name, other in others.items():
+        if latents.shape[0] != 1 or other.shape != latents.shape:
+            raise ValueError(
+                f"latents and {name} must both be [1, C, F, h, w] of one shape; got "
+                f"{tuple(latents.shape)} and {tuple(other.shape)}"
+            )
+
+
+def _mean_velocity(latents: Tensor, sigma: float, start: tuple[Tensor, float] | None) -> Tensor | None:
+    """Return the mean velocity since the run's start; None without a start or at the start itself."""
+    if start is None or start[1] == sigma:
+        return None
+    return (precise(latents) - precise(start[0])) / (sigma - start[1])
