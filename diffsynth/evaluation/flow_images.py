@@ -242,11 +242,14 @@ def colour_panels(
     total, quarters = np.sum(strengths, 0), (slice(-(-height // 2)), slice(-(-width // 2)))
     drawn_in = [total[::down, ::along][quarters].sum() for down, along in product((-1, 1), repeat=2)]
     bottom, right = divmod(3 - int(np.argmin(drawn_in)), 2)
+    side = min(WHEEL_SIZE, min(size) // 4)
+    left, top = (n - side - _MARGIN if far else _MARGIN for n, far in zip(size, (right, bottom), strict=True))
+    legend = Image.new("RGBA", size)
+    legend.paste(flow_wheel(side), (left, top))
     panels = []
     for step, known, strength in zip(flow, sure, strengths, strict=True):
         colours = _colours(step, strength).resize(size, Image.Resampling.NEAREST)
-        drawn = over(colours, _arrow_layer(step, size, _DARK, None, known))
-        panels.append(_with_wheel(drawn, bool(right), bool(bottom)))
+        panels.append(over(colours, _arrow_layer(step, size, _DARK, None, known), legend))
     return panels
 
 
@@ -337,12 +340,3 @@ def _arrow_layer(
                 end = start + moves[row, col] * token * FINER
                 draw_arrow(draw, (start[1], start[0]), (end[1], end[0]), ink, line * FINER)
     return layer
-
-
-def _with_wheel(picture: Image.Image, right: bool, bottom: bool) -> Image.Image:
-    """Return the picture with the legend in one of its corners."""
-    size = min(WHEEL_SIZE, min(picture.size) // 4)
-    layer = Image.new("RGBA", picture.size)
-    left = picture.width - size - _MARGIN if right else _MARGIN
-    layer.paste(flow_wheel(size), (left, picture.height - size - _MARGIN if bottom else _MARGIN))
-    return over(picture, layer)

@@ -31,7 +31,11 @@ def run(options: Namespace, console: Console) -> int:
     import_gradio()
     import uvicorn
 
-    listening = _listen(options.host, options.port)
+    try:
+        listening = socket.create_server((options.host, options.port))
+    except (OSError, OverflowError) as error:
+        where = f"{options.host}:{options.port}"
+        raise RunFailedError(f"cannot listen at {where}: {error}; --port 0 takes a free one") from error
     if not is_local(options.host) and auth is None:
         console.problem(f"who reaches {options.host} may use this page; --auth USER:PASSWORD asks who")
     output_dir = Path(options.output_dir)
@@ -64,11 +68,3 @@ def run(options: Namespace, console: Console) -> int:
         finally:
             queue.close()
     return 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, or raise RunFailedError if the port is taken."""
-    try:
-        return socket.create_server((host, port))
-    except (OSError, OverflowError) as error:
-        raise RunFailedError(f"cannot listen at {host}:{port}: {error}; --port 0 takes a free one") from error
