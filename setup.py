@@ -38,9 +38,11 @@ setup(
     package_data={
         "diffsynth": [
             "py.typed",
+            "cli/*.txt",
             "configs/*.json",
             "configs/*.pyi",
             "evaluation/*.safetensors",
+            "models/*.json",
             "testing_data/*/*",
             "webui/*.css",
         ]

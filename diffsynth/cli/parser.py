@@ -31,67 +31,9 @@ ENDS = ("shortest", "longest")
 _REFERENCE = "a video file, or a folder of images"
 _OVERWRITE = "replace OUT if it exists"
 
-_EXAMPLES = {
-    "": """
-  fastvmt transfer ref.mp4 --prompt "a blue star on a yellow background" -o out.mp4
-  fastvmt transfer --from out.mp4.json -o again.mp4
-  fastvmt inspect ref.mp4
-  fastvmt doctor
-
-exit codes: 0 done, 1 failed, 2 bad arguments (nothing heavy has run), 130 interrupted""",
-    "transfer": """
-  fastvmt transfer ref.mp4 --prompt "a red fox in fresh snow" -o fox.mp4
-  fastvmt transfer ref.mp4 --prompt "a red fox" --preset fast --motion-scale 1.5 --seed 3
-  fastvmt transfer ref.mp4 --prompt "a red fox" --model 14b --offload --mode AMF --motion-guided-steps 6
-  fastvmt transfer --mode No_transfer --prompt "a red fox" -o fox.mp4     from text alone
-  fastvmt transfer ref.mp4 --prompt "a red fox" -o fox.mp4 --resume        a long run that may be stopped
-  fastvmt transfer --from fox.mp4.json -o again.mp4                       the same run once more
-
-Beside the video stands its record, fox.mp4.json, with all that the run was; the video holds it, too.""",
-    "inspect": """
-  fastvmt inspect ref.mp4 -o ref-motion
-  fastvmt inspect ref.mp4 --model 1.3b --mode AMF --sigma 0.5
-  fastvmt inspect out.mp4.json                                            the losses of a run""",
-    "compare": """
-  fastvmt compare ref.mp4 slow.mp4 fast.mp4 -o compare.mp4
-  fastvmt compare ref.mp4 out.mp4 --paths -o paths.mp4
-  fastvmt compare ref.mp4 out.mp4 --labels reference result -o compare.mp4 --height 320""",
-    "evaluate": """
-  fastvmt evaluate out.mp4 ref.mp4
-  fastvmt evaluate out.mp4 ref.mp4 --prompt "a red fox" --clip models/clip --json""",
-    "plan": """
-  fastvmt plan --model 14b --height 480 --width 832 --frames 81 --vram 24
-  fastvmt plan --model 1.3b --preset fast --json""",
-    "download": """
-  fastvmt download 1.3b
-  fastvmt download all --models-dir /data/models --source huggingface""",
-    "doctor": """
-  fastvmt doctor
-  fastvmt doctor --device cuda
-  fastvmt doctor --json""",
-    "batch": """
-  fastvmt batch jobs.jsonl -o results --preset balanced
-  fastvmt batch jobs.csv -o results --model 1.3b
-
-a line of jobs.jsonl:
-  {"reference": "ref.mp4", "prompt": "a red fox", "seed": 3, "motion_tau": 2, "output": "fox.mp4"}
-the first lines of jobs.csv:
-  reference,prompt,seed
-  ref.mp4,a red fox,3
-
-Keys are the options of `fastvmt transfer`; options given here hold for all jobs that do not name them.
-References are relative to the jobs file, outputs are inside the output folder. Started again, it continues
-where it stopped.""",
-    "decode": """
-  fastvmt decode .fox.mp4.run/latents-0123456789ab-001.safetensors -o fox.mp4 --model 14b""",
-    "ui": """
-  fastvmt ui
-  fastvmt ui --model 1.3b --offload -o videos
-  fastvmt ui --host 0.0.0.0 --auth studio:secret""",
-    "completion": """
-  eval "$(fastvmt completion bash)"          in ~/.bashrc; likewise zsh in ~/.zshrc, after compinit
-  fastvmt completion fish > ~/.config/fish/completions/fastvmt.fish""",
-}
+# A section a command: its name in brackets, its usage if it has its own, examples. The first is of `fastvmt`.
+_SECTION = re.compile(r"^\[(\w*)\] ?([^\n]*)(.*?)\n+(?=\[|\Z)", re.MULTILINE | re.DOTALL)
+_TOLD = {m[1]: m for m in _SECTION.finditer(Path(__file__).with_name("examples.txt").read_text())}
 
 # What --help shows of the commands that have some eighty options.
 _COMMON = (
@@ -99,14 +41,6 @@ _COMMON = (
     "num_inference_steps", "num_frames", "motion_scale", "offload", "vram_budget_gb", "resume", "gif", "help",
     "help_all",
 )  # fmt: skip
-
-_USAGES = {
-    "transfer": "[REF] --prompt PROMPT [-o OUT]",
-    "inspect": "REF [-o DIR]",
-    "plan": "[--model MODEL] [--vram GB]",
-    "batch": "JOBS -o DIR",
-    "decode": "LATENTS -o OUT",
-}
 
 
 # Examples keep their line breaks, and options have a column that most of them fit in.
@@ -167,7 +101,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="fastvmt",
         description="Video motion transfer without training: a reference's motion, a prompt's content.",
-        examples=_EXAMPLES[""],
+        examples=_TOLD[""][3],
     )
     parser.add_argument("--version", action="version", version=f"fastvmt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -180,10 +114,11 @@ def build_parser() -> Parser:
 
     def command(name: str, text: str) -> Parser:
         # The long lists of options are told below, by group.
-        usage = f"fastvmt {name} {_USAGES[name]} [options]" if name in _USAGES else None
+        _, usage, examples = _TOLD[name].groups()
+        usage = f"fastvmt {name} {usage} [options]" if usage else None
         common = _COMMON if name in ("transfer", "batch", "plan") else ()
         told: dict[str, Any] = {"help": text, "description": text, "usage": usage, "common": common}
-        return commands.add_parser(name, parents=[shared], examples=_EXAMPLES[name], **told)
+        return commands.add_parser(name, parents=[shared], examples=examples, **told)
 
     _add_transfer(command("transfer", "Make a video that moves as a reference does and shows a prompt."))
     _add_inspect(command("inspect", "Show the motion that a reference would transfer; generates nothing."))
@@ -267,7 +202,7 @@ def _add_ui(parser: Parser) -> None:
     more = "another name of the page, as of a proxy"
     add("--allow-host", action="append", default=[], metavar="NAME", help=more)
     add("-o", "--output-dir", default="videos", metavar="DIR", help="folder of the videos (videos)")
-    add("--max-upload", type=number, default=200, metavar="MB", help="of a reference (200)")
+    add("--max-upload", type=reader(Number(above=0)), default=200, metavar="MB", help="of a reference (200)")
     add("--max-frames", type=whole, default=2000, metavar="N", help="of a reference (2000)")
     add("--max-minutes", type=number, metavar="N", help="that a run may take (no limit)")
     add("--shared", action="store_true", help="visitors see all videos; so at 127.0.0.1 without a proxy")

@@ -39,6 +39,10 @@ class PublishedCheckpoint:
 
 
 _TABLE = json.loads(Path(__file__).with_name("published.json").read_text())
+# Mean and deviation of the latents of the published VAEs, channel by channel, by the number of channels.
+LATENT_STATISTICS: Mapping[int, tuple[tuple[float, ...], ...]] = MappingProxyType(
+    {int(count): tuple(map(tuple, rows)) for count, rows in _TABLE["latent_statistics"].items()}
+)
 # Options with which the published text-to-video checkpoints are run unless the caller says otherwise.
 PUBLISHED_DEFAULTS: Mapping[str, Any] = MappingProxyType(_TABLE["defaults_of_all"])
 # For the sizes of the published checkpoints. Counted in full DiT forwards at 480x832x81 they cost 0.24
@@ -47,10 +51,15 @@ PUBLISHED_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(_TABLE["pr
 
 
 def _published(row: Mapping[str, Any]) -> PublishedCheckpoint:
-    dit = {**_TABLE["dit_of_all"], **row["dit_kwargs"]}
+    row, dit = dict(row), {**_TABLE["dit_of_all"], **row["dit_kwargs"]}
     dit["patch_size"] = tuple(dit["patch_size"])
-    files = {**row["files"], **_TABLE["files_of_all"]}
+    files = dict(row["files"])
+    for folder, count in row.pop("shards", {}).items():
+        shards = [f"-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        weights = (f"diffusion_pytorch_model{end}" for end in (*shards, ".safetensors.index.json"))
+        files |= {folder + name: None for name in ("config.json", *weights)}
     place = {"model_id": f"Wan-AI/{row['name']}", "folder": row["name"]}
+    files |= _TABLE["files_of_all"]
     return PublishedCheckpoint(**{**row, **place, "files": files, "dit_kwargs": dit})
 
 

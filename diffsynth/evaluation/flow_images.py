@@ -226,29 +226,30 @@ def _beside(video: Sequence[Image.Image], flow: np.ndarray) -> Iterator[Image.Im
 def colour_panels(
     flow: np.ndarray,
     size: tuple[int, int] | None = None,
-    largest: float | None = None,
     sure: Sequence[np.ndarray] | None = None,
 ) -> list[Image.Image]:
     """Draw the colours of each step of a flow [F - 1, H, W, 2] with arrows on white, and the wheel.
 
-    size is (width, height) in pixels, `largest` as for `flow_to_image` for all steps. Tokens fade to white
-    where `sure`, [H, W] from 0 to 1 for each step, is low.
+    size is (width, height) in pixels. Tokens fade to white where `sure`, [H, W] from 0 to 1 for each step, is
+    low.
     """
     height, width = flow.shape[1:3]
     size = legible_size((width * PIXELS_PER_TOKEN, height * PIXELS_PER_TOKEN)) if size is None else size
-    largest = full_length(flow) if largest is None else largest
     sure = [np.ones((height, width))] * len(flow) if sure is None else sure
+    largest = full_length(flow)
     strengths = [_strength(step, largest) * known for step, known in zip(flow, sure, strict=True)]
-    # Of each corner, how much is drawn in its quarter of the picture.
-    total, rows, cols = np.sum(strengths, 0), -(-height // 2), -(-width // 2)
-    quarters = {(0, 0): total[:rows, :cols], (0, 1): total[:rows, -cols:]}
-    quarters |= {(1, 0): total[-rows:, :cols], (1, 1): total[-rows:, -cols:]}
-    bottom, right = min(reversed(quarters), key=lambda corner: quarters[corner].sum())
+    # Of each corner, from the lower right one on, how much is drawn in its quarter of the picture.
+    total, quarters = np.sum(strengths, 0), (slice(-(-height // 2)), slice(-(-width // 2)))
+    drawn_in = [total[::down, ::along][quarters].sum() for down, along in product((-1, 1), repeat=2)]
+    bottom, right = divmod(3 - int(np.argmin(drawn_in)), 2)
+    side = min(WHEEL_SIZE, min(size) // 4)
+    left, top = (n - side - _MARGIN if far else _MARGIN for n, far in zip(size, (right, bottom), strict=True))
+    legend = Image.new("RGBA", size)
+    legend.paste(flow_wheel(side), (left, top))
     panels = []
     for step, known, strength in zip(flow, sure, strengths, strict=True):
         colours = _colours(step, strength).resize(size, Image.Resampling.NEAREST)
-        drawn = over(colours, _arrow_layer(step, size, _DARK, None, known))
-        panels.append(_with_wheel(drawn, bool(right), bool(bottom)))
+        panels.append(over(colours, _arrow_layer(step, size, _DARK, None, known), legend))
     return panels
 
 
@@ -339,12 +340,3 @@ def _arrow_layer(
                 end = start + moves[row, col] * token * FINER
                 draw_arrow(draw, (start[1], start[0]), (end[1], end[0]), ink, line * FINER)
     return layer
-
-
-def _with_wheel(picture: Image.Image, right: bool, bottom: bool) -> Image.Image:
-    """Return the picture with the legend in one of its corners."""
-    size = min(WHEEL_SIZE, min(picture.size) // 4)
-    layer = Image.new("RGBA", picture.size)
-    left = picture.width - size - _MARGIN if right else _MARGIN
-    layer.paste(flow_wheel(size), (left, picture.height - size - _MARGIN if bottom else _MARGIN))
-    return over(picture, layer)

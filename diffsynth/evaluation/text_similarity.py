@@ -11,13 +11,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from diffsynth.data.frames import rgb_frames
 from diffsynth.data.tensors import Video
-from diffsynth.models.wan_video_image_encoder import PIXEL_MEAN, PIXEL_STD
 from diffsynth.vram_management.memory import choose_device
 
 if TYPE_CHECKING:
@@ -86,7 +83,8 @@ def text_similarity(frames: Video, prompt: str, *, clip: Clip | str | PathLike |
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt must be a text with words in it; got {prompt!r}")
     clip = clip if isinstance(clip, Clip) else load_clip(clip)
-    return float((_embed_frames(clip, frames) @ _embed_text(clip, prompt)).mean())
+    images, text = _embed(clip, frames, prompt)
+    return float((images @ text).mean())
 
 
 def temporal_consistency_clip(frames: Video, *, clip: Clip | str | PathLike | None = None) -> float:
@@ -101,42 +99,27 @@ def temporal_consistency_clip(frames: Video, *, clip: Clip | str | PathLike | No
         What `load_clip` raises.
     """
     clip = clip if isinstance(clip, Clip) else load_clip(clip)
-    images = _embed_frames(clip, frames)
+    images, _ = _embed(clip, frames)
     if len(images) < 2:
         raise ValueError("frames must be two or more; got 1")
     return float((images[1:] * images[:-1]).sum(-1).mean())
 
 
-def _embed_frames(clip: Clip, frames: Video) -> torch.Tensor:
-    """Return unit embeddings, float32 [T, D]."""
+def _embed(clip: Clip, frames: Video, text: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the unit embeddings of frames, float32 [T, D], and of a text, [D]."""
+    import transformers
+
+    # The first is new in transformers 5, and does without torchvision.
+    names = ("CLIPImageProcessorPil", "CLIPImageProcessor")
+    make = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
     model: Any = clip.model  # transformers types the parts of its config as dicts, too
-    size = model.config.vision_config.image_size
-    pixels = torch.stack([_pixels(image, size) for image in rgb_frames(frames)])
-    with torch.no_grad():
-        batches = (model.vision_model(pixel_values=part.to(model.device)) for part in pixels.split(_BATCH))
-        embedded = [model.visual_projection(batch.pooler_output) for batch in batches]
-    return torch.nn.functional.normalize(torch.cat(embedded), dim=-1)
-
-
-def _pixels(image: Image.Image, size: int) -> torch.Tensor:
-    """Return the middle square of an image whose shorter side was made `size`, normalised as in training."""
-    scale = size / min(image.size)
-    width, height = (max(size, int(scale * side)) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    square = np.asarray(resized.crop((left, top, left + size, top + size)), np.float32) / 255
-    mean, deviation = np.array([PIXEL_MEAN, PIXEL_STD], np.float32)
-    return torch.from_numpy((square - mean) / deviation).permute(2, 0, 1)
-
-
-def _embed_text(clip: Clip, prompt: str) -> torch.Tensor:
-    """Return the unit embedding, float32 [D]."""
-    model: Any = clip.model
-    limit = model.config.text_config.max_position_embeddings
-    length = len(clip.tokenizer(prompt, verbose=False)["input_ids"])
+    size, limit = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+    process = make(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    pixels = process(list(rgb_frames(frames)), return_tensors="pt")["pixel_values"]
+    length = len(clip.tokenizer(text, verbose=False)["input_ids"])
     if length > limit:
         logger.warning("CLIP reads %d tokens; the last %d of the prompt do not count", limit, length - limit)
-    tokens = clip.tokenizer(prompt, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
+    tokens = clip.tokenizer(text, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
     with torch.no_grad():
-        read = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return torch.nn.functional.normalize(model.text_projection(read.pooler_output)[0], dim=-1)
+        outputs = [model(pixel_values=part.to(model.device), **tokens) for part in pixels.split(_BATCH)]
+    return torch.cat([out.image_embeds for out in outputs]), outputs[0].text_embeds[0]

@@ -12,20 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffsynth.models.names import NAMES
+
 # llama.cpp's names of UMT5's encoder, as transformers' names.
-_T5_TOP = {"token_embd.weight": "shared.weight", "enc.output_norm.weight": "encoder.final_layer_norm.weight"}
-_T5_BLOCK = {
-    "attn_norm": "layer.0.layer_norm",
-    "attn_q": "layer.0.SelfAttention.q",
-    "attn_k": "layer.0.SelfAttention.k",
-    "attn_v": "layer.0.SelfAttention.v",
-    "attn_o": "layer.0.SelfAttention.o",
-    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
-    "ffn_norm": "layer.1.layer_norm",
-    "ffn_gate": "layer.1.DenseReluDense.wi_0",
-    "ffn_up": "layer.1.DenseReluDense.wi_1",
-    "ffn_down": "layer.1.DenseReluDense.wo",
-}
+_T5_TOP, _T5_BLOCK = NAMES["gguf_text_encoder"]["tensors"], NAMES["gguf_text_encoder"]["block"]
 WIDE_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of tensors with more axes than GGUF has
 

@@ -6,36 +6,12 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
+from diffsynth.models.names import NAMES
+
 logger = logging.getLogger(__name__)
 
 LEAST_PUBLISHED_WIDTH = 1024  # of a DiT; in all that are wider heads are 128 wide
-# Module paths, diffusers -> official. Within a block, the path after `blocks.<i>.`.
-_TOP = {
-    "patch_embedding": "patch_embedding",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
-    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
-    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
-    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
-    "proj_out": "head.head",
-}
-_TENSORS = {
-    "scale_shift_table": "head.modulation",
-    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
-}
-_SELF = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
-_CROSS = {**_SELF, "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
-_BLOCK = {
-    **{f"attn1.{theirs}": f"self_attn.{ours}" for theirs, ours in _SELF.items()},
-    **{f"attn2.{theirs}": f"cross_attn.{ours}" for theirs, ours in _CROSS.items()},
-    "norm2": "norm3",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
+_TOP, _TENSORS, _BLOCK = (NAMES["dit"][part] for part in ("modules", "tensors", "block"))
 _DIFFUSERS_SIZES = {"in_channels": "in_dim", "out_channels": "out_dim"}
 _BLOCK_PATH = re.compile(r"(blocks\.\d+)\.(.+)")
 

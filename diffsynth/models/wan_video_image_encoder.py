@@ -17,27 +17,12 @@ from torch import Tensor, nn
 
 from diffsynth.models.attention import attention
 from diffsynth.models.checkpoint_files import StoredTensor
+from diffsynth.models.names import NAMES
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], as CLIP was trained
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 PUBLISHED_HEAD_DIM = 80
-# Paths of transformers -> official; within a block, the path after `transformer.<i>.`.
-_TRANSFORMERS = {
-    "vision_model.embeddings.class_embedding": "cls_embedding",
-    "vision_model.embeddings.position_embedding.weight": "pos_embedding",
-    "vision_model.embeddings.patch_embedding": "patch_embedding",
-    "vision_model.pre_layrnorm": "pre_norm",
-    "vision_model.post_layernorm": "post_norm",
-    "visual_projection": "head",
-}
-_BLOCK = {
-    "layer_norm1": "norm1",
-    "self_attn.q_proj": "attn.to_qkv",
-    "self_attn.out_proj": "attn.proj",
-    "layer_norm2": "norm2",
-    "mlp.fc1": "mlp.0",
-    "mlp.fc2": "mlp.2",
-}
+_TRANSFORMERS, _BLOCK = NAMES["image_encoder"]["modules"], NAMES["image_encoder"]["block"]
 
 
 class ImageAttention(nn.Module):

@@ -12,29 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsynth.models.names import NAMES
 from diffsynth.models.packed_linear import Model
 
 MAX_DISTANCE = 128  # tokens; longer distances share the last position bucket
 NORM_EPS = 1e-6
 
-# Module paths, transformers -> official. Within a block, the path after `encoder.block.<i>.`.
-_TOP = {
-    "shared": "token_embedding",
-    "encoder.embed_tokens": "token_embedding",
-    "encoder.final_layer_norm": "norm",
-}
-_BLOCK = {
-    "layer.0.layer_norm": "norm1",
-    "layer.0.SelfAttention.q": "attn.q",
-    "layer.0.SelfAttention.k": "attn.k",
-    "layer.0.SelfAttention.v": "attn.v",
-    "layer.0.SelfAttention.o": "attn.o",
-    "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
-    "layer.1.layer_norm": "norm2",
-    "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
-    "layer.1.DenseReluDense.wi_1": "ffn.fc1",
-    "layer.1.DenseReluDense.wo": "ffn.fc2",
-}
+_TOP, _BLOCK = NAMES["text_encoder"]["modules"], NAMES["text_encoder"]["block"]
 _BLOCK_PATH = re.compile(r"encoder\.block\.(\d+)\.(.+)")
 
 

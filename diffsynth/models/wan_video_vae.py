@@ -13,20 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from diffsynth.configs.checkpoints import LATENT_STATISTICS
 from diffsynth.models.packed_linear import Model
 from diffsynth.models.tables import table
 from diffsynth.models.wan_video_vae_layers import IMAGE_CHANNELS, PATCH, Cache, Decoder, Encoder
 from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid, blend
-
-# Statistics of the latents of Wan2.1's published VAE, channel by channel.
-PUBLISHED_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-PUBLISHED_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
 
 
 class WanVideoVAE(Model):
@@ -40,7 +31,7 @@ class WanVideoVAE(Model):
         temperal_downsample: for each step between levels, whether it halves the frames, too (the spelling of
             the published configs).
         latents_mean: with latents_std, the statistics that normalise the latents; by default the published
-            ones for 16 channels, else 0 and 1.
+            ones for 16 and 48 channels, else 0 and 1.
         dec_dim: channels of the decoder at full resolution, in a VAE of the wiring of Wan2.2 (see
             `WanVideoVAE22`); None for that of Wan2.1, whose halves both have dim.
 
@@ -48,7 +39,6 @@ class WanVideoVAE(Model):
         ValueError: arguments do not fit together.
     """
 
-    published: tuple[tuple[float, ...], tuple[float, ...]] = (PUBLISHED_MEAN, PUBLISHED_STD)
     blend = staticmethod(blend)
 
     def __init__(
@@ -78,9 +68,7 @@ class WanVideoVAE(Model):
         residual = dec_dim is not None
         self.spatial_factor = 2 ** len(temperal_downsample) * (PATCH if residual else 1)
         self.temporal_factor = 2 ** sum(self.temporal)
-        mean, std = (0.0,) * z_dim, (1.0,) * z_dim
-        if z_dim == len(self.published[0]):
-            mean, std = self.published
+        mean, std = LATENT_STATISTICS.get(z_dim, ((0.0,) * z_dim, (1.0,) * z_dim))
         # Plain numbers, so that no change of the weights' dtype rounds them and no checkpoint needs them.
         self.latents_mean = tuple(mean if latents_mean is None else latents_mean)
         self.latents_std = tuple(std if latents_std is None else latents_std)

@@ -3,23 +3,10 @@
 import re
 from collections.abc import Mapping
 
-# Module paths, diffusers -> official. Paths that are in no table are the same in both.
-_TOP = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
-_HALF = {
-    "conv_in": "conv1",
-    "mid_block.resnets.0": "middle.0",
-    "mid_block.attentions.0": "middle.1",
-    "mid_block.resnets.1": "middle.2",
-    "norm_out": "head.0",
-    "conv_out": "head.2",
-}
-_RESIDUAL = {
-    "norm1": "residual.0",
-    "conv1": "residual.2",
-    "norm2": "residual.3",
-    "conv2": "residual.6",
-    "conv_shortcut": "shortcut",
-}
+from diffsynth.models.names import NAMES
+
+# Paths that are in no table are the same in both layouts.
+_TOP, _HALF, _RESIDUAL = (NAMES["vae"][part] for part in ("modules", "half", "residual"))
 # A name is [half.] module [. inner path] . tensor
 _NAME = re.compile(
     r"(?:(?P<half>encoder|decoder)\.)?(?P<module>quant_conv|post_quant_conv|conv_in|conv_out|norm_out|"

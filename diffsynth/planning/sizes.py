@@ -11,7 +11,7 @@ from torch import nn
 
 from diffsynth.configs.checkpoints import PUBLISHED
 from diffsynth.configs.resolve import ModelFacts
-from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear
+from diffsynth.models.packed_linear import PACKED_DTYPES, PackedLinear, pack_block_linears
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
@@ -67,26 +67,16 @@ class DiTSize:
     widened: int = 0
 
     @classmethod
-    def of(cls, dit: WanModel, dtype: torch.dtype | None = None) -> "DiTSize":
-        """Return the sizes of a loaded DiT, as they are or as if it were in another dtype."""
+    def of(cls, dit: WanModel) -> "DiTSize":
+        """Return the sizes of a DiT."""
         packed = any(isinstance(module, PackedLinear) for module in dit.blocks.modules())
-        if dtype is None:
-            weights = _bytes_of(dit, dit.blocks)
-            compute = dit.dtype
-        else:
-            packed = dtype in PACKED_DTYPES
-            compute = torch.bfloat16 if packed else dtype
-            blocks = tuple(_parameters(block) * (1 if packed else dtype.itemsize) for block in dit.blocks)
-            rest = _parameters(dit) - sum(map(_parameters, dit.blocks))
-            weights = WeightBytes(blocks=blocks, rest=rest * compute.itemsize)
-        names = {field.name for field in fields(cls)} - {"dtype"}
+        names = {field.name for field in fields(cls)}
         return cls(
             **{name: getattr(dit, name) for name in names if hasattr(dit, name)},
-            dtype=compute,
-            weights=weights,
+            weights=_bytes_of(dit, dit.blocks),
             block_parameters=_parameters(dit.blocks[0]),
             context_len=dit.text_len + (dit.image_positions or PICTURE_TOKENS * dit.has_image_input),
-            widened=dit.dim * dit.ffn_dim * compute.itemsize if packed else 0,
+            widened=dit.dim * dit.ffn_dim * dit.dtype.itemsize if packed else 0,
         )
 
 
@@ -177,17 +167,17 @@ class ModelSizes:
 
 
 @lru_cache(maxsize=8)
-def published_sizes(
-    name: str, torch_dtype: torch.dtype = torch.bfloat16, vae_dtype: torch.dtype = torch.float32
-) -> ModelSizes:
+def published_sizes(name: str, torch_dtype: torch.dtype = torch.bfloat16) -> ModelSizes:
     """Return the sizes of a published checkpoint, a key of `PUBLISHED`; none of its files is needed."""
     if name not in PUBLISHED:
         raise ValueError(f"model must be one of {', '.join(PUBLISHED)}; got {name!r}")
     with torch.device("meta"):
         dit = WanModel(**PUBLISHED[name].dit_kwargs)
-        vae = (WanVideoVAE22() if dit.out_dim == 48 else WanVideoVAE()).to(vae_dtype)
+        vae = WanVideoVAE22() if dit.out_dim == 48 else WanVideoVAE()
         clip = _parameters(WanImageEncoder()) if dit.has_image_input else 0
-    compute = torch.bfloat16 if torch_dtype in PACKED_DTYPES else torch_dtype
+        compute = torch.bfloat16 if torch_dtype in PACKED_DTYPES else torch_dtype
+        if torch_dtype in PACKED_DTYPES:
+            pack_block_linears(dit, torch_dtype)
     # umt5-xxl, the text encoder of every published checkpoint.
     t5 = {name: argument.default for name, argument in signature(WanTextEncoder).parameters.items()}
     matrices = 4 * t5["dim"] * t5["dim_attn"] + 3 * t5["dim"] * t5["dim_ffn"]
@@ -195,7 +185,7 @@ def published_sizes(
     block = matrices * torch_dtype.itemsize + small * compute.itemsize
     return ModelSizes(
         name=PUBLISHED[name].name,
-        dit=DiTSize.of(dit, torch_dtype),
+        dit=DiTSize.of(dit.to(compute)),
         text_encoder=TextEncoderSize(
             num_heads=t5["num_heads"],
             weights=WeightBytes(

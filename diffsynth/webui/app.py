@@ -179,7 +179,6 @@ def _more(gr: Any, session: Session) -> tuple[Any, Any, Any, list[Any], list[Any
 def make_app(
     page: Page,
     auth: tuple[str, str] | None = None,
-    root_path: str | None = None,
     *,
     host: str = "127.0.0.1",
     allowed_hosts: Sequence[str] = (),
@@ -197,7 +196,6 @@ def make_app(
         demo,
         path="/",
         auth=auth,
-        root_path=root_path,
         allowed_paths=[str(cache)],
         max_file_size=f"{megabytes:g}mb",
         footer_links=[],

@@ -26,13 +26,16 @@ def run(options: Namespace, console: Console) -> int:
     """
     try:
         auth = read_auth(options.auth, options.auth_file)
-        limits = UploadLimits(megabytes=options.max_upload, frames=options.max_frames)
     except ValueError as error:
         raise UsageError(str(error)) from error
     import_gradio()
     import uvicorn
 
-    listening = _listen(options.host, options.port)
+    try:
+        listening = socket.create_server((options.host, options.port))
+    except (OSError, OverflowError) as error:
+        where = f"{options.host}:{options.port}"
+        raise RunFailedError(f"cannot listen at {where}: {error}; --port 0 takes a free one") from error
     if not is_local(options.host) and auth is None:
         console.problem(f"who reaches {options.host} may use this page; --auth USER:PASSWORD asks who")
     output_dir = Path(options.output_dir)
@@ -47,7 +50,7 @@ def run(options: Namespace, console: Console) -> int:
             load_options(vars(options)),
             output_dir=output_dir.resolve(),
             cache=cache,
-            limits=limits,
+            limits=UploadLimits(megabytes=options.max_upload, frames=options.max_frames),
             max_minutes=options.max_minutes,
         )
         alone = is_local(options.host) and not options.allow_host  # otherwise a proxy serves others
@@ -65,11 +68,3 @@ def run(options: Namespace, console: Console) -> int:
         finally:
             queue.close()
     return 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, or raise RunFailedError if the port is taken."""
-    try:
-        return socket.create_server((host, port))
-    except (OSError, OverflowError) as error:
-        raise RunFailedError(f"cannot listen at {host}:{port}: {error}; --port 0 takes a free one") from error

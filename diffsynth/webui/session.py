@@ -79,8 +79,6 @@ def open_session(
 
     If max_minutes is set, a short run measures how fast this machine is.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "references").mkdir(exist_ok=True)
     folder = choose_model(model, models_dir, lambda _note: None)
     pipe = load_pipeline(folder, loaded)
     return Session(
