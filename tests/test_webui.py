@@ -161,7 +161,8 @@ def test_the_fields_show_the_defaults_of_the_chosen_model(session, tmp_path):
     assert seen["steps"]["placeholder"] == str(nano.defaults.with_preset("fast")["num_inference_steps"])
     assert hints["tiny"]["prompt"]["placeholder"] == "a red fox leaps through fresh snow"
     assert [hint["picture"]["visible"] for hint in hints.values()] == [False, True, False]
-    (follow,) = (one for one in demo.fns.values() if one.name == "follow")
+    labels = {one: [getattr(field, "label", "") for field in one.outputs] for one in demo.fns.values()}
+    (follow,) = (one for one, outputs in labels.items() if outputs[:1] == ["Denoising strength"])
     texts = {name: follow.fn(name)[1]["samples"][0][-1] for name in (nano.folder.name, "tiny")}
     assert texts == {
         nano.folder.name: "a blue star on a yellow background",

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,8 @@ def build(page: Page) -> Any:
                 reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
                 look = gr.Button("Show the motion", elem_id="look")
                 clip = gr.Textbox(label="Motion", visible=False)
-                tries = gr.Examples(
-                    _tries(page, page.session),
-                    [reference, clip, prompt],
-                    label="Try one of these",
-                    elem_id="examples",
-                )
+                tried = {"label": "Try one of these", "elem_id": "examples"}
+                tries = gr.Examples(_tries(page, page.session), [reference, clip, prompt], **tried)
                 picture = gr.Image(
                     label="Picture that the video begins with",
                     type="filepath",
@@ -104,11 +101,7 @@ def build(page: Page) -> Any:
         hinted = [model, prompt, preset, *numbers, picture]
         gr.on([model.change, preset.change], hint, [model, preset], hinted, api_name=False)
 
-        def follow(name: str) -> tuple[float, Any]:
-            session = page.session_of(name)
-            return session.defaults[_STRENGTH], gr.update(samples=_tries(page, session))
-
-        model.input(follow, model, [strength, tries.dataset], api_name=False)
+        model.input(partial(_followed, page), model, [strength, tries.dataset], api_name=False)
         prompt.change(None, status, status, js="said => said.includes('fv-error') ? '' : said")
         for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
             handler.__annotations__["request"] = gr.Request
@@ -129,6 +122,12 @@ def _tries(page: Page, session: Session) -> list[list[str]]:
     """Return the examples that a model can follow: path and name of a reference, and a prompt."""
     texts = cycle(_SHAPES if session.defaults.words else _SCENES)
     return [[path, Path(path).stem, next(texts)] for path in page.clips]
+
+
+def _followed(page: Page, name: str) -> tuple[float, Any]:
+    """Return what changes with the model besides its hints: the denoising strength and the examples."""
+    session = page.session_of(name)
+    return session.defaults[_STRENGTH], import_gradio().update(samples=_tries(page, session))
 
 
 def _owners_row(gr: Any, page: Page, is_owner: Any, status: Any) -> Any:
