@@ -189,7 +189,7 @@ def test_every_number_of_the_method_and_every_argument_of_the_call_is_an_option(
     assert set(fields) - offered == {"motion", "output_type"}
     run = set(inspect.signature(WanVideoPipeline.run).parameters) - offered
     assert run == {
-        "self", "input_video", "progress_bar_cmd", "callback_on_step_end",
+        "self", "input_video", "progress_bar_cmd", "callback_on_step_end", "stop",
         "observer", "test_latency", "latency_dir", "options",
     }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Types of the call's arguments, for type checkers alone; a test compares their names with the options."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -61,3 +62,4 @@ class CallArguments(_OptionsOfAllOutputs, total=False):
     checkpoint_every: int
     checkpoint_minutes: float
     resume: bool
+    stop: threading.Event | None

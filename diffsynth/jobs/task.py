@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import threading
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -240,11 +241,17 @@ def was_made(task: VideoTask, model: Mapping[str, Any]) -> bool:
 
 
 def run_task(
-    pipe: WanVideoPipeline, task: VideoTask, model: Mapping[str, Any], loaded: LoadOptions, observer: Observer
+    pipe: WanVideoPipeline,
+    task: VideoTask,
+    model: Mapping[str, Any],
+    loaded: LoadOptions,
+    observer: Observer,
+    stop: threading.Event,
 ) -> MadeVideo:
     """Make the video and its record.
 
-    An error that the observer raises ends the task; no video is written before the stage "write".
+    An error that the observer raises ends the task; no video is written before the stage "write". Once `stop`
+    is set, denoising ends, and the observer can raise when decoding begins.
 
     Raises:
         RunFailedError: the video cannot be written; the error's `latents_path` names the kept latents.
@@ -275,7 +282,7 @@ def run_task(
         logger.warning("an earlier run was killed before its video was there; %s", words)
     with latents_until_done(kept, task.output):
         with attention_kernel(loaded):
-            (made,) = pipe.run(**task.arguments, observer=watch, progress_bar_cmd=iter)
+            (made,) = pipe.run(**task.arguments, observer=watch, stop=stop, progress_bar_cmd=iter)
         observer(RunEvent(stage="write"))
         frames: Any = made.frames  # PIL images, since a task has no output_type
         record = make_record(

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.resolve import ModelFacts, ReferenceFacts
 from diffsynth.data import VideoData
+from diffsynth.data.frames import Picture, read_picture
 from diffsynth.data.tensors import Video, frame_size
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
 from diffsynth.models.model_kinds import KINDS, LOW_NOISE_DIT, expert_of
@@ -105,18 +107,26 @@ class Components:
         """Return whether the video may begin with a picture."""
         return ModelSizes.of(self.residency.models).takes_picture
 
-    def check_pictures(self, has_first: bool, has_last: bool) -> None:
-        """Raise ValueError if a picture is missing that the model needs, or passed that it does not take."""
+    def read_pictures(self, input_image: Picture | None, end_image: Picture | None) -> list[Image.Image]:
+        """Return the pictures that the video begins and ends with, those that are given.
+
+        Raises:
+            ValueError: one is missing that the model needs, or given that it does not take, or damaged.
+        """
         needs, has_positions = self.dit.in_dim > self.dit.out_dim, self.dit.image_positions > 0
         takes_last = needs and (has_positions or not self.dit.has_image_input)
-        for name, given, needed, taken in (
-            ("input_image", has_first, needs, self.takes_picture),
-            ("end_image", has_last, has_positions, takes_last),
+        pictures = []
+        for name, picture, needed, taken in (
+            ("input_image", input_image, needs, self.takes_picture),
+            ("end_image", end_image, has_positions, takes_last),
         ):
-            if needed and not given:
+            if needed and picture is None:
                 raise ValueError(f"this model continues pictures and needs {name}; none is given")
-            if given and not taken:
+            if picture is not None and not taken:
                 raise ValueError(f"this model takes no {name}; see docs/weights.md for those that do")
+            if picture is not None:
+                pictures.append(read_picture(picture, name))
+        return pictures
 
 
 def load_checkpoint(

@@ -3,10 +3,11 @@
 If memory runs out, a stage is repeated one rung down the ladder of settings.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffsynth.configs.options import RunOptions
 from diffsynth.data.tensors import chunks_to_uint8, finite
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents
-from diffsynth.pipelines.denoise import RunEvent
+from diffsynth.pipelines.denoise import RunEvent, replaced_latents
 from diffsynth.pipelines.image_condition import encode_pictures
 from diffsynth.pipelines.sample import Progress, StepConsumer, sample
 from diffsynth.planning.ladder import Ladder
@@ -205,10 +206,20 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
     return noise.to(models.device)
 
 
-def checked_callables(
-    progress_bar_cmd: Progress | None, observer: Observer | None, callback_on_step_end: object
-) -> tuple[Progress, Observer]:
-    """Return progress bar and observer, which tells a bar such as tqdm's what is done. None does nothing."""
+def watchers(
+    pipe: object,
+    progress_bar_cmd: Progress | None,
+    observer: Observer | None,
+    callback_on_step_end: Callable[..., dict | None] | None,
+    stop: threading.Event | None,
+) -> tuple[Progress, Observer, StepConsumer, threading.Event]:
+    """Return what a run tells of its steps, and what stops it; None does nothing.
+
+    The observer also tells a progress bar such as tqdm's what is done; the consumer of steps tells observer
+    and callback, which is called with `pipe`. A TypeError names what is of another kind.
+    """
+    if stop is not None and not isinstance(stop, threading.Event):
+        raise TypeError(f"stop must be a threading.Event or None; got {stop!r:.80}")
     called = {"progress_bar_cmd": progress_bar_cmd, "observer": observer}
     for name, call in {**called, "callback_on_step_end": callback_on_step_end}.items():
         if call is not None and not callable(call):
@@ -230,7 +241,15 @@ def checked_callables(
         if observer is not None:
             observer(event)
 
-    return bar, tell
+    def consume(event: RunEvent) -> Tensor | None:
+        replaced, latents = None, event.latents
+        if callback_on_step_end and latents is not None and event.stage == "sampling":
+            returned = callback_on_step_end(pipe, event.step - 1, event.timestep, {"latents": latents})
+            replaced = None if returned in (None, {}) else replaced_latents(returned, latents)
+        tell(event if replaced is None else replace(event, latents=replaced))
+        return replaced
+
+    return bar, tell, consume, threading.Event() if stop is None else stop
 
 
 def noise_generator(options: RunOptions) -> torch.Generator:

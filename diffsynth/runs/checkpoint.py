@@ -191,7 +191,7 @@ def open_run(
     pixels: Tensor | None,
     pictures: Sequence[Image.Image],
     options: RunOptions,
-    interrupt: Callable[[], None],
+    stop_run: Callable[[], None],
 ) -> Iterator[SavedRun | None]:
     """Yield the saved run of a folder; on exit, also after an error, save its last finished step.
 
@@ -202,7 +202,7 @@ def open_run(
     if folder is None:
         yield None
         return
-    with run_lock(folder), stoppable(folder, interrupt):
+    with run_lock(folder), stoppable(folder, stop_run):
         identity = run_identity(residency.models, prompts, pixels, pictures, options)
         saved = SavedRun(folder, saving, identity, options.seed, residency.device)
         try:
