@@ -12,8 +12,7 @@ from diffsynth.jobs.errors import UsageError
 # Names of options that are files which must exist, and what a message calls such a file.
 _FILES = {
     "reference": "video file", "generated": "video file", "videos": "video file",
-    "jobs": "jobs file", "latents": "latents file", "record": "record", "input_image": "picture",
-    "end_image": "picture",
+    "jobs": "jobs file", "record": "record", "input_image": "picture", "end_image": "picture",
 }  # fmt: skip
 
 

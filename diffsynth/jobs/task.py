@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import logging
 import math
-import os
 import threading
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -40,7 +37,7 @@ from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import Observer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
-from diffsynth.runs.latents import decode_line, keep_latents, latents_facts, latents_until_done, read_latents
+from diffsynth.runs.latents import keep_latents, latents_facts, latents_until_done
 from diffsynth.runs.record import (
     RunRecord,
     describe_pictures,
@@ -49,9 +46,6 @@ from diffsynth.runs.record import (
     finished_record,
     make_record,
 )
-from diffsynth.runs.state import save_state
-
-logger = logging.getLogger(__name__)
 
 PROMPTS = ("prompt", "negative_prompt")
 
@@ -257,8 +251,8 @@ def run_task(
         RunFailedError: the video cannot be written; the error's `latents_path` names the kept latents.
         Errors of the pipeline are raised as they are.
     """
-    place = task.output or task.folder / f"{reference_stem(task)}-{os.getpid()}.mp4"
-    kept = place.with_name(f".{place.name}.latents.safetensors")
+    # Found again when the same command runs again, also where a seed that is drawn becomes part of its name.
+    place = task.output or task.folder / f"{task.stem or reference_stem(task)}.mp4"
     last: list[Tensor] = []
     seen: np.ndarray | None = None
 
@@ -269,18 +263,10 @@ def run_task(
         if event.stage == "sampling" and event.step == event.steps and event.latents is not None:
             last[:] = [event.latents]
         elif event.stage == "decode" and last and not task.saving:  # a saved run keeps them itself
-            with suppress(OSError, ValueError):  # a failed copy must not end the run
-                facts = latents_facts(pipe.vae, task.size, task.file.fps) | {"job": task.job}
-                save_state(kept, {"latents": last[0]}, facts)
+            keep(last[0], latents_facts(pipe.vae, task.size, task.file.fps))
         observer(event)
 
-    if (left := kept).exists():
-        with suppress(ValueError):  # truncated when the run was killed
-            if read_latents(kept)[1].get("job") != task.job:  # another request made them: do not overwrite
-                left = kept.rename(kept.with_name(f"{place.stem}-latents-{uuid.uuid4().hex[:8]}.safetensors"))
-        words = decode_line(left, task.output)
-        logger.warning("an earlier run was killed before its video was there; %s", words)
-    with latents_until_done(kept, task.output):
+    with latents_until_done(place, task.output, task.job) as keep:
         with attention_kernel(loaded):
             (made,) = pipe.run(**task.arguments, observer=watch, stop=stop, progress_bar_cmd=iter)
         observer(RunEvent(stage="write"))
@@ -303,7 +289,7 @@ def run_task(
         name = f"{task.stem or f'{reference_stem(task)}-{made.options.mode}'}-seed{made.options.seed}"
         try:
             output = task.output or task.folder / f"{name}.mp4"
-            path = publish(frames, output, record, overwrite=task.overwrite)
+            path = publish(frames, output, record, task.overwrite, place)
         except (OSError, RuntimeError) as error:
             facts = latents_facts(pipe.vae, task.size, task.file.fps, made.cost)
             failed = RunFailedError(f"the video could not be written: {error}")

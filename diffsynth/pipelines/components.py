@@ -108,11 +108,7 @@ class Components:
         return ModelSizes.of(self.residency.models).takes_picture
 
     def read_pictures(self, input_image: Picture | None, end_image: Picture | None) -> list[Image.Image]:
-        """Return the pictures that the video begins and ends with, those that are given.
-
-        Raises:
-            ValueError: one is missing that the model needs, or given that it does not take, or damaged.
-        """
+        """Return the pictures that are given; ValueError if the model needs another or does not take one."""
         needs, has_positions = self.dit.in_dim > self.dit.out_dim, self.dit.image_positions > 0
         takes_last = needs and (has_positions or not self.dit.has_image_input)
         pictures = []

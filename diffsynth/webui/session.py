@@ -195,7 +195,6 @@ def make_video(
             preview = previews.of(event) or before.preview
             job.report(stage=event.stage, step=event.step, steps=event.steps, preview=preview)
 
-    job.check()
     video, record, *_ = run_task(pipe, task, session.model, session.loaded, observe, job.stop)
     return PastRun(video=video, record=record)
 
