@@ -19,6 +19,7 @@ class _OptionsOfAllOutputs(TypedDict, total=False):
     denoising_strength: float | None
     cfg_scale: float | None
     low_noise_cfg_scale: float | None
+    low_noise_motion: Mapping[str, Any] | None
     boundary: float | None
     sigma_shift: float | None
     seed: int | None

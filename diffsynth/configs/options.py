@@ -29,7 +29,7 @@ from diffsynth.configs.fields import (
     options_of,
 )
 from diffsynth.configs.guidance import MotionGuidance, shifted_level
-from diffsynth.configs.kinds import AlignmentKind, CacheKind, CacheMaker, MotionKind
+from diffsynth.configs.kinds import AlignmentKind, CacheKind, CacheMaker, MotionChanges, MotionKind
 
 # The samplers of `diffsynth.schedulers`.
 SAMPLERS: dict[str, str] = {
@@ -80,6 +80,9 @@ class RunOptions:
     )
     low_noise_cfg_scale: float | None = option(
         OrNone(Number(), "cfg_scale"), "cfg_scale of the low-noise expert, for models of two"
+    )
+    low_noise_motion: Mapping[str, Any] | None = option(
+        OrNone(MotionChanges()), "numbers of motion that the low-noise expert has instead, for models of two"
     )
     boundary: float = option(
         Number(least=0, most=1),
@@ -159,6 +162,13 @@ class RunOptions:
     def guided(self) -> range:
         """The indices of the guided steps."""
         return range(0) if self.motion is None else self.motion.guided_range(self.num_inference_steps)
+
+    @property
+    def of_low_noise(self) -> "RunOptions":
+        """The options of the low-noise expert of two."""
+        scale = self.cfg_scale if self.low_noise_cfg_scale is None else self.low_noise_cfg_scale
+        motion = self.motion and replace(self.motion, **(self.low_noise_motion or {}))
+        return replace(self, cfg_scale=scale, motion=motion)
 
     @property
     def levels(self) -> list[float]:

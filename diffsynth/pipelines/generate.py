@@ -117,16 +117,11 @@ def generate(
                 facts = latents_facts(models.vae, options.size, fps, cost)
                 keep_latents(latents, facts, error)  # the error names their file
             raise
-        videos.append(
-            GeneratedVideo(
-                frames=frames,
-                latents=latents.cpu(),
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                options=options,
-                cost=cost,
-            )
-        )
+        made = GeneratedVideo(
+            frames=frames, latents=latents.cpu(), options=options, cost=cost,
+            prompt=prompt, negative_prompt=negative_prompt,
+        )  # fmt: skip
+        videos.append(made)
         if stop() or not all_steps_done:
             break
     if saved is not None and all_steps_done and len(videos) == len(prompts):
@@ -180,20 +175,13 @@ def encode(
     if pixels is not None and options.motion is not None:  # read with the frames that it has in their places
         ends = chunks_to_uint8([pixels[:, :, [0, -1]]], len(pictures)) if pictures else ()
         shown["reference_condition"] = [Image.fromarray(frame) for frame in ends]
-    conditions = {}
+    conditions: dict[str, Any] = {}
     for name, own in shown.items():
         if own:
             encode_all = partial(encode_pictures, models, own)
             conditions[name], options = ladder.run("encode video", encode_all, options)
-    inputs = RunInputs(
-        prompts=embeddings,
-        noise=draw_noise(models, options),
-        reference=reference,
-        seconds=seconds,
-        memory=memory,
-        **conditions,
-    )
-    return inputs, options
+    encoded = {**conditions, "prompts": embeddings, "noise": draw_noise(models, options)}
+    return RunInputs(**encoded, reference=reference, seconds=seconds, memory=memory), options
 
 
 def draw_noise(models: Components, options: RunOptions) -> Tensor:
