@@ -5,6 +5,7 @@ import shutil
 import weakref
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -191,6 +192,9 @@ def test_bad_pictures_are_told_before_any_model_runs(checkpoint, tmp_path, monke
         for picture in (animated, Image.open(animated)):
             with pytest.raises(ValueError, match="input_image must be one picture; it is animated, 2 frames"):
                 pipe("a cat", input_image=picture, **SMALL)
+    for array, size in ((np.zeros((1, 1, 3), np.uint8), "1x1"), (np.zeros((0, 9, 3), np.uint8), "9x0")):
+        with pytest.raises(ValueError, match=rf"input_image must have 8 pixels a side .* got {size}"):
+            pipe("a cat", input_image=array, **SMALL)
     # What is transparent is black, as in videos.
     clear, black = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGB", (40, 40))
     assert torch.equal(pipe("a cat", input_image=clear, **SMALL), pipe("a cat", input_image=black, **SMALL))
@@ -219,12 +223,16 @@ def test_equal_experts_give_the_bits_of_one(checkpoint, tmp_path):
     assert torch.equal(both("a cat", **arguments), one("a cat", **arguments))
 
 
-def test_one_expert_alone_is_refused(checkpoint):
+def test_one_expert_alone_is_refused(checkpoint, tmp_path):
     folder = checkpoint("tiny-a14b")
     manager = ModelManager(torch_dtype=torch.float32)
     manager.load_models([folder], model_names=["wan_video_dit", "wan_video_text_encoder", "wan_video_vae"])
     with pytest.raises(ValueError, match="is one of two experts; load the low-noise one as well"):
         WanVideoPipeline.from_model_manager(manager)
+    shutil.copytree(folder, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "high_noise_model")
+    with pytest.raises(FileNotFoundError, match=r"lacks .* wan_video_dit; the low-noise expert is one of two"):
+        WanVideoPipeline.from_pretrained(tmp_path / "half", device="cpu")
     manager.load_models([folder / "low_noise_model"])
     pipe = WanVideoPipeline.from_model_manager(manager)
     assert pipe.models.experts == ("dit", "low_noise_dit")

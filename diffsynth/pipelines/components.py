@@ -160,10 +160,10 @@ def load_checkpoint(
         manager.load_models([folder], vae_dtype=vae_dtype, model_names=wanted)
     for name, file in parts.items():
         manager.load_models([file], vae_dtype=vae_dtype, model_names=[kinds[name]])
-    if missing := set(REQUIRED) - {model.name for model in manager.loaded}:
-        raise FileNotFoundError(
-            f"{folder} lacks the weights of {', '.join(sorted(missing))}; {DOWNLOAD_HINT}"
-        )
+    found = {model.name for model in manager.loaded}
+    if missing := ", ".join(sorted(set(REQUIRED) - found)):
+        pair = "; the low-noise expert is one of two" if LOW_NOISE_DIT in found else ""
+        raise FileNotFoundError(f"{folder} lacks the weights of {missing}{pair}; {DOWNLOAD_HINT}")
     for file, strength in loras.items():
         manager.load_lora(file, strength)
     return manager
