@@ -231,7 +231,7 @@ def test_one_expert_alone_is_refused(checkpoint, tmp_path):
         WanVideoPipeline.from_model_manager(manager)
     shutil.copytree(folder, tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "high_noise_model")
-    with pytest.raises(FileNotFoundError, match=r"lacks .* wan_video_dit; the low-noise expert is one of two"):
+    with pytest.raises(FileNotFoundError, match="wan_video_dit; the low-noise expert is one of two"):
         WanVideoPipeline.from_pretrained(tmp_path / "half", device="cpu")
     manager.load_models([folder / "low_noise_model"])
     pipe = WanVideoPipeline.from_model_manager(manager)

@@ -207,7 +207,7 @@ def test_the_settings_of_a_past_run_ask_for_it_again(session, clip, queue, place
 def test_the_paths_of_reference_and_result_are_drawn(session, tmp_path):
     clip = next(path for folder in CLIP_FOLDERS for path in folder.glob("bounce.mp4"))
     record = make_video(session, checked_request(SMALL), clip, QueuedJob()).record
-    video = publish(list(VideoData(clip)), tmp_path / "bounce.mp4", record, False, tmp_path / "bounce.mp4")
+    video = publish(list(VideoData(clip)), tmp_path / "bounce.mp4", record)
     path = paths_drawn(PastRun(video=video, record=record), tmp_path)
     with VideoData(path) as drawn:
         assert drawn.shape()[1] > 1.9 * 320
@@ -631,7 +631,7 @@ def test_past_runs_are_neither_links_nor_foreign_files(session, clip, tmp_path):
     for name in ("other.mp4", "../videos/" + run.video.name, "missing.mp4", str(run.video)):
         with pytest.raises(ValueError, match="there is no past run"):
             find_run(tmp_path, name)
-    publish(list(VideoData(clip)), tmp_path / "mine.mp4", run.record, True, tmp_path / "mine.mp4")
+    publish(list(VideoData(clip)), tmp_path / "mine.mp4", run.record, overwrite=True)
     assert [run.video.name for run in past_runs(tmp_path)] == ["mine.mp4"]
 
 

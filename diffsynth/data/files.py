@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -68,9 +69,10 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
         path: what will be replaced.
         folder: make a folder instead of a file.
     """
-    # What is unfinished itself, as save_video's target below publish, belongs to the same path.
-    name = path.name.removeprefix(PARTIAL)
-    stem = name[:12] if name != path.name else hashlib.sha256(path.name.encode()).hexdigest()[:12]
+    # What is unfinished itself, as save_video's target below publish, belongs to the same path. So does a
+    # name with another seed: the same command draws a new one, and must find what was left.
+    name, seedless = path.name.removeprefix(PARTIAL), re.sub(r"-seed\d+", "", path.name)
+    stem = name[:12] if name != path.name else hashlib.sha256(seedless.encode()).hexdigest()[:12]
     stem = PARTIAL + stem
     for left in path.parent.glob(f"{stem}-*"):
         if (handle := hold(left)) is not None:

@@ -5,7 +5,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -14,8 +13,6 @@ from diffsynth.data.files import written_whole
 from diffsynth.data.writer import VIDEO_SUFFIXES, save_frames
 from diffsynth.jobs.errors import UsageError
 from diffsynth.runs.record import RunRecord, read_record, record_path, save_with_metadata, write_record
-
-Write = Callable[[Path], object]
 
 
 def check_folder(folder: Path) -> None:
@@ -89,33 +86,30 @@ def is_png_folder(path: Path) -> bool:
     return path.suffix == ""
 
 
-def publish(
-    frames: Sequence[Image.Image], path: Path, record: RunRecord, overwrite: bool, beside: Path
-) -> Path:
+def publish(frames: Sequence[Image.Image], path: Path, record: RunRecord, *, overwrite: bool = False) -> Path:
     """Write a video with its record as metadata, and the record beside it; return the path of the video."""
-    final = write_output(frames, path, partial(save_with_metadata, frames, record=record), overwrite, beside)
+    final = write_output(frames, path, lambda file: save_with_metadata(frames, file, record), overwrite)
     write_record(record, final)
     return final
 
 
 def write_output(
-    frames: Sequence[Image.Image], path: Path, write: Write, overwrite: bool, beside: Path | None = None
+    frames: Sequence[Image.Image], path: Path, write_video: Callable[[Path], object], overwrite: bool
 ) -> Path:
-    """Write PNG files into a folder, or a file by `write` that is moved to `path`; return its path.
+    """Write PNG files into a folder, or a file by `write_video` that is moved to `path`; return its path.
 
-    Unless it may overwrite, a number is added to a name taken meanwhile. After an error, no file remains;
-    what a kill leaves is removed by the next writing for `beside`, by default the same path.
+    Unless it may overwrite, a number is added to a name taken meanwhile. After an error, no file remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_png_folder(path):
         return save_frames(frames, path)
     if overwrite:
         with written_whole(path.resolve()) as temporary:
-            write(temporary)
+            write_video(temporary)
         return path
     final = []
-    with written_whole(beside or path, lambda file, _: final.append(_place(file, path))) as temporary:
-        write(temporary)
+    with written_whole(path, lambda file, target: final.append(_place(file, target))) as temporary:
+        write_video(temporary)
     return final[0]
 
 

@@ -272,24 +272,15 @@ def run_task(
         observer(RunEvent(stage="write"))
         frames: Any = made.frames  # PIL images, since a task has no output_type
         record = make_record(
-            frames,
-            prompt=made.prompt,
-            negative_prompt=made.negative_prompt,
-            preset=task.call.get("preset", EXACT),
-            options=made.options,
-            cost=made.cost,
-            models=pipe.residency.models,
-            device=pipe.device,
-            reference=task.reference,
-            model=model,
-            file=task.file,
-            job=task.job,
+            frames, prompt=made.prompt, negative_prompt=made.negative_prompt, options=made.options,
+            cost=made.cost, preset=task.call.get("preset", EXACT), models=pipe.residency.models,
+            device=pipe.device, reference=task.reference, model=model, file=task.file, job=task.job,
             pictures=task.pictures,
-        )
+        )  # fmt: skip
         name = f"{task.stem or f'{reference_stem(task)}-{made.options.mode}'}-seed{made.options.seed}"
         try:
             output = task.output or task.folder / f"{name}.mp4"
-            path = publish(frames, output, record, task.overwrite, place)
+            path = publish(frames, output, record, overwrite=task.overwrite)
         except (OSError, RuntimeError) as error:
             facts = latents_facts(pipe.vae, task.size, task.file.fps, made.cost)
             failed = RunFailedError(f"the video could not be written: {error}")

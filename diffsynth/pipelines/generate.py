@@ -113,15 +113,11 @@ def generate(
             with stage("decode", observer, cost.stage_seconds, cost.stage_memory, models.device):
                 frames, options = ladder.run("decode", partial(decode_latents, models, latents), options)
         except (RuntimeError, MemoryError, OSError) as error:
-            if saved is None and latents.isfinite().all():
-                facts = latents_facts(models.vae, options.size, fps, cost)
-                keep_latents(latents, facts, error)  # the error names their file
+            if saved is None and latents.isfinite().all():  # the error names their file
+                keep_latents(latents, latents_facts(models.vae, options.size, fps, cost), error)
             raise
-        made = GeneratedVideo(
-            frames=frames, latents=latents.cpu(), options=options, cost=cost,
-            prompt=prompt, negative_prompt=negative_prompt,
-        )  # fmt: skip
-        videos.append(made)
+        more: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "cost": cost}
+        videos.append(GeneratedVideo(frames=frames, latents=latents.cpu(), options=options, **more))
         if stop() or not all_steps_done:
             break
     if saved is not None and all_steps_done and len(videos) == len(prompts):

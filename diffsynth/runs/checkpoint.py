@@ -146,13 +146,10 @@ class SavedRun:
             )
         prompts = [PromptEmbeddings(**part(state, f"context.{i}")) for i in range(facts["prompts"])]
         self.inputs = RunInputs(
-            prompts=prompts,
-            noise=state["noise"],
-            reference=state.get("reference"),
-            seconds=facts["seconds"],
+            prompts=prompts, noise=state["noise"], reference=state.get("reference"), seconds=facts["seconds"],
             condition=ImageCondition(**part(state, "condition")),
             reference_condition=ImageCondition(**part(state, "reference_condition")),
-        )
+        )  # fmt: skip
         self._inputs_saved = True
         logger.info("continuing the run in %s", self._folder)
 

@@ -101,9 +101,7 @@ class Page:
             (session, asked), reference = self._request(("motion", *values[1:])), self._kept(uploaded)
             check_budget(session, asked, reference)
             return self.queue.submit(
-                lambda job: show_motion(session, asked, reference, job),
-                "its motion",
-                request.session_hash,
+                lambda job: show_motion(session, asked, reference, job), "its motion", request.session_hash
             )
 
         def show(path: Path) -> tuple[str, str]:
