@@ -45,7 +45,8 @@ FITS = ("crop", "pad", "stretch")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
 MOTION_PREFIX = "motion_"  # of the names of motion's numbers on the command line and in batch files
-PICTURES = ("input_image", "end_image")  # arguments of the call: the video begins and ends with them
+# Pictures, by argument of the call: the name in commands and batch files, and what the video does with it.
+PICTURES = {"input_image": ("image", "begins with"), "end_image": ("end_image", "ends with")}
 DEFAULT_FPS = 15.0  # of a video whose reference and checkpoint name no rate
 ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
 MOST_PIXELS = 2**33  # of all frames together: 1,000 of 3840x2160

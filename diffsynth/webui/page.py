@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.descriptors import NO_TRANSFER
-from diffsynth.configs.options import PICTURES
 from diffsynth.webui import panel
 from diffsynth.webui.gallery import PastRun, asked_for, compared, find_run, past_runs, paths_drawn, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
@@ -72,7 +71,7 @@ class Page:
             (session, asked), reference = self._request([*options, model]), None
             if uploaded is not None and asked["mode"] != NO_TRANSFER:
                 reference = self._kept(uploaded)
-            pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
+            pictures = {} if picture is None else {"input_image": self._kept(picture, keep_picture)}
             check_budget(session, asked, reference)
 
             def make(job: QueuedJob) -> list[PastRun]:
