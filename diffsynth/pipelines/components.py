@@ -107,11 +107,11 @@ class Components:
         """Return whether the video may begin with a picture."""
         return ModelSizes.of(self.residency.models).takes_picture
 
-    def read_pictures(self, input_image: Picture | None, end_image: Picture | None) -> list[Image.Image]:
-        """Return the pictures that are given; ValueError if the model needs another or does not take one."""
+    def read_pictures(self, input_image: Picture | None, end_image: Picture | None) -> dict[str, Image.Image]:
+        """Return those given, by argument; ValueError if the model needs another or does not take one."""
         needs, has_positions = self.dit.in_dim > self.dit.out_dim, self.dit.image_positions > 0
         takes_last = needs and (has_positions or not self.dit.has_image_input)
-        pictures = []
+        pictures = {}
         for name, picture, needed, taken in (
             ("input_image", input_image, needs, self.takes_picture),
             ("end_image", end_image, has_positions, takes_last),
@@ -121,7 +121,7 @@ class Components:
             if picture is not None and not taken:
                 raise ValueError(f"this model takes no {name}; see docs/weights.md for those that do")
             if picture is not None:
-                pictures.append(read_picture(picture, name))
+                pictures[name] = read_picture(picture, name)
         return pictures
 
 

@@ -5,7 +5,7 @@ If memory runs out, a stage is repeated one rung down the ladder of settings.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.configs.options import RunOptions
+from diffsynth.configs.options import PICTURES, RunOptions
 from diffsynth.data.tensors import chunks_to_uint8, finite
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents
@@ -57,7 +57,7 @@ def generate(
     models: Components,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
-    pictures: Sequence[Image.Image],
+    pictures: Mapping[str, Image.Image],
     options: RunOptions,
     ladder: Ladder,
     reads_db: float | None = None,
@@ -77,7 +77,7 @@ def generate(
         models: models of the pipeline.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W] in [-1, 1]; None without one.
-        pictures: the picture that the video begins with and, if there are two, the one that it ends with.
+        pictures: those that are given, by argument of the call, as in PICTURES.
         options: resolved options; the ladder decides those that are still open.
         ladder: settings for when memory runs out.
         reads_db: PSNR in dB of the first frame below which a reference is said to be unreadable.
@@ -129,7 +129,7 @@ def encode(
     models: Components,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
-    pictures: Sequence[Image.Image],
+    pictures: Mapping[str, Image.Image],
     options: RunOptions,
     ladder: Ladder,
     observer: Observer,
@@ -169,8 +169,8 @@ def encode(
             reference, options = ladder.run("encode video", partial(encode_video, pixels), options)
     shown = {"condition": pictures}
     if pixels is not None and options.motion is not None:  # read with the frames that it has in their places
-        ends = chunks_to_uint8([pixels[:, :, [0, -1]]], len(pictures)) if pictures else ()
-        shown["reference_condition"] = [Image.fromarray(frame) for frame in ends]
+        ends = zip(PICTURES, chunks_to_uint8([pixels[:, :, [0, -1]]], 2), strict=True)
+        shown["reference_condition"] = {name: Image.fromarray(end) for name, end in ends if name in pictures}
     conditions: dict[str, Any] = {}
     for name, own in shown.items():
         if own:

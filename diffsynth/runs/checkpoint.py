@@ -186,7 +186,7 @@ def open_run(
     residency: Residency,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
-    pictures: Sequence[Image.Image],
+    pictures: Mapping[str, Image.Image],
     options: RunOptions,
     stop_run: Callable[[], None],
 ) -> Iterator[SavedRun | None]:

@@ -62,8 +62,7 @@ def latents_until_done(
             left = left.rename(left.with_name(f"{place.stem}-latents-{number}.safetensors"))
         else:
             going.append(left)
-        told = decode_line(left, output)
-        logger.warning("an earlier run was killed before its video was there; %s", told)
+        logger.warning("an earlier run was killed before its video was there; %s", decode_line(left, output))
 
     def keep(latents: Tensor, facts: Mapping[str, object]) -> None:
         with suppress(OSError, ValueError):  # a failed copy must not end the run
