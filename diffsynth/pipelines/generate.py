@@ -169,15 +169,15 @@ def encode(
             reference, options = ladder.run("encode video", partial(encode_video, pixels), options)
     shown = {"condition": pictures}
     if pixels is not None and options.motion is not None:  # read with the frames that it has in their places
-        ends = zip(PICTURES, chunks_to_uint8([pixels[:, :, [0, -1]]], 2), strict=True)
-        shown["reference_condition"] = {name: Image.fromarray(end) for name, end in ends if name in pictures}
-    conditions: dict[str, Any] = {}
+        ends = zip(PICTURES, chunks_to_uint8([pixels[:, :, [0, -1]]], 2), strict=False)
+        framed = {name: Image.fromarray(end) for name, end in ends if name in pictures}
+        shown["reference_condition"] = {**pictures, **framed}
+    encoded: dict[str, Any] = {"prompts": embeddings, "reference": reference}
     for name, own in shown.items():
         if own:
             encode_all = partial(encode_pictures, models, own)
-            conditions[name], options = ladder.run("encode video", encode_all, options)
-    encoded = {**conditions, "prompts": embeddings, "noise": draw_noise(models, options)}
-    return RunInputs(**encoded, reference=reference, seconds=seconds, memory=memory), options
+            encoded[name], options = ladder.run("encode video", encode_all, options)
+    return RunInputs(noise=draw_noise(models, options), seconds=seconds, memory=memory, **encoded), options
 
 
 def draw_noise(models: Components, options: RunOptions) -> Tensor:
