@@ -107,22 +107,23 @@ def test_a_run_holds_the_numbers_and_says_what_it_did(caplog):
     picture = Image.fromarray(scene(60, 80, 12))
     run = RunOptions(height=HEIGHT, width=WIDTH, num_frames=FRAMES, motion=MotionGuidance())
     with caplog.at_level("INFO"):
-        pixels, resolved = reference_pixels(video(), [picture], run)
+        pixels, resolved = reference_pixels(video(), {"input_image": picture}, run)
     assert resolved.align == pytest.approx((40, 30, 1), abs=1)
     assert "the reference is moved 40 pixels right and 30 down and scaled by 1" in caplog.text
     again = RunOptions.from_json(json.loads(json.dumps(resolved.to_json())))
     assert again == resolved
-    assert torch.equal(reference_pixels(video(), [picture], again)[0], pixels)
+    assert torch.equal(reference_pixels(video(), {"input_image": picture}, again)[0], pixels)
     by_hand = RunOptions(**{**vars_of(run), "align": (40, 30)})
     assert by_hand.align == (40, 30, 1.0)
-    moved = reference_pixels(video(), [], by_hand)[0]
+    moved = reference_pixels(video(), {}, by_hand)[0]
     torch.testing.assert_close(moved, shift(tensor(video()), (40, 30, 1.0)))
-    for other, pictures in (("none", [picture]), ("object", [])):
+    for other, pictures in (("none", {"input_image": picture}), ("object", {})):
         same, left = reference_pixels(video(), pictures, RunOptions(**{**vars_of(run), "align": other}))
         assert left.align == "none"
         torch.testing.assert_close(same, tensor(video()))
     caplog.clear()
-    _, left = reference_pixels(video(), [Image.fromarray(scene(60, 80, 12, "noise"))], run)
+    noise = {"input_image": Image.fromarray(scene(60, 80, 12, "noise"))}
+    _, left = reference_pixels(video(), noise, run)
     assert left.align == "none"
     assert "the reference stays where it is" in caplog.text
 

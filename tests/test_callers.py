@@ -9,6 +9,7 @@ import torch
 
 from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.evaluation.reference_flow import reference_flow
+from diffsynth.pipelines import wan_video
 from diffsynth.runs.identity import weights_fingerprint
 from diffsynth.testing import write_clip
 
@@ -84,6 +85,71 @@ def test_an_interruption_is_of_the_running_call_only(pipe):
     assert steps == {"first": 1, "second": 3}
 
 
+def steps_of(seen):
+    return {
+        **RUN,
+        "mode": "No_transfer",
+        "callback_on_step_end": lambda _pipe, step, *_more: seen.append(step),
+    }
+
+
+def test_an_interruption_while_the_call_reads_its_options_is_not_lost(pipe, monkeypatch):
+    def interrupting(*given):
+        pipe.interrupt()
+        assert pipe.interrupted()
+        return resolve(*given)
+
+    seen = []
+    resolve = wan_video.resolve
+    with monkeypatch.context() as patched:
+        patched.setattr(wan_video, "resolve", interrupting)
+        assert pipe("a cat", **steps_of(seen)).shape == (5, 32, 32, 3)
+    assert seen == []
+    pipe.interrupt()  # no call runs: this stops none
+    pipe("a cat", **steps_of(seen))
+    assert (seen, pipe.interrupted()) == ([0, 1, 2], False)
+
+
+def test_what_stops_a_run_stops_no_other(pipe):
+    first, second, seen = threading.Event(), threading.Event(), []
+    pipe("a cat", stop=first, **steps_of(seen))
+    run = steps_of(seen)
+
+    def late(running, step, *more):
+        first.set()  # meant for the run that has ended
+        run["callback_on_step_end"](running, step, *more)
+
+    pipe("a cat", stop=second, **{**run, "callback_on_step_end": late})
+    assert (seen, second.is_set()) == ([0, 1, 2] * 2, False)
+    pipe("a cat", stop=first, **run)  # is set already: no step
+    assert seen == [0, 1, 2] * 2
+    pipe(
+        "a cat", stop=second, **{**run, "callback_on_step_end": lambda *_step: second.set() or seen.append(9)}
+    )
+    assert seen[6:] == [9]
+
+
+def test_an_interruption_is_of_the_call_whose_turn_it_is(pipe):
+    """Also where another call began before it and waits."""
+    seen, waits, ended = [], threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as threads, pipe.residency.exclusive():
+        waiting = threads.submit(pipe, "a cat", **steps_of(seen))
+        while not pipe._begun:
+            waits.wait(0.01)
+        pipe._running = ended  # of a call that ended before
+        pipe.interrupt()  # no other runs: this means the one that waits
+        waiting_stop = pipe._begun[0]
+        assert waiting_stop.is_set()
+        waiting_stop.clear()
+        pipe._running = running = threading.Event()
+        pipe._begun.append(running)
+        pipe.interrupt()
+        assert (running.is_set(), waiting_stop.is_set()) == (True, False)
+        pipe._begun.remove(running)
+    waiting.result()
+    assert seen == [0, 1, 2]
+
+
 def plain(pipe, clip):
     return pipe("a cat", input_video=clip, seed=3, motion={"guided_steps": 1, "inner_steps": 1}, **RUN)
 
@@ -132,6 +198,11 @@ def test_an_empty_prompt_is_told_in_one_warning(pipe, caplog):
 def test_what_cannot_be_called_is_refused_by_name(pipe, name):
     with pytest.raises(TypeError, match=f"{name} must be a function or None; got 5"):
         pipe("a cat", **{**RUN, name: 5})
+
+
+def test_what_cannot_stop_a_run_is_refused_by_name(pipe):
+    with pytest.raises(TypeError, match=r"stop must be a threading\.Event or None; got True"):
+        pipe("a cat", stop=True, **RUN)
 
 
 @pytest.mark.parametrize(

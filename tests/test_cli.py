@@ -189,7 +189,7 @@ def test_every_number_of_the_method_and_every_argument_of_the_call_is_an_option(
     assert set(fields) - offered == {"motion", "output_type"}
     run = set(inspect.signature(WanVideoPipeline.run).parameters) - offered
     assert run == {
-        "self", "input_video", "progress_bar_cmd", "callback_on_step_end",
+        "self", "input_video", "progress_bar_cmd", "callback_on_step_end", "stop",
         "observer", "test_latency", "latency_dir", "options",
     }  # fmt: skip
 
@@ -492,7 +492,9 @@ def test_a_file_system_without_hard_links_keeps_other_files_too(tmp_path, monkey
 
     monkeypatch.setattr(publish.os, "link", link)
     (tmp_path / "a.mp4").write_bytes(b"1")
-    final = publish.write_output([], tmp_path / "a.mp4", lambda file: file.write_bytes(b"2"), overwrite=False)
+    final = publish.write_output(
+        [], tmp_path / "a.mp4", lambda file: file.write_bytes(b"2"), False, tmp_path / "a.mp4"
+    )
     assert (final, (tmp_path / "a-2.mp4").read_bytes()) == (tmp_path / "a-2.mp4", b"2")
     assert visible(tmp_path) == ["a-2.mp4", "a.mp4"]
 

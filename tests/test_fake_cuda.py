@@ -124,6 +124,15 @@ def test_streamed_blocks_take_what_is_planned_and_go_home(seen):
     assert found["weights_on"] == ["cpu"]
 
 
+def test_two_experts_of_the_official_size_need_the_memory_of_one(seen):
+    alone, both = (found := seen("relay")).values()
+    check(found)
+    assert (alone["used"], both["used"]) == (["dit"], ["dit", "low_noise_dit"])
+    assert both["weights"] > 28e9  # of each expert, in bfloat16
+    assert both["weights"] < both["peak"] <= 1.05 * alone["peak"]
+    assert both["left"] < REMAINS
+
+
 def test_fused_functions_move_a_third_of_the_bytes(seen):
     as_written, fused = seen("passes").values()
     assert as_written["moved"] < 0.42e12

@@ -49,6 +49,16 @@ def body_lines(function: ast.FunctionDef) -> int:
     return function.end_lineno - code[0].lineno + 1 if code else 0
 
 
+def test_a_picture_of_the_call_is_named_in_few_files():
+    """So that a base model with another one touches few: command, batch, record and resume read PICTURES."""
+    named = {
+        file.name
+        for file, node in nodes((ast.arg, ast.Constant))
+        if "end_image" in (getattr(node, "arg", None), getattr(node, "value", None))
+    }
+    assert named == {"options.py", "components.py", "wan_video.py", "image_condition.py"}
+
+
 def test_files_and_functions_are_short():
     long_files = [
         f"{file.name}: {n} lines" for file in FILES if (n := len(file.read_text().splitlines())) > 400

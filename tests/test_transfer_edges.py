@@ -9,6 +9,7 @@ from shlex import quote
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffsynth import VideoData, WanVideoPipeline, save_frames, save_video
@@ -17,6 +18,7 @@ from diffsynth.cli.main import main
 from diffsynth.data import ffmpeg
 from diffsynth.jobs import publish
 from diffsynth.runs.identity import sha256_of_frames
+from diffsynth.runs.latents import latents_until_done
 from diffsynth.runs.record import read_record, record_path
 from diffsynth.testing import write_clip
 
@@ -385,37 +387,104 @@ def test_a_reader_of_the_output_that_goes_is_no_error(tiny_checkpoint, clip, tmp
 KILLED = """
 import os, signal, sys
 from diffsynth.cli.main import main
+from diffsynth.jobs import publish
 from diffsynth.pipelines import generate
-generate.decode_latents = lambda *_: os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-main(sys.argv[2:])
+def kill(*_given, **_more):
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+def half(_frames, file, record):
+    file.write_bytes(b"half")
+    kill()
+if sys.argv[2] == "decode":
+    generate.decode_latents = kill
+else:
+    publish.save_with_metadata = half
+main(sys.argv[3:])
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGINT", 0)])
-def test_latents_are_on_the_disk_while_they_are_decoded(name, code, tiny_checkpoint, clip, tmp_path, capsys):
-    output, kept = tmp_path / "out.mp4", tmp_path / ".out.mp4.latents.safetensors"
-    command = ["transfer", str(clip), "--prompt", "a cat", "--model", str(tiny_checkpoint), "-o", str(output)]
-    command += ["--steps", "2", "--frames", "5", "--height", "32", "--width", "32", "--seed", "1"]
+@pytest.fixture
+def killed(tiny_checkpoint, clip, tmp_path):
+    """Return a command, and a function that runs it until a signal that it gets in a stage."""
+    command = ["transfer", str(clip), "--prompt", "a cat", "--model", str(tiny_checkpoint)]
+    command += ["--steps", "2", "--frames", "5", "--height", "32", "--width", "32"]
     command += ["--mode", "No_transfer", "--device", "cpu"]
-    run = subprocess.run([sys.executable, "-c", KILLED, name, *command], capture_output=True, text=True)
-    assert run.returncode == code, run.stderr
+
+    def run(signal, stage, *more):
+        words = [sys.executable, "-c", KILLED, signal, stage, *command, *more]
+        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    return command, run
+
+
+def hidden(folder):
+    return sorted(file.name for file in folder.iterdir() if file.name.startswith("."))
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGINT", 0)])
+def test_latents_are_on_the_disk_while_they_are_decoded(
+    name, code, tiny_checkpoint, killed, tmp_path, capsys
+):
+    output = tmp_path / "out.mp4"
+    command, run = killed
+    command += ["-o", str(output), "--seed", "1"]
+    ended = run(name, "decode")
+    assert ended.returncode == code, ended.stderr
     assert not output.exists()
-    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".out")] == [kept.name]
+    (kept,) = tmp_path.glob(".out.mp4.*.latents.safetensors")
     line = f"its final latents are kept: fastvmt decode {kept} -o {output} makes it"
-    assert (line in run.stderr) == (name == "SIGINT")
-    decode = ["decode", str(kept), "-o", str(tmp_path / "decoded.mkv"), "--lossless"]
-    assert main([*decode, "--model", str(tiny_checkpoint), "--device", "cpu"]) == 0
-    capsys.readouterr()
-    killed = kept.read_bytes()
-    assert main([*command, "--seed", "2"]) == 0  # another request keeps them under another name
+    assert (line in ended.stderr) == (name == "SIGINT")
+    left = kept.read_bytes()
+    assert main([*command, "--seed", "2"]) == 0  # another request gives them a name that is seen
     (other,) = tmp_path.glob("out-latents-*.safetensors")
-    assert other.read_bytes() == killed
+    assert (other.read_bytes(), hidden(tmp_path)) == (left, [])
     assert f"fastvmt decode {other} -o {output} makes it" in capsys.readouterr().err
     for file in (other, output, record_path(output)):
         file.unlink()
-    kept.write_bytes(killed)
+    kept.write_bytes(left)
     assert main(command) == 0
     assert f"an earlier run was killed before its video was there; {line}" in capsys.readouterr().err
-    assert not kept.exists()
+    assert hidden(tmp_path) == []
+    kept.write_bytes(left)
+    decode = ["decode", str(kept), "-o", str(tmp_path / "decoded.mkv"), "--lossless"]
+    decode += ["--model", str(tiny_checkpoint), "--device", "cpu"]
+    assert main(decode) == 0
+    assert not kept.exists()  # a file that no one has named goes once its video is there
+    assert main([*decode, "--json"]) == 0
+    assert '"frames": 5' in capsys.readouterr().out
+    assert main([*decode, "--quality", "3"]) == 2
     decoded = sha256_of_frames(list(VideoData(tmp_path / "decoded.mkv")))
     assert decoded == read_record(output).video["frames_sha256"]
+
+
+@pytest.mark.parametrize("stage", ["decode", "write"])
+def test_what_a_killed_run_without_a_name_left_is_found_by_the_same_command(
+    stage, tiny_checkpoint, killed, tmp_path, capsys, monkeypatch
+):
+    command, run = killed
+    assert run("SIGKILL", stage).returncode == -9
+    assert len(hidden(tmp_path)) == (1 if stage == "decode" else 2)
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 0  # with another seed
+    (video,) = tmp_path.glob("ref-No_transfer-seed*.mp4")
+    (latents,) = tmp_path.glob("ref-latents-*.safetensors")
+    assert hidden(tmp_path) == []
+    line = "an earlier run was killed before its video was there; its final latents are kept: fastvmt decode"
+    assert f"{line} {latents.name} -o OUT.mp4 makes it" in capsys.readouterr().err
+    decode = ["decode", latents, "-o", tmp_path / "killed.mp4", "--model", tiny_checkpoint]
+    assert main([*decode, "--device", "cpu"]) == 0
+    assert latents.exists()  # its user knows it
+    assert main(command) == 0
+    assert "was killed" not in capsys.readouterr().err
+    assert video.is_file()
+
+
+def test_the_latents_of_a_run_that_lives_are_left_alone(tmp_path, caplog):
+    tensor, facts = torch.zeros(1, 16, 2, 4, 4), {"kind": "final latents"}
+    with latents_until_done(tmp_path / "ref.mp4", None, "a") as keep:
+        keep(tensor, facts)
+        before = hidden(tmp_path)
+        with latents_until_done(tmp_path / "ref.mp4", None, "a") as other:
+            other(tensor, facts)
+            assert len(hidden(tmp_path)) == 2
+        assert (hidden(tmp_path), caplog.messages) == (before, [])
+    assert list(tmp_path.iterdir()) == []

@@ -1,16 +1,20 @@
 """Whole runs of image models and of Wan2.2 against golden trajectories of the official code."""
 
+import json
 import shutil
 import weakref
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffsynth import ModelManager, WanVideoPipeline
+from diffsynth import ModelManager, MotionGuidance, WanVideoPipeline
 from diffsynth.configs.defaults import run_defaults
+from diffsynth.configs.fields import check_value, options_of
+from diffsynth.configs.options import RunOptions
 from diffsynth.models.checkpoint_files import CheckpointError
 from diffsynth.models.model_kinds import expert_of
 from diffsynth.models.wan_video_dit import WanModel
@@ -19,7 +23,8 @@ from diffsynth.models.wan_video_image_encoder import WanImageEncoder
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae22 import WanVideoVAE22
-from diffsynth.pipelines import generate, image_condition
+from diffsynth.motion import guided_step
+from diffsynth.pipelines import denoise, generate, image_condition
 from diffsynth.testing import write_checkpoint
 from diffsynth.vram_management import residency
 
@@ -187,6 +192,9 @@ def test_bad_pictures_are_told_before_any_model_runs(checkpoint, tmp_path, monke
         for picture in (animated, Image.open(animated)):
             with pytest.raises(ValueError, match="input_image must be one picture; it is animated, 2 frames"):
                 pipe("a cat", input_image=picture, **SMALL)
+    for array, size in ((np.zeros((1, 1, 3), np.uint8), "1x1"), (np.zeros((0, 9, 3), np.uint8), "9x0")):
+        with pytest.raises(ValueError, match=rf"input_image must have 8 pixels a side .* got {size}"):
+            pipe("a cat", input_image=array, **SMALL)
     # What is transparent is black, as in videos.
     clear, black = Image.new("RGBA", (40, 40), (255, 0, 0, 0)), Image.new("RGB", (40, 40))
     assert torch.equal(pipe("a cat", input_image=clear, **SMALL), pipe("a cat", input_image=black, **SMALL))
@@ -215,12 +223,16 @@ def test_equal_experts_give_the_bits_of_one(checkpoint, tmp_path):
     assert torch.equal(both("a cat", **arguments), one("a cat", **arguments))
 
 
-def test_one_expert_alone_is_refused(checkpoint):
+def test_one_expert_alone_is_refused(checkpoint, tmp_path):
     folder = checkpoint("tiny-a14b")
     manager = ModelManager(torch_dtype=torch.float32)
     manager.load_models([folder], model_names=["wan_video_dit", "wan_video_text_encoder", "wan_video_vae"])
     with pytest.raises(ValueError, match="is one of two experts; load the low-noise one as well"):
         WanVideoPipeline.from_model_manager(manager)
+    shutil.copytree(folder, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "high_noise_model")
+    with pytest.raises(FileNotFoundError, match="wan_video_dit; the low-noise expert is one of two"):
+        WanVideoPipeline.from_pretrained(tmp_path / "half", device="cpu")
     manager.load_models([folder / "low_noise_model"])
     pipe = WanVideoPipeline.from_model_manager(manager)
     assert pipe.models.experts == ("dit", "low_noise_dit")
@@ -357,6 +369,62 @@ def test_the_relay_holds_little_more_than_one_expert(checkpoint, monkeypatch):
     assert sum(sizes) > max(peaks) >= min(sizes)
     assert max(peaks) <= 1.05 * max(sizes)
     assert alive == [0]
+
+
+def test_each_expert_is_guided_by_its_own_numbers(checkpoint, monkeypatch, tmp_path):
+    folder = tmp_path / "two"
+    shutil.copytree(checkpoint("tiny-a14b"), folder)
+    pipe = WanVideoPipeline.from_pretrained(folder, device="cpu")
+    clip = [PICTURE.rotate(15 * angle) for angle in range(5)]
+    motion = {"guided_steps": 3, "inner_steps": 1, "block": 1, "sf": 2, "mode": "AMF", "lr": (0.05, 0.04)}
+    call = {**SMALL, "input_video": clip, "motion": MotionGuidance(**motion), "boundary": 0.8}
+    seen = []
+
+    def watched(dit, *given, guidance, **more):
+        number = pipe.models.experts.index("dit" if dit is pipe.dit else "low_noise_dit")
+        seen.append((number, guidance.block, guidance.lr, guidance.amf_weight))
+        return guided_step(dit, *given, guidance=guidance, **more)
+
+    monkeypatch.setattr(denoise, "guided_step", watched)
+    alike = pipe("a cat", **call)
+    assert [number for number, *_ in seen] == [0, 0, 1]  # the boundary lies inside the guided steps
+    assert torch.equal(pipe("a cat", **call, low_noise_motion={"lr": [0.05, 0.04], "block": 1}), alike)
+    seen.clear()
+    own = {"lr": (0.02, 0.01), "block": 0, "amf_weight": 2}
+    (made,) = pipe.run("a cat", **call, low_noise_motion=own, motion_scale=0.5)
+    assert seen == [(0, 1, (0.025, 0.02), 5.0)] * 2 + [(1, 0, (0.01, 0.005), 2)]
+    assert not torch.equal(made.latents, pipe("a cat", **call, motion_scale=0.5))
+    recorded = json.loads(json.dumps(made.options.to_json()))
+    assert recorded["low_noise_motion"] == {"lr": [0.01, 0.005], "block": 0, "amf_weight": 2}
+    assert RunOptions.from_json(recorded) == made.options
+    # A checkpoint declares them beside its other options; the caller's go first.
+    config = folder / "high_noise_model" / "config.json"
+    declared = {**json.loads(config.read_text()), "fastvmt": {"low_noise_motion": {"amf_weight": 3.0}}}
+    config.write_text(json.dumps(declared))
+    pipe = WanVideoPipeline.from_pretrained(folder, device="cpu")
+    for more, weight in (({}, 3.0), ({"low_noise_motion": {"amf_weight": 4.0}}, 4.0)):
+        seen.clear()
+        pipe("a cat", **call, **more)
+        assert seen[-1][-1] == weight
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "AMF"}, {"guided_steps": 3}, {"speed": 3}, {"lr": -1}, 5, "lr=1"])
+def test_numbers_that_the_low_noise_expert_cannot_have_are_refused_by_name(checkpoint, wrong):
+    pipe = WanVideoPipeline.from_pretrained(checkpoint("tiny-a14b"), device="cpu")
+    with pytest.raises(ValueError, match="low_noise_motion must be numbers of motion by name, but mode, "):
+        pipe("a cat", **SMALL, low_noise_motion=wrong)
+    clip = [PICTURE] * 5
+    with pytest.raises(ValueError, match="block must be in "):
+        pipe("a cat", **SMALL, input_video=clip, low_noise_motion={"block": 99})
+
+
+def test_numbers_of_the_low_noise_expert_are_read_from_text():
+    kind = options_of(RunOptions)["low_noise_motion"][0].kind
+    assert kind.read("lr=0.002,0.001 amf_weight=3") == {"lr": (0.002, 0.001), "amf_weight": 3.0}
+    assert kind.read("heads=0,1") == {"heads": (0, 1)}
+    for wrong in ("lr", "speed=3", "amf_weight=x"):
+        with pytest.raises(ValueError, match="low_noise_motion must be numbers of motion by name"):
+            check_value("low_noise_motion", kind, wrong, as_text=True)
 
 
 def test_one_expert_at_a_time_is_on_the_device(checkpoint, monkeypatch):

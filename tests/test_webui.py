@@ -20,6 +20,7 @@ from diffsynth.configs.options import LoadOptions
 from diffsynth.data import VideoData
 from diffsynth.jobs.publish import publish
 from diffsynth.jobs.task import run_seconds
+from diffsynth.pipelines import wan_video
 from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.testing import write_checkpoint, write_clip
 from diffsynth.webui import panel
@@ -234,6 +235,30 @@ def test_a_cancelled_run_writes_nothing(session, clip):
     with pytest.raises(JobCancelledError, match="no video was written"):
         make_video(session, checked_request(SMALL), clip, job)
     assert set(session.output_dir.iterdir()) == before
+
+
+def test_a_late_cancel_leaves_the_next_run_alone_and_an_early_one_is_not_lost(session, clip, monkeypatch):
+    first, seen = QueuedJob(), []
+    make_video(session, checked_request(SMALL), clip, first)
+
+    class Cancelling(QueuedJob):
+        def report(self, **changes):
+            super().report(**changes)
+            first.cancel()  # its visitor clicks when another's run has begun
+
+    assert make_video(session, checked_request(SMALL), clip, Cancelling()).video.is_file()
+
+    def resolving(*given):
+        early.cancel()
+        return resolve(*given)
+
+    early, resolve, real = QueuedJob(), wan_video.resolve, session.open()[0].dit.forward
+    pipe = session.open()[0]
+    monkeypatch.setattr(wan_video, "resolve", resolving)
+    monkeypatch.setattr(pipe.dit, "forward", lambda *given, **more: seen.append(1) or real(*given, **more))
+    with pytest.raises(JobCancelledError, match="no video was written"):
+        make_video(session, checked_request(SMALL), clip, early)
+    assert seen == []
 
 
 def test_a_run_tells_its_stages_losses_and_previews(session, clip):

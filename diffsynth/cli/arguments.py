@@ -100,9 +100,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     texts = ("what the video should show", "what it should not show; the model's by default")
     for name, text in zip(("--prompt", "--negative-prompt"), texts, strict=True):
         group.add_argument(name, metavar="TEXT", default=argparse.SUPPRESS, help=text)
-    for name, picture, text in zip(("--image", "--end-image"), PICTURES, ("begins", "ends"), strict=True):
-        text = f"picture that the video {text} with, for a model that takes one"
-        group.add_argument(name, dest=picture, type=Path, metavar="FILE", help=text)
+    for picture, (name, does) in PICTURES.items():
+        text = f"picture that the video {does}, for a model that takes one"
+        group.add_argument(flag(name), dest=picture, type=Path, metavar="FILE", help=text)
     add_call_options(parser)
     add_options(parser, ReferenceOptions, "what is used of the reference")
     add_options(parser, FileOptions, "the file")

@@ -11,7 +11,7 @@ from typing import Any
 from diffsynth.cli.arguments import NOT_OFFERED
 from diffsynth.configs.fields import Kind, Text, check_value, options_of
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.configs.options import MOTION_PREFIX, FileOptions, ReferenceOptions, call_options
+from diffsynth.configs.options import MOTION_PREFIX, PICTURES, FileOptions, ReferenceOptions, call_options
 from diffsynth.configs.resolve import LONGEST_PROMPT
 from diffsynth.jobs.errors import UsageError
 from diffsynth.jobs.task import PROMPTS
@@ -104,7 +104,7 @@ def _job(
 ) -> JobLine:
     where = f"{file}, line {line}"
     entries = {name.strip().replace("-", "_"): value for name, value in values.items()}
-    shown = {"image": "input_image", "end_image": "end_image"}
+    shown = {name: picture for picture, (name, _) in PICTURES.items()}
     paths = {name: entries.pop(name, None) for name in ("reference", "output", *shown)}
     for name, value in paths.items():
         if value is not None and not isinstance(value, str):

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -53,15 +54,14 @@ def run_watched(
     progress = StageProgress(console)
 
     def stop(_signal: int, _frame: object) -> None:
-        if progress.stopping:
+        if progress.stopping.is_set():
             raise KeyboardInterrupt(INTERRUPTED_TEXT)
-        progress.stopping = True
-        pipe.interrupt()
+        progress.stopping.set()
         console.problem("stopping after this step; Ctrl-C again stops at once")
 
     try:
         with closing(progress), handling([] if task.saving else [signal.SIGINT], stop):
-            made = run_task(pipe, task, model, loaded, progress)
+            made = run_task(pipe, task, model, loaded, progress, progress.stopping)
     except RunInterrupted as stopped:
         again = f"finished steps are in {stopped.folder}; run the same command again to continue"
         raise KeyboardInterrupt(f"stopped; {again}") from stopped
@@ -69,7 +69,7 @@ def run_watched(
         raise RunFailedError(str(error)) from error  # usage errors are found before a run
     except (ValueError, RuntimeError, OSError) as error:
         # Ctrl-C also reaches the ffmpeg that decodes the reference, and the run then lacks its frames.
-        if progress.stopping:
+        if progress.stopping.is_set():
             raise KeyboardInterrupt(INTERRUPTED_TEXT) from error
         raise
     if task.output is not None and made.path != task.output:
@@ -80,11 +80,11 @@ def run_watched(
 class StageProgress:
     """An observer of a run: a line for each stage, and for the denoising steps a bar, or lines in a pipe.
 
-    Once `stopping` is true, it raises KeyboardInterrupt when the next stage begins, before any decoding.
+    Once `stopping` is set, it raises KeyboardInterrupt when the next stage begins, before any decoding.
     """
 
     def __init__(self, console: Console) -> None:
-        self.stopping = False
+        self.stopping = threading.Event()
         self._console = console
         self._bar: tqdm | None = None
         self._doing, self._guided = "", 0
@@ -92,7 +92,7 @@ class StageProgress:
 
     def __call__(self, event: RunEvent) -> None:
         if event.steps == 0:
-            if self.stopping:
+            if self.stopping.is_set():
                 raise KeyboardInterrupt(INTERRUPTED_TEXT)
             self.close()
             self._guided = 0

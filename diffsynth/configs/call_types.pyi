@@ -1,5 +1,6 @@
 """Types of the call's arguments, for type checkers alone; a test compares their names with the options."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,6 +19,7 @@ class _OptionsOfAllOutputs(TypedDict, total=False):
     denoising_strength: float | None
     cfg_scale: float | None
     low_noise_cfg_scale: float | None
+    low_noise_motion: Mapping[str, Any] | None
     boundary: float | None
     sigma_shift: float | None
     seed: int | None
@@ -62,3 +64,4 @@ class CallArguments(_OptionsOfAllOutputs, total=False):
     checkpoint_every: int
     checkpoint_minutes: float
     resume: bool
+    stop: threading.Event | None

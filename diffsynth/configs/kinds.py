@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from diffsynth.configs.caches import CACHES, CacheOptions
-from diffsynth.configs.fields import Choice, Kind, Number
+from diffsynth.configs.fields import Choice, Kind, Number, only_known, options_of
 from diffsynth.configs.guidance import MotionGuidance
 
 ALIGNMENTS = ("object", "none")
@@ -42,6 +42,27 @@ class MotionKind(Kind):
         if value is not None and not isinstance(value, MotionGuidance):
             raise ValueError
         return value
+
+
+class MotionChanges(Kind):
+    """Numbers of motion by name, as a mapping or a text such as "lr=0.002,0.001 amf_weight=3"."""
+
+    metavar = "NAME=VALUE..."
+    _of_both = ("mode", "variant", "checkpoint", "guided", "guided_steps", "first_guided")
+
+    def __str__(self) -> str:
+        return f"numbers of motion by name, but {', '.join(self._of_both)}"
+
+    def read(self, text: str) -> dict[str, Any]:
+        stated, numbers = options_of(MotionGuidance), dict(part.split("=", 1) for part in text.split())
+        only_known(numbers, MotionGuidance, "motion")
+        return self.check({name: stated[name][0].kind.read(number) for name, number in numbers.items()})
+
+    def check(self, value: Any) -> dict[str, Any]:
+        if set(self._of_both).intersection(value):
+            raise ValueError
+        checked = MotionGuidance(**value)
+        return {name: getattr(checked, name) for name in value}
 
 
 class AlignmentKind(Kind):

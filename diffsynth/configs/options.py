@@ -29,7 +29,7 @@ from diffsynth.configs.fields import (
     options_of,
 )
 from diffsynth.configs.guidance import MotionGuidance, shifted_level
-from diffsynth.configs.kinds import AlignmentKind, CacheKind, CacheMaker, MotionKind
+from diffsynth.configs.kinds import AlignmentKind, CacheKind, CacheMaker, MotionChanges, MotionKind
 
 # The samplers of `diffsynth.schedulers`.
 SAMPLERS: dict[str, str] = {
@@ -45,7 +45,8 @@ FITS = ("crop", "pad", "stretch")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 WIDE_DTYPES = DTYPES[:3]  # that models compute in; eight bits are for storage
 MOTION_PREFIX = "motion_"  # of the names of motion's numbers on the command line and in batch files
-PICTURES = ("input_image", "end_image")  # arguments of the call: the video begins and ends with them
+# Pictures, by argument of the call: the name in commands and batch files, and what the video does with it.
+PICTURES = {"input_image": ("image", "begins with"), "end_image": ("end_image", "ends with")}
 DEFAULT_FPS = 15.0  # of a video whose reference and checkpoint name no rate
 ATTENTION = ("flash_attn_3", "flash_attn_2", "sdpa", "sage")
 MOST_PIXELS = 2**33  # of all frames together: 1,000 of 3840x2160
@@ -80,6 +81,9 @@ class RunOptions:
     )
     low_noise_cfg_scale: float | None = option(
         OrNone(Number(), "cfg_scale"), "cfg_scale of the low-noise expert, for models of two"
+    )
+    low_noise_motion: Mapping[str, Any] | None = option(
+        OrNone(MotionChanges()), "numbers of motion that the low-noise expert has instead, for models of two"
     )
     boundary: float = option(
         Number(least=0, most=1),
@@ -181,6 +185,13 @@ class RunOptions:
             cache=None,
             sigmas=None,
         )
+
+    @property
+    def of_low_noise(self) -> "RunOptions":
+        """The options of the low-noise expert of two."""
+        scale = self.cfg_scale if self.low_noise_cfg_scale is None else self.low_noise_cfg_scale
+        motion = self.motion and replace(self.motion, **(self.low_noise_motion or {}))
+        return replace(self, cfg_scale=scale, motion=motion)
 
     @property
     def levels(self) -> list[float]:

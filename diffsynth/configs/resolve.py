@@ -138,9 +138,15 @@ def resolve(
             )
     elif given.get("refine"):
         logger.warning("refine has no effect without transfer of motion")
-    if motion is not None and model is not None:
-        _check_fits(motion, run, model)
-    return replace(run, motion=motion)
+    run = replace(run, motion=motion)
+    low = run.low_noise_motion or {}
+    if short.motion_scale is not None and "lr" in low:
+        rates = tuple(short.motion_scale * rate for rate in low["lr"])
+        run = replace(run, low_noise_motion={**low, "lr": rates})
+    for own in (run.motion, run.of_low_noise.motion):  # the same, but for models of two experts
+        if own is not None and model is not None:
+            _check_fits(own, run, model)
+    return run
 
 
 def resolve_prompts(

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -68,12 +69,13 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
         path: what will be replaced.
         folder: make a folder instead of a file.
     """
-    # What is unfinished itself, as save_video's target below publish, belongs to the same path.
-    name = path.name.removeprefix(PARTIAL)
-    stem = name[:12] if name != path.name else hashlib.sha256(path.name.encode()).hexdigest()[:12]
+    # What is unfinished itself, as save_video's target below publish, belongs to the same path. So does a
+    # name with another seed: the same command draws a new one, and must find what was left.
+    name, seedless = path.name.removeprefix(PARTIAL), re.sub(r"-seed\d+", "", path.name)
+    stem = name[:12] if name != path.name else hashlib.sha256(seedless.encode()).hexdigest()[:12]
     stem = PARTIAL + stem
     for left in path.parent.glob(f"{stem}-*"):
-        if (handle := _lock(left)) is not None:
+        if (handle := hold(left)) is not None:
             _remove(left)
             os.close(handle)
     while True:
@@ -82,7 +84,7 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
             temporary.mkdir()
         else:
             temporary.open("xb").close()
-        handle = _lock(temporary, wait=True)
+        handle = hold(temporary, wait=True)
         if temporary.exists():
             break
         # Before it was locked, another process took it for one that was left.
@@ -96,8 +98,8 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
             os.close(handle)
 
 
-def _lock(path: Path, wait: bool = False) -> int | None:
-    """Lock a path until the handle that is returned is closed; None where another has it or none exist."""
+def hold(path: Path, wait: bool = False) -> int | None:
+    """Lock a path until the handle that is returned is closed; None where another has it or none exists."""
     handle = None
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)

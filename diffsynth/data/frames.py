@@ -139,11 +139,15 @@ def read_picture(picture: Picture, name: str) -> Image.Image:
         with _opened(Path(picture)) as opened:
             return read_picture(opened, name)
     if isinstance(picture, Image.Image):
-        if (count := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":  # a phone's photograph
+        size, count = picture.size, getattr(picture, "n_frames", 1)
+        if count > 1 and picture.format != "MPO":  # a phone's photograph
             raise ValueError(f"{name} must be one picture; it is animated, {count} frames")
-        if min(picture.size) < 8 or picture.width * picture.height > MOST_PICTURE:
-            size = f"{picture.width}x{picture.height}"
-            raise ValueError(f"{name} must have 8 pixels a side to {MOST_PICTURE} in all; got {size}")
+    else:
+        size = np.shape(picture)[1::-1]
+    if size and (min(size) < 8 or math.prod(size) > MOST_PICTURE):
+        shown = "x".join(map(str, size))
+        raise ValueError(f"{name} must have 8 pixels a side to {MOST_PICTURE} in all; got {shown}")
+    if isinstance(picture, Image.Image):
         picture = to_rgb(ImageOps.exif_transpose(picture))
     return next(rgb_frames([picture], name))
 

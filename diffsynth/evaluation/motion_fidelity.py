@@ -28,10 +28,7 @@ _ROWS = 512  # tracklets that are compared at once with all of the other video
 
 
 def motion_fidelity(
-    generated: Video,
-    reference: Video,
-    *,
-    tracker: Callable[[Video], Tracklets] = track_points,
+    generated: Video, reference: Video, *, tracker: Callable[[Video], Tracklets] = track_points
 ) -> float:
     """Return the score of two videos of as many frames, -1 to 1; a video and itself score 1.
 

@@ -7,13 +7,13 @@ from typing import Any
 from diffsynth.configs.checkpoints import checkpoint_folder, published_key
 from diffsynth.configs.defaults import published_defaults, run_defaults
 from diffsynth.configs.descriptors import NO_TRANSFER
+from diffsynth.configs.options import PICTURES
 from diffsynth.jobs.errors import UsageError
 
 # Names of options that are files which must exist, and what a message calls such a file.
 _FILES = {
     "reference": "video file", "generated": "video file", "videos": "video file",
-    "jobs": "jobs file", "latents": "latents file", "record": "record", "input_image": "picture",
-    "end_image": "picture",
+    "jobs": "jobs file", "record": "record", **dict.fromkeys(PICTURES, "picture"),
 }  # fmt: skip
 
 

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import logging
 import math
-import os
-import uuid
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -39,7 +37,7 @@ from diffsynth.pipelines.denoise import RunEvent
 from diffsynth.pipelines.generate import Observer
 from diffsynth.pipelines.wan_video import WanVideoPipeline
 from diffsynth.runs.checkpoint import LOCK, clear_checkpoints
-from diffsynth.runs.latents import decode_line, keep_latents, latents_facts, latents_until_done, read_latents
+from diffsynth.runs.latents import keep_latents, latents_facts, latents_until_done
 from diffsynth.runs.record import (
     RunRecord,
     describe_pictures,
@@ -48,9 +46,6 @@ from diffsynth.runs.record import (
     finished_record,
     make_record,
 )
-from diffsynth.runs.state import save_state
-
-logger = logging.getLogger(__name__)
 
 PROMPTS = ("prompt", "negative_prompt")
 
@@ -240,18 +235,24 @@ def was_made(task: VideoTask, model: Mapping[str, Any]) -> bool:
 
 
 def run_task(
-    pipe: WanVideoPipeline, task: VideoTask, model: Mapping[str, Any], loaded: LoadOptions, observer: Observer
+    pipe: WanVideoPipeline,
+    task: VideoTask,
+    model: Mapping[str, Any],
+    loaded: LoadOptions,
+    observer: Observer,
+    stop: threading.Event,
 ) -> MadeVideo:
     """Make the video and its record.
 
-    An error that the observer raises ends the task; no video is written before the stage "write".
+    An error that the observer raises ends the task; no video is written before the stage "write". Once `stop`
+    is set, denoising ends, and the observer can raise when decoding begins.
 
     Raises:
         RunFailedError: the video cannot be written; the error's `latents_path` names the kept latents.
         Errors of the pipeline are raised as they are.
     """
-    place = task.output or task.folder / f"{reference_stem(task)}-{os.getpid()}.mp4"
-    kept = place.with_name(f".{place.name}.latents.safetensors")
+    # Found again when the same command runs again, also where a seed that is drawn becomes part of its name.
+    place = task.output or task.folder / f"{task.stem or reference_stem(task)}.mp4"
     last: list[Tensor] = []
     seen: np.ndarray | None = None
 
@@ -262,37 +263,20 @@ def run_task(
         if event.stage == "sampling" and event.step == event.steps and event.latents is not None:
             last[:] = [event.latents]
         elif event.stage == "decode" and last and not task.saving:  # a saved run keeps them itself
-            with suppress(OSError, ValueError):  # a failed copy must not end the run
-                facts = latents_facts(pipe.vae, task.size, task.file.fps) | {"job": task.job}
-                save_state(kept, {"latents": last[0]}, facts)
+            keep(last[0], latents_facts(pipe.vae, task.size, task.file.fps))
         observer(event)
 
-    if (left := kept).exists():
-        with suppress(ValueError):  # truncated when the run was killed
-            if read_latents(kept)[1].get("job") != task.job:  # another request made them: do not overwrite
-                left = kept.rename(kept.with_name(f"{place.stem}-latents-{uuid.uuid4().hex[:8]}.safetensors"))
-        words = decode_line(left, task.output)
-        logger.warning("an earlier run was killed before its video was there; %s", words)
-    with latents_until_done(kept, task.output):
+    with latents_until_done(place, task.output, task.job) as keep:
         with attention_kernel(loaded):
-            (made,) = pipe.run(**task.arguments, observer=watch, progress_bar_cmd=iter)
+            (made,) = pipe.run(**task.arguments, observer=watch, stop=stop, progress_bar_cmd=iter)
         observer(RunEvent(stage="write"))
         frames: Any = made.frames  # PIL images, since a task has no output_type
         record = make_record(
-            frames,
-            prompt=made.prompt,
-            negative_prompt=made.negative_prompt,
-            preset=task.call.get("preset", EXACT),
-            options=made.options,
-            cost=made.cost,
-            models=pipe.residency.models,
-            device=pipe.device,
-            reference=task.reference,
-            model=model,
-            file=task.file,
-            job=task.job,
+            frames, prompt=made.prompt, negative_prompt=made.negative_prompt, options=made.options,
+            cost=made.cost, preset=task.call.get("preset", EXACT), models=pipe.residency.models,
+            device=pipe.device, reference=task.reference, model=model, file=task.file, job=task.job,
             pictures=task.pictures,
-        )
+        )  # fmt: skip
         name = f"{task.stem or f'{reference_stem(task)}-{made.options.mode}'}-seed{made.options.seed}"
         try:
             output = task.output or task.folder / f"{name}.mp4"

@@ -212,12 +212,7 @@ class WanModel(Model):
         )
 
     def run_blocks(
-        self,
-        state: DiTState,
-        stop: int | None = None,
-        checkpoint: str = "none",
-        *,
-        start: int = 0,
+        self, state: DiTState, stop: int | None = None, checkpoint: str = "none", *, start: int = 0
     ) -> Tensor:
         """Run the blocks from `start` to before `stop` (all by default) on state.tokens -> tokens [B, S, D].
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from diffsynth.configs.checkpoints import checkpoint_folder
 from diffsynth.configs.defaults import run_defaults
 from diffsynth.configs.resolve import ModelFacts, ReferenceFacts
 from diffsynth.data import VideoData
+from diffsynth.data.frames import Picture, read_picture
 from diffsynth.data.tensors import Video, frame_size
 from diffsynth.models.checkpoint_files import DOWNLOAD_HINT
 from diffsynth.models.model_kinds import KINDS, LOW_NOISE_DIT, expert_of
@@ -105,18 +107,22 @@ class Components:
         """Return whether the video may begin with a picture."""
         return ModelSizes.of(self.residency.models).takes_picture
 
-    def check_pictures(self, has_first: bool, has_last: bool) -> None:
-        """Raise ValueError if a picture is missing that the model needs, or passed that it does not take."""
+    def read_pictures(self, input_image: Picture | None, end_image: Picture | None) -> dict[str, Image.Image]:
+        """Return those given, by argument; ValueError if the model needs another or does not take one."""
         needs, has_positions = self.dit.in_dim > self.dit.out_dim, self.dit.image_positions > 0
         takes_last = needs and (has_positions or not self.dit.has_image_input)
-        for name, given, needed, taken in (
-            ("input_image", has_first, needs, self.takes_picture),
-            ("end_image", has_last, has_positions, takes_last),
+        pictures = {}
+        for name, picture, needed, taken in (
+            ("input_image", input_image, needs, self.takes_picture),
+            ("end_image", end_image, has_positions, takes_last),
         ):
-            if needed and not given:
+            if needed and picture is None:
                 raise ValueError(f"this model continues pictures and needs {name}; none is given")
-            if given and not taken:
+            if picture is not None and not taken:
                 raise ValueError(f"this model takes no {name}; see docs/weights.md for those that do")
+            if picture is not None:
+                pictures[name] = read_picture(picture, name)
+        return pictures
 
 
 def load_checkpoint(
@@ -154,10 +160,10 @@ def load_checkpoint(
         manager.load_models([folder], vae_dtype=vae_dtype, model_names=wanted)
     for name, file in parts.items():
         manager.load_models([file], vae_dtype=vae_dtype, model_names=[kinds[name]])
-    if missing := set(REQUIRED) - {model.name for model in manager.loaded}:
-        raise FileNotFoundError(
-            f"{folder} lacks the weights of {', '.join(sorted(missing))}; {DOWNLOAD_HINT}"
-        )
+    found = {model.name for model in manager.loaded}
+    if missing := ", ".join(sorted(set(REQUIRED) - found)):
+        pair = "; the low-noise expert is one of two" if LOW_NOISE_DIT in found else ""
+        raise FileNotFoundError(f"{folder} lacks the weights of {missing}{pair}; {DOWNLOAD_HINT}")
     for file, strength in loras.items():
         manager.load_lora(file, strength)
     return manager

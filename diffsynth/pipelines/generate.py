@@ -3,8 +3,9 @@
 If memory runs out, a stage is repeated one rung down the ladder of settings.
 """
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffsynth.configs.options import RunOptions
+from diffsynth.configs.options import PICTURES, RunOptions
 from diffsynth.data.tensors import chunks_to_uint8, finite
 from diffsynth.pipelines.components import Components
 from diffsynth.pipelines.decode import Frames, decode_latents
-from diffsynth.pipelines.denoise import RunEvent
+from diffsynth.pipelines.denoise import RunEvent, replaced_latents
 from diffsynth.pipelines.image_condition import encode_pictures
 from diffsynth.pipelines.sample import Progress, StepConsumer, sample
 from diffsynth.planning.ladder import Ladder
@@ -56,7 +57,7 @@ def generate(
     models: Components,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
-    pictures: Sequence[Image.Image],
+    pictures: Mapping[str, Image.Image],
     options: RunOptions,
     ladder: Ladder,
     reads_db: float | None = None,
@@ -76,7 +77,7 @@ def generate(
         models: models of the pipeline.
         prompts: (prompt, negative prompt) of each video.
         pixels: the reference [1, 3, T, H, W] in [-1, 1]; None without one.
-        pictures: the picture that the video begins with and, if there are two, the one that it ends with.
+        pictures: those that are given, by argument of the call, as in PICTURES.
         options: resolved options; the ladder decides those that are still open.
         ladder: settings for when memory runs out.
         reads_db: PSNR in dB of the first frame below which a reference is said to be unreadable.
@@ -119,20 +120,11 @@ def generate(
             with stage("decode", observer, cost.stage_seconds, cost.stage_memory, models.device):
                 frames, options = ladder.run("decode", partial(decode_latents, models, latents), options)
         except (RuntimeError, MemoryError, OSError) as error:
-            if saved is None and latents.isfinite().all():
-                facts = latents_facts(models.vae, options.size, fps, cost)
-                keep_latents(latents, facts, error)  # the error names their file
+            if saved is None and latents.isfinite().all():  # the error names their file
+                keep_latents(latents, latents_facts(models.vae, options.size, fps, cost), error)
             raise
-        videos.append(
-            GeneratedVideo(
-                frames=frames,
-                latents=latents.cpu(),
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                options=options,
-                cost=cost,
-            )
-        )
+        more: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "cost": cost}
+        videos.append(GeneratedVideo(frames=frames, latents=latents.cpu(), options=options, **more))
         if stop() or not all_steps_done:
             break
     if saved is not None and all_steps_done and len(videos) == len(prompts):
@@ -144,7 +136,7 @@ def encode(
     models: Components,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
-    pictures: Sequence[Image.Image],
+    pictures: Mapping[str, Image.Image],
     options: RunOptions,
     ladder: Ladder,
     observer: Observer,
@@ -184,22 +176,15 @@ def encode(
             reference, options = ladder.run("encode video", partial(encode_video, pixels), options)
     shown = {"condition": pictures}
     if pixels is not None and options.motion is not None:  # read with the frames that it has in their places
-        ends = chunks_to_uint8([pixels[:, :, [0, -1]]], len(pictures)) if pictures else ()
-        shown["reference_condition"] = [Image.fromarray(frame) for frame in ends]
-    conditions = {}
+        ends = zip(PICTURES, chunks_to_uint8([pixels[:, :, [0, -1]]], 2), strict=False)
+        framed = {name: Image.fromarray(end) for name, end in ends if name in pictures}
+        shown["reference_condition"] = {**pictures, **framed}
+    encoded: dict[str, Any] = {"prompts": embeddings, "reference": reference}
     for name, own in shown.items():
         if own:
             encode_all = partial(encode_pictures, models, own)
-            conditions[name], options = ladder.run("encode video", encode_all, options)
-    inputs = RunInputs(
-        prompts=embeddings,
-        noise=draw_noise(models, options),
-        reference=reference,
-        seconds=seconds,
-        memory=memory,
-        **conditions,
-    )
-    return inputs, options
+            encoded[name], options = ladder.run("encode video", encode_all, options)
+    return RunInputs(noise=draw_noise(models, options), seconds=seconds, memory=memory, **encoded), options
 
 
 def draw_noise(models: Components, options: RunOptions) -> Tensor:
@@ -212,10 +197,20 @@ def draw_noise(models: Components, options: RunOptions) -> Tensor:
     return noise.to(models.device)
 
 
-def checked_callables(
-    progress_bar_cmd: Progress | None, observer: Observer | None, callback_on_step_end: object
-) -> tuple[Progress, Observer]:
-    """Return progress bar and observer, which tells a bar such as tqdm's what is done. None does nothing."""
+def watchers(
+    pipe: object,
+    progress_bar_cmd: Progress | None,
+    observer: Observer | None,
+    callback_on_step_end: Callable[..., dict | None] | None,
+    stop: threading.Event | None,
+) -> tuple[Progress, Observer, StepConsumer, threading.Event]:
+    """Return what a run tells of its steps, and what stops it; None does nothing.
+
+    The observer also tells a progress bar such as tqdm's what is done; the consumer of steps tells observer
+    and callback, which is called with `pipe`. A TypeError names what is of another kind.
+    """
+    if stop is not None and not isinstance(stop, threading.Event):
+        raise TypeError(f"stop must be a threading.Event or None; got {stop!r:.80}")
     called = {"progress_bar_cmd": progress_bar_cmd, "observer": observer}
     for name, call in {**called, "callback_on_step_end": callback_on_step_end}.items():
         if call is not None and not callable(call):
@@ -237,7 +232,15 @@ def checked_callables(
         if observer is not None:
             observer(event)
 
-    return bar, tell
+    def consume(event: RunEvent) -> Tensor | None:
+        replaced, latents = None, event.latents
+        if callback_on_step_end and latents is not None and event.stage == "sampling":
+            returned = callback_on_step_end(pipe, event.step - 1, event.timestep, {"latents": latents})
+            replaced = None if returned in (None, {}) else replaced_latents(returned, latents)
+        tell(event if replaced is None else replace(event, latents=replaced))
+        return replaced
+
+    return bar, tell, consume, threading.Event() if stop is None else stop
 
 
 def noise_generator(options: RunOptions) -> torch.Generator:

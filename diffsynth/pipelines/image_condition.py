@@ -4,7 +4,7 @@ The channels stand behind the noise in the input of the DiT: a mask of `temporal
 each frame of a latent frame, and the latents of a video that is mid grey where no picture is given.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,19 +54,20 @@ def image_condition(
 
 
 def encode_pictures(
-    models: Components, pictures: Sequence[Image.Image], options: RunOptions
+    models: Components, pictures: Mapping[str, Image.Image], options: RunOptions
 ) -> ImageCondition:
     """Return what one or two pictures, first and last frame, give to the DiT; CLIP sees them whole."""
     clip_feature = None
     if models.dit.has_image_input and models.image_encoder is not None:
         with models.residency.using("image_encoder"):
-            tokens = [models.image_encoder.encode_image(picture_to_tensor(picture)) for picture in pictures]
+            tokens = [models.image_encoder.encode_image(picture_to_tensor(p)) for p in pictures.values()]
         clip_feature = torch.cat(tokens, dim=1).float()
-    first, *last = (picture_to_tensor(picture, options.height, options.width) for picture in pictures)
+    sized = {n: picture_to_tensor(p, options.height, options.width) for n, p in pictures.items()}
+    first, last = sized["input_image"], sized.get("end_image")
     with models.residency.using("vae"):
         if models.dit.in_dim == models.dit.out_dim:
             return ImageCondition(first_frame=models.vae.encode(first[:, :, None], **options.tiling))
-        y = image_condition(models.vae, first, options.num_frames, *last, **options.tiling)
+        y = image_condition(models.vae, first, options.num_frames, last, **options.tiling)
     return ImageCondition(
         y=y, clip_feature=clip_feature, first_frame=y[:, models.vae.temporal_factor :, :1].contiguous()
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,8 +65,7 @@ def sample(
         done = 0 if finished is None else finished.step
         scheduler = run_scheduler(options)
         expert, phase = expert_at(models, scheduler.timesteps, done, options.boundary)
-        scale = None if expert == "dit" else options.low_noise_cfg_scale
-        own = options if scale is None else replace(options, cfg_scale=scale)
+        own = options if expert == "dit" else options.of_low_noise
         failing = "guidance" if done in guided else "sampling"
         dit = getattr(models, expert)
         try:

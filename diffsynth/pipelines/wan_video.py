@@ -3,8 +3,6 @@
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -15,10 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm  # a widget in notebooks
 
 from diffsynth.configs.defaults import RunDefaults, run_defaults
-from diffsynth.configs.options import PICTURES, SavingOptions
+from diffsynth.configs.options import SavingOptions
 from diffsynth.configs.resolve import NEW_SEED, resolve, resolve_prompts, unknown_words
 from diffsynth.data import VideoData, files
-from diffsynth.data.frames import Picture, checked_int, read_picture
+from diffsynth.data.frames import Picture, checked_int
 from diffsynth.data.tensors import Video
 from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.model_manager import ModelManager, check_dtype
@@ -27,8 +25,7 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.pipelines import components
 from diffsynth.pipelines.decode import Frames
-from diffsynth.pipelines.denoise import RunEvent, replaced_latents
-from diffsynth.pipelines.generate import GeneratedVideo, Observer, checked_callables, generate
+from diffsynth.pipelines.generate import GeneratedVideo, Observer, generate, watchers
 from diffsynth.planning.ladder import Ladder
 from diffsynth.planning.plan import RunPlan, plan_run, resolve_plan
 from diffsynth.planning.reference import reference_pixels
@@ -77,7 +74,8 @@ class WanVideoPipeline:
         self.models = components.Components(**models, prompter=prompter, residency=residency)
         self.defaults = RunDefaults() if defaults is None else defaults
         self._manager: ModelManager | None = None
-        self._interrupted = threading.Event()
+        self._begun: list[threading.Event] = []  # what stops each call that has begun and not ended
+        self._running = threading.Event()  # of the call whose turn it is or was last
         self._videos: list[GeneratedVideo] = []
 
     @classmethod
@@ -264,12 +262,16 @@ class WanVideoPipeline:
             compile_blocks(getattr(self.models, name), backend)
 
     def interrupt(self) -> None:
-        """Stop the running call before its next step, from any thread, and let it decode its latents."""
-        self._interrupted.set()
+        """Stop the running call before its next step, from any thread, and let it decode; see also `stop`."""
+        self._stop().set()
 
     def interrupted(self) -> bool:
         """Return whether the running call was asked to stop."""
-        return self._interrupted.is_set()
+        return self._stop().is_set()
+
+    def _stop(self) -> threading.Event:
+        """Return what stops the running call or, while none has its turn, the first that waits for it."""
+        return next((one for one in (self._running, *self._begun) if one in self._begun), threading.Event())
 
     @property
     def costs(self) -> list[RunCost]:
@@ -317,6 +319,7 @@ class WanVideoPipeline:
                 decoding. The same call continues it with the same results. Signals raise `RunInterrupted`.
             checkpoint_every, checkpoint_minutes: steps, and minutes, from save to save; what comes first.
             resume: continue an unfinished run; False discards it.
+            stop: once this event is set, from any thread, the call ends as after `interrupt`.
             arguments: options, stated by `RunOptions` and `Shorthands`, listed in docs/api.md; by default the
                 preset's, else the checkpoint's (`defaults`), the reference's, the published method's.
 
@@ -350,51 +353,48 @@ class WanVideoPipeline:
         checkpoint_every: int = 5,
         checkpoint_minutes: float = 2.0,
         resume: bool = True,
+        stop: threading.Event | None = None,
         **options: "Unpack[CallOptions]",
     ) -> list[GeneratedVideo]:
         """Generate a video for each prompt, as the call does, and return what each was made by as well."""
-        progress, observer = checked_callables(progress_bar_cmd, observer, callback_on_step_end)
-        prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
-        if ignored := unknown_words([text for text, _ in prompts], self.defaults.words):
-            logger.warning("%s", ignored)
-        costs = latency_file(latency_dir) if test_latency else None
-        saving = SavingOptions(
-            checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
-        )
-        folder = None if checkpoint_dir is None else files.writable_folder("checkpoint_dir", checkpoint_dir)
-        if folder is not None and resume and options.get("seed") in (None, NEW_SEED):
-            options["seed"] = saved_seed(folder)
-        run = resolve(options, self.defaults, components.reference_facts(input_video), self.models.facts())
-        self.models.check_pictures(input_image is not None, end_image is not None)
-        named = zip(PICTURES, (input_image, end_image), strict=True)
-        pictures = [read_picture(picture, name) for name, picture in named if picture is not None]
-        with self.residency.exclusive(run.deterministic):
-            pixels, run = reference_pixels(input_video, pictures, run)
-            ladder = Ladder(self.residency, self.vae)
-            run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
-            logger.info("generating %d video(s): %s", len(prompts), run)
-            self._interrupted.clear()
-            frames = pixels, pictures
-            with open_run(folder, saving, self.residency, prompts, *frames, run, self.interrupt) as saved:
-                videos = generate(
-                    *(self.models, prompts, *frames, run, ladder, self.defaults["reads_db"]),
-                    on_step=partial(self._on_step, callback_on_step_end, observer),
-                    observer=observer,
-                    progress=progress,
-                    stop=self.interrupted,
-                    saved=saved,
-                    fps=input_video.fps if isinstance(input_video, VideoData) else None,
-                )
+        bar, observer, on_step, stop = watchers(self, progress_bar_cmd, observer, callback_on_step_end, stop)
+        self._begun.append(stop)
+        try:
+            prompts = resolve_prompts(prompt, negative_prompt, self.defaults)
+            if ignored := unknown_words([text for text, _ in prompts], self.defaults.words):
+                logger.warning("%s", ignored)
+            costs = latency_file(latency_dir) if test_latency else None
+            saving = SavingOptions(
+                checkpoint_every=checkpoint_every, checkpoint_minutes=checkpoint_minutes, resume=resume
+            )
+            folder = None
+            if checkpoint_dir is not None:
+                folder = files.writable_folder("checkpoint_dir", checkpoint_dir)
+                if resume and options.get("seed") in (None, NEW_SEED):
+                    options["seed"] = saved_seed(folder)
+            facts = components.reference_facts(input_video), self.models.facts()
+            run = resolve(options, self.defaults, *facts)
+            pictures = self.models.read_pictures(input_image, end_image)
+            with self.residency.exclusive(run.deterministic):
+                self._running = stop
+                pixels, run = reference_pixels(input_video, pictures, run)
+                ladder = Ladder(self.residency, self.vae)
+                run = ladder.begin(run, options.get("vram_budget_gb"), with_reference=input_video is not None)
+                logger.info("generating %d video(s): %s", len(prompts), run)
+                frames = pixels, pictures
+                with open_run(folder, saving, self.residency, prompts, *frames, run, stop.set) as saved:
+                    videos = generate(
+                        *(self.models, prompts, *frames, run, ladder, self.defaults["reads_db"]),
+                        on_step=on_step,
+                        observer=observer,
+                        progress=bar,
+                        stop=stop.is_set,
+                        saved=saved,
+                        fps=input_video.fps if isinstance(input_video, VideoData) else None,
+                    )
+        finally:
+            self._begun.remove(stop)
         if costs is not None:
             for video in videos:
                 video.cost.append_to(costs)
         return videos
-
-    def _on_step(self, callback: Callback | None, observer: Observer, event: RunEvent) -> Tensor | None:
-        """Tell callback and observer of a step; return the latents that replace the run's, if any."""
-        replaced, latents, timestep = None, event.latents, event.timestep
-        if callback and latents is not None and timestep is not None and event.stage == "sampling":
-            returned = callback(self, event.step - 1, timestep, {"latents": latents})
-            replaced = None if returned in (None, {}) else replaced_latents(returned, latents)
-        observer(event if replaced is None else replace(event, latents=replaced))
-        return replaced

@@ -1,7 +1,7 @@
 """The reference's frames as a run uses them: fitted, looked at, and laid onto the object of a picture."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -29,7 +29,7 @@ UNEXPLAINED, EVENLY = 0.15, 0.5
 
 
 def reference_pixels(
-    video: Video | None, pictures: Sequence[Image.Image], run: RunOptions
+    video: Video | None, pictures: Mapping[str, Image.Image], run: RunOptions
 ) -> tuple[Tensor | None, RunOptions]:
     """Return a reference [1, 3, T, H, W] in [-1, 1], if there is one, and options with its alignment."""
     unmoved = replace(run, align="none")
@@ -39,9 +39,9 @@ def reference_pixels(
     if run.motion is None:
         return pixels, unmoved
     warn_of_reference(pixels, video.fps if isinstance(video, VideoData) else None)
-    found = run.align
+    found, first = run.align, pictures.get("input_image")
     if found == "object":
-        found = align(pixels, picture_to_tensor(pictures[0], run.height, run.width)) if pictures else "none"
+        found = "none" if first is None else align(pixels, picture_to_tensor(first, run.height, run.width))
         if found is None:
             logger.warning(
                 "the reference stays where it is: what moves in it, or the picture's object, does not stand "

@@ -146,13 +146,10 @@ class SavedRun:
             )
         prompts = [PromptEmbeddings(**part(state, f"context.{i}")) for i in range(facts["prompts"])]
         self.inputs = RunInputs(
-            prompts=prompts,
-            noise=state["noise"],
-            reference=state.get("reference"),
-            seconds=facts["seconds"],
+            prompts=prompts, noise=state["noise"], reference=state.get("reference"), seconds=facts["seconds"],
             condition=ImageCondition(**part(state, "condition")),
             reference_condition=ImageCondition(**part(state, "reference_condition")),
-        )
+        )  # fmt: skip
         self._inputs_saved = True
         logger.info("continuing the run in %s", self._folder)
 
@@ -189,9 +186,9 @@ def open_run(
     residency: Residency,
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
-    pictures: Sequence[Image.Image],
+    pictures: Mapping[str, Image.Image],
     options: RunOptions,
-    interrupt: Callable[[], None],
+    stop_run: Callable[[], None],
 ) -> Iterator[SavedRun | None]:
     """Yield the saved run of a folder; on exit, also after an error, save its last finished step.
 
@@ -202,7 +199,7 @@ def open_run(
     if folder is None:
         yield None
         return
-    with run_lock(folder), stoppable(folder, interrupt):
+    with run_lock(folder), stoppable(folder, stop_run):
         identity = run_identity(residency.models, prompts, pixels, pictures, options)
         saved = SavedRun(folder, saving, identity, options.seed, residency.device)
         try:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffsynth.configs.options import PICTURES, RunOptions
+from diffsynth.configs.options import RunOptions
 from diffsynth.data.files import sha256_of_file
 
 SAMPLES = 16  # values read of each tensor
@@ -23,7 +23,7 @@ def run_identity(
     models: Mapping[str, nn.Module],
     prompts: Sequence[tuple[str, str]],
     pixels: Tensor | None,
-    pictures: Sequence[Image.Image],
+    pictures: Mapping[str, Image.Image],
     options: RunOptions,
 ) -> dict[str, str]:
     """Return what decides the result, as short texts: arguments, frames of the reference, weights."""
@@ -35,7 +35,7 @@ def run_identity(
     identity.pop("motion.checkpoint", None)
     if pixels is not None:
         identity["input_video"] = f"frames of hash {_hash(pixels.numpy().data)}"
-    for name, picture in zip(PICTURES, pictures, strict=False):
+    for name, picture in pictures.items():
         identity[name] = f"{picture.width}x{picture.height} of hash {_hash(picture.tobytes())}"
     for name, model in models.items():
         identity[f"weights of {name}"] = weights_fingerprint(model)

@@ -1,16 +1,19 @@
 """Final latents in a file, from which `fastvmt decode` makes the video."""
 
+import glob
 import logging
+import os
 import shlex
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from diffsynth.data.files import hold
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.runs.cost import RunCost
 from diffsynth.runs.identity import weights_fingerprint
@@ -19,6 +22,7 @@ from diffsynth.runs.state import load_state, save_state
 logger = logging.getLogger(__name__)
 
 KIND = "final latents"
+HIDDEN = ".latents.safetensors"  # how the names of hidden files of final latents end
 
 
 def latents_facts(
@@ -37,18 +41,48 @@ def decode_line(path: Path, output: Path | None = None) -> str:
 
 
 @contextmanager
-def latents_until_done(path: Path, output: Path | None = None) -> Iterator[None]:
-    """Remove the file of a run's final latents at the end of this context, unless Ctrl-C ends it."""
+def latents_until_done(
+    place: Path, output: Path | None, job: str | None
+) -> Iterator[Callable[[Tensor, Mapping[str, object]], None]]:
+    """Yield a function that saves a run's final latents in a hidden file beside `place`, its video's path.
+
+    The file goes at the end of this context, unless a kill or Ctrl-C ends it. What killed runs left beside
+    the same place is told first; this run's video replaces what the same job left, the hash of a request, if
+    output names its path, and the rest gets a name that is seen.
+    """
+    stem = f".{place.name}.{(job or '')[:8]}"
+    kept = place.with_name(f"{stem}-{uuid.uuid4().hex[:8]}{HIDDEN}")
+    going, handles = [kept], list[int | None]()
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*{HIDDEN}"):
+        handles.append(hold(left))
+        if handles[-1] is None:
+            continue  # its run lives
+        if output is None or not left.name.startswith(stem):
+            number = left.name.removesuffix(HIDDEN)[-8:]
+            left = left.rename(left.with_name(f"{place.stem}-latents-{number}.safetensors"))
+        else:
+            going.append(left)
+        logger.warning("an earlier run was killed before its video was there; %s", decode_line(left, output))
+
+    def keep(latents: Tensor, facts: Mapping[str, object]) -> None:
+        with suppress(OSError, ValueError):  # a failed copy must not end the run
+            save_state(kept, {"latents": latents}, facts)
+            handles.append(hold(kept))
+
     try:
-        yield
-    except KeyboardInterrupt:
-        if path.exists():
-            logger.warning("there is no video, but %s", decode_line(path, output))
+        yield keep
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            kept.unlink(missing_ok=True)
+        elif kept.exists():
+            logger.warning("there is no video, but %s", decode_line(kept, output))
         raise
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    path.unlink(missing_ok=True)
+    else:
+        for path in going:
+            path.unlink(missing_ok=True)
+    finally:
+        for handle in filter(None, handles):
+            os.close(handle)
 
 
 def keep_latents(

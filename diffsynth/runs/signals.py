@@ -27,11 +27,11 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
+def stoppable(folder: Path, stop_run: Callable[[], None]) -> Iterator[None]:
     """Let the first SIGINT or SIGTERM in this context raise RunInterrupted; further ones are ignored.
 
     It is raised at once and not at the end of a step, which may take a minute: a machine that is taken away
-    leaves seconds. `interrupt` is called first: the run also stops where its caller swallows exceptions.
+    leaves seconds. `stop_run` is called first: the run also stops where its caller swallows exceptions.
     """
     received: list[int] = []
 
@@ -39,7 +39,7 @@ def stoppable(folder: Path, interrupt: Callable[[], None]) -> Iterator[None]:
         if received:
             return
         received.append(number)
-        interrupt()
+        stop_run()
         raise RunInterrupted(number, folder)
 
     with handling((signal.SIGINT, signal.SIGTERM), stop):

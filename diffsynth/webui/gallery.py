@@ -14,7 +14,7 @@ from diffsynth.configs.defaults import RunDefaults
 from diffsynth.configs.descriptors import NO_TRANSFER
 from diffsynth.configs.fields import fields_of
 from diffsynth.configs.guidance import MotionGuidance
-from diffsynth.configs.options import PICTURES, ReferenceOptions
+from diffsynth.configs.options import ReferenceOptions
 from diffsynth.data import VideoData, save_video
 from diffsynth.data.files import written_whole
 from diffsynth.data.tensors import Video
@@ -124,7 +124,7 @@ def asked_for(run: PastRun, defaults: RunDefaults) -> tuple[dict[str, Any], list
         )
         values |= {"mode": motion["mode"], "motion_scale": round(motion["lr"][0] / declared.lr[0], 3)}
     sources: list[Path | None] = [None, None]
-    for place, source in enumerate((record.reference, record.pictures.get(PICTURES[0]))):
+    for place, source in enumerate((record.reference, record.pictures.get("input_image"))):
         if source is not None:
             sources[place] = path = Path(source["path"])
             if not path.is_file() or sha256_of_video(path) != source["sha256"]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from diffsynth.configs.descriptors import NO_TRANSFER
-from diffsynth.configs.options import PICTURES
 from diffsynth.webui import panel
 from diffsynth.webui.gallery import PastRun, asked_for, compared, find_run, past_runs, paths_drawn, poster
 from diffsynth.webui.queue import JobCancelledError, JobQueue, QueuedJob
@@ -72,7 +71,7 @@ class Page:
             (session, asked), reference = self._request([*options, model]), None
             if uploaded is not None and asked["mode"] != NO_TRANSFER:
                 reference = self._kept(uploaded)
-            pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
+            pictures = {} if picture is None else {"input_image": self._kept(picture, keep_picture)}
             check_budget(session, asked, reference, beside=beside and reference is not None)
 
             def make(job: QueuedJob) -> list[PastRun]:
@@ -101,9 +100,7 @@ class Page:
             (session, asked), reference = self._request(("motion", *values[1:])), self._kept(uploaded)
             check_budget(session, asked, reference)
             return self.queue.submit(
-                lambda job: show_motion(session, asked, reference, job),
-                "its motion",
-                request.session_hash,
+                lambda job: show_motion(session, asked, reference, job), "its motion", request.session_hash
             )
 
         def show(path: Path) -> tuple[str, str]:

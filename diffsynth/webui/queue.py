@@ -7,9 +7,8 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from logging.handlers import QueueHandler
 from queue import SimpleQueue
@@ -51,6 +50,7 @@ class QueuedJob:
         progress: progress of the run.
         warnings: log records of the run that its visitor is told.
         future: future of the result.
+        stop: set once the job is cancelled; it also stops the run of the pipeline.
     """
 
     def __init__(self, title: str = "", visitor: str = "") -> None:
@@ -61,10 +61,8 @@ class QueuedJob:
         self.future: Future = Future()
         self._started: float | None = None
         self._ended: float | None = None
-        self._asked_to_stop = threading.Event()
+        self.stop = threading.Event()
         self._followed = time.monotonic()
-        self._lock = threading.Lock()
-        self._interrupt: Callable[[], None] | None = None
 
     @property
     def state(self) -> str:
@@ -103,31 +101,15 @@ class QueuedJob:
 
     def check(self) -> None:
         """Raise JobCancelledError if the job was cancelled, or nobody follows it any more."""
-        if self._asked_to_stop.is_set():
+        if self.stop.is_set():
             raise JobCancelledError("cancelled; no video was written")
         if time.monotonic() - self._followed > MOST_ABSENT:
             raise JobCancelledError(f"nobody followed the run for {MOST_ABSENT:g} s; no video was written")
 
     def cancel(self) -> None:
         """Cancel the job: at once if it waits, else at the next `check` of its work."""
-        self._asked_to_stop.set()
-        if self.future.cancel():
-            return
-        with self._lock:
-            if self._interrupt is not None:
-                self._interrupt()
-
-    @contextmanager
-    def interruptible(self, interrupt: Callable[[], None]) -> Iterator[None]:
-        """Return a context in which cancelling the job calls interrupt; it is never called after it."""
-        with self._lock:
-            self._interrupt = interrupt
-        try:
-            self.check()
-            yield
-        finally:
-            with self._lock:
-                self._interrupt = None
+        self.stop.set()
+        self.future.cancel()
 
     def run(self, work: Callable[["QueuedJob"], Any]) -> Any:
         """Do the work; the queue calls this."""

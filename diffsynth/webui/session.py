@@ -200,8 +200,7 @@ def make_video(
             preview = previews.of(event) or before.preview
             job.report(stage=event.stage, step=event.step, steps=event.steps, preview=preview)
 
-    with job.interruptible(pipe.interrupt):
-        video, record, *_ = run_task(pipe, task, session.model, session.loaded, observe)
+    video, record, *_ = run_task(pipe, task, session.model, session.loaded, observe, job.stop)
     return PastRun(video=video, record=record)
 
 

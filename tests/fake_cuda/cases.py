@@ -6,7 +6,9 @@ Run in a process of its own, with guard.cpp preloaded; prints one JSON object, c
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partialmethod
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +24,7 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.motion import MotionGuidance, guided_step
 from diffsynth.pipelines.decode import decode_frames
-from diffsynth.pipelines.sample import begin_denoising
+from diffsynth.pipelines.sample import begin_denoising, sample
 from diffsynth.planning.memory import (
     decode_bytes,
     encode_bytes,
@@ -210,6 +212,48 @@ def streamed(name: str, resident: int, checkpoint: str) -> dict[str, Any]:
         return {label: {**counted(trace, plan=plan), "left": left, "weights_on": homes}}
 
 
+class WatchedResidency(Residency):
+    """Notes which models were used."""
+
+    def using(self, *names: str) -> AbstractContextManager[None]:
+        self.used = [*getattr(self, "used", []), *names]
+        return super().using(*names)
+
+
+def relay(name: str) -> dict[str, Any]:
+    """A step of each of two experts that rest in CPU memory, and one of the first alone."""
+    size = {"height": 480, "width": 832, "num_frames": 81, "cfg_scale": 1}
+    cost, device = RunCost(0, "No_transfer", 2), torch.device("cuda:0")
+    seen: dict[str, Any] = {}
+    # A device without data has no such numbers, which are those of PyTorch's allocator.
+    numbers = {"reset_peak_memory": None, "peak_memory": 0, "memory_peaks": {}, "synchronize": None}
+    unknown = {name: lambda _device, told=told: told for name, told in numbers.items()}
+    experts = ["dit", "low_noise_dit"]
+    # Timesteps without data say nothing of the boundary.
+    turns = patch("diffsynth.pipelines.sample.expert_at", lambda _m, _t, i, _b: (experts[i], range(i, i + 1)))
+    # The weights of all blocks come, and four run: each leaves the memory as it found it.
+    four = patch.object(WanModel, "run_blocks", partialmethod(WanModel.run_blocks, stop=4))
+    quiet = patch.multiple("diffsynth.runs.cost", **unknown)
+    with traced() as trace, quiet, turns, four, torch.no_grad():
+        dits = {one: make_dit(name, "cpu") for one in experts}
+        weights = sum(tensor.nbytes for tensor in tensors_of(dits["dit"]))
+        given = step_inputs()
+        prompt = PromptEmbeddings(given["context"], None, None)
+        inputs = RunInputs(prompts=[prompt], noise=given["noise"], reference=None, seconds={})
+        before = trace.live
+        for count in (1, 2):
+            residency = WatchedResidency({one: dits[one] for one in experts[:count]}, device)
+            residency.offload = True
+            models = SimpleNamespace(**dits, residency=residency, device=device)
+            options = RunOptions(**size, num_inference_steps=count)
+            trace.restart()
+            watching = {"on_step": lambda _event: None, "progress": iter, "stop": lambda: False}
+            sample(models, 0, inputs, options, None, cost, **watching, saved=None)
+            more = {"used": residency.used, "left": trace.live - before, "weights": weights}
+            seen[f"relay of {count}"] = {**counted(trace), **more}
+    return seen
+
+
 def main() -> None:
     one = {"inner_steps": 1}
     peaks = [MotionGuidance(checkpoint=kept, **one) for kept in ("none", "attention", "block", "offload")]
@@ -229,6 +273,7 @@ def main() -> None:
         "passes 14b": lambda: passes("14b"),
         "vae": lambda: vae_stages(torch.float32, "cuda:1"),
         "text": text_encoder,
+        "relay": lambda: relay("wan2.2-t2v-a14b"),
         "streamed": lambda: streamed("14b", 4, "block"),
     }
     chosen = sys.argv[1:] or list(cases)
