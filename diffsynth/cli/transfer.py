@@ -51,11 +51,12 @@ def run(options: Namespace, console: Console) -> int:
     """
     is_rank = RANK_MARK in os.environ
     several = is_rank or options.gpus is not None
-    check_shard(vars(options), several)
+    setup = {} if options.record is None else read_record(options.record).model["setup"]
+    check_shard(setup | vars(options), several)
     if not several:
         return _make(options, console)
-    if options.output is None or getattr(options, "compile", None):
-        raise UsageError("a run on several processes needs -o OUT, and takes no --compile")
+    if options.output is None:
+        raise UsageError("a run on several processes needs -o OUT")
     from diffsynth.distributed.ranks import as_rank, launch
 
     if not is_rank:
