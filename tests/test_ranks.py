@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from ranks import on_ranks
 
 from diffsynth import VideoData, WanVideoPipeline
@@ -23,7 +24,7 @@ from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.planning.ladder import settings_of
 from diffsynth.runs.checkpoint import RUNG
-from diffsynth.testing import write_clip
+from diffsynth.testing import write_checkpoint, write_clip
 
 CALL = {
     "prompt": "a red circle", "height": 48, "width": 80, "num_frames": 9, "num_inference_steps": 4, "seed": 3,
@@ -79,6 +80,17 @@ def test_final_latents_are_those_of_one_process(size, tiny_checkpoint, tmp_path)
     for found in on_ranks(size, all_made, tiny_checkpoint, tmp_path / "several"):
         for name, one in expected.items():
             assert (found[name] - one).abs().max() <= 1e-5 * one.abs().max(), name
+
+
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3, 4))])
+def test_final_latents_of_a_picture_and_a_motion_are_those_of_one_process(size, tmp_path):
+    picture = np.random.default_rng(1).integers(0, 256, (48, 80, 3), np.uint8)
+    checkpoint = write_checkpoint(tmp_path / "model", "tiny-i2v")
+    for name in ("tile", "dense, windowed, a cache"):
+        changes = KINDS[name] | {"input_image": Image.fromarray(picture)}
+        one, *_ = made(checkpoint, tmp_path / "one" / name, changes)
+        for several, *_ in on_ranks(size, made, checkpoint, tmp_path / "several" / name, changes):
+            assert (several - one).abs().max() <= 1e-5 * one.abs().max(), name
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
