@@ -11,6 +11,7 @@ from ranks import on_ranks
 
 from diffsynth.distributed import collectives
 from diffsynth.distributed.sequence import Mesh, spread
+from diffsynth.models.compile_blocks import compile_blocks
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import GradientMemory, MotionGuidance, guided_step
 from diffsynth.pipelines.denoise import dit_velocity
@@ -87,6 +88,29 @@ def test_each_rank_has_the_gradient_of_one_process(size):
             assert spread_record.losses == pytest.approx(record.losses, rel=bound)
             assert spread_record.parts[0] == pytest.approx(record.parts[0], rel=10 * bound, abs=1e-7)
             assert (spread_moved - moved).abs().max() <= 1e-5
+
+
+def compiled_results(backend: str | None) -> list[torch.Tensor]:
+    """A gradient, and velocities of two prompts and of one; with a backend, of compiled blocks on ranks."""
+    dit, given, memory = a_dit(), inputs((5, 3, 4)), GradientMemory(GUIDANCE)
+    if backend is not None:
+        compile_blocks(dit, backend)
+    both = torch.cat([given["context"], given["null_context"]])
+    with nullcontext() if backend is None else spread(dit, Mesh.over_all("cpu")):
+        x = given.pop("x")
+        guided_step(dit, x, sigma=0.7, timestep=700.0, guidance=GUIDANCE, memory=memory, **given)
+        with torch.no_grad():
+            two = dit(x.expand(2, -1, -1, -1, -1), torch.tensor([700.0]), both)
+            one = dit(x, torch.tensor([700.0]), given["context"])
+    return [memory.state()["gradient.0"], two, one]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_communicate_and_give_the_same():
+    expected = compiled_results(None)
+    for found in on_ranks(2, compiled_results, "aot_eager"):
+        for several, one in zip(found, expected, strict=True):
+            assert (several - one).norm() <= 1e-6 * one.norm()
 
 
 def without_the_sum() -> torch.Tensor:

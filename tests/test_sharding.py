@@ -3,12 +3,14 @@
 import gc
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import on_ranks
 from test_sequence_parallel import GUIDANCES, a_dit, inputs
 
+from diffsynth.cli import transfer
 from diffsynth.cli.main import main
 from diffsynth.distributed.sequence import Mesh, spread
 from diffsynth.distributed.sharding import shard
@@ -120,3 +122,14 @@ def test_what_does_not_go_with_shares_is_refused_with_both_options(options, name
     told = capsys.readouterr().err
     assert "--shard" in told
     assert named in told
+
+
+def test_what_a_record_has_is_refused_like_an_option(monkeypatch, tmp_path, capsys):
+    (tmp_path / "fox.json").touch()
+    record = SimpleNamespace(model={"setup": {"dtype": "bfloat16", "offload": False, "compile": True}})
+    monkeypatch.setattr(transfer, "read_record", lambda _: record)
+    assert (
+        main(["transfer", "--from", str(tmp_path / "fox.json"), "-o", "fox.mp4", "--gpus", "2", "--shard"])
+        == 2
+    )
+    assert "it takes no --compile" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_each_output_is_made_once_and_as_if_alone_though_workers_are_killed(jobs
     assert len(killed) == 2
     for alone, found in zip(batch(jobs, tiny_checkpoint, "alone"), several, strict=True):
         assert np.array_equal(alone, found)
+
+
+def test_a_missing_ray_is_told_with_what_installs_it(jobs, tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["batch", jobs / "jobs.jsonl", "-o", jobs / "out", "--model", tiny_checkpoint, "--ray"]) == 1
+    assert "--ray needs Ray: pip install 'fastvmt[ray]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -91,11 +91,13 @@ def _spread(jobs: Sequence[JobLine], options: Namespace) -> Iterator[dict[str, A
 
     start, workers = start_process, options.workers or 1
     if options.ray is not None:
-        import ray
-
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError("--ray needs Ray: pip install 'fastvmt[ray]'") from error
         ray.init(address=options.ray if options.ray != "local" else None, log_to_driver=False)
-        resources = ray.cluster_resources()
-        start, workers = start_actor, options.workers or int(resources.get("GPU", 0) or resources["CPU"])
+        found = ray.cluster_resources()  # without CPUs while a cluster's workers are only coming
+        start, workers = start_actor, options.workers or int(found.get("GPU", 0) or found.get("CPU", 1))
     silent = Console(json=True, quiet=True)
     yield from over_workers(jobs, partial(start, _Batch, options, silent), min(workers, len(jobs) or 1))
 

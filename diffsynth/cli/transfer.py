@@ -39,8 +39,6 @@ from diffsynth.runs.record import (
     record_path,
 )
 
-RANK_MARK = "TORCHELASTIC_RUN_ID"  # torchrun sets it
-
 
 def run(options: Namespace, console: Console) -> int:
     """Make the video. Errors that can be known beforehand are raised before the model loads.
@@ -49,13 +47,14 @@ def run(options: Namespace, console: Console) -> int:
         UsageError: an option is wrong or missing, or a recorded run cannot be repeated.
         RunFailedError: the model cannot be loaded.
     """
-    is_rank = RANK_MARK in os.environ
+    is_rank = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun sets it
     several = is_rank or options.gpus is not None
-    check_shard(vars(options), several)
+    setup = {} if options.record is None else read_record(options.record).model["setup"]
+    check_shard(setup | vars(options), several)
     if not several:
         return _make(options, console)
-    if options.output is None or getattr(options, "compile", None):
-        raise UsageError("a run on several processes needs -o OUT, and takes no --compile")
+    if options.output is None:
+        raise UsageError("a run on several processes needs -o OUT")
     from diffsynth.distributed.ranks import as_rank, launch
 
     if not is_rank:

@@ -13,7 +13,7 @@ The last shares may be short: they are zero-padded, and no token attends to the 
 Latents, texts, time, caches and results are equal on all P ranks. Axes are named as in `wan_video_dit`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -55,8 +55,8 @@ class Mesh(NamedTuple):
 class SequenceParallel:
     """Replacements for the methods of a DiT, which has all its weights on each rank of a mesh."""
 
-    def __init__(self, dit: WanModel, mesh: Mesh) -> None:
-        self.dit, self.mesh = dit, mesh
+    def __init__(self, dit: WanModel, mesh: Mesh, rung: Mapping[str, Any] | None = None) -> None:
+        self.dit, self.mesh, self.rung = dit, mesh, rung
         self.group = mesh.world  # the ranks of the current forward pass
 
     @property
@@ -190,9 +190,9 @@ class SequenceParallel:
         return collected(x.transpose(0, 1), self.group)[: prod(grid)].transpose(0, 1)
 
 
-def spread(dit: WanModel, mesh: Mesh) -> AbstractContextManager[None]:
-    """Spread a DiT with equal weights on all ranks over a mesh in this context, which sets `dit.spread`."""
-    parallel = SequenceParallel(dit, mesh)
+def spread(dit: WanModel, mesh: Mesh, rung: Mapping[str, Any] | None = None) -> AbstractContextManager[None]:
+    """Spread a DiT over a mesh in this context, which sets `dit.spread`; a rung is its memory settings."""
+    parallel = SequenceParallel(dit, mesh, rung)
     names = ("forward", "features", "run_blocks", "spread")
     layers = [cast(DiTBlock, block).self_attn for block in dit.blocks]
     return replaced(

@@ -89,6 +89,7 @@ def generate(
         fps: frames a second of the reference, written into the file of final latents.
     """
     noise_generator(options)  # fails before a model runs
+    options = ladder.lowered(options)  # not before: what was asked for is the saved run's identity
     inputs = None if saved is None else saved.inputs
     if inputs is None:
         inputs, options = encode(models, prompts, pixels, pictures, options, ladder, observer, reads_db)

@@ -50,7 +50,7 @@ def sample(
     finished = None if saved is None else saved.begun(index)
     if finished is not None:
         cost.restore(finished.cost)
-        options = with_settings(options, finished.settings)
+        options = ladder.lowered(with_settings(options, finished.settings))
     guided = options.guided
     at_start = cost.state()
     shown = progress(range(0 if finished is None else finished.step, options.num_inference_steps))

@@ -8,7 +8,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -45,7 +45,9 @@ HELP = {
 
 
 class MemoryRanOutError(RuntimeError):
-    """Raised when memory runs out in a stage and no setting is left that needs less."""
+    """Raised when memory runs out in a stage and no setting that needs less can be taken any more."""
+
+    rung: Mapping[str, Any] | None = None  # settings that need less, with which all ranks may start again
 
 
 def settings_of(options: RunOptions) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class Ladder:
             plan = plan_run(sizes, options, vram_gb=vram_gb, with_reference=with_reference)
             logger.info("planned for %.1f GB:\n%s", vram_gb, plan)
             plan.settings.place(self._residency)
-            return with_settings(options, _changes(plan.settings, options))
+            options = with_settings(options, _changes(plan.settings, options))
         motion = options.motion
         if motion is not None and motion.checkpoint == "auto":
             options = replace(options, motion=replace(motion, checkpoint=self._kept(sizes, options, motion)))
@@ -94,9 +96,12 @@ class Ladder:
             options = replace(options, batch_cfg=self._both_fit(sizes, options))
         if options.tiled is None:
             options = replace(options, tiled=self._in_tiles(sizes, options))
-        if self._spread is None:
-            return options
-        return with_settings(options, self._spread.agreed(settings_of(options)))
+        return with_settings(options, self._spread.agreed(settings_of(options))) if self._spread else options
+
+    def lowered(self, options: RunOptions) -> RunOptions:
+        """Return options on the rung that ranks have started again for, if there is one."""
+        rung = getattr(self._spread, "rung", None)
+        return options if rung is None else self._on(Settings(**rung), options)
 
     def run(
         self, stage: str, attempt: Callable[[RunOptions], T], options: RunOptions
@@ -117,7 +122,7 @@ class Ladder:
         """Return the options of the next rung for a stage; this logs a warning and moves models if needed.
 
         Raises:
-            MemoryRanOutError: no rung is left; the message states the memory and what helps.
+            MemoryRanOutError: no rung is left, or all ranks must take it; the message says what helps.
         """
         gc.collect()
         torch.cuda.empty_cache()
@@ -130,11 +135,20 @@ class Ladder:
             picture=(options.height // self._vae.spatial_factor, options.width // self._vae.spatial_factor),
         )
         words, settings = next(below, ("", None))
-        if settings is None or self._spread is not None:  # other ranks are in the middle of the stage
+        if settings is None:
             raise MemoryRanOutError(self._explanation(stage, problem))
+        if self._spread is not None:  # other ranks are in the middle of the stage
+            where = f"on a rank in the stage {stage!r} ({problem})"
+            error = MemoryRanOutError(f"memory ran out {where}; if started again, it continues, and {words}")
+            error.rung = asdict(settings)
+            raise error
         self._given_up.append(words)
         logger.warning("memory ran out in the stage %r: %s from now on (%s)", stage, words, problem)
-        placement = ("offload", "resident_blocks", "stream_text_encoder")
+        return self._on(settings, options)
+
+    def _on(self, settings: Settings, options: RunOptions) -> RunOptions:
+        """Return options with these settings, and move models that they place elsewhere."""
+        now, placement = self._settings(options), ("offload", "resident_blocks", "stream_text_encoder")
         if any(getattr(settings, n) != getattr(now, n) for n in placement):
             settings.place(self._residency)
         return with_settings(options, _changes(settings, options))

@@ -3,7 +3,8 @@
 inputs.safetensors          text embeddings, reference latents and noise, once they are made
 step.safetensors            state after the last saved step, replaced at each save
 latents-KEY-001.safetensors final latents of each prompt; KEY is a hash of arguments and weights. These
-                            files are kept; the other two are deleted when the run is done.
+                            files are kept; the others are deleted when the run is done.
+rung.json                   memory settings with which ranks start again after one ran out of memory
 """
 
 import logging
@@ -27,7 +28,7 @@ from diffsynth.vram_management import Residency
 
 logger = logging.getLogger(__name__)
 
-INPUTS, STEP, LOCK = "inputs.safetensors", "step.safetensors", ".lock"
+INPUTS, STEP, RUNG, LOCK = "inputs.safetensors", "step.safetensors", "rung.json", ".lock"
 LATENTS = "latents-{key}-{number:03d}.safetensors"
 
 
@@ -129,7 +130,7 @@ class SavedRun:
         """Remove the files that only an unfinished run needs."""
         self._latest = None
         with suppress(OSError):  # the next run overwrites or rejects a file that remains
-            for name in (STEP, INPUTS):
+            for name in (STEP, INPUTS, RUNG):
                 (self._folder / name).unlink(missing_ok=True)
 
     def _latents_path(self, index: int) -> Path:
@@ -223,6 +224,6 @@ def clear_checkpoints(folder: str | Path) -> None:
     if not folder.is_dir():
         return
     with run_lock(folder):
-        for pattern in (INPUTS, STEP, "latents-*-*.safetensors", f"{PARTIAL}*"):
+        for pattern in (INPUTS, STEP, RUNG, "latents-*-*.safetensors", f"{PARTIAL}*"):
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
