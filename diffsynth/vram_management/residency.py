@@ -5,6 +5,8 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +23,27 @@ from diffsynth.vram_management.streaming import (
 CPU = torch.device("cpu")
 
 
+class Home(NamedTuple):
+    """Where a tensor's data rests on the CPU while a copy is on the device, and how to know that copy."""
+
+    tensor: Tensor
+    data: Tensor
+    storage: "ReferenceType[torch.UntypedStorage]"  # of the copy
+    version: int  # of the tensor; changes in place count it up
+
+    def restore(self) -> None:
+        """Drop the copy for the data on the CPU, unless the tensor was replaced or changed since."""
+        if self.storage() is self.tensor.untyped_storage() and _version(self.tensor) == self.version:
+            self.tensor.data = self.data
+
+
 class Residency:
     """Brings models to the compute device when a stage needs them.
 
     Without offload, a model stays there after its first use. With offload, its weights stay on the CPU, and
-    `using` makes copies on the device that are dropped, not copied back, so that memory-mapped weights stay
-    mapped. Models are moved on first use, so that a large one need not fit beside the others. The blocks of a
-    streamed model are copied one by one as they run (see streaming.py).
+    `using` makes copies on the device that are dropped, not copied back. Weights that are mapped from files
+    stay mapped either way. Models are moved on first use, so that a large one need not fit beside the others.
+    The blocks of a streamed model are copied one by one as they run (see streaming.py).
     """
 
     def __init__(self, models: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -38,8 +54,7 @@ class Residency:
         self._turn = threading.RLock()
         self._taken = False
         self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}
-        # For each offloaded model that is now on the device: pairs of a tensor and its data on the CPU.
-        self._homes: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._homes: dict[str, list[Home]] = {}  # of each model that is now on the device
 
     @property
     def streaming(self) -> tuple[str, ...]:
@@ -120,8 +135,8 @@ class Residency:
         """Move the named models (all by default) to the CPU and free their device memory."""
         with self._turn:
             for name in set(names or self.models) - self.staying:
-                for tensor, home in self._homes.pop(name, ()):
-                    tensor.data = home
+                for home in self._homes.pop(name, ()):
+                    home.restore()
                 self.models[name].to("cpu")
             if self.device.type == "cuda":
                 gc.collect()
@@ -130,7 +145,7 @@ class Residency:
     def _bring(self, name: str, but: Sequence[nn.Module] = ()) -> None:
         """Copy a model's weights to the device, except those of the blocks `but`."""
         staying = {id(tensor) for block in but for tensor in tensors_of(block)}
-        homes = self._homes.setdefault(name, []) if self.offload else []
+        homes = self._homes.setdefault(name, [])
         for tensor in tensors_of(self.models[name]):
             if id(tensor) in staying:
                 continue
@@ -138,7 +153,13 @@ class Residency:
             moved = copy_to(self.device, home)
             if moved is not home:
                 tensor.data = moved
-                homes.append((tensor, home))
+                # PyTorch does not own (resize) memory that is mapped from a file; to keep that costs nothing.
+                if self.offload or not home.untyped_storage().resizable():
+                    homes.append(Home(tensor, home, ref(moved.untyped_storage()), _version(tensor)))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
