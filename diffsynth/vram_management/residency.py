@@ -51,6 +51,7 @@ class Residency:
         self.device = device
         self.offload = False
         self.staying: set[str] = set()  # names of models that stay on the device, also with offload
+        self.settled = False  # whether models are where the caller wants them; else each run plans for itself
         self._turn = threading.RLock()
         self._taken = False
         self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}

@@ -109,8 +109,7 @@ class BlockStream:
         self._tensors = [tensors_of(block) for block in self._blocks]
         # The parameters themselves: loading and LoRAs may have replaced what an earlier call has seen.
         self._home = [[tensor.data for tensor in tensors] for tensors in self._tensors]
-        layouts = {tuple((t.shape, t.dtype) for t in home) for home in self._home}
-        if len(layouts) != 1:
+        if not alike(self._blocks):
             raise ValueError("blocks can only be streamed if their tensors have the same shapes and dtypes")
         self._slots = [Slot([torch.empty_like(t, device=self._device) for t in self._home[0]]) for _ in "ab"]
         for index, block in enumerate(self._blocks):
@@ -210,6 +209,11 @@ class BlockStream:
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
+
+
+def alike(blocks: Sequence[nn.Module] | nn.ModuleList) -> bool:
+    """Return whether the tensors of all blocks have the same shapes and dtypes."""
+    return len({tuple((t.shape, t.dtype) for t in tensors_of(block)) for block in blocks}) <= 1
 
 
 def resident_blocks(blocks: Sequence[nn.Module] | nn.ModuleList, num_params: int) -> int:
