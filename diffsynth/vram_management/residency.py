@@ -5,8 +5,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import NamedTuple
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +15,14 @@ from diffsynth.vram_management.streaming import (
     BlockStream,
     ImmediateCopies,
     SideStreamCopies,
+    StagedCopies,
+    page_locked,
     resident_blocks,
+    stored,
     tensors_of,
 )
 
 CPU = torch.device("cpu")
-
-
-class Home(NamedTuple):
-    """Where a tensor's data rests on the CPU while a copy is on the device, and how to know that copy."""
-
-    tensor: Tensor
-    data: Tensor
-    storage: "ReferenceType[torch.UntypedStorage]"  # of the copy
-    version: int  # of the tensor; changes in place count it up
-
-    def restore(self) -> None:
-        """Drop the copy for the data on the CPU, unless the tensor was replaced or changed since."""
-        if self.storage() is self.tensor.untyped_storage() and _version(self.tensor) == self.version:
-            self.tensor.data = self.data
 
 
 class Residency:
@@ -55,7 +43,8 @@ class Residency:
         self._turn = threading.RLock()
         self._taken = False
         self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}
-        self._homes: dict[str, list[Home]] = {}  # of each model that is now on the device
+        # Of models on the device: a tensor, its data on the CPU, the copy's storage, the tensor's version.
+        self._homes: dict[str, list[tuple[Tensor, Tensor, ref[torch.UntypedStorage], int]]] = {}
 
     @property
     def streaming(self) -> tuple[str, ...]:
@@ -98,7 +87,7 @@ class Residency:
 
         The first ones stay on the device, with at most `num_persistent_params` parameters. All models are
         offloaded between stages. On CUDA, the streamed weights are page-locked so that copies overlap with
-        computation, unless that would take more than half of the free CPU memory.
+        computation; if that would take more than half of the free CPU memory, a thread stages the copies.
         """
         with self._turn:
             self.rest()
@@ -109,8 +98,7 @@ class Residency:
             return
         copies = ImmediateCopies()
         if self.device.type == "cuda":
-            page_lock(streamed)
-            copies = SideStreamCopies(self.device)
+            copies = (SideStreamCopies if page_lock(streamed) else StagedCopies)(self.device)
         self._streams[name] = (BlockStream(streamed, self.device, copies), streamed)
 
     def stop_streaming(self) -> None:
@@ -136,13 +124,16 @@ class Residency:
         """Move the named models (all by default) to the CPU and free their device memory."""
         with self._turn:
             for name in set(names or self.models) - self.staying:
-                for home in self._homes.pop(name, ()):
-                    home.restore()
+                for tensor, home, copy, version in self._homes.pop(name, ()):
+                    # Not where the copy was replaced or changed since: by a LoRA, or by the caller.
+                    if copy() is tensor.untyped_storage() and tensor._version == version:
+                        tensor.data = home
                 self.models[name].to("cpu")
             if self.device.type == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
 
+    @torch.inference_mode(False)  # in which tensors have no versions
     def _bring(self, name: str, but: Sequence[nn.Module] = ()) -> None:
         """Copy a model's weights to the device, except those of the blocks `but`."""
         staying = {id(tensor) for block in but for tensor in tensors_of(block)}
@@ -156,11 +147,7 @@ class Residency:
                 tensor.data = moved
                 # PyTorch does not own (resize) memory that is mapped from a file; to keep that costs nothing.
                 if self.offload or not home.untyped_storage().resizable():
-                    homes.append(Home(tensor, home, ref(moved.untyped_storage()), _version(tensor)))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+                    homes.append((tensor, home, ref(moved.untyped_storage()), tensor._version))
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
@@ -168,11 +155,16 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device)
 
 
-def page_lock(blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
-    """Move the blocks' weights to page-locked CPU memory, if they take at most half of what is free."""
-    tensors = [tensor for block in blocks for tensor in tensors_of(block)]
-    if sum(tensor.nbytes for tensor in tensors) > available_memory(CPU) // 2:
-        return
-    for tensor in tensors:
-        if not tensor.data.is_pinned():
-            tensor.data = tensor.data.pin_memory()
+def page_lock(blocks: Sequence[nn.Module] | nn.ModuleList) -> bool:
+    """Move the blocks' weights to one page-locked buffer, and return whether that was done.
+
+    It is not if the buffer takes more than half of the free CPU memory. One for all, as each is rounded up.
+    """
+    tensors = [t for block in blocks for t in tensors_of(block) if not t.data.is_pinned()]
+    sizes = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]  # so that each is aligned
+    if 2 ** sum(sizes).bit_length() > available_memory(CPU) // 2:
+        return False
+    if tensors:
+        for tensor, room in zip(tensors, page_locked(sum(sizes)).split(sizes), strict=True):
+            tensor.data = stored(tensor.data, room)
+    return True
