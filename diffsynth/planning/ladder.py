@@ -161,10 +161,7 @@ class Ladder:
         return with_settings(options, _changes(plan.settings, options))
 
     def _free_for_run(self) -> int:
-        """Return the bytes of the device that are free or held by the models.
-
-        Other processes may use the device, and a card has less memory than advertised.
-        """
+        """Return the bytes of the device that are free (others may use it, too) or held by the models."""
         weights = [t for model in self._residency.models.values() for t in tensors_of(model)]
         held = sum(t.nbytes for t in weights if t.device.type == self._device.type)
         return available_memory(self._device) + held

@@ -162,7 +162,7 @@ def page_lock(blocks: Sequence[nn.Module] | nn.ModuleList) -> bool:
     """
     tensors = [t for block in blocks for t in tensors_of(block) if not t.data.is_pinned()]
     sizes = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]  # so that each is aligned
-    if 2 ** sum(sizes).bit_length() > available_memory(CPU) // 2:
+    if 2 ** (sum(sizes) - 1).bit_length() > available_memory(CPU) // 2:
         return False
     if tensors:
         for tensor, room in zip(tensors, page_locked(sum(sizes)).split(sizes), strict=True):

@@ -82,12 +82,12 @@ class StagedCopies(SideStreamCopies):
 
     def _stage(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark) -> Mark:
         for target, tensor in zip(into, source, strict=True):
-            buffer, read = self._buffers.pop(0)
+            buffer, read = self._buffers[0]
             if read is not None:
                 read.synchronize()
             buffer = buffer if buffer.nbytes >= tensor.nbytes else page_locked(tensor.nbytes)
             copied = super().start([target], [stored(tensor, buffer)], after)
-            self._buffers.append((buffer, copied))
+            self._buffers = [self._buffers[1], (buffer, copied)]
         return self._buffers[-1][1]
 
     def wait(self, copied: Mark) -> None:
