@@ -378,7 +378,7 @@ def streaming(bench: Bench) -> None:
     for name in ("pageable", "page-locked"):
         with ExitStack() as stack:
             if name == "pageable":
-                lock, residency.page_lock = residency.page_lock, lambda _blocks: None
+                lock, residency.page_lock = residency.page_lock, lambda _blocks: False
                 stack.callback(setattr, residency, "page_lock", lock)
             where.stream("dit", dit.blocks)
         with where.using("dit"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -13,12 +14,15 @@ from PIL import Image
 
 from diffsynth import ModelManager, VideoData, WanVideoPipeline
 from diffsynth.configs.caches import CacheOptions
+from diffsynth.configs.options import RunOptions
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.motion import MotionGuidance
 from diffsynth.planning import ladder
-from diffsynth.planning.plan import NotEnoughMemoryError, plan_run
+from diffsynth.planning.plan import GAPS, GB, RESERVED, NotEnoughMemoryError, plan_run
+from diffsynth.planning.settings import Settings
 from diffsynth.testing import write_clip
 from diffsynth.vram_management import residency
+from diffsynth.vram_management.streaming import tensors_of
 
 SMALL = {
     "height": 32,
@@ -555,3 +559,84 @@ def test_a_run_is_made_as_its_plan_says(tiny_checkpoint, clip, monkeypatch):
     assert (pipe.residency.offload, pipe.residency.streaming) == (False, ())
     with pytest.raises(NotEnoughMemoryError, match=r"needs at least .* GB .* and vram_gb is 0\.5"):
         latents(pipe, **given, vram_budget_gb=0.5)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A function: share -> a card with as much of what the fastest settings of `planned` take, on the CPU."""
+
+    # In a checkpoint as tiny as this, nothing else would count.
+    monkeypatch.setattr("diffsynth.planning.memory.text_encoder_bytes", lambda *_: 0)
+
+    def free(share, pipe, **options):
+        whole = pipe.plan(**{name: value for name, value in options.items() if name != "input_video"})
+        weights = sum(t.nbytes for model in pipe.residency.models.values() for t in tensors_of(model))
+        usable = RESERVED + int(share * (1 + GAPS) * whole.peak)
+        monkeypatch.setattr(ladder, "device_memory", lambda _: 24 * GB)
+        monkeypatch.setattr(ladder, "available_memory", lambda _: usable - weights)  # which are there already
+
+    return free
+
+
+def said_of_memory(caplog):
+    found = [record.getMessage() for record in caplog.records if record.name == "diffsynth.planning.ladder"]
+    caplog.clear()
+    return found
+
+
+def test_a_device_whose_memory_is_known_is_planned_for_without_being_asked(
+    tiny_checkpoint, clip, card, caplog
+):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    motion = MotionGuidance(guided_steps=1, inner_steps=1, block=1, window=3, tile=(1, 1), sf=2)
+    given = {"input_video": clip, "motion": motion, "batch_cfg": False}
+    options = {name: value for name, value in SMALL.items() if name in ("height", "width", "num_frames")}
+    exact = latents(pipe, **given)
+    assert said_of_memory(caplog) == [], "nothing is said or done where nothing is known of the memory"
+    card(1.1, pipe, motion=motion, **options)
+    assert torch.equal(latents(pipe, **given), exact)
+    assert (pipe.residency.offload, pipe.residency.settled, said_of_memory(caplog)) == (False, False, [])
+    card(0.95, pipe, motion=motion, **options)
+    (video,) = pipe.run("a cat", **SMALL, **given, output_type="latent")
+    assert torch.equal(video.frames, exact)
+    assert pipe.residency.offload
+    (line,) = said_of_memory(caplog)
+    assert re.match(
+        r"cpu has 0\.8 GB free, and the fastest settings take 0\.\d; chosen: guidance keeps ev", line
+    )
+    card(1.1, pipe, motion=motion, **options)
+    assert torch.equal(latents(pipe, **given), exact)
+    assert not pipe.residency.offload, "each run is planned for the memory that is free then"
+    card(0.01, pipe, motion=motion, **options)
+    assert torch.equal(latents(pipe, **given), exact), "where no plan fits, memory may still suffice"
+    assert not pipe.residency.offload
+
+
+def test_models_that_were_placed_by_the_caller_or_the_ladder_are_not_planned(
+    tiny_checkpoint, card, monkeypatch
+):
+    motion = MotionGuidance(guided_steps=1, inner_steps=1, block=1, window=3, tile=(1, 1), sf=2)
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    card(0.7, pipe, motion=motion, height=32, width=48, num_frames=5)
+    monkeypatch.setattr(ladder, "plan_run", lambda *_, **__: pytest.fail("was planned"))
+    with pytest.raises(pytest.fail.Exception, match="was planned"):
+        latents(pipe)
+    pipe.enable_vram_management(num_persistent_param_in_dit=0)
+    latents(pipe)
+    assert pipe.to("cpu").residency.settled
+    latents(pipe)
+    other = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    now = RunOptions(batch_cfg=False)
+    offloaded = Settings(offload=True, tile_size=(3, 4), tile_stride=(2, 3))
+    monkeypatch.setattr(ladder, "following", lambda *_, **__: iter([("offload", offloaded)]))
+    ladder.Ladder(other.residency, other.vae).next("sampling", now, "no memory")
+    assert (other.residency.offload, other.residency.settled) == (True, True)
+    latents(other)
+
+
+def test_blocks_that_cannot_stream_are_not_planned(tiny_checkpoint, card):
+    pipe = WanVideoPipeline.from_pretrained(tiny_checkpoint, device="cpu")
+    card(0.01, pipe, height=32, width=48, num_frames=5)
+    pipe.dit.blocks[1].norm3.weight.data = pipe.dit.blocks[1].norm3.weight.data.double()
+    latents(pipe)
+    assert not pipe.residency.streaming

@@ -1,6 +1,7 @@
 """Streamed blocks: the bits of resident ones, forward and backward, and no more copies than needed."""
 
 import contextlib
+import threading
 
 import pytest
 import torch
@@ -9,8 +10,15 @@ from diffsynth.models.packed_linear import pack_block_linears
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.motion import MotionGuidance, guided_step
-from diffsynth.vram_management import Residency
-from diffsynth.vram_management.streaming import BlockStream, ImmediateCopies, resident_blocks, tensors_of
+from diffsynth.vram_management import Residency, residency, streaming
+from diffsynth.vram_management.streaming import (
+    BlockStream,
+    ImmediateCopies,
+    SideStreamCopies,
+    StagedCopies,
+    resident_blocks,
+    tensors_of,
+)
 
 CPU = torch.device("cpu")
 KEEPING = tuple({"checkpoint": kept} for kept in ("none", "attention", "block", "offload"))
@@ -214,3 +222,133 @@ def test_blocks_that_differ_are_refused():
     dit.blocks[1].ffn[0].weight.data = dit.blocks[1].ffn[0].weight.data.double()
     with pytest.raises(ValueError, match="can only be streamed if their tensors have the same shapes"):
         BlockStream(dit.blocks, CPU, ImmediateCopies()).arm()
+
+
+class LateEvent:
+    """A point in the queue of a device that copies as late as it may: when somebody waits for the point."""
+
+    lock = threading.Lock()
+
+    def __init__(self, queue):
+        self.queue, self.done = queue, False
+
+    def synchronize(self):
+        with self.lock, torch.no_grad():
+            while not self.done:
+                event, into, source = self.queue.pop(0)
+                for target, tensor in zip(into, source, strict=True):
+                    target.copy_(tensor)
+                event.done = True
+
+
+@pytest.fixture
+def late_device(monkeypatch):
+    """SideStreamCopies that copy on a late device, and buffers that need no driver; returns their sizes."""
+    buffers = []
+
+    def start(self, into, source, after):
+        assert after == "the work of the caller"
+        self.queue.append((event := LateEvent(self.queue), into, source))
+        return event
+
+    def page_locked(size):
+        buffers.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    for name, method in (
+        ("__init__", lambda self, _device: setattr(self, "queue", [])),
+        ("start", start),
+        ("wait", lambda _self, copied: copied.synchronize()),
+        ("mark", lambda _self: "the work of the caller"),
+        ("finish", lambda self: self.queue.clear()),
+    ):
+        monkeypatch.setattr(SideStreamCopies, name, method)
+    monkeypatch.setattr(streaming, "page_locked", page_locked)
+    return buffers
+
+
+@contextlib.contextmanager
+def staged(dit):
+    stream = BlockStream(dit.blocks, CPU, StagedCopies(CPU))
+    stream.arm()
+    try:
+        yield
+    finally:
+        stream.disarm()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_pageable_weights_come_through_two_buffers_with_the_bits_of_resident_ones(inputs, late_device, fp8):
+    dit = make_dit(6)
+    if fp8:
+        pack_block_linears(dit)
+    expected = [gradient(dit, inputs, 5, checkpoint=kept) for kept in ("none", "block")]
+    with torch.no_grad():
+        velocity = dit(*inputs)
+    with staged(dit):
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(dit(*inputs), velocity)
+            for kept, whole in zip(("none", "block"), expected, strict=True):
+                assert torch.equal(gradient(dit, inputs, 5, checkpoint=kept), whole)
+    largest = max(t.nbytes for t in tensors_of(dit.blocks[0]))
+    assert sorted(late_device)[-2:] == [largest] * 2, "both grew to the largest tensor"
+    assert len(late_device) < 2 * len(tensors_of(dit.blocks[0])), "and are used again"
+
+
+@pytest.mark.usefixtures("late_device")
+def test_the_caller_goes_on_while_the_thread_fills_a_buffer(monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(
+        streaming, "page_locked", lambda n: gate.wait(20) and torch.empty(n, dtype=torch.uint8)
+    )
+    copies, source, into = StagedCopies(CPU), torch.arange(8.0), torch.zeros(8)
+    copied = copies.start([into], [source], None)
+    assert not copied.done(), "and the caller is here"
+    gate.set()
+    copies.wait(copied)
+    assert torch.equal(into, source)
+
+
+@pytest.mark.usefixtures("late_device")
+def test_what_fails_in_the_thread_fails_in_the_caller(inputs, monkeypatch):
+    dit = make_dit(4)
+    before = [tensor.data_ptr() for tensor in tensors_of(dit.blocks)]
+
+    def page_locked(_size):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(streaming, "page_locked", page_locked)
+    stream = BlockStream(dit.blocks, CPU, StagedCopies(CPU))
+    for _ in range(3):
+        stream.arm()
+        with pytest.raises(RuntimeError, match="CUDA error: out of memory"), torch.no_grad():
+            dit(*inputs)
+        stream.disarm()
+    assert [tensor.data_ptr() for tensor in tensors_of(dit.blocks)] == before
+
+
+def test_weights_are_page_locked_in_one_buffer_where_what_the_allocator_takes_is_half_of_what_is_free(
+    inputs, monkeypatch
+):
+    dit, locked = make_dit(3), []
+
+    def page_locked(size):
+        locked.append(torch.zeros(size, dtype=torch.uint8))
+        return locked[-1]
+
+    monkeypatch.setattr(residency, "page_locked", page_locked)
+    with torch.no_grad():
+        expected = dit(*inputs)
+    size = sum(-(-t.nbytes // 64) * 64 for t in tensors_of(dit.blocks))
+    taken = 2 ** size.bit_length()
+    assert taken > 1.1 * size
+    monkeypatch.setattr(residency, "available_memory", lambda _: 2 * taken - 1)
+    assert not residency.page_lock(dit.blocks)
+    assert not locked
+    monkeypatch.setattr(residency, "available_memory", lambda _: 2 * taken)
+    assert residency.page_lock(dit.blocks)
+    assert [buffer.nbytes for buffer in locked] == [size]
+    assert {t.untyped_storage().data_ptr() for t in tensors_of(dit.blocks)} == {locked[0].data_ptr()}
+    with torch.no_grad():
+        assert torch.equal(dit(*inputs), expected)

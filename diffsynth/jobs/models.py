@@ -97,6 +97,7 @@ def load_pipeline(folder: Path, options: LoadOptions) -> WanVideoPipeline:
         pipe.enable_vram_management(num_persistent_param_in_dit=options.persistent)
     elif options.offload:
         pipe.enable_cpu_offload()
+    pipe.residency.settled |= options.offload is False
     if options.compile:
         pipe.enable_compile()
     return pipe

@@ -93,7 +93,7 @@ class Components:
             return self
         self.residency.stop_streaming()
         residency = Residency(self.residency.models, choose_device(device))
-        residency.offload = self.residency.offload
+        residency.offload, residency.settled = self.residency.offload, self.residency.settled
         return replace(self, residency=residency)
 
     def facts(self) -> ModelFacts:

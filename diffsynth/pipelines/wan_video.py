@@ -213,7 +213,7 @@ class WanVideoPipeline:
 
     def enable_cpu_offload(self) -> None:
         """Keep models on the CPU and bring each to the device only for the stage that uses it."""
-        self.residency.offload = True
+        self.residency.offload = self.residency.settled = True
         self.residency.rest()
 
     def enable_vram_management(

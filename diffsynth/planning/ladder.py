@@ -18,11 +18,11 @@ from diffsynth.configs.options import TILING, RunOptions
 from diffsynth.models.wan_video_dit import WanModel
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.planning.memory import decode_bytes, encode_bytes, guided_pass_bytes, sampling_pass_bytes
-from diffsynth.planning.plan import GB, plan_run
+from diffsynth.planning.plan import GB, NotEnoughMemoryError, plan_run
 from diffsynth.planning.settings import KEEPING, Settings, following, keeping
 from diffsynth.planning.sizes import ModelSizes
 from diffsynth.vram_management import Residency, available_memory, device_memory
-from diffsynth.vram_management.streaming import tensors_of
+from diffsynth.vram_management.streaming import alike, tensors_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,7 +73,9 @@ class Ladder:
         self._spread = getattr(self._dit, "spread", None)
 
     def begin(self, options: RunOptions, vram_gb: float | None, *, with_reference: bool) -> RunOptions:
-        """Return the options of a run with all settings decided; if vram_gb is given, also move the models.
+        """Return the options of a run with all settings decided.
+
+        If vram_gb is given, or not all models fit into the free memory of an accelerator, they also move.
 
         Raises:
             NotEnoughMemoryError: no settings fit into vram_gb.
@@ -81,21 +83,21 @@ class Ladder:
         sizes = ModelSizes.of(self._residency.models)
         if vram_gb is not None:
             if device_memory(self._device):
-                # Other processes may use the device, and a card has less memory than advertised.
-                weights = [t for model in self._residency.models.values() for t in tensors_of(model)]
-                held = sum(t.nbytes for t in weights if t.device.type == self._device.type)
-                vram_gb = min(vram_gb, (available_memory(self._device) + held) / GB)
+                vram_gb = min(vram_gb, self._free_for_run() / GB)
             plan = plan_run(sizes, options, vram_gb=vram_gb, with_reference=with_reference)
             logger.info("planned for %.1f GB:\n%s", vram_gb, plan)
             plan.settings.place(self._residency)
             options = with_settings(options, _changes(plan.settings, options))
-        motion = options.motion
-        if motion is not None and motion.checkpoint == "auto":
-            options = replace(options, motion=replace(motion, checkpoint=self._kept(sizes, options, motion)))
         if options.batch_cfg is None:
             options = replace(options, batch_cfg=self._both_fit(sizes, options))
         if options.tiled is None:
             options = replace(options, tiled=self._in_tiles(sizes, options))
+        placed = vram_gb is not None or self._residency.settled or self._spread is not None
+        if device_memory(self._device) and not placed:
+            options = self._placed(sizes, options, with_reference)
+        motion = options.motion
+        if motion is not None and motion.checkpoint == "auto":
+            options = replace(options, motion=replace(motion, checkpoint=self._kept(sizes, options, motion)))
         return with_settings(options, self._spread.agreed(settings_of(options))) if self._spread else options
 
     def lowered(self, options: RunOptions) -> RunOptions:
@@ -151,7 +153,33 @@ class Ladder:
         now, placement = self._settings(options), ("offload", "resident_blocks", "stream_text_encoder")
         if any(getattr(settings, n) != getattr(now, n) for n in placement):
             settings.place(self._residency)
+            self._residency.settled = True  # the plan of the next run would be as wrong
         return with_settings(options, _changes(settings, options))
+
+    def _placed(self, sizes: ModelSizes, options: RunOptions, with_reference: bool) -> RunOptions:
+        """Place the models by a plan for the free memory; return the options as given if all models fit."""
+        models: Any = self._residency.models
+        if not (alike(models["dit"].blocks) and alike(models["text_encoder"].encoder.block)):
+            return options  # a plan may stream blocks
+        free = self._free_for_run()
+        try:
+            plan = plan_run(sizes, options, vram_gb=free / GB, with_reference=with_reference)
+        except NotEnoughMemoryError as error:
+            logger.info("no plan fits, so that memory may run out: %s", error)
+            return options
+        plan.settings.place(self._residency)
+        if not plan.settings.offload:
+            return options
+        whole = plan_run(sizes, options, with_reference=with_reference).peak / GB
+        facts = (self._device, free / GB, whole, plan.settings)
+        logger.warning("%s has %.1f GB free, and the fastest settings take %.1f; chosen: %s", *facts)
+        return with_settings(options, _changes(plan.settings, options))
+
+    def _free_for_run(self) -> int:
+        """Return the bytes of the device that are free (others may use it, too) or held by the models."""
+        weights = [t for model in self._residency.models.values() for t in tensors_of(model)]
+        held = sum(t.nbytes for t in weights if t.device.type == self._device.type)
+        return available_memory(self._device) + held
 
     def _settings(self, options: RunOptions) -> Settings:
         """Return the settings in force, from the options and from where the models are."""

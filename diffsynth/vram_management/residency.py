@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,10 @@ from diffsynth.vram_management.streaming import (
     BlockStream,
     ImmediateCopies,
     SideStreamCopies,
+    StagedCopies,
+    page_locked,
     resident_blocks,
+    stored,
     tensors_of,
 )
 
@@ -25,9 +29,9 @@ class Residency:
     """Brings models to the compute device when a stage needs them.
 
     Without offload, a model stays there after its first use. With offload, its weights stay on the CPU, and
-    `using` makes copies on the device that are dropped, not copied back, so that memory-mapped weights stay
-    mapped. Models are moved on first use, so that a large one need not fit beside the others. The blocks of a
-    streamed model are copied one by one as they run (see streaming.py).
+    `using` makes copies on the device that are dropped, not copied back. Weights that are mapped from files
+    stay mapped either way. Models are moved on first use, so that a large one need not fit beside the others.
+    The blocks of a streamed model are copied one by one as they run (see streaming.py).
     """
 
     def __init__(self, models: Mapping[str, nn.Module], device: torch.device) -> None:
@@ -35,11 +39,12 @@ class Residency:
         self.device = device
         self.offload = False
         self.staying: set[str] = set()  # names of models that stay on the device, also with offload
+        self.settled = False  # whether models are where the caller wants them; else each run plans for itself
         self._turn = threading.RLock()
         self._taken = False
         self._streams: dict[str, tuple[BlockStream, Sequence[nn.Module]]] = {}
-        # For each offloaded model that is now on the device: pairs of a tensor and its data on the CPU.
-        self._homes: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        # Of models on the device: a tensor, its data on the CPU, the copy's storage, the tensor's version.
+        self._homes: dict[str, list[tuple[Tensor, Tensor, ref[torch.UntypedStorage], int]]] = {}
 
     @property
     def streaming(self) -> tuple[str, ...]:
@@ -82,7 +87,7 @@ class Residency:
 
         The first ones stay on the device, with at most `num_persistent_params` parameters. All models are
         offloaded between stages. On CUDA, the streamed weights are page-locked so that copies overlap with
-        computation, unless that would take more than half of the free CPU memory.
+        computation; if that would take more than half of the free CPU memory, a thread stages the copies.
         """
         with self._turn:
             self.rest()
@@ -93,8 +98,7 @@ class Residency:
             return
         copies = ImmediateCopies()
         if self.device.type == "cuda":
-            page_lock(streamed)
-            copies = SideStreamCopies(self.device)
+            copies = (SideStreamCopies if page_lock(streamed) else StagedCopies)(self.device)
         self._streams[name] = (BlockStream(streamed, self.device, copies), streamed)
 
     def stop_streaming(self) -> None:
@@ -120,17 +124,20 @@ class Residency:
         """Move the named models (all by default) to the CPU and free their device memory."""
         with self._turn:
             for name in set(names or self.models) - self.staying:
-                for tensor, home in self._homes.pop(name, ()):
-                    tensor.data = home
+                for tensor, home, copy, version in self._homes.pop(name, ()):
+                    # Not where the copy was replaced or changed since: by a LoRA, or by the caller.
+                    if copy() is tensor.untyped_storage() and tensor._version == version:
+                        tensor.data = home
                 self.models[name].to("cpu")
             if self.device.type == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
 
+    @torch.inference_mode(False)  # in which tensors have no versions
     def _bring(self, name: str, but: Sequence[nn.Module] = ()) -> None:
         """Copy a model's weights to the device, except those of the blocks `but`."""
         staying = {id(tensor) for block in but for tensor in tensors_of(block)}
-        homes = self._homes.setdefault(name, []) if self.offload else []
+        homes = self._homes.setdefault(name, [])
         for tensor in tensors_of(self.models[name]):
             if id(tensor) in staying:
                 continue
@@ -138,7 +145,9 @@ class Residency:
             moved = copy_to(self.device, home)
             if moved is not home:
                 tensor.data = moved
-                homes.append((tensor, home))
+                # PyTorch does not own (resize) memory that is mapped from a file; to keep that costs nothing.
+                if self.offload or not home.untyped_storage().resizable():
+                    homes.append((tensor, home, ref(moved.untyped_storage()), tensor._version))
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
@@ -146,11 +155,16 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device)
 
 
-def page_lock(blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
-    """Move the blocks' weights to page-locked CPU memory, if they take at most half of what is free."""
-    tensors = [tensor for block in blocks for tensor in tensors_of(block)]
-    if sum(tensor.nbytes for tensor in tensors) > available_memory(CPU) // 2:
-        return
-    for tensor in tensors:
-        if not tensor.data.is_pinned():
-            tensor.data = tensor.data.pin_memory()
+def page_lock(blocks: Sequence[nn.Module] | nn.ModuleList) -> bool:
+    """Move the blocks' weights to one page-locked buffer, and return whether that was done.
+
+    It is not if the buffer takes more than half of the free CPU memory. One for all, as each is rounded up.
+    """
+    tensors = [t for block in blocks for t in tensors_of(block) if not t.data.is_pinned()]
+    sizes = [-(-tensor.nbytes // 64) * 64 for tensor in tensors]  # so that each is aligned
+    if 2 ** (sum(sizes) - 1).bit_length() > available_memory(CPU) // 2:
+        return False
+    if tensors:
+        for tensor, room in zip(tensors, page_locked(sum(sizes)).split(sizes), strict=True):
+            tensor.data = stored(tensor.data, room)
+    return True

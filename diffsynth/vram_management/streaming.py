@@ -9,6 +9,7 @@ Weights must be frozen while gradients are taken: none is computed for them.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ class ImmediateCopies:
 
 class SideStreamCopies(ImmediateCopies):
     """Copies on a separate CUDA stream; events order both streams, and nobody waits on the
-    CPU. Source tensors should be page-locked: copies of others stop the caller."""
+    CPU. Source tensors should be page-locked: copies of others stop the caller (see `StagedCopies`)."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -63,6 +64,48 @@ class SideStreamCopies(ImmediateCopies):
 
     def finish(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._side)
+
+
+class StagedCopies(SideStreamCopies):
+    """Copies of pageable tensors, which a thread brings into two page-locked buffers by turns, so that the
+    caller goes on meanwhile. What fails in the thread is raised by `wait`."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._thread = ThreadPoolExecutor(1, "staged copies")
+        # With each buffer, the mark of the copy that last read it.
+        self._buffers: list[tuple[Tensor, Mark]] = [(torch.empty(0, dtype=torch.uint8), None)] * 2
+
+    def start(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark | None) -> Mark:
+        # The thread has a queue of work of its own, so the mark is taken here.
+        return self._thread.submit(self._stage, into, source, self.mark() if after is None else after)
+
+    def _stage(self, into: Sequence[Tensor], source: Sequence[Tensor], after: Mark) -> Mark:
+        for target, tensor in zip(into, source, strict=True):
+            buffer, read = self._buffers[0]
+            if read is not None:
+                read.synchronize()
+            buffer = buffer if buffer.nbytes >= tensor.nbytes else page_locked(tensor.nbytes)
+            copied = super().start([target], [stored(tensor, buffer)], after)
+            self._buffers = [self._buffers[1], (buffer, copied)]
+        return self._buffers[-1][1]
+
+    def wait(self, copied: Mark) -> None:
+        super().wait(copied.result())
+
+    def finish(self) -> None:
+        self._thread.submit(int).result()  # which is done after all that was given to the thread
+        super().finish()
+
+
+def page_locked(size: int) -> Tensor:
+    """Return so many bytes of page-locked CPU memory; PyTorch takes a power of two from the system."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def stored(tensor: Tensor, buffer: Tensor) -> Tensor:
+    """Return a copy of the tensor that lies in a buffer of bytes, from its start."""
+    return buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @dataclass(slots=True)
@@ -109,8 +152,7 @@ class BlockStream:
         self._tensors = [tensors_of(block) for block in self._blocks]
         # The parameters themselves: loading and LoRAs may have replaced what an earlier call has seen.
         self._home = [[tensor.data for tensor in tensors] for tensors in self._tensors]
-        layouts = {tuple((t.shape, t.dtype) for t in home) for home in self._home}
-        if len(layouts) != 1:
+        if not alike(self._blocks):
             raise ValueError("blocks can only be streamed if their tensors have the same shapes and dtypes")
         self._slots = [Slot([torch.empty_like(t, device=self._device) for t in self._home[0]]) for _ in "ab"]
         for index, block in enumerate(self._blocks):
@@ -210,6 +252,11 @@ class BlockStream:
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
+
+
+def alike(blocks: Sequence[nn.Module] | nn.ModuleList) -> bool:
+    """Return whether the tensors of all blocks have the same shapes and dtypes."""
+    return len({tuple((t.shape, t.dtype) for t in tensors_of(block)) for block in blocks}) <= 1
 
 
 def resident_blocks(blocks: Sequence[nn.Module] | nn.ModuleList, num_params: int) -> int:

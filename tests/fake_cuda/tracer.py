@@ -208,7 +208,7 @@ def traced(fuse: bool = False) -> Iterator[Trace]:
             (F, "scaled_dot_product_attention", cuda_attention),
             (checkpointing, "to_host", lambda t: (t.shape, t.dtype, t.device)),
             (checkpointing, "to_device", lambda k: torch.empty(k[0], dtype=k[1], device=k[2])),
-            (residency, "page_lock", lambda _: None),
+            (residency, "page_lock", lambda _: True),
             (residency, "SideStreamCopies", CopiesBeside),
             (torch.cuda, "empty_cache", lambda: None),
             (attention, "capability", lambda device: (8, 0) if device == "cuda" else (0, 0)),
