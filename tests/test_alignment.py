@@ -197,7 +197,13 @@ def test_nothing_is_told_of_the_benchs_ordinary_pairs(caplog):
 def test_a_reference_that_the_vae_cannot_read_is_told_before_the_first_step(caplog):
     pipe = WanVideoPipeline.from_pretrained("nano-ti2v", device="cpu")
     rough = np.random.default_rng(0).integers(0, 255, (17, 64, 64, 3), dtype=np.uint8)
-    run = {"num_inference_steps": 1, "seed": 0, "progress_bar_cmd": None, "output_type": "latent"}
+    run = {
+        "num_inference_steps": 1,
+        "refine": 0,
+        "seed": 0,
+        "progress_bar_cmd": None,
+        "output_type": "latent",
+    }
     for reference, count in ((rough, 1), (make_pair(0, SPRITES, False).reference, 0)):
         caplog.clear()
         told_at_first_step = []

@@ -136,6 +136,9 @@ def test_another_model_brings_its_defaults_and_the_field_for_a_picture(server, b
     until(browser, lambda b: next(iter(b.find_elements("xpath", named)), None)).click()
     find(browser, "#picture")
     until(browser, lambda b: "knows 84 words" in b.find_element("css selector", "#model").text)
+    click(browser, "#examples tbody tr:nth-child(1)")  # the examples are others now, and work
+    find(browser, "#reference video")
+    until(browser, lambda b: b.find_element("css selector", "#prompt textarea").get_property("value"))
     place = browser.find_element("css selector", "#go").rect
     assert place["y"] + place["height"] < 800
 

@@ -161,6 +161,12 @@ def test_the_fields_show_the_defaults_of_the_chosen_model(session, tmp_path):
     assert seen["steps"]["placeholder"] == str(nano.defaults.with_preset("fast")["num_inference_steps"])
     assert hints["tiny"]["prompt"]["placeholder"] == "a red fox leaps through fresh snow"
     assert [hint["picture"]["visible"] for hint in hints.values()] == [False, True, False]
+    (follow,) = (one for one in demo.fns.values() if one.name == "follow")
+    texts = {name: follow.fn(name)[1]["samples"][0][-1] for name in (nano.folder.name, "tiny")}
+    assert texts == {
+        nano.folder.name: "a blue star on a yellow background",
+        "tiny": "a red fox leaps through fresh snow",
+    }
 
 
 def test_a_run_without_transfer_is_shown_between_reference_and_result(
@@ -319,6 +325,10 @@ def test_the_time_of_a_run_follows_from_the_newest_one(session, clip, tmp_path):
     assert 1.5 < longer / same < 2.5
     with pytest.raises(ValueError, match="are the limit here"):
         check_budget(replace(lone, max_minutes=same / 2), checked_request(SMALL), clip)
+    enough = replace(lone, max_minutes=same * 1.01)
+    check_budget(enough, checked_request(SMALL), clip)
+    with pytest.raises(ValueError, match="are the limit here"):
+        check_budget(enough, checked_request(SMALL), clip, beside=True)
 
 
 def test_the_speed_is_measured_without_a_word_about_the_prompt(session, monkeypatch, caplog):

@@ -185,6 +185,9 @@ def main() -> None:
             seeds = range(index, index + 1000 * args.seeds, 1000)
             videos = [generate(pipe, pair, picture, seed=seed, **options) for seed in seeds]
             found = [measured(video, pair) for video in videos]
+            with (args.output / "rows.jsonl").open("a") as file:
+                named = {"pair": index, "case": name, "references": pair.kind}
+                file.writelines(f"{json.dumps({**named, **row})}\n" for row in found)
             if len(videos) > 1:
                 found[0]["variety"] = variety(videos)
             rows.setdefault((pair.kind, name), []).extend(found)

@@ -95,6 +95,7 @@ class StageProgress:
             if self.stopping:
                 raise KeyboardInterrupt(INTERRUPTED_TEXT)
             self.close()
+            self._guided = 0
             self._console.note(event.stage)
         elif event.stage == "guidance":
             self._guided = event.step

@@ -27,6 +27,7 @@ class _OptionsOfAllOutputs(TypedDict, total=False):
     tile_stride: tuple[int, int] | None
     sampler: str | None
     sigmas: Sequence[float] | None
+    refine: float | None
     align: str | Sequence[float] | None
     motion: MotionGuidance | Mapping[str, Any] | None
     cache: str | CacheOptions | CacheMaker | None

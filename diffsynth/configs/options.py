@@ -104,6 +104,12 @@ class RunOptions:
     sigmas: tuple[float, ...] | None = option(
         OrNone(Levels(), "none"), "noise levels, one a step, instead of steps, strength and shift"
     )
+    refine: float = option(
+        Number(least=0, most=1),
+        "noise the finished sample so far and denoise it once more without transfer, in as large a share of "
+        "the steps: details that guidance costs come back",
+        default=0.0,
+    )
     align: Any = option(
         AlignmentKind(),
         "where a picture's object lies elsewhere than what moves in the reference, the reference is moved "
@@ -159,6 +165,22 @@ class RunOptions:
     def guided(self) -> range:
         """The indices of the guided steps."""
         return range(0) if self.motion is None else self.motion.guided_range(self.num_inference_steps)
+
+    @property
+    def second_pass(self) -> "RunOptions | None":
+        """The options of the pass that `refine` adds to a run with motion; None if there is none."""
+        if not self.refine or self.motion is None:
+            return None
+        return replace(
+            self,
+            num_inference_steps=max(1, round(self.refine * self.num_inference_steps)),
+            denoising_strength=self.refine,
+            seed=(self.seed + 1) % 2**32,
+            refine=0.0,
+            motion=None,
+            cache=None,
+            sigmas=None,
+        )
 
     @property
     def levels(self) -> list[float]:

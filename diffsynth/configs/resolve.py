@@ -136,6 +136,8 @@ def resolve(
                 "hardly any motion: use more guided_steps, or set guided=(from, to) in noise levels",
                 *(MOTION_BELOW, guided[-1]),
             )
+    elif given.get("refine"):
+        logger.warning("refine has no effect without transfer of motion")
     if motion is not None and model is not None:
         _check_fits(motion, run, model)
     return replace(run, motion=motion)

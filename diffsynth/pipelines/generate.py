@@ -6,7 +6,7 @@ If memory runs out, a stage is repeated one rung down the ladder of settings.
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -106,6 +106,13 @@ def generate(
                 models, index, inputs, options, ladder, cost,
                 on_step=on_step, progress=progress, stop=stop, saved=saved,
             )  # fmt: skip
+            if all_steps_done and (second := options.second_pass) is not None:
+                observer(RunEvent(stage="refine"))
+                first_pass = replace(inputs, reference=latents, noise=draw_noise(models, second))
+                latents, _, all_steps_done = sample(
+                    models, index, first_pass, second, ladder, cost,
+                    on_step=on_step, progress=progress, stop=stop, saved=None,
+                )  # fmt: skip
             if saved is not None and all_steps_done:
                 saved.keep_latents(index, latents, latents_facts(models.vae, options.size, fps, cost))
         try:

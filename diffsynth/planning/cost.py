@@ -58,9 +58,12 @@ def run_cost(dit: DiTSize, latents: Shape, options: RunOptions, checkpoint: str 
     """
     num_steps, motion, guided = options.num_inference_steps, options.motion, options.cfg_steps
     full, skipped = forward_flops(dit, latents), embedding_flops(dit, latents)
-    computed = computed_steps(options.cache, "positive", range(num_steps), num_steps)
+    computed: float = computed_steps(options.cache, "positive", range(num_steps), num_steps)
     computed += computed_steps(options.cache, "negative", guided, num_steps)
     flops = computed * full + (num_steps + len(guided) - computed) * skipped
+    if (second := options.second_pass) is not None:
+        added = run_cost(dit, latents, second)
+        computed, flops = computed + added.sampling_ffe, flops + added.flops
     if motion is None:
         return RunCount(sampling_ffe=computed, guidance_ffe=0.0, flops=flops)
     kept = motion.checkpoint if checkpoint is None else checkpoint

@@ -65,9 +65,12 @@ def build(page: Page) -> Any:
                 reference = gr.Video(label="Reference", sources=["upload"], height=200, elem_id="reference")
                 look = gr.Button("Show the motion", elem_id="look")
                 clip = gr.Textbox(label="Motion", visible=False)
-                texts = cycle(_SHAPES if page.session.defaults.words else _SCENES)
-                tries = [[path, Path(path).stem, next(texts)] for path in page.clips]
-                gr.Examples(tries, [reference, clip, prompt], label="Try one of these", elem_id="examples")
+                tries = gr.Examples(
+                    _tries(page, page.session),
+                    [reference, clip, prompt],
+                    label="Try one of these",
+                    elem_id="examples",
+                )
                 picture = gr.Image(
                     label="Picture that the video begins with",
                     type="filepath",
@@ -100,7 +103,12 @@ def build(page: Page) -> Any:
 
         hinted = [model, prompt, preset, *numbers, picture]
         gr.on([model.change, preset.change], hint, [model, preset], hinted, api_name=False)
-        model.input(lambda name: page.session_of(name).defaults[_STRENGTH], model, strength, api_name=False)
+
+        def follow(name: str) -> tuple[float, Any]:
+            session = page.session_of(name)
+            return session.defaults[_STRENGTH], gr.update(samples=_tries(page, session))
+
+        model.input(follow, model, [strength, tries.dataset], api_name=False)
         prompt.change(None, status, status, js="said => said.includes('fv-error') ? '' : said")
         for handler in (Page.enter, Page.generate, Page.inspect):  # gradio knows by it what to pass
             handler.__annotations__["request"] = gr.Request
@@ -115,6 +123,12 @@ def build(page: Page) -> Any:
         demo.load(lambda: [None] * len(empty), None, empty, api_name=False)
         demo.load(page.enter, None, [seen, past, names, is_owner, owners], api_name=False)
     return demo.queue(max_size=4 * VISITORS)
+
+
+def _tries(page: Page, session: Session) -> list[list[str]]:
+    """Return the examples that a model can follow: path and name of a reference, and a prompt."""
+    texts = cycle(_SHAPES if session.defaults.words else _SCENES)
+    return [[path, Path(path).stem, next(texts)] for path in page.clips]
 
 
 def _owners_row(gr: Any, page: Page, is_owner: Any, status: Any) -> Any:

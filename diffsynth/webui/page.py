@@ -73,7 +73,7 @@ class Page:
             if uploaded is not None and asked["mode"] != NO_TRANSFER:
                 reference = self._kept(uploaded)
             pictures = {} if picture is None else {PICTURES[0]: self._kept(picture, keep_picture)}
-            check_budget(session, asked, reference)
+            check_budget(session, asked, reference, beside=beside and reference is not None)
 
             def make(job: QueuedJob) -> list[PastRun]:
                 runs = [make_video(session, asked, reference, job, pictures)]

@@ -15,7 +15,7 @@ from diffsynth.webui.queue import WAITING, QueueFullError, RunProgress
 logger = logging.getLogger(__name__)
 
 STAGES = ("encode text", "encode video", "denoise", "decode", "write")
-_OF_DENOISING = ("guidance", "sampling")
+_OF_DENOISING = ("guidance", "sampling", "refine")
 
 # Errors whose messages are shown to the user as they are.
 _CLEAR = (ValueError, TypeError, FileNotFoundError, MemoryRanOutError, QueueFullError)

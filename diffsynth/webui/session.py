@@ -120,10 +120,17 @@ def _operations(sizes: ModelSizes, run: RunOptions) -> float:
     return run_cost(sizes.dit, sizes.latent_shape(run.height, run.width, run.num_frames), run).flops
 
 
-def check_budget(session: Session, request: Mapping[str, Any], reference: Path | None) -> None:
-    """Raise ValueError if the run of a request is expected to take longer than session.max_minutes."""
+def check_budget(
+    session: Session, request: Mapping[str, Any], reference: Path | None, *, beside: bool = False
+) -> None:
+    """Raise ValueError if the run of a request is expected to take longer than session.max_minutes.
+
+    With `beside`, the run without transfer that is made besides counts, too.
+    """
     run = None if session.max_minutes is None else _resolved(session, request, reference)
     minutes = None if run is None else expected_minutes(session, run)
+    if minutes is not None and beside and run is not None:
+        minutes += expected_minutes(session, replace(run, motion=None)) or 0.0
     if minutes is not None and session.max_minutes is not None and minutes > session.max_minutes:
         raise ValueError(
             f"this run would take about {minutes:.3g} minutes, and {session.max_minutes:g} are the limit "
