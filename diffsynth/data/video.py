@@ -164,7 +164,7 @@ class VideoData:
     block, or with the object.
 
     Frames are upright and have square pixels; interlaced video is deinterlaced, HDR is tone-mapped,
-    transparent pixels are laid over black, and a variable rate is read at its constant mean. Each is logged.
+    transparent pixels are laid on black, and a variable rate is read at its mean. Each conversion is logged.
 
     Args:
         video_file: path of a video; exactly one of video_file and image_folder is required.

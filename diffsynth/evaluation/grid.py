@@ -22,8 +22,8 @@ def picture_grid(
 ) -> Image.Image:
     """Lay out pictures of any sizes in rows and columns, each in the middle of its column.
 
-    The first row is the longest. It, or several rows, may have labels, a text above each picture, and
-    captions, one above the row; long texts are cut. The sides of the sheet are even, as players want them.
+    `labels[r]` are the texts above the pictures of row r, `captions[r]` is the text above the row; both may
+    cover only the first rows. Long texts are cut. The sheet has even sides, which video players require.
     """
     widths = [max(picture.width for picture in column if picture) for column in zip_longest(*rows)]
     lefts = list(accumulate((width + GAP for width in widths), initial=0))

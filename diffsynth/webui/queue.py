@@ -17,7 +17,7 @@ from typing import Any
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 MOST_WAITING = 32
-MOST_ABSENT = 60.0  # seconds without anybody who follows a job, after which it ends
+MOST_ABSENT = 60.0  # seconds after which a job that no client follows is cancelled
 
 
 class QueueFullError(RuntimeError):
@@ -30,7 +30,7 @@ class JobCancelledError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProgress:
-    """Progress of a run; losses are those of guided steps, each as its last over its first."""
+    """Progress of a run; `losses` has the last loss of each guided step, divided by its first."""
 
     stage: str = "start"
     step: int = 0
@@ -106,7 +106,7 @@ class QueuedJob:
         if self._asked_to_stop.is_set():
             raise JobCancelledError("cancelled; no video was written")
         if time.monotonic() - self._followed > MOST_ABSENT:
-            raise JobCancelledError(f"nobody followed the run for {MOST_ABSENT:g} s; no video was written")
+            raise JobCancelledError(f"cancelled: page closed for {MOST_ABSENT:g} s; no video was written")
 
     def cancel(self) -> None:
         """Cancel the job: at once if it waits, else at the next `check` of its work."""
