@@ -31,11 +31,11 @@ _KINDS: dict[str, Kind] = {
 class JobLine:
     """One video of a batch."""
 
-    line: int
-    options: Mapping[str, Any]
-    reference: Path | None
-    pictures: Mapping[str, Path]
-    output: Path | None
+    line: int  # its number in the file, from 1
+    options: Mapping[str, Any]  # arguments of the call, prompts and file options
+    reference: Path | None  # None: the prompt alone decides
+    pictures: Mapping[str, Path]  # by argument, input_image or end_image
+    output: Path | None  # None: a name is made
 
 
 def read_jobs(

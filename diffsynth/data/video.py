@@ -278,7 +278,11 @@ class VideoData:
         self._length = int(n)
 
     def set_shape(self, height: int, width: int) -> None:
-        """Set the size in pixels that frames are fitted to; ValueError unless both are integers above 0."""
+        """Set the size that frames are fitted to.
+
+        Args:
+            height, width: size in pixels; ValueError unless they are integers above 0.
+        """
         self._shape = checked_int("height", height), checked_int("width", width)
         self._tell_of_cropping()
 

@@ -58,7 +58,7 @@ def side_by_side(videos: Mapping[str, Video], height: int = 256) -> list[Image.I
 
     Args:
         videos: the videos by name.
-        height: of each video, in pixels.
+        height: height of each video in pixels.
 
     Raises:
         ValueError: there is no video, or one has no frames.
@@ -79,7 +79,7 @@ def video_grid(
     Args:
         videos: the videos by name.
         columns: videos in a row; by default up to three videos make one row, more make about a square.
-        height: of each video, in pixels.
+        height: height of each video in pixels.
         until: whether the "shortest" or the "longest" video ends it; others then stay at their last frame.
         fps: frame rate of the result, at which a VideoData is shown at its own speed and other videos frame
             by frame; None shows all of them frame by frame.

@@ -29,8 +29,8 @@ class StepInputs:
         timestep: [1], float32, on the scale of 0 to 1000.
         sigma: its noise level, in 0..1.
         null_context: the empty prompt, [1, L, D].
-        mean_velocity: of the steps taken so far, in the shape of the latents; None at the first.
-        condition: from the pictures that the latents begin or end with.
+        mean_velocity: mean of the velocities of the steps so far, shaped as the latents; None at the first.
+        condition: condition from the pictures that the latents begin or end with.
     """
 
     dit: WanModel

@@ -133,9 +133,9 @@ def window_tokens(windows: Tensor, sides: tuple[int, int], grid: tuple[int, int]
     return (rows[..., :, None] * grid[1] + cols[..., None, :]).flatten(2)
 
 
-def pair_order(wanted: Pairs, given: Pairs) -> tuple[int, ...]:
-    """Return the index of each wanted pair in a list of pairs."""
-    place = {pair: index for index, pair in enumerate(given)}
+def pair_order(wanted: Pairs, pairs: Pairs) -> tuple[int, ...]:
+    """Return the index of each wanted pair in `pairs`."""
+    place = {pair: index for index, pair in enumerate(pairs)}
     return tuple(place[pair] for pair in wanted)
 
 

@@ -58,7 +58,12 @@ class RunCost:
         ])  # fmt: skip
 
     def add_guidance(self, seconds: float, record: OptimizationRecord) -> None:
-        """Count a guided step and log its losses."""
+        """Count a guided step and log its losses.
+
+        Args:
+            seconds: duration of its guidance.
+            record: record of its inner loop.
+        """
         self.time_guidance.append(seconds)
         self.gradient_evaluations += record.gradient_evaluations
         self.losses.append(record.losses)

@@ -77,9 +77,8 @@ class UniPCScheduler(FlowMatchScheduler):
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
         """Return `sample` moved from this timestep's level to the next, 0 after the last one.
 
-        Both tensors have one shape; the result has the type and device of `sample`. Anything that
-        the caller (guidance) added to the sample between two steps is kept: the corrector, which repeats the
-        previous step from its start, would otherwise lose it.
+        Arguments as in the base. Anything that the caller (guidance) added to the sample between two steps is
+        kept: the corrector, which repeats the previous step from its start, would otherwise lose it.
 
         Raises:
             RuntimeError: set_timesteps was not called, or the steps are not taken in order.

@@ -32,13 +32,13 @@ class JobCancelledError(RuntimeError):
 class RunProgress:
     """Progress of a run; `losses` has the last loss of each guided step, divided by its first."""
 
-    stage: str = "start"
-    step: int = 0
-    steps: int = 0
-    guided: int = 0
-    guided_steps: int = 0
-    losses: tuple[float, ...] = ()
-    preview: bytes | None = None
+    stage: str = "start"  # of `RunEvent`
+    step: int = 0  # denoising steps done, of `steps`
+    steps: int = 0  # of the whole run
+    guided: int = 0  # guided steps done, of `guided_steps`
+    guided_steps: int = 0  # of the whole run
+    losses: tuple[float, ...] = ()  # one number a guided step
+    preview: bytes | None = None  # an image of the clean sample predicted so far
 
 
 class QueuedJob:
