@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -120,7 +121,10 @@ def hanging(port: int, mode: str) -> tuple[str, float]:
 def test_a_rank_that_does_not_answer_is_named_and_an_error_is_told_once():
     for mode, expected in (
         # On a busy machine, another rank may be late as well.
-        ("hang", r"RuntimeError\('rank\(s\) \[(0, )?1(, 2)?\] did not answer for 1 s; finished steps are saved'\)"),
+        (
+            "hang",
+            r"RuntimeError\('rank\(s\) \[(0, )?1(, 2)?\] did not answer for 1 s; finished steps are saved'\)",
+        ),
         ("error", r"ValueError\('a thing is wrong'\)"),
     ):
         with socket.socket() as free:

@@ -40,7 +40,7 @@ class StepInputs:
     mean_velocity: Tensor | None = None
     condition: ImageCondition = NO_CONDITION
 
-    def of_dit(self, latents: Tensor) -> dict[str, Tensor]:
+    def of_dit(self, latents: Tensor) -> dict[str, Any]:
         """Return the DiT's arguments for latents [B, C, F, h, w], but for these and the prompt."""
         return self.condition.of_dit(self.timestep, latents.shape[0], latents.shape[2])
 
