@@ -254,7 +254,7 @@ def test_what_differs_is_told_by_name(pipe, clip, tmp_path):
             r"motion.window \(saved: 3, now: 5",
         ),
         "cache": ({"cache": CacheOptions(name="first_block", threshold=0.1)}, r"cache.name \(saved: nothing"),
-        "video": ({"input_video": [clip[8 - i] for i in range(9)]}, "input_video .frames of hash"),
+        "video": ({"input_video": [clip[8 - i] for i in range(9)]}, r"input_video \(saved: frames of hash"),
     }
     for changes, message in other.values():
         with pytest.raises(ValueError, match=rf"holds an unfinished run that differs in .*{message}"):
