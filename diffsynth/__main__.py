@@ -4,7 +4,7 @@ import sys
 
 
 def start() -> int:
-    """Run the command. Ctrl-C while it is imported is one line, too."""
+    """Run the command. Ctrl-C during the imports prints one line instead of a traceback."""
     try:
         from diffsynth.cli.main import main
 

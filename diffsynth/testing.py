@@ -21,7 +21,7 @@ from diffsynth.models.wan_video_text_encoder import WanTextEncoder
 from diffsynth.models.wan_video_vae import WanVideoVAE
 from diffsynth.models.wan_video_vae22 import WanVideoVAE22
 
-_TOKENIZER = Path(__file__).with_name("testing_data") / "umt5-xxl"  # of few words
+_TOKENIZER = Path(__file__).with_name("testing_data") / "umt5-xxl"  # a small vocabulary
 _TEXT = {"dim": 32, "dim_attn": 32, "dim_ffn": 64, "num_heads": 4, "num_layers": 2, "num_buckets": 32}
 _DIT = {"dim": 24, "ffn_dim": 48, "freq_dim": 32, "num_heads": 2, "num_layers": 2}
 _CLIP = {"image_size": 28, "patch_size": 14, "dim": 80, "mlp_ratio": 2, "num_heads": 1, "num_layers": 3}
@@ -46,7 +46,7 @@ def write_checkpoint(directory: str | Path, size: str = "tiny", seed: int = 0) -
         directory: the folder to make.
         size: "tiny", "deep" (16 blocks), or the layout of a model of the family: "tiny-i2v", "tiny-flf2v",
             "tiny-ti2v", "tiny-a14b" (two experts) or "tiny-a14b-i2v".
-        seed: of the weights.
+        seed: seed of the random weights.
 
     Returns:
         The directory.

@@ -274,7 +274,7 @@ def test_progress_names_the_stages_on_stderr_and_the_summary_is_on_stdout(transf
     out = re.escape(f"{tmp_path}/out.mp4")
     assert re.fullmatch(
         rf"{out}: 5 frames of 32x32 at 15 frames a second, seed 1, [\d.]+ s\n"
-        rf"look at: fastvmt compare \S+ {out} --paths -o {tmp_path}/out-beside.mp4.*\n",
+        rf"to compare: fastvmt compare \S+ {out} --paths -o {tmp_path}/out-beside.mp4.*\n",
         captured.out,
     )
 
@@ -366,7 +366,7 @@ def test_text_alone_needs_no_transfer_by_name(tiny_checkpoint, tmp_path):
         ({"--model": "1.3B"}, "models/Wan2.1-T2V-1.3B does not exist; fetch it with: fastvmt download 1.3b"),
         ({"--model": "Wan-AI/Wan2.1-T2V-14B"}, "fetch it with: fastvmt download 14b"),
         ({"-o": "."}, "output . is a folder; give the name of a video file"),
-        ({"-o": "~/out.mp4"}, "output ~/out.mp4: the shell left ~ as it is; write $HOME"),
+        ({"-o": "~/out.mp4"}, "output ~/out.mp4: the shell did not expand ~; write $HOME"),
         ({"-o": "folder.mp4"}, "output folder.mp4 is a folder; give the name of a video file"),
         ({"-o": "there.mp4"}, "output there.mp4 exists; give another name, or --overwrite"),
         ({"-o": "link.mp4"}, "output link.mp4 exists; give another name, or --overwrite"),

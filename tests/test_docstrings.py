@@ -1,9 +1,12 @@
 """Docstrings of public functions and dataclasses are whole: what is listed at all is listed completely."""
 
 import ast
+import inspect
 import re
-from collections.abc import Iterator
+import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +14,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "diffsynth"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Parameters that no Args section needs to name.
 IMPLIED = {"self", "cls"}
+# `run` takes the arguments of the call, which lists them; the summary of `to` says both.
+WITHOUT_ARGS = {"WanVideoPipeline.run", "WanVideoPipeline.to"}
+make_api = SimpleNamespace(**runpy.run_path(str(PACKAGE.parent / "docs" / "make_api.py")))
 
 
 def section(docstring: str, title: str) -> set[str]:
@@ -40,6 +46,18 @@ def unlisted(node: ast.FunctionDef) -> set[str]:
     return names - IMPLIED - listed if listed else set()
 
 
+def page_functions() -> Iterator[tuple[str, Callable]]:
+    """Yield the functions and methods that docs/api.md lists, by name."""
+    for thing in (thing for things in make_api.SECTIONS.values() for thing in things):
+        if not inspect.isclass(thing):
+            yield thing.__name__, thing
+            continue
+        for name, member in vars(thing).items():
+            function = getattr(member, "__func__", member)
+            if inspect.isfunction(function) and function.__doc__ and not name.startswith("_"):
+                yield f"{thing.__name__}.{name}", function
+
+
 def undescribed(node: ast.ClassDef, lines: list[str]) -> set[str]:
     """Return the fields of a dataclass that are in no Attributes or Args section and have no comment."""
     if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
@@ -61,3 +79,15 @@ def test_a_docstring_that_lists_some_lists_all(path):
         if names:
             found[f"{node.name} (line {node.lineno})"] = sorted(names)
     assert not found
+
+
+def test_functions_of_the_api_page_with_several_parameters_list_them():
+    functions = dict(page_functions())
+    bare = {
+        name
+        for name, function in functions.items()
+        if len(inspect.signature(function).parameters.keys() - IMPLIED) > 1
+        and not section(inspect.getdoc(function) or "", "Args")
+    }
+    assert len(functions) > 60
+    assert bare == WITHOUT_ARGS

@@ -123,7 +123,9 @@ def test_the_first_try_needs_nothing(tmp_path):
         # The sheet is repeated until it lasts four seconds.
         assert (len(video), video.shape()) == (17 if name == "out.mp4" else 51, shape)
         assert str(Path("results/first_try") / name) in result.stdout
-    distance, cosine = re.search(r"path is ([\d.]+) px of 64.*cosine.* (0\.\d+) \(", result.stdout).groups()
+    distance, cosine = re.search(
+        r"path is ([\d.]+) px .* 64 px\).*cosine.* (0\.\d+) \(", result.stdout
+    ).groups()
     assert float(distance) < 8
     assert float(cosine) > 0.4
 

@@ -67,7 +67,7 @@ def test_a_video_and_itself_agree_and_real_looking_ones_are_left_out(clips, tmp_
 
     path = save_video(clips[0].frames, tmp_path / "ref.mp4", fps=12, quality=9)
     told = follow_text(list(VideoData(path)), VideoData(path))
-    assert told.startswith("its object's path is 0.0 px of 64")
+    assert told.startswith("the object's path is 0.0 px from the reference's on average (frame width 64 px)")
     assert "cosine of the velocities 1.00" in told
     noise = write_clip(tmp_path / "noise.mp4", num_frames=5, height=32, width=32)
     assert follow_text(list(VideoData(noise)), VideoData(noise)) is None

@@ -18,8 +18,6 @@ from benchmarks.quality.statistics import mean_interval, ratio_interval
 from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth.evaluation.tracking import Track, track_object
 
-pytestmark = pytest.mark.slow
-
 PATH = np.stack([np.arange(9.0) * 3, np.full(9, 10.0)], axis=-1)
 
 
@@ -79,6 +77,7 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_dense_flow_of_a_clip_is_near_its_truth_and_far_from_anothers():
     pytest.importorskip("cv2")
     for scene in ({}, {"checkered": 1}, {"shaded": 1}):

@@ -261,7 +261,7 @@ def test_a_run_counts_the_gradients_it_computed(tiny_checkpoint, tmp_path, caplo
     assert len(line["time_guidance"]) == 3
     # Block 1 of 2 is read: one block for the reference and each gradient, then two in each of four steps.
     assert line["dit_block_calls"] == 2 * (1 + 4) + 4 * 2
-    assert "guided step 2: gradients of an earlier step" in caplog.text
+    assert "guided step 2: reused the gradients of an earlier step" in caplog.text
 
 
 def test_levers_are_read_from_json():

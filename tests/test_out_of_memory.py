@@ -24,8 +24,6 @@ from diffsynth.runs.checkpoint import STEP
 from diffsynth.runs.state import load_state
 from diffsynth.testing import write_clip
 
-pytestmark = pytest.mark.slow
-
 STEPS = 3
 SMALL = {
     "height": 32,
@@ -120,6 +118,7 @@ CACHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CACHES)
 def test_the_failed_step_is_done_again_from_the_same_bits(pipe, clip, monkeypatch, kind):
     monkeypatch.setattr(ladder, "following", nothing_but_again)
@@ -166,6 +165,7 @@ def test_a_reference_that_does_not_fit_is_encoded_in_tiles(pipe, clip, caplog):
     )
 
 
+@pytest.mark.slow
 def test_a_decode_that_does_not_fit_takes_tiles_and_then_smaller_ones(pipe, caplog, monkeypatch):
     monkeypatch.setattr(settings, "SMALLEST_TILE", 1)
     halves = run(pipe, output_type="np", tiled=True, tile_size=(1, 2), tile_stride=(1, 1))
@@ -186,6 +186,7 @@ def test_saved_latents_decode_in_smaller_tiles_too(pipe, tmp_path, caplog, monke
     assert "tile_size=(2, 3), tile_stride=(1, 1)" in warnings(caplog)[0]
 
 
+@pytest.mark.slow
 def test_where_nothing_helps_the_error_says_where_how_much_and_what_would(pipe, clip, tmp_path, caplog):
     whole = run(pipe, input_video=clip, motion=MOTION)
 

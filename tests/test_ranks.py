@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -223,7 +224,8 @@ def hanging(port: int, mode: str) -> tuple[str, float]:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = time.monotonic()
     try:
-        with as_rank(1.0):
+        # A busy machine may need more than a second and the grace to tell the error.
+        with as_rank(1.0 if mode == "hang" else 60.0):
             if rank == 1 and mode == "hang":
                 time.sleep(6)
                 raise SystemExit(0)
@@ -238,14 +240,19 @@ def hanging(port: int, mode: str) -> tuple[str, float]:
 
 def test_a_rank_that_does_not_answer_is_named_and_an_error_is_told_once():
     for mode, expected in (
-        ("hang", "RuntimeError('rank(s) [1] did not answer for 1 s; finished steps are saved')"),
-        ("error", "ValueError('a thing is wrong')"),
+        # On a busy machine, another rank may be late as well.
+        (
+            "hang",
+            r"RuntimeError\('rank\(s\) \[(0, )?1(, 2)?\] did not answer for 1 s; finished steps are saved'\)",
+        ),
+        ("error", r"ValueError\('a thing is wrong'\)"),
     ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         found = on_ranks(3, hanging, port, mode)
-        assert sorted(told for told, _ in found if "SystemExit" not in told) == [expected]
+        (told,) = [told for told, _ in found if "SystemExit" not in told]
+        assert re.fullmatch(expected, told)
         # Ended by itself, long before the group's own time-out.
         assert max(seconds for told, seconds in found if "SystemExit(0)" not in told) < 200
 

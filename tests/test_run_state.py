@@ -92,9 +92,9 @@ def test_a_state_of_another_scheduler_is_refused():
 
 
 def test_long_values_are_told_apart_by_their_hash():
-    there, given = ({"prompt": text} for text in ("x", "y"))
-    assert identity_differences(there, given) == ["prompt (x there, y given)"]
-    assert identity_differences({**there, "a": "1"}, there) == ["a (1 there, nothing given)"]
+    saved, current = ({"prompt": text} for text in ("x", "y"))
+    assert identity_differences(saved, current) == ["prompt (saved: x, now: y)"]
+    assert identity_differences({**saved, "a": "1"}, saved) == ["a (saved: 1, now: nothing)"]
 
 
 def test_files_of_another_kind_are_refused(tmp_path):

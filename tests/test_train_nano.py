@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth import WanVideoPipeline
@@ -168,3 +169,10 @@ def test_the_tokenizer_reads_prompts_as_people_write_them(trained, monkeypatch):
     ids, mask = numbers_of(["a red circle on a blue background"], np.random.default_rng(1), drop=0.0)
     assert mask.sum().item() >= len(plain)
     assert set(plain) <= set(ids[0].tolist())
+
+
+@pytest.mark.slow
+def test_a_sheet_shows_each_prompt_above_its_frames(tmp_path):
+    run("contact_sheet.py", "--model", "nano", "--count", 2, "--output", tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (5 * 128 + 4 * 4, 2 * (128 + 24) + 4)

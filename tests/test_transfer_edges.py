@@ -22,8 +22,6 @@ from diffsynth.runs.latents import latents_until_done
 from diffsynth.runs.record import read_record, record_path
 from diffsynth.testing import write_clip
 
-pytestmark = pytest.mark.slow
-
 QUICK = [
     "--steps",
     "2",
@@ -60,6 +58,7 @@ def transfer(tiny_checkpoint, clip):
     return run
 
 
+@pytest.mark.slow
 def test_a_part_of_the_reference_is_used_recorded_and_repeated(transfer, tmp_path, capsys):
     part = ("--start", 0.5, "--end", 1.5, "--ref-fps", 5, "--fit", "pad")
     assert transfer(tmp_path / "a.mp4", *part) == 0
@@ -87,6 +86,7 @@ def test_what_is_left_out_and_cut_off_is_told(transfer, tmp_path, capsys):
     assert "32x48 -> 32x32 cuts off 33 % of the height; fit pad or stretch keeps it" in told
 
 
+@pytest.mark.slow
 def test_a_batch_has_parts_of_references(tiny_checkpoint, clip, tmp_path):
     jobs = tmp_path / "jobs.jsonl"
     job = {"prompt": "a cat", "reference": str(clip), "height": 32, "width": 32, "steps": 2, "ref_fps": 5}
@@ -100,6 +100,7 @@ def test_a_batch_has_parts_of_references(tiny_checkpoint, clip, tmp_path):
     assert main([*command, "--json"]) == 0  # both were done before
 
 
+@pytest.mark.slow
 def test_the_frames_are_the_same_in_every_lossless_kind(transfer, tmp_path):
     assert transfer(tmp_path / "a.mkv", "--lossless", "--num-frames", 5) == 0
     assert transfer(tmp_path / "png", "--num-frames", 5) == 0
@@ -120,6 +121,7 @@ def test_webm_and_gif_are_outputs(transfer, tmp_path, name):
     assert read_record(tmp_path / f"{name}.json").video["frames"] == 5
 
 
+@pytest.mark.slow
 def test_sound_is_kept(transfer, clip, tmp_path):
     from imageio_ffmpeg import get_ffmpeg_exe
 
@@ -182,6 +184,7 @@ def test_a_terminal_that_lacks_a_letter_loses_no_job(transfer, tmp_path, monkeyp
     assert rb"\u043b\u0438\u0441\u0430.mp4: 5 frames" in raw.getvalue()
 
 
+@pytest.mark.slow
 def test_a_reference_without_motion_or_with_a_cut_is_told(transfer, tiny_checkpoint, tmp_path, capsys):
     still, cut, late = folders = tmp_path / "still", tmp_path / "cut", tmp_path / "late"
     for folder in folders:
@@ -218,6 +221,7 @@ def test_a_saved_transfer_starts_four_ffmpeg_processes(transfer, tmp_path, monke
     assert len(started) <= 4, "\n".join(" ".join(map(str, c[1:])) for c in started)
 
 
+@pytest.mark.slow
 def test_latents_outlive_a_decoder_that_fails(transfer, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     from diffsynth.pipelines import generate
 
@@ -242,6 +246,7 @@ def test_latents_outlive_a_decoder_that_fails(transfer, tiny_checkpoint, tmp_pat
     assert failed.value.latents_path.is_file()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_does_nothing_and_says_so(transfer, tmp_path, capsys, monkeypatch):
     out, state = tmp_path / "a.mp4", tmp_path / ".a.mp4.run"
     assert transfer(out, "--num-frames", 5, "--resume") == 0
@@ -265,6 +270,7 @@ def test_the_same_command_again_does_nothing_and_says_so(transfer, tmp_path, cap
     assert transfer(out, "--num-frames", 5, "--overwrite") == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_or_foreign_output_is_told_and_kept_unless_overwrite(transfer, tmp_path, clip, capsys):
     for out in (tmp_path / "a.mp4", tmp_path / "b.gif"):
         assert transfer(out, "--num-frames", 5) == 0
@@ -285,6 +291,7 @@ def test_a_damaged_or_foreign_output_is_told_and_kept_unless_overwrite(transfer,
     assert "its frames are not the recorded ones" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_decoding_again_does_nothing(transfer, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     from diffsynth.cli import decode
 
@@ -307,6 +314,7 @@ def test_decoding_again_does_nothing(transfer, tiny_checkpoint, tmp_path, monkey
     assert "exists; give another name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_two_processes_that_write_the_same_file_leave_each_other_alone(tmp_path):
     script = """
@@ -331,6 +339,7 @@ for _ in range(300):
         assert [process.wait(600) for process in both] == [0, 0]
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_goes_when_the_file_is_written_again(tmp_path):
     script = """
 import sys, time
@@ -363,6 +372,7 @@ with unfinished(Path(sys.argv[1]), folder=sys.argv[2] == "folder"):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "pictures"]
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_output_that_goes_is_no_error(tiny_checkpoint, clip, tmp_path):
     words = [
         "transfer",
@@ -420,6 +430,7 @@ def hidden(folder):
     return sorted(file.name for file in folder.iterdir() if file.name.startswith("."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGINT", 0)])
 def test_latents_are_on_the_disk_while_they_are_decoded(
     name, code, tiny_checkpoint, killed, tmp_path, capsys

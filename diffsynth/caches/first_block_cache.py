@@ -1,7 +1,7 @@
 """First-block cache: the first block runs at every step, and tells whether the others must.
 
-If what it adds to the tokens is near enough to what it added when all blocks last ran, in mean absolute
-difference relative to the latter, the others' last residual stands for them.
+If the first block's residual differs by less than `threshold` (mean absolute difference, relative) from that
+of the last full computation, the last residual of the other blocks is reused.
 First Block Cache of ParaAttention, and as in diffusers' FirstBlockCacheConfig.
 """
 
@@ -14,13 +14,13 @@ from diffsynth.configs.caches import CacheOptions
 class FirstBlockCache(StepCache):
     """Decides by the change of the first block's residual; the first call always computes.
 
-    Keeps two residuals: of the first block and of the others. Each decision waits for the device.
+    Keeps two residuals: of the first block and of the others. Each decision synchronises with the device.
 
     Args:
         threshold: relative change at which all blocks run, >= 0; 0 never skips.
 
     Attributes:
-        relative_change: of the last call, None at the first.
+        relative_change: relative change of the last call; None until the second call.
     """
 
     probe_blocks = 1
@@ -44,7 +44,7 @@ class FirstBlockCache(StepCache):
         if self._reference is not None:
             change = (residual - self._reference).abs().mean() / self._reference.abs().mean()
             self.relative_change = change.item()
-        # Written as "not below" so that a change that is not a number computes.
+        # `not <` instead of `>=`, so that NaN also computes.
         compute = self.relative_change is None or not self.relative_change < self.threshold
         if compute:
             self._reference = residual

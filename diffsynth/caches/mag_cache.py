@@ -18,7 +18,7 @@ class MagCache(StepCache):
         threshold: sum of errors at which blocks run again, >= 0; 0 never skips.
         max_skip: steps skipped in a row at most, >= 1 (K in the paper).
         retention: share of the run's steps, from the first, that always compute, in [0, 1].
-        first_step: of the run, the step at which this object's first call comes; it always computes.
+        first_step: step of the run at which this object's first call comes; it always computes.
 
     Attributes:
         accumulated: sum of errors since the blocks last ran.

@@ -31,17 +31,17 @@ _KINDS: dict[str, Kind] = {
 class JobLine:
     """One video of a batch."""
 
-    line: int
-    options: Mapping[str, Any]
-    reference: Path | None
-    pictures: Mapping[str, Path]
-    output: Path | None
+    line: int  # its number in the file, from 1
+    options: Mapping[str, Any]  # arguments of the call, prompts and file options
+    reference: Path | None  # None: the prompt alone decides
+    pictures: Mapping[str, Path]  # by argument, input_image or end_image
+    output: Path | None  # None: a name is made
 
 
 def read_jobs(
     path: Path, output_dir: Path, shared: Mapping[str, Any], pictures: Mapping[str, Path] | None = None
 ) -> list[JobLine]:
-    """Read the jobs of a .jsonl or .csv file; shared options and pictures hold where a job names none.
+    """Read the jobs of a .jsonl or .csv file; `shared` and `pictures` are for jobs that do not set their own.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -80,7 +80,7 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         for row in rows:
             if None in row or None in row.values():
-                raise UsageError(f"{path}, line {rows.line_num}: not as many cells as the first line has")
+                raise UsageError(f"{path}, line {rows.line_num}: row and header differ in number of cells")
             # An empty cell leaves the option unset.
             yield rows.line_num, {name: text for name, text in row.items() if text}
     except csv.Error as error:
@@ -111,7 +111,7 @@ def _job(
             raise UsageError(f"{where}: {name} must be text; got {value!r}")
     motion = entries.pop("motion", {})
     if not isinstance(motion, dict):
-        raise UsageError(f"{where}: motion must be an object of its numbers; got {motion!r}")
+        raise UsageError(f'{where}: motion must be an object such as {{"guided_steps": 6}}; got {motion!r}')
     entries |= {MOTION_PREFIX + name: value for name, value in motion.items()}
     if unknown := sorted(entries.keys() - _KINDS.keys()):
         raise UsageError(f"{where}: unknown option {', '.join(unknown)}")

@@ -138,7 +138,7 @@ def _beside(made: MadeVideo, task: VideoTask, gif: bool, console: Console) -> di
     if gif:  # which players repeat
         both = beside_reference({"reference": reference, "result": frames})
         shown = str(save_video(both, beside, fps=task.file.fps))
-    console.say(f"look at: {shown}{'; ' if told else ''}{told or ''}")
+    console.say(f"to compare: {shown}{'; ' if told else ''}{told or ''}")
     return {"beside": shown} if gif else {}
 
 

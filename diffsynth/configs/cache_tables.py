@@ -19,8 +19,8 @@ class MagRatios:
     """Mean |residual| of each step over that of the step before, of each prompt of a run; the first is 1.
 
     Attributes:
-        positive: of the positive prompt.
-        negative: None for those of the positive prompt; in the published tables they are within 1 %.
+        positive: ratios of the positive prompt.
+        negative: ratios of the negative prompt; None for the positive's, within 1 % of them where published.
 
     Raises:
         ValueError: entries that are no finite numbers above 0, or lists of different lengths.

@@ -18,11 +18,11 @@ class Descriptor:
 
     Attributes:
         make: the class, called with a `MotionGuidance`, or its path, "package.module:Class".
-        help: the features that it matches; part of a sentence.
+        help: noun phrase that names the matched features; inserted into help texts.
         reads_attention: it reads queries and keys of a block, so that attention_window and coarse apply.
         needs_backward: its gradient passes through the DiT, which has to keep activations for it.
         has_flow: its description has a `flow` [P, H, W, 2] that can be drawn.
-        numbers: its published numbers that differ from the defaults of `MotionGuidance`.
+        numbers: published settings that differ from the defaults of `MotionGuidance`.
         released: like `make`, for variant "released"; None if the variant does not exist.
     """
 

@@ -266,7 +266,7 @@ def load(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
-def only_known(given: Mapping[str, Any], owner: type, what: str) -> None:
+def only_known(values: Mapping[str, Any], owner: type, what: str) -> None:
     """Check the names in a mapping; ValueError that names those that are no field of a dataclass."""
-    if unknown := sorted(given.keys() - {item.name for item in fields(owner)}):
+    if unknown := sorted(values.keys() - {item.name for item in fields(owner)}):
         raise ValueError(f"{what} has no field {', '.join(unknown)}")

@@ -263,7 +263,12 @@ class MotionGuidance:
         return facts.released if self.variant == "released" else facts.make
 
     def faded(self, step: int, level: float) -> "MotionGuidance":
-        """Return the numbers for denoising step `step` (0-based) at a noise level, faded by `fade`."""
+        """Return the numbers for a denoising step, faded by `fade`.
+
+        Args:
+            step: index of the step, from 0.
+            level: noise level of the step, in 0..1.
+        """
         done = (step - self.first_guided) / max(self.guided_steps, 1)
         if self.guided is not None and self.guided[0] > self.guided[1]:
             done = min(max((self.guided[0] - level) / (self.guided[0] - self.guided[1]), 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""The ffmpeg program that imageio-ffmpeg finds: its version, and what it complains of."""
+"""The ffmpeg program that imageio-ffmpeg finds: its version, and its error messages."""
 
 import logging
 import os
@@ -92,8 +92,8 @@ def reported() -> Iterator[tuple[Callable[[], str], Callable]]:
             name = re.sub(r"([\\:'])", r"\\\1", str(file))
             its_log = logging.getLogger("imageio_ffmpeg")
             with _REPORT:
-                # Its log warns of frames that a filter resizes. By default it runs Python code between fork
-                # and exec, where a process with threads may hang.
+                # imageio_ffmpeg warns if a filter changes the frame size, which is intended here. By default
+                # it runs Python code between fork and exec, where a process with threads may hang.
                 given = {"FFREPORT": f"file={name}:level=16", "IMAGEIO_FFMPEG_NO_PREVENT_SIGINT": "1"}
                 level, before = its_log.level, {name: os.environ.get(name) for name in given}
                 its_log.setLevel(logging.ERROR)

@@ -35,7 +35,7 @@ def writable_folder(name: str, path: str | os.PathLike[str]) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as trial:
-            trial.write(b"0")  # which a full disk refuses
+            trial.write(b"0")  # since a full disk still lets an empty file be made
     except OSError as error:
         raise ValueError(f"{name} {folder} cannot be written to: {error}") from error
     return folder
@@ -99,7 +99,7 @@ def unfinished(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def hold(path: Path, wait: bool = False) -> int | None:
-    """Lock a path until the handle that is returned is closed; None where another has it or none exists."""
+    """Lock a path until the returned handle is closed; None if another process holds it or it is missing."""
     handle = None
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY)

@@ -159,7 +159,7 @@ def rgb_frames(
 
     Args:
         frames: PIL images or uint8 arrays [H, W, 3] (also from a generator), or one uint8 array [T, H, W, 3].
-        name: of the argument, for errors.
+        name: name of the argument, for errors.
 
     Raises:
         TypeError: frames is not iterable, or a frame is neither an image nor a uint8 array.

@@ -188,8 +188,8 @@ def _treatment(log: str, line: str) -> tuple[tuple[str, ...], tuple[str, ...], t
         filters.append(_OVER_BLACK)
         notes.append(f"transparent pixels, if any, laid over {BACKGROUND}")
     if hdr := re.search(rf"(\w+)/(\w+)/({'|'.join(_HDR)})", line):
-        usual = [usual for usual, told in zip(_HDR_USUAL, hdr.groups(), strict=False) if told == "unknown"]
-        filters += [f"setparams={':'.join(usual)}"] if usual else []
+        missing = [value for value, told in zip(_HDR_USUAL, hdr.groups(), strict=False) if told == "unknown"]
+        filters += [f"setparams={':'.join(missing)}"] if missing else []
         filters.append(_TO_SDR)
         notes.append(f"HDR ({_HDR[hdr[3]]}) tone-mapped to ordinary video")
     return decoder, tuple(filters), tuple(notes)

@@ -164,7 +164,7 @@ class VideoData:
     block, or with the object.
 
     Frames are upright and have square pixels; interlaced video is deinterlaced, HDR is tone-mapped,
-    transparent pixels are laid over black, and a variable rate is read at its constant mean. Each is logged.
+    transparent pixels are laid on black, and a variable rate is read at its mean. Each conversion is logged.
 
     Args:
         video_file: path of a video; exactly one of video_file and image_folder is required.
@@ -278,7 +278,11 @@ class VideoData:
         self._length = int(n)
 
     def set_shape(self, height: int, width: int) -> None:
-        """Set the size in pixels that frames are fitted to; ValueError unless both are integers above 0."""
+        """Set the size that frames are fitted to.
+
+        Args:
+            height, width: size in pixels; ValueError unless they are integers above 0.
+        """
         self._shape = checked_int("height", height), checked_int("width", width)
         self._tell_of_cropping()
 

@@ -1,4 +1,4 @@
-"""The VAE's tiles over all ranks: each computes every N-th one, and all blend what each has found."""
+"""Spread the VAE's tiles over N ranks: each computes and broadcasts every N-th tile, and all blend them."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,7 +10,10 @@ from diffsynth.models.wan_video_vae_tiling import Tile, TileGrid, blend
 
 
 def spread_blend(grid: TileGrid, out: Tensor, unit: int, run: Callable[[Tile], Iterable[Tensor]]) -> Tensor:
-    """Return what `blend` does, bit-identical; a video is decoded whole on rank 0 alone, else zeros."""
+    """Return the result of `blend`, bit-identical.
+
+    If a video is decoded (`unit` > 1) in a single tile, rank 0 alone decodes; others return `out` as it is.
+    """
     tiles, rank, ranks = grid.tiles(), dist.get_rank(), dist.get_world_size()
     own: dict[Tile, Tensor] = {}
 

@@ -161,7 +161,7 @@ def flow_video(
     Args:
         frames: the video.
         flow: [F - 1, H, W, 2] in tokens.
-        height: of the pictures, in pixels; by default that of the frames, with small ones enlarged.
+        height: height of the pictures in pixels; by default that of the frames, with small ones enlarged.
         largest: as for `flow_to_image`, for all frames.
 
     Raises:
@@ -198,7 +198,7 @@ def save_flow_video(
 
     Args:
         amf: [P, H, W, 2] over the pairs i <= j < i + sf of F latent frames, as `reference_flow` returns it.
-        path: of the video file.
+        path: path of the video file.
         sf: the span of the pairs.
         frames: the reference; its frames with colours and arrows stand to the left of the colours alone.
             Without it there are the colours only, one picture a step.

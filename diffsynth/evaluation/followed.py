@@ -25,14 +25,14 @@ def one_object(frames: Video) -> Track | None:
     return _one_object(video.tobytes(), video.shape)
 
 
-@lru_cache(maxsize=1)  # film, sheet and words about a video ask for the same one
+@lru_cache(maxsize=1)  # the comparison video, its sheet and its text need the same track
 def _one_object(pixels: bytes, shape: tuple[int, ...]) -> Track | None:
     video = np.frombuffer(pixels, np.uint8).reshape(shape)
     far = distance_from_background(video) > LEAST_DISTANCE
     # Reject other videos before tracking, which takes minutes in a real clip.
     if far.all() or far.mean() > _LARGEST + _REST or video.mean(-1)[~far].std() > _PLAIN:
         return None
-    for step in (8, 1):  # frames apart tell most real clips at an eighth of the time
+    for step in (8, 1):  # every 8th frame suffices to reject most real clips, in an eighth of the time
         track = track_object(video[::step])
         alone = track.masks.mean() <= _LARGEST and (far[::step] & ~track.masks).mean() <= _REST
         if not (alone and track.found.all()):
@@ -96,6 +96,6 @@ def follow_text(frames: Video, reference: Video) -> str | None:
     distance, cosine = path_agreement(tracks[0].centroids, tracks[1].centroids)
     width = tracks[0].masks.shape[2]
     return (
-        f"its object's path is {distance:.1f} px of {width} from the reference's on average; "
+        f"the object's path is {distance:.1f} px from the reference's on average (frame width {width} px); "
         f"cosine of the velocities {cosine:.2f} (1: the same motion, 0: unrelated)"
     )

@@ -22,8 +22,8 @@ def picture_grid(
 ) -> Image.Image:
     """Lay out pictures of any sizes in rows and columns, each in the middle of its column.
 
-    The first row is the longest. It, or several rows, may have labels, a text above each picture, and
-    captions, one above the row; long texts are cut. The sides of the sheet are even, as players want them.
+    `labels[r]` are the texts above the pictures of row r, `captions[r]` is the text above the row; both may
+    cover only the first rows. Long texts are cut. The sheet has even sides, which video players require.
     """
     widths = [max(picture.width for picture in column if picture) for column in zip_longest(*rows)]
     lefts = list(accumulate((width + GAP for width in widths), initial=0))
@@ -58,7 +58,7 @@ def side_by_side(videos: Mapping[str, Video], height: int = 256) -> list[Image.I
 
     Args:
         videos: the videos by name.
-        height: of each video, in pixels.
+        height: height of each video in pixels.
 
     Raises:
         ValueError: there is no video, or one has no frames.
@@ -79,7 +79,7 @@ def video_grid(
     Args:
         videos: the videos by name.
         columns: videos in a row; by default up to three videos make one row, more make about a square.
-        height: of each video, in pixels.
+        height: height of each video in pixels.
         until: whether the "shortest" or the "longest" video ends it; others then stay at their last frame.
         fps: frame rate of the result, at which a VideoData is shown at its own speed and other videos frame
             by frame; None shows all of them frame by frame.

@@ -25,7 +25,7 @@ def display(
     Args:
         video: a `VideoData`, PIL images, uint8 [F, H, W, 3], or a path of an mp4.
         fps: the video's own by default, else 15.
-        width: in pixels on the page; None for the video's own.
+        width: width in pixels on the page; None for the video's own.
 
     Raises:
         ImportError: IPython is not installed.

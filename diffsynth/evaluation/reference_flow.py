@@ -27,7 +27,7 @@ def reference_flow(
         video: two frames or more.
         motion: which flow, by a mode that has one; None for the published settings.
         sigma: noise level in (0, 1] at which the flow is read.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         [P, H, W, 2] in tokens, (rows, columns), over the pairs i <= j < i + sf of latent frames.

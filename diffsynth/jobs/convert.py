@@ -32,8 +32,13 @@ def convert_checkpoint(
     """Write a checkpoint folder in the official layout whose DiT is stored in `dtype`; return its path.
 
     It loads as the numbers that loading `folder` with this dtype gives. The other files are hard links, or
-    copies where the disk is another. One shard is in memory at a time, of at most shard_bytes or one tensor.
-    What was written before is left as it is.
+    copies where the disk is another. One shard is in memory at a time. A complete output is left as it is.
+
+    Args:
+        folder: folder of the checkpoint.
+        output: folder to write.
+        dtype: dtype of the stored weights: bfloat16, float16 or float32.
+        shard_bytes: largest size of a shard in bytes; one that holds a single tensor may be larger.
 
     Raises:
         ValueError: another dtype.

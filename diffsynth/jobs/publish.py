@@ -39,7 +39,7 @@ def check_output(path: Path, overwrite: bool, sources: Iterable[str | Path] = ()
 
 
 def check_free(path: Path, overwrite: bool, sources: Iterable[str | Path] = ()) -> None:
-    """Raise UsageError if a video that has a place would replace something unasked, or one of its sources."""
+    """Raise UsageError if writing to this path would overwrite a file without `overwrite`, or a source."""
     if path.resolve() in [Path(source).resolve() for source in sources]:
         raise UsageError(f"output {path} would replace the video that it is made from; give another name")
     if is_png_folder(path) and path.is_dir() and any(path.iterdir()):
@@ -56,9 +56,9 @@ def check_free(path: Path, overwrite: bool, sources: Iterable[str | Path] = ()) 
 
 
 def check_place(path: Path) -> None:
-    """Raise UsageError if no video can have this path, whatever is there."""
+    """Raise UsageError if the path cannot be used for a video, whether or not a file exists there."""
     if path.parts[:1] == ("~",):
-        raise UsageError(f"output {path}: the shell left ~ as it is; write $HOME, or a blank instead of =")
+        raise UsageError(f"output {path}: the shell did not expand ~; write $HOME, or a space instead of =")
     check_folder(path.parent)
     if path.is_dir() and not (path.name and is_png_folder(path)):
         raise UsageError(f"output {path} is a folder; give the name of a video file")
@@ -98,7 +98,7 @@ def write_output(
 ) -> Path:
     """Write PNG files into a folder, or a file by `write_video` that is moved to `path`; return its path.
 
-    Unless it may overwrite, a number is added to a name taken meanwhile. After an error, no file remains.
+    Without `overwrite`, -2, -3, ... is appended to a name taken during the run. An error leaves no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_png_folder(path):

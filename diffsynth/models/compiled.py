@@ -1,6 +1,6 @@
-"""torch.compile, and the functions that it makes one kernel of on CUDA without being asked.
+"""Wrappers of torch.compile; on CUDA, functions marked `fused` are compiled without being asked for.
 
-Operation by operation, the passes between the products of a block move three times as many bytes as needed.
+Uncompiled, the operations between a block's matrix products move three times as many bytes as needed.
 """
 
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @lru_cache
 def compiled(function: Callable[..., Any], backend: str = "inductor", dynamic: bool | None = None) -> Any:
-    """Return the function, compiled at its first call; dynamic=None: for all sizes from the second one on."""
+    """Return the function, compiled at its first call; with dynamic=None, a second size compiles for all."""
     limits = torch._dynamo.config  # eight variants by default; further sizes would run uncompiled
     limits.recompile_limit = max(limits.recompile_limit, 64)
     return torch.compile(function, backend=backend, dynamic=dynamic)
@@ -25,7 +25,7 @@ def compiled(function: Callable[..., Any], backend: str = "inductor", dynamic: b
 
 @lru_cache
 def can_fuse(device: torch.device) -> bool:
-    """Return whether compiled code runs on a CUDA device: tried once, and what prevents it is logged."""
+    """Return whether compiled code runs on a CUDA device. The result is cached; a failure is logged."""
     try:
         if find_spec("triton") is not None:
             compiled(torch.square)(torch.ones(16, device=device)).sum().item()
@@ -36,8 +36,10 @@ def can_fuse(device: torch.device) -> bool:
 
 
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Have a function or method whose second argument is a tensor compiled at its first call on CUDA, but not
-    where results must repeat: code for all sizes, which comes with the second one, may round otherwise."""
+    """Compile a function at its first call on CUDA; its second argument must be a tensor.
+
+    Not compiled under deterministic algorithms: code for all sizes may round differently from code for one.
+    """
 
     @wraps(function)
     def run(first: Any, x: Tensor, *inputs: Any, **named: Any) -> Tensor:

@@ -116,7 +116,12 @@ class ModelManager:
         vae_dtype: torch.dtype | None = None,
         model_names: Sequence[str] | None = None,
     ) -> None:
-        """Load one entry of `load_models`."""
+        """Load one entry of `load_models`.
+
+        Args:
+            entry: a weight file, a list of shards, an index or a folder, as there.
+            torch_dtype, device, vae_dtype, model_names: as there.
+        """
         dtype = check_dtype(torch_dtype or self.torch_dtype)
         dtypes = {"wan_video_vae": check_dtype(vae_dtype or dtype)}
         in_folder = isinstance(entry, str | Path) and Path(entry).is_dir()
@@ -229,6 +234,10 @@ class ModelManager:
 
     def change_lora(self, path: str | Path, lora_alpha: float) -> None:
         """Change the strength of a loaded LoRA file.
+
+        Args:
+            path: path of the file, as it was loaded.
+            lora_alpha: new factor on its difference of the weights.
 
         Raises:
             ValueError: the file is not loaded, or lora_alpha is not a finite number.

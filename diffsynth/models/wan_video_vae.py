@@ -101,8 +101,8 @@ class WanVideoVAE(Model):
             video: [B, 3, T, H, W] in [-1, 1], of any floating type on any device; it is moved chunk by chunk.
             tiled: cut the frames into overlapping tiles, which takes less memory and is near to the untiled
                 result.
-            tile_size: of a tile, (rows, columns) in latent positions.
-            tile_stride: from tile to tile, likewise.
+            tile_size: size of a tile, (rows, columns) in latent positions.
+            tile_stride: distance from tile to tile, likewise.
 
         Raises:
             TypeError: the video is not of a floating type.

@@ -29,8 +29,8 @@ class StepInputs:
         timestep: [1], float32, on the scale of 0 to 1000.
         sigma: its noise level, in 0..1.
         null_context: the empty prompt, [1, L, D].
-        mean_velocity: of the steps taken so far, in the shape of the latents; None at the first.
-        condition: from the pictures that the latents begin or end with.
+        mean_velocity: mean of the velocities of the steps so far, shaped as the latents; None at the first.
+        condition: condition from the pictures that the latents begin or end with.
     """
 
     dit: WanModel
@@ -40,7 +40,7 @@ class StepInputs:
     mean_velocity: Tensor | None = None
     condition: ImageCondition = NO_CONDITION
 
-    def of_dit(self, latents: Tensor) -> dict[str, Tensor]:
+    def of_dit(self, latents: Tensor) -> dict[str, Any]:
         """Return the DiT's arguments for latents [B, C, F, h, w], but for these and the prompt."""
         return self.condition.of_dit(self.timestep, latents.shape[0], latents.shape[2])
 

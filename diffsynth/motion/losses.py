@@ -33,8 +33,8 @@ def amf_loss(flow: Tensor, reference: Tensor, weights: list[float], token_scale:
     """Return the weighted squared distance of two flows [P, H, W, 2] (or [P, S, 2]), a scalar.
 
     Args:
-        flow, reference: of the same pairs.
-        weights: of each of the P pairs.
+        flow, reference: flows of the same pairs.
+        weights: weight of each of the P pairs.
         token_scale: factor on the mean over tokens; None sums over them.
 
     Raises:

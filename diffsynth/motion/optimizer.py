@@ -36,7 +36,7 @@ class OptimizationRecord:
 
     Attributes:
         losses, parts, evaluated_at: loss, its parts and the inner step of each fresh gradient.
-        lrs: of each inner step taken.
+        lrs: learning rate of each inner step taken.
     """
 
     losses: tuple[float, ...]

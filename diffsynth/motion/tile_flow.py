@@ -31,9 +31,9 @@ from diffsynth.motion.losses import mean_change, window_means
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileFlow(MotionFlow):
-    """A flow found in windows; windows [P', T, 2]: first (row, column) of each tile's, of pairs i < j."""
+    """A flow found in windows."""
 
-    windows: Tensor
+    windows: Tensor  # [P', T, 2], top left (row, column) of each tile's window, for the pairs i < j
 
 
 def tile_motion_flow(
@@ -58,7 +58,7 @@ def tile_motion_flow(
         tile: (rows, columns) in tokens; the last ones may be partial.
         tau: factor on the logits.
         windows: an earlier result or its windows, which are used instead of searching.
-        pairs: a list of (i, j), in order of i, then j, instead of all within the span.
+        pairs: pairs (i, j), sorted by i, then j; by default all within the span.
         heads: see `reduce_heads`.
         chunk: pairs held in memory at a time.
 
@@ -75,7 +75,7 @@ def tile_motion_flow(
     within, between = [p for p in pairs if p[0] == p[1]], [p for p in pairs if p[0] < p[1]]
     if windows is None:
         windows = find_windows(q, k, between, tile, sides, tau, chunk)
-    elif isinstance(windows, TileFlow):  # found here, so nothing has to be read back from the device
+    elif isinstance(windows, TileFlow):  # valid; checking its windows would synchronise with the device
         windows = windows.windows
     else:
         num_tiles = prod(-(-side // step) for side, step in zip(grid, tile, strict=True))
@@ -93,7 +93,7 @@ def tile_motion_flow(
 def centre_positions(
     q: Tensor, k: Tensor, pairs: Pairs, tile: tuple[int, int], tau: float, chunk: int
 ) -> Tensor:
-    """Expected position in frame j of each tile's centre query: reduced q, k [F, H, W, d] -> [P, T, 2]."""
+    """Return the expected position in frame j of each tile's centre query, [P, T, 2], of reduced q and k."""
     rows, cols = (  # the centre of a partial tile stays inside the grid
         torch.arange(0, side, step, device=q.device).add(step // 2).clamp(max=side - 1)
         for side, step in zip(q.shape[1:3], tile, strict=True)
@@ -113,7 +113,7 @@ def find_windows(
 
 
 def to_tiles(x: Tensor, tile: tuple[int, int]) -> Tensor:
-    """Cut [F, H, W, d] into tiles [F, T, th * tw, d], the grid filled up with zeros to whole tiles."""
+    """Cut [F, H, W, d] into tiles [F, T, th * tw, d], padding the grid with zeros to whole tiles."""
     (rows, cols), (th, tw) = x.shape[1:3], tile
     x = F.pad(x, (0, 0, 0, -cols % tw, 0, -rows % th))
     return x.unflatten(2, (-1, tw)).unflatten(1, (-1, th)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
@@ -133,9 +133,9 @@ def window_tokens(windows: Tensor, sides: tuple[int, int], grid: tuple[int, int]
     return (rows[..., :, None] * grid[1] + cols[..., None, :]).flatten(2)
 
 
-def pair_order(wanted: Pairs, given: Pairs) -> tuple[int, ...]:
-    """Return the index of each wanted pair in a list of pairs."""
-    place = {pair: index for index, pair in enumerate(given)}
+def pair_order(wanted: Pairs, pairs: Pairs) -> tuple[int, ...]:
+    """Return the index of each wanted pair in `pairs`."""
+    place = {pair: index for index, pair in enumerate(pairs)}
     return tuple(place[pair] for pair in wanted)
 
 

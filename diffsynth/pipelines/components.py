@@ -38,7 +38,7 @@ class Components:
         dit, low_noise_dit: the DiT, or the high-noise expert of two and the other one.
         text_encoder, vae, prompter: the other models of every pipeline, and what encodes prompts.
         residency: brings models to the compute device.
-        image_encoder: of the models that read pictures through CLIP.
+        image_encoder: CLIP encoder of the models that read pictures through it, else None.
 
     Raises:
         ValueError: the models do not belong together.

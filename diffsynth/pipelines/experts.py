@@ -8,13 +8,13 @@ from diffsynth.pipelines.components import Components
 def is_high_noise(timestep: Tensor | float, boundary: float) -> bool:
     """Return whether the high-noise expert denoises at a timestep (0 to 1000), given the boundary in 0..1.
 
-    At the boundary itself it does.
+    A timestep equal to 1000 * boundary counts as high noise.
     """
     return float(timestep) >= boundary * 1000
 
 
 def expert_steps(timesteps: Tensor, step: int, boundary: float) -> range:
-    """Return the steps (0-based) around `step` that the same expert denoises; timesteps fall."""
+    """Return the steps (0-based) around `step` that one expert denoises; `timesteps` must be descending."""
     high = [is_high_noise(timestep, boundary) for timestep in timesteps]
     first = high.index(high[step])
     return range(first, first + high.count(high[step]))
@@ -23,7 +23,7 @@ def expert_steps(timesteps: Tensor, step: int, boundary: float) -> range:
 def expert_at(models: Components, timesteps: Tensor, step: int, boundary: float) -> tuple[str, range]:
     """Return the name in `Components` of the DiT that denoises a step, and all steps that it denoises.
 
-    After the last step, the same as for that.
+    A `step` past the end is treated as the last one.
     """
     step = min(step, len(timesteps) - 1)
     if models.low_noise_dit is None:

@@ -1,6 +1,6 @@
-"""Lay what moves in a reference onto the object of a picture, by a map of the reference's pixels.
+"""Shift and scale a reference so that its moving object lies on the object of a picture.
 
-A video that begins with a picture moves as the reference does only where both have their object in one place.
+Guidance transfers motion by position, so both objects must be in the same place.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from diffsynth.data.tensors import chunks_to_uint8
 from diffsynth.planning.objects import LEAST_DISTANCE, distance_from_background, largest_patches
 
 Alignment = tuple[float, float, float]  # pixels to the right, pixels down, scale about the picture's middle
-_AREAS = (0.003, 0.3)  # of the picture, that an object may have
-_LEAST_SHARE = 0.75  # of all that differs from the background, that lies in the object
-_MOST_BORDER = 0.1  # of the picture's border, that an object may cover
+_AREAS = (0.003, 0.3)  # minimum and maximum share of the picture that an object may cover
+_LEAST_SHARE = 0.75  # minimum share of the foreground pixels that belong to the object
+_MOST_BORDER = 0.1  # maximum share of the border pixels that an object may cover
 _SCALES = (0.5, 2.0)
-_SAME_SIZE = 1.25  # silhouettes differ: sizes nearer than this factor are taken for the same
+_SAME_SIZE = 1.25  # size ratios below this factor count as 1, since silhouettes differ
 _SAME_PLACE = 1.0  # pixels
 
 
@@ -58,7 +58,7 @@ def align(pixels: Tensor, picture: Tensor) -> Alignment | None:
 def shift(pixels: Tensor, alignment: Alignment) -> Tensor:
     """Return frames [1, 3, T, H, W], scaled about their middle and then moved.
 
-    What comes in from outside is the edge of their median over time, so that nothing that moves is drawn out.
+    Pixels from outside take the temporal median's border values, so that no moving object is smeared.
     """
     right, down, scale = alignment
     height, width = pixels.shape[-2:]

@@ -164,7 +164,7 @@ def guidance_cost(
 
     Args:
         motion, num_layers, num_steps: the guidance, the blocks of the DiT, the steps of the run.
-        gradient_evaluations: of the run, if known; by default as many as the numbers of `motion` ask for.
+        gradient_evaluations: number of gradients of the run, if known; by default as `motion` plans them.
         share: cost of a guided pass through the blocks that are run, of a full one (see `guided_share`).
         again: share of a forward that is computed again in each backward, 1 for all of it.
     """

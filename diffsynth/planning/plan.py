@@ -48,13 +48,13 @@ class RunPlan:
     """The settings of a run, and the memory and operations that it will take.
 
     Attributes:
-        model: its name.
-        options: of the run, as resolved.
-        settings: that were chosen.
-        num_persistent_param_in_dit: for `enable_vram_management`, if the DiT's blocks stream.
-        stages: predicted bytes.
-        cost: by count.
-        budget: bytes; None without one.
+        model: name of the model.
+        options: options of the run, as resolved.
+        settings: the settings that were chosen.
+        num_persistent_param_in_dit: argument of `enable_vram_management`, if the DiT's blocks stream.
+        stages: predicted bytes of each stage.
+        cost: operations of the run, by count.
+        budget: bytes that may be used; None without a limit.
     """
 
     model: str
@@ -151,8 +151,8 @@ def plan_run(
     their dtype.
 
     Args:
-        sizes: of the models.
-        options: of the run, as resolved.
+        sizes: sizes of the models.
+        options: options of the run, as resolved.
         vram_gb: all the memory of the device that may be used, in GB of 2**30 bytes.
         with_reference: whether a video is encoded.
 

@@ -36,7 +36,7 @@ class Settings:
     tile_size: tuple[int, int]  # (rows, columns) in latent units
     tile_stride: tuple[int, int]  # from tile to tile, likewise
     offload: bool = False  # each model is on the device in its own stages only
-    resident_blocks: int | None = None  # of the DiT, while the others stream; None: all, without streaming
+    resident_blocks: int | None = None  # blocks of the DiT that do not stream; None: no streaming
     stream_text_encoder: bool = False  # its blocks stream
 
     def __str__(self) -> str:

@@ -43,28 +43,24 @@ class WeightBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiTSize:
-    """The arguments of `WanModel` that cost anything, what it computes in, and its weights.
+    """The arguments of `WanModel` that decide its cost, its dtype, and its weights."""
 
-    A block's weights are `block_parameters` numbers. `widened` is the bytes of the widest matrix when
-    unpacked from eight bits, 0 for other weights; `context_len` counts tokens of the text and of pictures.
-    """
-
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    in_dim: int
-    out_dim: int
-    text_dim: int
-    freq_dim: int
-    text_len: int
-    patch_size: tuple[int, int, int]
-    dtype: torch.dtype
-    weights: WeightBytes
-    block_parameters: int
-    context_len: int
-    has_clean_first_frame: bool
-    widened: int = 0
+    dim: int  # width of a token
+    ffn_dim: int  # width inside the feed-forward layers
+    num_heads: int  # attention heads
+    num_layers: int  # blocks
+    in_dim: int  # channels of the input
+    out_dim: int  # channels of the output
+    text_dim: int  # width of the text encoder's rows
+    freq_dim: int  # width of the timestep's sinusoidal embedding
+    text_len: int  # rows of text
+    patch_size: tuple[int, int, int]  # latent (frames, rows, columns) in a token
+    dtype: torch.dtype  # of the computation
+    weights: WeightBytes  # bytes of the weights
+    block_parameters: int  # numbers in the weights of one block
+    context_len: int  # tokens of the text and of pictures
+    has_clean_first_frame: bool  # the first latent frame may be a picture's, as in TI2V
+    widened: int = 0  # bytes of the widest matrix when unpacked from eight bits; 0 for other weights
 
     @classmethod
     def of(cls, dit: WanModel) -> "DiTSize":

@@ -38,7 +38,7 @@ class TextEncoder(Protocol):
 
 
 def clean_prompt(text: str) -> str:
-    """Clean a prompt as the official code does: mend Unicode and HTML entities, join white space."""
+    """Clean a prompt as the official code does: repair Unicode, decode HTML entities, join white space."""
     if not isinstance(text, str):
         raise TypeError(f"prompt must be a str; got {text!r}")
     import ftfy
@@ -54,7 +54,9 @@ class WanPrompter:
     `load_state_dict` invalidates them. After changing weights in any other way, call `clear`.
 
     Args:
+        tokenizer: tokenizer of the text encoder.
         text_len: number of rows that the DiT reads, 512 in every Wan2.1 model.
+        cache_size: number of results that are kept for each text encoder.
     """
 
     def __init__(

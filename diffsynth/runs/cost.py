@@ -28,10 +28,10 @@ class RunCost:
         time_gen: seconds of the whole denoising, guidance included.
         gradient_evaluations, dit_block_calls: counts over the run.
         peak_memory: bytes allocated on an accelerator, or the process's largest resident size on a CPU.
-        losses: losses of the fresh gradients of each guided step.
+        losses: for each guided step, the loss at each newly computed (not reused) gradient.
         stage_seconds: seconds of the stages before and after denoising, by name.
-        stage_memory: bytes of a CUDA device in these stages and in denoising, by name: allocated and reserved
-            at most, and in use on the device at the end, by other programs, too.
+        stage_memory: bytes of a CUDA device in these stages and in denoising, by name: peak allocated, peak
+            reserved, and in use at its end, other programs included.
     """
 
     seed: int
@@ -58,12 +58,17 @@ class RunCost:
         ])  # fmt: skip
 
     def add_guidance(self, seconds: float, record: OptimizationRecord) -> None:
-        """Count a guided step and log its losses."""
+        """Count a guided step and log its losses.
+
+        Args:
+            seconds: duration of its guidance.
+            record: record of its inner loop.
+        """
         self.time_guidance.append(seconds)
         self.gradient_evaluations += record.gradient_evaluations
         self.losses.append(record.losses)
         losses = " -> ".join(f"{loss:.4g}" for loss in record.losses)
-        found = f"loss {losses}" if losses else "gradients of an earlier step"
+        found = f"loss {losses}" if losses else "reused the gradients of an earlier step"
         logger.info("guided step %d: %s", len(self.time_guidance), found)
 
     def state(self) -> dict[str, object]:
@@ -98,7 +103,7 @@ def latency_file(folder: str | Path | None) -> Path:
 def measured(cost: RunCost, dit: WanModel, device: torch.device) -> Iterator[Callable[[], float]]:
     """Add time, block calls and peak memory of what runs inside this context to `cost`.
 
-    The context is a function that returns the seconds so far, those before the context included.
+    Yields a function that returns the seconds so far, including those of earlier contexts.
     """
 
     def count(*_: object) -> None:

@@ -42,13 +42,13 @@ def run_identity(
     return identity
 
 
-def identity_differences(there: Mapping[str, str], given: Mapping[str, str]) -> list[str]:
+def identity_differences(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
     """Return the differences between a saved identity and that of a call, as texts with name and values."""
-    names = dict.fromkeys([*given, *there])
+    names = dict.fromkeys([*current, *saved])
     return [
-        f"{name} ({there.get(name, 'nothing')} there, {given.get(name, 'nothing')} given)"
+        f"{name} (saved: {saved.get(name, 'nothing')}, now: {current.get(name, 'nothing')})"
         for name in names
-        if there.get(name) != given.get(name)
+        if saved.get(name) != current.get(name)
     ]
 
 

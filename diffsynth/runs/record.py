@@ -88,8 +88,12 @@ class RunRecord:
     def from_json(cls, content: Any, source: str = "the record") -> "RunRecord":
         """Return the record in parsed JSON.
 
+        Args:
+            content: the parsed JSON.
+            source: where it came from, for errors.
+
         Raises:
-            ValueError: the content is no record, or one of another version; the message names `source`.
+            ValueError: the content is no record, or one of another version.
         """
         if not isinstance(content, dict) or FORMAT_KEY not in content:
             raise ValueError(f"{source} is no record of a run: it lacks {FORMAT_KEY!r}")

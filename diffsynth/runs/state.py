@@ -40,8 +40,8 @@ class RunInputs:
         noise: [1, C, F, h, w].
         reference: latents of the reference in the shape of noise; None without one.
         seconds: duration of each stage that made them; memory: bytes, as in `RunCost.stage_memory`.
-        condition: from the pictures of the run.
-        reference_condition: from the reference's frames in the places of these pictures.
+        condition: condition from the pictures of the run.
+        reference_condition: condition from the reference's frames in the places of these pictures.
     """
 
     prompts: list[PromptEmbeddings]

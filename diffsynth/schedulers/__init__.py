@@ -13,8 +13,8 @@ def make_scheduler(name: str, shift: float = 5.0, seed: int = 0) -> FlowMatchSch
 
     Args:
         name: a key of `configs.options.SAMPLERS`.
-        shift: of the noise schedule.
-        seed: of the noise that a sampler draws in each step.
+        shift: shift of the noise schedule.
+        seed: seed of the noise that a sampler draws in each step.
 
     Raises:
         ValueError: an unknown name; the known ones are listed.

@@ -84,11 +84,15 @@ class FlowMatchScheduler:
     def set_timesteps(
         self, num_inference_steps: int, denoising_strength: float = 1.0, shift: float | None = None
     ) -> None:
-        """Compute the tables of one run. `shift` applies to this call only; None means the default shift.
+        """Compute the tables of one run.
 
         u is evenly spaced from sigma_min + denoising_strength * (sigma_max - sigma_min) to sigma_min, which
         is left out with `extra_one_step`; sigma = shift * u / (1 + (shift - 1) * u).
-        A strength below 1 keeps the number of steps and spreads them over the shorter range.
+
+        Args:
+            num_inference_steps: number of steps, also for a strength below 1.
+            denoising_strength: share of the range of u that the steps cover, in (0, 1].
+            shift: shift of this run, > 0; None for the scheduler's own.
 
         Raises:
             ValueError: steps below 1 or not whole, strength outside (0, 1], shift not above 0.
@@ -122,10 +126,12 @@ class FlowMatchScheduler:
         return mix_noise(x, noise, self._exact_sigmas[nearest_step(self.timesteps, timestep)])
 
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
-        """Return `sample` moved along the velocity `model_output` from this timestep's level to the next.
+        """Return `sample` moved along the velocity from this timestep's level to the next, 0 after the last.
 
-        After the last timestep the next level is 0. Both tensors have one shape; the result has the type and
-        device of `sample`.
+        Args:
+            model_output: velocity, in the shape of `sample`.
+            timestep: timestep of the step, one number; the nearest of `timesteps` is taken.
+            sample: latents at this level; the result has their type and device.
 
         Raises:
             RuntimeError: set_timesteps was not called.

@@ -31,10 +31,10 @@ class _Prediction(NamedTuple):
 
 
 class UniPCScheduler(FlowMatchScheduler):
-    """Flow-matching schedule with UniPC steps, used like its base but in order, one run at a time.
+    """Flow-matching schedule with UniPC steps, which must be taken in order, one run at a time.
 
-    Before the shift the levels fall evenly from 0.999 * denoising_strength, so that every strength starts one
-    thousandth below where its base does.
+    Before the shift the levels fall evenly from 0.999 * denoising_strength, so that the first level is
+    0.999 of the base's.
 
     Args:
         shift: how far sigmas are pushed towards noise, > 0; the default of `set_timesteps`.
@@ -47,8 +47,8 @@ class UniPCScheduler(FlowMatchScheduler):
     def __init__(self, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
         super().__init__(shift, sigma_max=_U_MAX, num_train_timesteps=num_train_timesteps)
         self._next = 0
-        # The corrected start of the last step, "sample" (float32), what the caller got of it, "returned", and
-        # "sigma" and "x0" of the predictions of the "last" step and of the one "before" it.
+        # Saved between steps: "sample" (corrected start of the last step, float32), "returned" (what `step`
+        # returned), and "sigma", "x0" of the last two predictions under "last." and "before.".
         self._past: dict[str, Any] = {}
 
     def set_sigmas(self, sigmas: Sequence[float]) -> None:
@@ -77,9 +77,8 @@ class UniPCScheduler(FlowMatchScheduler):
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor) -> Tensor:
         """Return `sample` moved from this timestep's level to the next, 0 after the last one.
 
-        Both tensors have one shape; the result has the type and device of `sample`. Anything that
-        the caller (guidance) added to the sample between two steps is kept: the corrector, which repeats the
-        previous step from its start, would otherwise lose it.
+        Arguments as in the base. Anything that the caller (guidance) added to the sample between two steps is
+        kept: the corrector, which repeats the previous step from its start, would otherwise lose it.
 
         Raises:
             RuntimeError: set_timesteps was not called, or the steps are not taken in order.

@@ -68,9 +68,9 @@ class Residency:
             default, strict = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
             torch.set_default_dtype(torch.float32)
             if deterministic and self.device.type == "cuda":
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch requires
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch requires it
                 torch.use_deterministic_algorithms(True)
-            place = nullcontext() if torch.get_default_device() == CPU else CPU  # which is slower
+            place = nullcontext() if torch.get_default_device() == CPU else CPU  # slows every call
             try:
                 with torch.inference_mode(False), torch.autocast(self.device.type, enabled=False), place:
                     yield

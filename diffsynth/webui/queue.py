@@ -16,7 +16,7 @@ from typing import Any
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 MOST_WAITING = 32
-MOST_ABSENT = 60.0  # seconds without anybody who follows a job, after which it ends
+MOST_ABSENT = 60.0  # seconds after which a job that no client follows is cancelled
 
 
 class QueueFullError(RuntimeError):
@@ -29,15 +29,15 @@ class JobCancelledError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProgress:
-    """Progress of a run; losses are those of guided steps, each as its last over its first."""
+    """Progress of a run; `losses` has the last loss of each guided step, divided by its first."""
 
-    stage: str = "start"
-    step: int = 0
-    steps: int = 0
-    guided: int = 0
-    guided_steps: int = 0
-    losses: tuple[float, ...] = ()
-    preview: bytes | None = None
+    stage: str = "start"  # of `RunEvent`
+    step: int = 0  # denoising steps done, of `steps`
+    steps: int = 0  # of the whole run
+    guided: int = 0  # guided steps done, of `guided_steps`
+    guided_steps: int = 0  # of the whole run
+    losses: tuple[float, ...] = ()  # one number a guided step
+    preview: bytes | None = None  # an image of the clean sample predicted so far
 
 
 class QueuedJob:
@@ -104,7 +104,7 @@ class QueuedJob:
         if self.stop.is_set():
             raise JobCancelledError("cancelled; no video was written")
         if time.monotonic() - self._followed > MOST_ABSENT:
-            raise JobCancelledError(f"nobody followed the run for {MOST_ABSENT:g} s; no video was written")
+            raise JobCancelledError(f"cancelled: page closed for {MOST_ABSENT:g} s; no video was written")
 
     def cancel(self) -> None:
         """Cancel the job: at once if it waits, else at the next `check` of its work."""

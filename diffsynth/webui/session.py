@@ -36,19 +36,19 @@ _WORDS = 4  # of the prompt, in a file's name
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """A model, the folders of its videos, and what is in memory; `pace` is the first model's in FLOP/s."""
+    """A model, the folders of its videos, and the pipeline in memory."""
 
-    folder: Path
-    defaults: RunDefaults
-    sizes: ModelSizes
-    loaded: LoadOptions
-    model: Mapping[str, Any]
-    output_dir: Path
-    cache: Path
-    limits: UploadLimits
-    memory: dict[Path, tuple[WanVideoPipeline, Previews]]
-    max_minutes: float | None = None
-    pace: float | None = None
+    folder: Path  # of the checkpoint
+    defaults: RunDefaults  # that the checkpoint declares
+    sizes: ModelSizes  # of the model, for predictions
+    loaded: LoadOptions  # how the model is loaded
+    model: Mapping[str, Any]  # facts about it for records
+    output_dir: Path  # for finished videos and their references
+    cache: Path  # for uploads
+    limits: UploadLimits  # of each upload
+    memory: dict[Path, tuple[WanVideoPipeline, Previews]]  # by checkpoint; at most one
+    max_minutes: float | None = None  # longest predicted run; None without a limit
+    pace: float | None = None  # FLOP/s of the device, measured with the first model
 
     def open(self) -> tuple[WanVideoPipeline, Previews]:
         """Load the model and return it with its previews; only the queue's thread may call this."""

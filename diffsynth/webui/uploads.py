@@ -40,11 +40,11 @@ HASH_LENGTH = 12  # of a file's hash, in its name
 class UploadLimits:
     """Limits of an upload, all above 0."""
 
-    megabytes: float = 200  # of 2**20 bytes
-    frames: int = 2000  # of the video
-    pixels: int = 4096 * 2304  # of a frame
-    pixels_of_all: int = 2000 * 1920 * 1080  # of all frames; decoding them takes a quarter of a minute
-    seconds: float = 30  # that reading it once takes
+    megabytes: float = 200  # size of the file in units of 2**20 bytes
+    frames: int = 2000  # number of frames
+    pixels: int = 4096 * 2304  # pixels of a frame
+    pixels_of_all: int = 2000 * 1920 * 1080  # pixels of all frames; decoding takes 15 s
+    seconds: float = 30  # time that reading it once may take
 
 
 def keep_upload(path: str | Path, folder: Path, kept_in: Path, limits: UploadLimits) -> Path:

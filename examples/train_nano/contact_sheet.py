@@ -1,4 +1,4 @@
-"""Draw what a checkpoint makes of prompts, five frames each, and the frames that a VAE gives back.
+"""Draw what a checkpoint makes of prompts, five frames each under its prompt.
 
 python examples/train_nano/contact_sheet.py --model models/Wan2.1-T2V-nano --output sheet.png
 """
@@ -6,11 +6,11 @@ python examples/train_nano/contact_sheet.py --model models/Wan2.1-T2V-nano --out
 import argparse
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from synthetic import COLOURS, SHAPES
 
 from diffsynth import WanVideoPipeline
+from diffsynth.evaluation.grid import picture_grid
 
 SHOWN = (0, 4, 8, 12, 16)
 SCALE = 2
@@ -36,14 +36,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     pipe = WanVideoPipeline.from_pretrained(args.model, device="cpu")
-    rows = []
-    for prompt in prompts(args.count):
-        frames = pipe(prompt, seed=args.seed, output_type="np", progress_bar_cmd=iter)
-        rows.append(np.concatenate([frames[t] for t in SHOWN if t < len(frames)], axis=1))
-    half = -(-len(rows) // 2)
-    columns = [np.concatenate(part, axis=0) for part in (rows[:half], rows[half:]) if part]
-    sheet = Image.fromarray(np.concatenate(columns, axis=1))
-    sheet.resize((sheet.width * SCALE, sheet.height * SCALE), Image.Resampling.NEAREST).save(args.output)
+    texts, rows = prompts(args.count), []
+    for prompt in texts:
+        frames = pipe(prompt, seed=args.seed, progress_bar_cmd=iter)
+        size = SCALE * frames[0].width, SCALE * frames[0].height
+        rows.append([frames[t].resize(size, Image.Resampling.NEAREST) for t in SHOWN if t < len(frames)])
+    picture_grid(rows, captions=texts).save(args.output)
     print(args.output)
 
 
