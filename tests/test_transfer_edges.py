@@ -467,6 +467,7 @@ def test_latents_are_on_the_disk_while_they_are_decoded(
     assert decoded == read_record(output).video["frames_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["decode", "write"])
 def test_what_a_killed_run_without_a_name_left_is_found_by_the_same_command(
     stage, tiny_checkpoint, killed, tmp_path, capsys, monkeypatch
