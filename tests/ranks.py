@@ -30,6 +30,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: 
             rank.start()
         for rank in ranks:
             rank.join(timeout + 30)
+            rank.kill()  # one that never ends would keep this process from ending
         errors = "".join(file.read_text() for file in Path(folder).glob("*.error"))
         assert [rank.exitcode for rank in ranks] == [0] * size, errors
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]

@@ -19,7 +19,7 @@ from diffsynth import VideoData, WanVideoPipeline
 from diffsynth.configs.caches import CACHES, CacheOptions
 from diffsynth.configs.fields import Choice, Levels, Number, OrNone, Several, Switch, Text, Whole, options_of
 from diffsynth.configs.guidance import HEAD_READINGS, HeadsKind, MotionGuidance
-from diffsynth.configs.kinds import ALIGNMENTS, AlignmentKind, CacheKind, MotionKind
+from diffsynth.configs.kinds import ALIGNMENTS, AlignmentKind, CacheKind, MotionChanges, MotionKind
 from diffsynth.configs.options import SavingOptions, call_options
 from diffsynth.testing import write_clip
 
@@ -64,6 +64,8 @@ def values_of(kind):
         return st.sampled_from([*CACHES, CacheOptions(name="first_block", threshold=0.1)])
     if isinstance(kind, MotionKind):
         return st.sampled_from([MotionGuidance(block=0, guided_steps=1), {"sf": 3}, {}])
+    if isinstance(kind, MotionChanges):
+        return st.sampled_from([{}, {"lr": (0.002, 0.001)}, {"amf_weight": 3.0, "tau": 2.0}])
     if isinstance(kind, Levels):
         falling = st.lists(st.floats(0.01, 1), min_size=1, max_size=8, unique=True)
         return falling.map(lambda levels: tuple(sorted(levels, reverse=True)))

@@ -492,9 +492,7 @@ def test_a_file_system_without_hard_links_keeps_other_files_too(tmp_path, monkey
 
     monkeypatch.setattr(publish.os, "link", link)
     (tmp_path / "a.mp4").write_bytes(b"1")
-    final = publish.write_output(
-        [], tmp_path / "a.mp4", lambda file: file.write_bytes(b"2"), False, tmp_path / "a.mp4"
-    )
+    final = publish.write_output([], tmp_path / "a.mp4", lambda file: file.write_bytes(b"2"), overwrite=False)
     assert (final, (tmp_path / "a-2.mp4").read_bytes()) == (tmp_path / "a-2.mp4", b"2")
     assert visible(tmp_path) == ["a-2.mp4", "a.mp4"]
 

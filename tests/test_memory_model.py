@@ -261,7 +261,7 @@ def test_on_a_cpu_offloaded_inputs_stay_the_tensors_they_are():
 def test_what_guidance_keeps_is_chosen_by_the_memory_there_is(monkeypatch, device, kept):
     sizes = published_sizes("1.3b")
     run = RunOptions(motion=MotionGuidance())
-    residency = SimpleNamespace(models={"dit": SimpleNamespace()}, device=torch.device(device))
+    residency = SimpleNamespace(models={"dit": SimpleNamespace()}, device=torch.device(device), settled=True)
     monkeypatch.setattr(ladder.ModelSizes, "of", lambda _models: sizes)
     chosen = []
     for gigabytes in (100, 20, 3):
@@ -289,7 +289,8 @@ def test_sizes_of_published_models_are_those_of_their_files():
         assert sizes.vae.weights == pytest.approx(507_609_880, rel=1e-3)
         packed = published_sizes(name, torch.float8_e4m3fn).dit
         assert packed.dtype == BF16
-        assert sum(packed.weights.blocks) == sum(sizes.dit.weights.blocks) / 2
+        half = sum(sizes.dit.weights.blocks) / 2
+        assert half < sum(packed.weights.blocks) < 1.003 * half  # a scale in float32 for each row
         assert packed.widened == 2 * packed.dim * packed.ffn_dim
     loaded = make_dit(SMALL, BF16)
     whole = DiTSize.of(loaded)

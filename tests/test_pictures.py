@@ -12,17 +12,14 @@ from benchmarks.synthetic.clips import PLAIN, make_clip
 from diffsynth.cli.main import main
 from diffsynth.data import VideoData, save_video
 from diffsynth.evaluation import (
-    draw_arrows,
     draw_trajectories,
     flow_sheet,
     flow_video,
-    flow_wheel,
     loss_curves,
-    overlay_flow,
     track_object,
     video_grid,
 )
-from diffsynth.evaluation.flow_images import SHEET_HEIGHT
+from diffsynth.evaluation.flow_images import SHEET_HEIGHT, flow_wheel
 from diffsynth.evaluation.grid import GAP, LABEL_HEIGHT, picture_grid
 
 
@@ -42,25 +39,36 @@ def moving(rows, cols, count=6):
     return flow
 
 
+def striped(side):
+    """A frame in which each token has something to follow."""
+    lines = np.where(np.arange(side) // (side // 20) % 2, 90, 150).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(lines[None, :, None], (side, side, 3)).copy())
+
+
 def changed(before, after):
     return np.abs(np.asarray(before, int) - np.asarray(after, int)).sum(-1) > 30
 
 
 def test_arrows_point_where_things_go():
-    frame = grey(1, (320, 320))[0]
-    flow = torch.zeros(5, 5, 2)
-    flow[2, 2, 1] = 2  # two tokens to the right of the middle
-    mark = changed(frame, draw_arrows(frame, flow))
+    frame = striped(320)
+    flow = np.zeros((1, 5, 5, 2), np.float32)
+    flow[0, 2, 2, 1] = 2  # two tokens to the right of the middle
+    mark = changed(frame, next(flow_video([frame], flow, height=320, largest=1e6)))
     assert mark[155:165, 170:285].any(axis=0).all()
     assert not mark[100:140, 200:250].any()
 
 
 def test_what_rests_keeps_its_colours():
-    frame = grey(1, (60, 60))[0]
-    flow = torch.zeros(3, 3, 2)
-    assert np.array_equal(np.asarray(overlay_flow(frame, flow, largest=1.0)), np.asarray(frame))
+    frame = striped(60)
+    flow = np.zeros((1, 3, 3, 2), np.float32)
+
+    def drawn():
+        return next(flow_video([frame], flow, height=60, largest=1.0))
+
+    corners = [(0, 0), (0, 59), (59, 0), (59, 59)]  # away from the dots of arrows of no length
+    assert [drawn().getpixel(corner) for corner in corners] == [frame.getpixel(corner) for corner in corners]
     flow[..., 1] = 1.0
-    red = np.asarray(overlay_flow(frame, flow, largest=1.0), int).mean((0, 1))
+    red = np.asarray(drawn(), int).mean((0, 1))
     assert red[0] > red[1] + 50
 
 

@@ -95,7 +95,6 @@ class StageProgress:
             if self.stopping.is_set():
                 raise KeyboardInterrupt(INTERRUPTED_TEXT)
             self.close()
-            self._guided = 0
             self._console.note(event.stage)
         elif event.stage == "guidance":
             self._guided = event.step
@@ -110,7 +109,7 @@ class StageProgress:
         """End the bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
-        self._bar = self._begun = None
+        self._bar, self._begun, self._guided = None, None, 0
 
     def _show(self, step: int, steps: int | None) -> None:
         """Show that `step` of `steps` steps are done; their number is known from the first sampling event."""

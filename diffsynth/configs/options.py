@@ -110,8 +110,7 @@ class RunOptions:
     )
     refine: float = option(
         Number(least=0, most=1),
-        "noise the finished sample so far and denoise it once more without transfer, in as large a share of "
-        "the steps: details that guidance costs come back",
+        "noise the finished sample so far and denoise it again without transfer, which brings details back",
         default=0.0,
     )
     align: Any = option(
@@ -175,16 +174,9 @@ class RunOptions:
         """The options of the pass that `refine` adds to a run with motion; None if there is none."""
         if not self.refine or self.motion is None:
             return None
-        return replace(
-            self,
-            num_inference_steps=max(1, round(self.refine * self.num_inference_steps)),
-            denoising_strength=self.refine,
-            seed=(self.seed + 1) % 2**32,
-            refine=0.0,
-            motion=None,
-            cache=None,
-            sigmas=None,
-        )
+        begins = replace(self, refine=0.0, denoising_strength=self.refine, seed=(self.seed + 1) % 2**32)
+        steps = max(1, round(self.refine * self.num_inference_steps))
+        return replace(begins, num_inference_steps=steps, motion=None, cache=None, sigmas=None)
 
     @property
     def of_low_noise(self) -> "RunOptions":

@@ -45,12 +45,12 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    meeting: dict[str, Any] = {
+    meet: dict[str, Any] = {
         "run_id": uuid.uuid4().hex,
         "rdzv_backend": "c10d",
         "rdzv_endpoint": "localhost:0",
     }
-    config = LaunchConfig(1, 1, ranks, max_restarts=0, **meeting)
+    config = LaunchConfig(1, 1, ranks, max_restarts=0, **meet)
     # A rank has reported what failed.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))

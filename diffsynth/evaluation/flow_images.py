@@ -108,34 +108,6 @@ def texture(frame: Image.Image, height: int, width: int) -> np.ndarray:
     return np.clip(pixels.reshape(height, 8, width, 8).std(axis=(1, 3)) / _FULL_TEXTURE, 0, 1)
 
 
-def draw_arrows(frame: Image.Image, flow: Tensor | np.ndarray) -> Image.Image:
-    """Draw arrows over a frame from where tokens are to where they go.
-
-    Args:
-        frame: the picture.
-        flow: [H, W, 2] in tokens of the frame divided into H x W. Arrows stand at every token, or farther
-            apart where tokens are small.
-
-    Raises:
-        ValueError: the flow has another shape, or values that are not finite.
-    """
-    return over(frame, _arrow_layer(_checked(flow, 3), frame.size))
-
-
-def overlay_flow(frame: Image.Image, flow: Tensor | np.ndarray, largest: float | None = None) -> Image.Image:
-    """Draw a flow's colours over a frame, the stronger the longer; what rests is left as it is.
-
-    Args:
-        frame: the picture.
-        flow: [H, W, 2] in tokens.
-        largest: as for `flow_to_image`.
-
-    Raises:
-        ValueError: the flow has another shape, or values that are not finite.
-    """
-    return over(frame, _colour_layer(_checked(flow, 3), largest, frame.size))
-
-
 def known_tokens(video: Sequence[Image.Image], shape: Sequence[int], track: Track | None) -> list[np.ndarray]:
     """Return which tokens' flow is drawn, and how strongly: float [H, W], 0 to 1, for each step.
 
@@ -224,9 +196,7 @@ def _beside(video: Sequence[Image.Image], flow: np.ndarray) -> Iterator[Image.Im
 
 
 def colour_panels(
-    flow: np.ndarray,
-    size: tuple[int, int] | None = None,
-    sure: Sequence[np.ndarray] | None = None,
+    flow: np.ndarray, size: tuple[int, int] | None = None, sure: Sequence[np.ndarray] | None = None
 ) -> list[Image.Image]:
     """Draw the colours of each step of a flow [F - 1, H, W, 2] with arrows on white, and the wheel.
 

@@ -104,17 +104,12 @@ def generate(
         )  # fmt: skip
         latents = None if saved is None else saved.finished(index, cost)
         if latents is None:
-            latents, options, all_steps_done = sample(
-                models, index, inputs, options, ladder, cost,
-                on_step=on_step, progress=progress, stop=stop, saved=saved,
-            )  # fmt: skip
+            one_pass = partial(sample, models, index, on_step=on_step, progress=progress, stop=stop)
+            latents, options, all_steps_done = one_pass(inputs, options, ladder, cost, saved=saved)
             if all_steps_done and (second := options.second_pass) is not None:
                 observer(RunEvent(stage="refine"))
                 first_pass = replace(inputs, reference=latents, noise=draw_noise(models, second))
-                latents, _, all_steps_done = sample(
-                    models, index, first_pass, second, ladder, cost,
-                    on_step=on_step, progress=progress, stop=stop, saved=None,
-                )  # fmt: skip
+                latents, _, all_steps_done = one_pass(first_pass, second, ladder, cost, saved=None)
             if saved is not None and all_steps_done:
                 saved.keep_latents(index, latents, latents_facts(models.vae, options.size, fps, cost))
         try:

@@ -123,15 +123,13 @@ def _operations(sizes: ModelSizes, run: RunOptions) -> float:
 def check_budget(
     session: Session, request: Mapping[str, Any], reference: Path | None, *, beside: bool = False
 ) -> None:
-    """Raise ValueError if the run of a request is expected to take longer than session.max_minutes.
-
-    With `beside`, the run without transfer that is made besides counts, too.
-    """
-    run = None if session.max_minutes is None else _resolved(session, request, reference)
-    minutes = None if run is None else expected_minutes(session, run)
-    if minutes is not None and beside and run is not None:
-        minutes += expected_minutes(session, replace(run, motion=None)) or 0.0
-    if minutes is not None and session.max_minutes is not None and minutes > session.max_minutes:
+    """Raise ValueError if a request's run, and one without transfer beside it, exceed session.max_minutes."""
+    if session.max_minutes is None:
+        return
+    run = _resolved(session, request, reference)
+    runs = (run, replace(run, motion=None)) if beside else (run,)
+    minutes = sum(expected_minutes(session, one) or 0.0 for one in runs)
+    if minutes > session.max_minutes:
         raise ValueError(
             f"this run would take about {minutes:.3g} minutes, and {session.max_minutes:g} are the limit "
             "here: ask for fewer frames, fewer steps or a smaller size"
