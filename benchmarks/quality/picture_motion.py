@@ -179,7 +179,11 @@ def main() -> None:
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
     sheet = []
     for index in range(args.pairs):
-        pair = make_pair(index, HELD_OUT_SPRITES if args.unseen else SPRITES, args.apart, args.references)
+        try:
+            pair = make_pair(index, HELD_OUT_SPRITES if args.unseen else SPRITES, args.apart, args.references)
+        except RuntimeError as error:
+            logger.info("%d is left out: %s", index, error)
+            continue
         strips = [pair.reference, pair.truth.frames]
         for name, (picture, options) in cases.items():
             seeds = range(index, index + 1000 * args.seeds, 1000)
