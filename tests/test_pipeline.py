@@ -509,7 +509,7 @@ def test_models_that_do_not_belong_together_are_refused(pipe):
 
 
 def test_unknown_checkpoints_and_devices_are_refused(tiny_checkpoint, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"nor one of the names nano, 1\.3b, 14b"):
+    with pytest.raises(FileNotFoundError, match=r"nor one of the names nano, nano-ti2v, 1\.3b"):
         WanVideoPipeline.from_pretrained(tmp_path / "nothing")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"T2V-14B does not exist.*: fastvmt download 14b"):

@@ -22,6 +22,8 @@ from diffsynth.runs.signals import RunInterrupted
 from diffsynth.runs.state import load_state, save_state
 from diffsynth.testing import write_clip
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 SMALL = {
     "height": 32,
@@ -97,7 +99,6 @@ VARIANTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_that_goes_on_gives_the_same_bits_from_every_step(pipe, clip, tmp_path, monkeypatch, variant):
     options = {"motion": MotionGuidance(**MOTION), "input_video": clip, **VARIANTS[variant]}

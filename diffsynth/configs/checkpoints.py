@@ -104,5 +104,5 @@ def checkpoint_folder(name: str | Path, root: str | Path = "models") -> Path:
     if key is not None:
         where = "" if str(root) == "models" else f" --models-dir {root}"
         raise FileNotFoundError(f"{folders[-1]} does not exist; fetch it with: fastvmt download {key}{where}")
-    names = ", ".join(["nano", *PUBLISHED])
+    names = ", ".join([*EMBEDDED, *PUBLISHED])
     raise FileNotFoundError(f"{name} is neither a checkpoint folder nor one of the names {names}")
