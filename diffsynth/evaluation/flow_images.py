@@ -156,7 +156,7 @@ def _drawn(
     def pictures() -> Iterator[Image.Image]:
         for step, group in groupby(range(len(video)), lambda index: _step_of_frame(index, len(flow))):
             sure, moves = known[step], flow[step]
-            layers = (_colour_layer(moves, largest, size, sure), _arrow_layer(moves, size, sure=sure))
+            layers = (_colour_layer(moves, largest, size, sure), _arrow_layer(moves, size, sure))
             for index in group:
                 yield over(fit_frame(under[index], size[1], size[0]), *layers)
 
@@ -219,7 +219,7 @@ def colour_panels(
     panels = []
     for step, known, strength in zip(flow, sure, strengths, strict=True):
         colours = _colours(step, strength).resize(size, Image.Resampling.NEAREST)
-        panels.append(over(colours, _arrow_layer(step, size, _DARK, None, known), legend))
+        panels.append(over(colours, _arrow_layer(step, size, known, _DARK, None), legend))
     return panels
 
 
@@ -271,16 +271,13 @@ def _colours(flow: np.ndarray, saturation: np.ndarray) -> Image.Image:
     return Image.fromarray(hsv.round().astype(np.uint8), mode="HSV").convert("RGB")
 
 
-def _colour_layer(
-    flow: np.ndarray, largest: float | None, size: tuple[int, int], sure: np.ndarray | float = 1.0
-) -> Image.Image:
+def _colour_layer(flow: np.ndarray, largest: float, size: tuple[int, int], sure: np.ndarray) -> Image.Image:
     """Full colours whose opacity is the length of the flow, interpolated between tokens, times `sure`."""
     sides = [Image.fromarray(np.ascontiguousarray(flow[..., axis])) for axis in (0, 1)]
     smooth = np.stack([np.asarray(side.resize(size, Image.Resampling.BILINEAR)) for side in sides], axis=-1)
-    largest = float(np.linalg.norm(flow, axis=-1).max()) if largest is None else largest
     strength = _strength(smooth, largest)
     layer = _colours(smooth, np.ones_like(strength)).convert("RGBA")
-    known = Image.fromarray(np.full(flow.shape[:2], sure, np.float32)).resize(size, Image.Resampling.BILINEAR)
+    known = Image.fromarray(sure.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
     strength = strength * np.asarray(known)
     layer.putalpha(Image.fromarray((strength * _COVER * 255).round().astype(np.uint8)))
     return layer
@@ -289,23 +286,22 @@ def _colour_layer(
 def _arrow_layer(
     flow: np.ndarray,
     size: tuple[int, int],
+    sure: np.ndarray,
     colour: tuple[int, ...] = _WHITE,
     rim: tuple[int, ...] | None = _DARK,
-    sure: np.ndarray | float = 1.0,
 ) -> Image.Image:
     """Arrows from the middles of tokens that are sure, fainter where less; a rim keeps them legible."""
     height, width = flow.shape[:2]
     token = np.array([size[1] / height, size[0] / width])
     every = max(1, round(_SPACING / token.min()))
     thick = max(1.5, token.min() * every / 16)
-    known = np.broadcast_to(sure, flow.shape[:2])
     moves = flow * (np.linalg.norm(flow, axis=-1, keepdims=True) >= LEAST_ARROW)
     layer = fine_layer(size)
     draw = ImageDraw.Draw(layer)
     for shade, line in ((rim, thick + 2), (colour, thick)):
         for row, col in product(range(every // 2, height, every), range(every // 2, width, every)):
-            if shade is not None and known[row, col] > _LEAST_SURE:
-                ink = (*shade[:3], round(shade[3] * float(known[row, col])))
+            if shade is not None and sure[row, col] > _LEAST_SURE:
+                ink = (*shade[:3], round(shade[3] * float(sure[row, col])))
                 start = (np.array([row, col]) + 0.5) * token * FINER
                 end = start + moves[row, col] * token * FINER
                 draw_arrow(draw, (start[1], start[0]), (end[1], end[0]), ink, line * FINER)
